@@ -1,0 +1,142 @@
+"""What a model of Grok-1's shape is made of: the numbers, checked once, never changed.
+
+The fields are those of the reference's configuration (xai-org/grok-1, run.py); a model directory may
+bring its own in `config.json`, and without one Grok-1's constants hold.
+"""
+
+import json
+import math
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from model.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model. All sizes count elements, not bytes.
+
+    Raises:
+        ConfigError: a field is mistyped, out of range, or does not fit the others.
+    """
+
+    emb_size: int
+    key_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_layers: int
+    vocab_size: int
+    ffn_size: int
+    num_experts: int
+    num_selected_experts: int
+    sequence_len: int
+    embedding_multiplier_scale: float
+    output_multiplier_scale: float
+    # Despite its name it scales the attention logits, not the output.
+    attn_output_multiplier: float
+    pad_token: int = 0
+    eos_token: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_number(field.name, getattr(self, field.name), whole=field.type is int)
+        if self.num_q_heads % self.num_kv_heads:
+            raise ConfigError(
+                "num_q_heads",
+                self.num_q_heads,
+                f"no multiple of num_kv_heads = {self.num_kv_heads}",
+            )
+        if self.num_selected_experts > self.num_experts:
+            raise ConfigError(
+                "num_selected_experts",
+                self.num_selected_experts,
+                f"more than num_experts = {self.num_experts}",
+            )
+        if self.key_size % 2:
+            raise ConfigError("key_size", self.key_size, "rotary embedding needs an even width")
+        for name in ("pad_token", "eos_token"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ConfigError(
+                    name, getattr(self, name), f"not below vocab_size = {self.vocab_size}"
+                )
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together, H * K (need not equal emb_size)."""
+        return self.num_q_heads * self.key_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together, R * K."""
+        return self.num_kv_heads * self.key_size
+
+
+def ffn_size(emb_size: int, widening_factor: float) -> int:
+    """The reference's expert width: two thirds of the widened size, up to a multiple of 8."""
+    size = int(widening_factor * emb_size) * 2 // 3
+    return size + (8 - size) % 8
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """The configuration of a model directory; Grok-1's where it brings none.
+
+    Raises:
+        ConfigError: the file is no JSON object, or a field is missing or impossible.
+    """
+    path = model_dir / CONFIG_FILE
+    if not path.is_file():
+        return GROK_1
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(CONFIG_FILE, str(path), f"not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(CONFIG_FILE, str(path), "not a JSON object")
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
+    """Reads the known fields, ignores the rest; derives `ffn_size` from `widening_factor`.
+
+    Raises:
+        ConfigError: a field is missing or impossible.
+    """
+    values = {field.name: raw[field.name] for field in fields(ModelConfig) if field.name in raw}
+    if "ffn_size" not in values and "widening_factor" in raw:
+        _check_number("emb_size", raw.get("emb_size"), whole=True)
+        _check_number("widening_factor", raw["widening_factor"], whole=False)
+        values["ffn_size"] = ffn_size(raw["emb_size"], raw["widening_factor"])
+    for field in fields(ModelConfig):
+        if field.name not in values and field.default is MISSING:
+            raise ConfigError(field.name, None, "missing")
+    return ModelConfig(**values)
+
+
+def _check_number(name: str, value: object, *, whole: bool) -> None:
+    """Token ids may be 0; every other number must be above it. A float field accepts an int."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(name, value, "not a whole number" if whole else "not a number")
+    lowest = 0 if name.endswith("_token") else 1 if whole else 0.0
+    if not math.isfinite(value) or value < lowest or (not whole and value == 0):
+        raise ConfigError(name, value, f"must be {'at least' if whole else 'above'} {lowest}")
+
+
+GROK_1 = ModelConfig(
+    emb_size=6144,
+    key_size=128,
+    num_q_heads=48,
+    num_kv_heads=8,
+    num_layers=64,
+    vocab_size=131072,
+    ffn_size=32768,
+    num_experts=8,
+    num_selected_experts=2,
+    sequence_len=8192,
+    embedding_multiplier_scale=78.38367176906169,
+    output_multiplier_scale=0.5773502691896257,
+    attn_output_multiplier=0.08838834764831845,
+)
