@@ -1,0 +1,93 @@
+"""A file read forwards through a small window, so that a payload can be passed over unread."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.errors import CheckpointError, CorruptTensorError
+
+# What precedes and follows a payload is under 300 bytes; a longer window would read payload.
+WINDOW_BYTES = 512
+
+
+class ByteWindow:
+    """A position in an open file. Knows frames only to refuse those that do not add up."""
+
+    def __init__(self, path: Path, fd: int, num_file_bytes: int) -> None:
+        self.path = path
+        self.num_file_bytes = num_file_bytes
+        self.num_scanned_bytes = 0
+        self.position = 0
+        self._fd = fd
+        self._frame_end = 0
+        self._window = b""
+        self._window_start = 0
+
+    def corrupt(self, reason: str) -> CorruptTensorError:
+        """The error to raise for what lies just before the current position."""
+        return CorruptTensorError(self.path, f"{reason} (near byte {self.position})")
+
+    def take(self, num_bytes: int) -> bytes:
+        """The next few bytes; at most a window of them."""
+        assert num_bytes <= WINDOW_BYTES
+        start = self.skip(num_bytes)
+        at = start - self._window_start
+        if at < 0 or at + num_bytes > len(self._window):
+            self._refill(start)
+            at = 0
+        taken = self._window[at : at + num_bytes]
+        if len(taken) < num_bytes:
+            raise self.corrupt("the file shrank while it was read")
+        return taken
+
+    def take_int(self, num_bytes: int, *, signed: bool = False) -> int:
+        return int.from_bytes(self.take(num_bytes), "little", signed=signed)
+
+    def skip(self, num_bytes: int) -> int:
+        """Passes over the next bytes without reading them; returns where they begin."""
+        start, end = self.position, self.position + num_bytes
+        if end > self.num_file_bytes:
+            missing = end - self.num_file_bytes
+            raise self.corrupt(f"truncated: {missing} of the next {num_bytes} bytes are missing")
+        if start < self._frame_end < end:
+            raise self.corrupt("an opcode crosses the end of its frame")
+        self.position = end
+        return start
+
+    def begin_frame(self, num_bytes: int) -> None:
+        if self.position < self._frame_end:
+            raise self.corrupt("a frame begins inside another")
+        if num_bytes > self.num_file_bytes - self.position:
+            raise self.corrupt(f"truncated: a frame of {num_bytes} bytes exceeds the file")
+        self._frame_end = self.position + num_bytes
+
+    def _refill(self, start: int) -> None:
+        try:
+            self._window = os.pread(self._fd, WINDOW_BYTES, start)
+        except OSError as error:
+            raise CheckpointError(self.path, f"cannot be read: {error.strerror}") from error
+        self._window_start = start
+        self.num_scanned_bytes += len(self._window)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of a regular file.
+
+    Raises:
+        CheckpointError: absent, not permitted, or a directory, pipe or device.
+    """
+    try:
+        # Non-blocking: a pipe under a tensor's name must not hang us.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(path, "not a regular file")
+        yield fd, status.st_size
+    finally:
+        os.close(fd)

@@ -1,0 +1,264 @@
+"""A released checkpoint, read in place: arrays are views of the files, mapped when asked for.
+
+1. `Checkpoint.open` finds the configuration, scans every tensor file (a few hundred bytes of each)
+   and holds names, shapes and dtypes against the layout.
+2. `plain`, `quantized` and `expert` map a file on its first use and hand out read-only views. What
+   nobody touches is never read; `bytes_read` counts what was handed out.
+3. `close` lets the maps go; an array handed out earlier keeps its own alive.
+
+It does not compute, copy or convert: that is for whoever holds the views.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+import numpy as np
+from jaxtyping import BFloat16, Float32, Int8
+
+from model.checkpoint.byte_window import open_regular
+from model.checkpoint.file_map import FileMap
+from model.checkpoint.layout import (
+    LAYER_ROLES,
+    NUM_SHARED_TENSORS,
+    TENSOR_PREFIX,
+    TensorRole,
+    TensorSpec,
+    check_tensor,
+    tensor_specs,
+)
+from model.checkpoint.pickle_scan import scan
+from model.checkpoint.records import (
+    BFLOAT16,
+    FLOAT32,
+    ArrayRecord,
+    PlainArray,
+    QuantizedArray,
+    TensorRecord,
+)
+from model.config import CONFIG_FILE, ModelConfig, load_config
+from model.errors import (
+    CheckpointError,
+    CorruptTensorError,
+    TensorLayoutError,
+    TensorValueError,
+)
+
+CHECKPOINT_DIR = "ckpt-0"
+_VERIFY_CHUNK_BYTES = 4 * 1024 * 1024
+
+
+class Checkpoint:
+    """Open with `Checkpoint.open`. Safe to read from several threads."""
+
+    def __init__(
+        self,
+        ckpt_dir: Path,
+        config: ModelConfig,
+        specs: tuple[TensorSpec, ...],
+        records: tuple[TensorRecord, ...],
+    ) -> None:
+        assert len(specs) == len(records)
+        self.ckpt_dir = ckpt_dir
+        self.config = config
+        self.specs = specs
+        self.records = records
+        self._by_name = MappingProxyType({spec.name: spec for spec in specs})
+        self._by_role = MappingProxyType({(spec.role, spec.layer): spec for spec in specs})
+        self._lock = threading.Lock()
+        self._maps: dict[int, FileMap] = {}
+        self._bytes_read = 0
+        self._closed = False
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens a model directory, or its ckpt-0 directly. Reads no payload.
+
+        Raises:
+            ConfigError: config.json describes no model.
+            UnsafePickleError, CorruptTensorError: a file is not a tensor file.
+            TensorLayoutError: a tensor is missing, superfluous, or of another shape or dtype.
+            CheckpointError: a directory or file cannot be read.
+        """
+        ckpt_dir, config_dir = _find_directories(path)
+        config = load_config(config_dir)
+        hint = ""
+        if not (config_dir / CONFIG_FILE).is_file():
+            hint = f" (no {CONFIG_FILE} in {config_dir}, so Grok-1's sizes are expected)"
+        specs = tensor_specs(config)
+        _check_files(ckpt_dir, specs, hint)
+        records = tuple(_scan_tensor(ckpt_dir, spec, hint) for spec in specs)
+        return cls(ckpt_dir, config, specs, records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets all maps go. Arrays handed out earlier stay valid, and keep theirs."""
+        with self._lock:
+            self._maps.clear()
+            self._closed = True
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all slices handed out so far, counted anew each time they are."""
+        return self._bytes_read
+
+    @property
+    def bytes_scanned(self) -> int:
+        """Bytes read to find where the arrays lie."""
+        return sum(record.num_scanned_bytes for record in self.records)
+
+    def find(self, role: TensorRole, layer: int | None = None) -> TensorSpec:
+        """The tensor of a role; `layer` for all but the embedding and the final norm."""
+        return self._by_role[role, layer]
+
+    def plain(self, tensor: str | TensorSpec) -> Float32[np.ndarray, "..."]:
+        """A float32 tensor as a whole."""
+        spec = self._spec(tensor)
+        record = self.records[spec.index]
+        assert isinstance(record, PlainArray), f"{spec.name} is quantised"
+        return self._hand_out(self._map(spec), record.array)
+
+    def quantized(
+        self, tensor: str | TensorSpec
+    ) -> tuple[Int8[np.ndarray, "... K N"], BFloat16[np.ndarray, "... G N"]]:
+        """Weights and scales as a whole; of an expert matrix, those of all experts."""
+        spec, record = self._quantized_record(tensor)
+        file_map = self._map(spec)
+        file_map.expect_all()
+        return self._hand_out(file_map, record.weight), self._hand_out(file_map, record.scales)
+
+    def expert(
+        self, layer: int, role: TensorRole, expert_id: int
+    ) -> tuple[Int8[np.ndarray, "K N"], BFloat16[np.ndarray, "G N"]]:
+        """Weights and scales of one expert of one layer; reads these bytes and no others."""
+        assert role.is_expert and 0 <= expert_id < self.config.num_experts
+        spec, record = self._quantized_record(self.find(role, layer))
+        file_map = self._map(spec)
+        weight = self._hand_out_expert(file_map, record.weight, expert_id)
+        return weight, self._hand_out_expert(file_map, record.scales, expert_id)
+
+    def verify(self) -> int:
+        """Reads every byte of every array, a chunk at a time; returns how many.
+
+        Raises:
+            TensorValueError: a float is NaN or infinite, or a scale not above zero.
+            CheckpointError: a file cannot be read.
+        """
+        return sum(_verify_tensor(record) for record in self.records)
+
+    def _spec(self, tensor: str | TensorSpec) -> TensorSpec:
+        return self._by_name[tensor] if isinstance(tensor, str) else tensor
+
+    def _quantized_record(self, tensor: str | TensorSpec) -> tuple[TensorSpec, QuantizedArray]:
+        spec = self._spec(tensor)
+        record = self.records[spec.index]
+        assert isinstance(record, QuantizedArray), f"{spec.name} is not quantised"
+        return spec, record
+
+    def _map(self, spec: TensorSpec) -> FileMap:
+        with self._lock:
+            assert not self._closed, "the checkpoint is closed"
+            if spec.index not in self._maps:
+                record = self.records[spec.index]
+                file_map = FileMap(record.path, record.num_file_bytes)
+                if spec.role.is_expert:
+                    file_map.expect_slices()
+                self._maps[spec.index] = file_map
+            return self._maps[spec.index]
+
+    def _hand_out_expert(
+        self, file_map: FileMap, record: ArrayRecord, expert_id: int
+    ) -> np.ndarray:
+        num_bytes = record.num_bytes // record.shape[0]
+        offset = record.offset + expert_id * num_bytes
+        file_map.fetch(offset, num_bytes)
+        one = ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
+        return self._hand_out(file_map, one)
+
+    def _hand_out(self, file_map: FileMap, record: ArrayRecord) -> np.ndarray:
+        with self._lock:
+            self._bytes_read += record.num_bytes
+        return file_map.view(record.dtype, record.shape, record.offset)
+
+
+def _find_directories(path: Path) -> tuple[Path, Path]:
+    """Where the tensors lie, and where the configuration would."""
+    # Not resolved: a ckpt-0 that links elsewhere still has its config.json beside the link.
+    path = Path(os.path.abspath(path))
+    if not path.is_dir():
+        raise CheckpointError(path, "not a directory")
+    if (path / CHECKPOINT_DIR).is_dir():
+        return path / CHECKPOINT_DIR, path
+    return path, path.parent
+
+
+def _check_files(ckpt_dir: Path, specs: tuple[TensorSpec, ...], hint: str) -> None:
+    try:
+        found = {name for name in os.listdir(ckpt_dir) if name.startswith(TENSOR_PREFIX)}
+    except OSError as error:
+        raise CheckpointError(ckpt_dir, f"cannot be listed: {error.strerror}") from error
+    expected = {spec.file_name for spec in specs}
+    if found == expected:
+        return
+    if not found:
+        raise TensorLayoutError(ckpt_dir, f"holds no {TENSOR_PREFIX}* file")
+    if missing := expected - found:
+        name, problem = min(missing), "missing"
+    else:
+        name, problem = min(found - expected), "superfluous"
+    counts = f"expected {len(expected)} tensor files, found {len(found)}"
+    raise TensorLayoutError(ckpt_dir / name, f"{problem}: {counts}{_layers_of(found)}{hint}")
+
+
+def _layers_of(found: set[str]) -> str:
+    """When the number of files is right for some other number of layers, that says most."""
+    num_layers, rest = divmod(len(found) - NUM_SHARED_TENSORS, len(LAYER_ROLES))
+    return f", as many as {num_layers} layers have" if num_layers > 0 and not rest else ""
+
+
+def _scan_tensor(ckpt_dir: Path, spec: TensorSpec, hint: str) -> TensorRecord:
+    record = scan(ckpt_dir / spec.file_name)
+    check_tensor(spec, record, hint)
+    return record
+
+
+def _verify_tensor(record: TensorRecord) -> int:
+    # Read, not mapped: a failing disk is then an error here instead of the end of the process.
+    with open_regular(record.path) as (fd, _):
+        for array in record.arrays:
+            for chunk in _chunks(record.path, fd, array):
+                _verify_values(record.path, chunk)
+    return sum(array.num_bytes for array in record.arrays)
+
+
+def _chunks(path: Path, fd: int, array: ArrayRecord) -> Iterator[np.ndarray]:
+    position, end = array.offset, array.offset + array.num_bytes
+    while position < end:
+        num_bytes = min(_VERIFY_CHUNK_BYTES, end - position)
+        try:
+            chunk = os.pread(fd, num_bytes, position)
+        except OSError as error:
+            raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+        usable = len(chunk) - len(chunk) % array.dtype.itemsize
+        if not usable:
+            raise CorruptTensorError(path, f"truncated at byte {position} since it was scanned")
+        yield np.frombuffer(chunk[:usable], dtype=array.dtype)
+        position += usable
+
+
+def _verify_values(path: Path, values: np.ndarray) -> None:
+    """float32 is a plain tensor, bfloat16 are scales; 8-bit weights cannot be wrong."""
+    if values.dtype == FLOAT32 and not np.isfinite(values).all():
+        raise TensorValueError(path, "holds a NaN or an infinity")
+    if values.dtype == BFLOAT16:
+        scales = values.astype(np.float32)
+        if not (np.isfinite(scales) & (scales > 0)).all():
+            raise TensorValueError(path, "holds a scale that is NaN, infinite or not above zero")

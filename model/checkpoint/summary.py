@@ -1,0 +1,207 @@
+"""What `milliways inspect` says of a checkpoint: counts, bytes, and memory per worker.
+
+Conventions: a parameter is an element of a weight, scales are not counted, and the embedding, which
+also makes the logits, counts once. Active are the parameters that one token meets: all but those
+of the experts not chosen for it. GB is 1e9 bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.checkpoint.layout import TensorRole, TensorSpec
+from model.checkpoint.reader import Checkpoint
+from model.checkpoint.records import TensorRecord
+from model.config import ModelConfig
+
+_BYTES_PER_GB = 1e9
+_BYTES_PER_KV_VALUE = 2  # bfloat16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSummary:
+    """All tensors of one role together; array bytes are without the pickle around them."""
+
+    role: str
+    num_tensors: int
+    num_parameters: int
+    num_array_bytes: int
+    num_file_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMemory:
+    """Weights of one worker that holds all attention layers and a share of the experts."""
+
+    worker_index: int
+    num_experts_per_layer: int
+    expert_bytes: int
+    attention_bytes: int
+    embedding_bytes: int
+
+    @property
+    def bytes_without_embedding(self) -> int:
+        return self.expert_bytes + self.attention_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.bytes_without_embedding + self.embedding_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSummary:
+    num_tensors: int
+    num_layers: int
+    num_experts: int
+    num_experts_per_token: int
+    num_parameters: int
+    num_active_parameters: int
+    num_array_bytes: int
+    num_file_bytes: int
+    kv_bytes_per_token: int
+    roles: tuple[RoleSummary, ...]
+    workers: tuple[WorkerMemory, ...]
+
+
+def summarize(checkpoint: Checkpoint, num_workers: int) -> CheckpointSummary:
+    """Adds up what the scan found; reads nothing."""
+    config = checkpoint.config
+    roles = tuple(_summarize_role(role, checkpoint) for role in TensorRole)
+    num_parameters = sum(role.num_parameters for role in roles)
+    return CheckpointSummary(
+        num_tensors=len(checkpoint.specs),
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        num_experts_per_token=config.num_selected_experts,
+        num_parameters=num_parameters,
+        num_active_parameters=num_parameters - _num_idle_parameters(config, checkpoint.specs),
+        num_array_bytes=sum(role.num_array_bytes for role in roles),
+        num_file_bytes=sum(role.num_file_bytes for role in roles),
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        roles=roles,
+        workers=_worker_memory(checkpoint, num_workers),
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Keys and values of all layers in bfloat16."""
+    return 2 * config.num_layers * config.kv_size * _BYTES_PER_KV_VALUE
+
+
+def experts_per_worker(num_experts: int, num_workers: int) -> tuple[int, ...]:
+    """How many whole experts of a layer each worker holds, as even as can be."""
+    assert num_workers >= 1
+    fewest, num_with_one_more = divmod(num_experts, num_workers)
+    return tuple(fewest + (worker < num_with_one_more) for worker in range(num_workers))
+
+
+def to_json(summary: CheckpointSummary) -> dict[str, Any]:
+    """Plain dicts and numbers, the workers' totals included."""
+    values = asdict(summary)
+    for worker, memory in zip(values["workers"], summary.workers, strict=True):
+        worker["bytes_without_embedding"] = memory.bytes_without_embedding
+        worker["total_bytes"] = memory.total_bytes
+    return values
+
+
+def format_summary(summary: CheckpointSummary) -> str:
+    """Tables for a terminal."""
+    return "\n".join(
+        [*_format_totals(summary), "", *_format_roles(summary), "", *_format_workers(summary)]
+    )
+
+
+def _summarize_role(role: TensorRole, checkpoint: Checkpoint) -> RoleSummary:
+    chosen = [
+        (spec, record)
+        for spec, record in zip(checkpoint.specs, checkpoint.records, strict=True)
+        if spec.role is role
+    ]
+    return RoleSummary(
+        role=role.name.lower(),
+        num_tensors=len(chosen),
+        num_parameters=sum(math.prod(spec.shape) for spec, _ in chosen),
+        num_array_bytes=sum(_array_bytes(record) for _, record in chosen),
+        num_file_bytes=sum(record.num_file_bytes for _, record in chosen),
+    )
+
+
+def _array_bytes(record: TensorRecord) -> int:
+    return sum(array.num_bytes for array in record.arrays)
+
+
+def _num_idle_parameters(config: ModelConfig, specs: Sequence[TensorSpec]) -> int:
+    num_in_experts = sum(math.prod(spec.shape) for spec in specs if spec.role.is_expert)
+    num_idle_experts = config.num_experts - config.num_selected_experts
+    return num_in_experts // config.num_experts * num_idle_experts
+
+
+def _worker_memory(checkpoint: Checkpoint, num_workers: int) -> tuple[WorkerMemory, ...]:
+    expert_bytes = attention_bytes = embedding_bytes = 0
+    for spec, record in zip(checkpoint.specs, checkpoint.records, strict=True):
+        if spec.role.is_expert:
+            expert_bytes += _array_bytes(record)
+        elif spec.role.in_layer:
+            attention_bytes += _array_bytes(record)
+        else:
+            embedding_bytes += _array_bytes(record)
+    num_experts = checkpoint.config.num_experts
+    return tuple(
+        WorkerMemory(
+            worker_index=worker_index,
+            num_experts_per_layer=num_held,
+            expert_bytes=expert_bytes // num_experts * num_held,
+            attention_bytes=attention_bytes,
+            embedding_bytes=embedding_bytes,
+        )
+        for worker_index, num_held in enumerate(experts_per_worker(num_experts, num_workers))
+    )
+
+
+def _format_totals(summary: CheckpointSummary) -> list[str]:
+    experts = f"{summary.num_experts} experts, {summary.num_experts_per_token} per token"
+    return [
+        f"{summary.num_tensors} tensors, {summary.num_layers} layers, {experts}",
+        f"parameters        {_parameters(summary.num_parameters)}",
+        f"active per token  {_parameters(summary.num_active_parameters)}",
+        f"bytes on disk     {_bytes(summary.num_file_bytes)}",
+        f"bytes of arrays   {_bytes(summary.num_array_bytes)}",
+        f"KV per token      {summary.kv_bytes_per_token:,} bytes (bfloat16)",
+    ]
+
+
+def _format_roles(summary: CheckpointSummary) -> list[str]:
+    header = f"{'role':<20} {'tensors':>7} {'parameters':>17} {'bytes':>17} {'GB':>8}"
+    return [header] + [
+        f"{role.role:<20} {role.num_tensors:>7} {role.num_parameters:>17,}"
+        f" {role.num_array_bytes:>17,} {role.num_array_bytes / _BYTES_PER_GB:>8.2f}"
+        for role in summary.roles
+    ]
+
+
+def _format_workers(summary: CheckpointSummary) -> list[str]:
+    columns = ("experts", "attention", "embedding", "total", "without emb.")
+    lines = [
+        f"memory of weights, {len(summary.workers)} workers: all attention on each, experts spread",
+        f"{'worker':<7} {'experts/layer':>13} " + " ".join(f"{name:>26}" for name in columns),
+    ]
+    for worker in summary.workers:
+        sizes = (
+            worker.expert_bytes,
+            worker.attention_bytes,
+            worker.embedding_bytes,
+            worker.total_bytes,
+            worker.bytes_without_embedding,
+        )
+        row = " ".join(f"{_bytes(size):>26}" for size in sizes)
+        lines.append(f"{worker.worker_index:<7} {worker.num_experts_per_layer:>13} {row}")
+    return lines
+
+
+def _parameters(count: int) -> str:
+    return f"{count:,} ({count / 1e9:.2f} billion)"
+
+
+def _bytes(count: int) -> str:
+    return f"{count:,} ({count / _BYTES_PER_GB:.2f} GB)"

@@ -1,0 +1,343 @@
+"""Writes tensor files as the release has them, byte for byte what Python's own pickler would.
+
+Nothing is pickled here: the opcodes around a payload follow from dtype and shape alone, so they are
+laid down by hand, and the payload goes from the array's own memory to the file. A file appears
+under its name when it is whole.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from model.checkpoint.layout import (
+    TENSOR_PREFIX,
+    TensorRole,
+    TensorSpec,
+    expected,
+    scales_fit,
+    tensor_specs,
+)
+from model.checkpoint.opcodes import FRAME_TARGET_BYTES, PROTOCOL, Op
+from model.checkpoint.records import BFLOAT16, FLOAT32, INT8, describe_array
+from model.config import ModelConfig
+from model.errors import TensorLayoutError
+
+# A plain array, or weights with their scales.
+TensorArrays = np.ndarray | tuple[np.ndarray, np.ndarray]
+
+_MAX_WRITTEN_DIMS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the opcodes around an array depend on."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Hole:
+    """Where in the stream the bytes of an array go."""
+
+    array_index: int
+    num_bytes: int
+
+
+_Piece = bytes | _Hole
+
+
+def write_plain(path: Path, array: np.ndarray) -> int:
+    """Writes a float32 array; returns the size of the file.
+
+    Raises:
+        TensorLayoutError: another dtype, or not one to three dimensions.
+    """
+    form = _Form(array.dtype, array.shape)
+    _check_form(path, form, FLOAT32)
+    return _write(path, _plain_pieces(form), [array])
+
+
+def write_quantized(path: Path, weight: np.ndarray, scales: np.ndarray) -> int:
+    """Writes int8 weights [..., K, N] and bfloat16 scales [..., G, N]; returns the file's size.
+
+    Raises:
+        TensorLayoutError: another dtype, or scales that do not fit the weights.
+    """
+    weight_form, scales_form = _Form(weight.dtype, weight.shape), _Form(scales.dtype, scales.shape)
+    _check_form(path, weight_form, INT8)
+    _check_form(path, scales_form, BFLOAT16)
+    if weight.ndim < 2 or not scales_fit(weight.shape, scales.shape):
+        raise TensorLayoutError(
+            path, f"scales {list(scales.shape)} do not fit weights {list(weight.shape)}"
+        )
+    return _write(path, _quantized_pieces(weight_form, scales_form), [weight, scales])
+
+
+def write_checkpoint(
+    ckpt_dir: Path, config: ModelConfig, tensor_of: Callable[[TensorSpec], TensorArrays]
+) -> int:
+    """Writes every tensor of a model, one in memory at a time; returns the bytes of all files.
+
+    Raises:
+        TensorLayoutError: `tensor_of` gave another shape or dtype than the spec asks for, or the
+            directory holds tensor files that the model does not have.
+    """
+    specs = tensor_specs(config)
+    _prepare_directory(ckpt_dir, specs)
+    return sum(_write_spec(ckpt_dir / spec.file_name, spec, tensor_of(spec)) for spec in specs)
+
+
+def write_sparse_checkpoint(ckpt_dir: Path, config: ModelConfig, *, num_row_blocks: int = 8) -> int:
+    """A checkpoint of zeros whose payloads take no space on disk; for tests of size, not values.
+
+    `num_row_blocks` is G of the matrices that the release quantised in row blocks, 1 elsewhere.
+    """
+    specs = tensor_specs(config)
+    _prepare_directory(ckpt_dir, specs)
+    return sum(_write_sparse(ckpt_dir / spec.file_name, spec, num_row_blocks) for spec in specs)
+
+
+def _prepare_directory(ckpt_dir: Path, specs: Sequence[TensorSpec]) -> None:
+    ckpt_dir.mkdir(parents=True, exist_ok=True)
+    found = {name for name in os.listdir(ckpt_dir) if name.startswith(TENSOR_PREFIX)}
+    if foreign := found - {spec.file_name for spec in specs}:
+        raise TensorLayoutError(
+            ckpt_dir / min(foreign), f"superfluous: the model to write has {len(specs)} files"
+        )
+
+
+def _write_spec(path: Path, spec: TensorSpec, arrays: TensorArrays) -> int:
+    weight, *scales = arrays if isinstance(arrays, tuple) else (arrays,)
+    if weight.shape != spec.shape or bool(scales) != spec.quantized:
+        found = " with scales ".join(describe_array(a.dtype, a.shape) for a in (weight, *scales))
+        raise TensorLayoutError(path, f"{spec.name}: expected {expected(spec)}, given {found}")
+    if scales:
+        return write_quantized(path, weight, scales[0])
+    return write_plain(path, weight)
+
+
+def _write_sparse(path: Path, spec: TensorSpec, num_row_blocks: int) -> int:
+    if not spec.quantized:
+        return _write(path, _plain_pieces(_Form(FLOAT32, spec.shape)), None)
+    by_rows = spec.role in (TensorRole.EXPERT_LINEAR_1, TensorRole.ATTENTION_OUT)
+    scales_shape = (*spec.shape[:-2], num_row_blocks if by_rows else 1, spec.shape[-1])
+    pieces = _quantized_pieces(_Form(INT8, spec.shape), _Form(BFLOAT16, scales_shape))
+    return _write(path, pieces, None)
+
+
+def _check_form(path: Path, form: _Form, dtype: np.dtype) -> None:
+    if form.dtype != dtype:
+        raise TensorLayoutError(path, f"expected {dtype.name}, given {form.dtype}")
+    if not 1 <= len(form.shape) <= _MAX_WRITTEN_DIMS or 0 in form.shape:
+        raise TensorLayoutError(path, f"cannot write an array of shape {list(form.shape)}")
+
+
+# The stream of opcodes.
+
+
+class _Stream:
+    """What the pickler would have written so far: opcodes, framed, with a memo by label."""
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = [bytes([Op.PROTO, PROTOCOL])]
+        self._frame: list[_Piece] = []
+        self._num_frame_bytes = 0
+        self._memo: dict[str, int] = {}
+
+    def finish(self) -> list[_Piece]:
+        self.put(Op.STOP)
+        self._close_frame()
+        return self._pieces
+
+    def put(self, op: Op, argument: bytes = b"") -> None:
+        self._add(bytes([op]) + argument)
+
+    def memoize(self, label: str) -> None:
+        """The pickler stores by object; one object here is one label."""
+        assert label not in self._memo
+        self._memo[label] = len(self._memo)
+        self.put(Op.MEMOIZE)
+
+    def recall(self, label: str) -> bool:
+        if label not in self._memo:
+            return False
+        self.put(Op.BINGET, bytes([self._memo[label]]))
+        return True
+
+    def text(self, value: str) -> None:
+        # The pickler looks at the frame's size before each object. Only after a payload can a
+        # frame be full, and the object after a payload is a text.
+        if self._num_frame_bytes >= FRAME_TARGET_BYTES:
+            self._close_frame()
+        if not self.recall(value):
+            raw = value.encode()
+            self.put(Op.SHORT_BINUNICODE, bytes([len(raw)]) + raw)
+            self.memoize(value)
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 1 << 8:
+            self.put(Op.BININT1, bytes([value]))
+        elif 0 <= value < 1 << 16:
+            self.put(Op.BININT2, value.to_bytes(2, "little"))
+        else:
+            self.put(Op.BININT, value.to_bytes(4, "little", signed=True))
+
+    def hole(self, hole: _Hole) -> None:
+        """A bytes object; a large one lies between frames."""
+        header = _bytes_header(hole.num_bytes)
+        if hole.num_bytes >= FRAME_TARGET_BYTES:
+            self._close_frame()
+            self._pieces += [header, hole]
+            return
+        self._add(header)
+        self._frame.append(hole)
+        self._num_frame_bytes += hole.num_bytes
+
+    def _add(self, data: bytes) -> None:
+        self._frame.append(data)
+        self._num_frame_bytes += len(data)
+
+    def _close_frame(self) -> None:
+        self._pieces.append(bytes([Op.FRAME]) + self._num_frame_bytes.to_bytes(8, "little"))
+        self._pieces += self._frame
+        self._frame = []
+        self._num_frame_bytes = 0
+
+
+def _bytes_header(num_bytes: int) -> bytes:
+    if num_bytes < 1 << 8:
+        return bytes([Op.SHORT_BINBYTES, num_bytes])
+    if num_bytes < 1 << 32:
+        return bytes([Op.BINBYTES]) + num_bytes.to_bytes(4, "little")
+    return bytes([Op.BINBYTES8]) + num_bytes.to_bytes(8, "little")
+
+
+def _plain_pieces(form: _Form) -> list[_Piece]:
+    stream = _Stream()
+    _put_array(stream, 0, form)
+    return stream.finish()
+
+
+def _quantized_pieces(weight: _Form, scales: _Form) -> list[_Piece]:
+    stream = _Stream()
+    _put_global(stream, "__main__", "QuantizedWeight8bit")
+    stream.put(Op.EMPTY_TUPLE)
+    stream.put(Op.NEWOBJ)
+    stream.memoize("the quantised weight")
+    stream.put(Op.EMPTY_DICT)
+    stream.memoize("its state")
+    stream.put(Op.MARK)
+    stream.text("weight")
+    _put_array(stream, 0, weight)
+    stream.text("scales")
+    _put_array(stream, 1, scales)
+    stream.put(Op.SETITEMS)
+    stream.put(Op.BUILD)
+    return stream.finish()
+
+
+def _put_array(stream: _Stream, index: int, form: _Form) -> None:
+    # numpy 2 calls this module numpy._core; the release, and so its readers, know only this name.
+    _put_global(stream, "numpy.core.multiarray", "_reconstruct")
+    _put_global(stream, "numpy", "ndarray")
+    stream.integer(0)
+    _put_tuple(stream, f"empty shape {index}", 1)
+    if not stream.recall("type code"):
+        stream.put(Op.SHORT_BINBYTES, b"\x01b")
+        stream.memoize("type code")
+    _put_tuple(stream, f"arguments {index}", 3)
+    stream.put(Op.REDUCE)
+    stream.memoize(f"array {index}")
+    stream.put(Op.MARK)
+    stream.integer(1)
+    for size in form.shape:
+        stream.integer(size)
+    _put_tuple(stream, f"shape {index}", len(form.shape))
+    _put_dtype(stream, index, form.dtype)
+    stream.put(Op.NEWFALSE)
+    stream.hole(_Hole(index, form.num_bytes))
+    stream.memoize(f"payload {index}")
+    stream.put(Op.TUPLE)
+    stream.memoize(f"array state {index}")
+    stream.put(Op.BUILD)
+
+
+def _put_dtype(stream: _Stream, index: int, dtype: np.dtype) -> None:
+    _put_global(stream, "numpy", "dtype")
+    if dtype == BFLOAT16:
+        _put_global(stream, "ml_dtypes", "bfloat16")
+        size_alignment_flags = (2, 2, 0x40)
+    else:
+        stream.text("i1" if dtype == INT8 else "f4")
+        size_alignment_flags = (-1, -1, 0)
+    stream.put(Op.NEWFALSE)
+    stream.put(Op.NEWTRUE)
+    _put_tuple(stream, f"dtype arguments {index}", 3)
+    stream.put(Op.REDUCE)
+    stream.memoize(f"dtype {index}")
+    stream.put(Op.MARK)
+    stream.integer(3)
+    stream.text("|" if dtype.itemsize == 1 else "<")
+    for _ in ("subdtype", "names", "fields"):
+        stream.put(Op.NONE)
+    for value in size_alignment_flags:
+        stream.integer(value)
+    stream.put(Op.TUPLE)
+    stream.memoize(f"dtype state {index}")
+    stream.put(Op.BUILD)
+
+
+def _put_global(stream: _Stream, module: str, name: str) -> None:
+    label = f"global {module} {name}"
+    if not stream.recall(label):
+        stream.text(module)
+        stream.text(name)
+        stream.put(Op.STACK_GLOBAL)
+        stream.memoize(label)
+
+
+def _put_tuple(stream: _Stream, label: str, num_items: int) -> None:
+    stream.put((Op.TUPLE1, Op.TUPLE2, Op.TUPLE3)[num_items - 1])
+    stream.memoize(label)
+
+
+# To disk.
+
+
+def _write(path: Path, pieces: Sequence[_Piece], arrays: Sequence[np.ndarray] | None) -> int:
+    """Without arrays, holes stay holes."""
+    # A hidden name: what a dying writer leaves behind is no tensor file.
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            for piece in pieces:
+                _write_piece(file, piece, arrays)
+            num_bytes = file.tell()
+        # mkstemp makes private files; a checkpoint is for whoever may read the directory.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return num_bytes
+
+
+def _write_piece(file: BinaryIO, piece: _Piece, arrays: Sequence[np.ndarray] | None) -> None:
+    if isinstance(piece, bytes):
+        file.write(piece)
+    elif arrays is None:
+        file.seek(piece.num_bytes, os.SEEK_CUR)
+    else:
+        # Copies only an array that is not in C order already.
+        flat = np.ascontiguousarray(arrays[piece.array_index]).reshape(-1)
+        file.write(flat.view(np.uint8).data)
