@@ -1,7 +1,7 @@
 """What a model of Grok-1's shape is made of: the numbers, checked once, never changed.
 
-The fields are those of the reference's configuration (xai-org/grok-1, run.py); a model directory may
-bring its own in `config.json`, and without one Grok-1's constants hold.
+The fields are those of the reference's configuration (xai-org/grok-1, run.py); a model directory
+may bring its own in `config.json`, and without one Grok-1's constants hold.
 """
 
 import json

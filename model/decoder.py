@@ -1,0 +1,210 @@
+"""Grok-1's forward pass, cut where the cluster cuts it.
+
+A step of one process, and of any number of them, is this composition:
+
+    hidden = embed(tokens)
+    for each layer:
+        hidden, expert_input, expert_ids, gate_weights, cache = attention_half(hidden, cache)
+        outputs = expert_half(expert_input, expert_ids)         # wherever those experts live
+        hidden = combine(hidden, outputs, gate_weights)
+    logits = unembed(hidden)
+
+`step` is the same composition as one compiled program. Source of every formula: xai-org/grok-1,
+model.py. The numerics sit behind `Ops`; the placement on a local mesh behind `MeshAxes`.
+
+Dtypes: what enters a matrix product, the KV cache, or a message to another process is of the
+activation dtype (float32 or bfloat16); sums, norms, soft-max and the residual stream are float32.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig
+from model.kv_cache import (
+    KVCache,
+    LayerCache,
+    StepBatch,
+    mark_visible,
+    token_places,
+    write_tokens,
+)
+from model.ops import Ops, PureOps
+from model.params import AttentionParams, EndParams, ExpertParams, ModelParams, QuantizedMatrix
+
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshAxes:
+    """The mesh axes over which partial results must be summed; None where nothing is split."""
+
+    heads: str | None = None
+    ffn: str | None = None
+    experts: str | None = None
+
+
+class AttentionResult(NamedTuple):
+    """What leaves the attention half: the residual stream, and what the experts need."""
+
+    hidden_TD: Array
+    expert_input_TD: Array
+    expert_ids_TA: Array
+    gate_weights_TA: Array
+    cache: LayerCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The pure functions of a model; hashable, so that it can be a static argument of a jit."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    ops: Ops = field(default_factory=PureOps)
+    axes: MeshAxes = field(default_factory=MeshAxes)
+
+    def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Embedding rows times the multiplier: the residual stream's beginning, float32."""
+        return ends.embedding_VD[token_ids_T] * self.config.embedding_multiplier_scale
+
+    def attention_half(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        cache: LayerCache,
+        visible_NP: Array,
+    ) -> AttentionResult:
+        """Attention with its two norms, the residual add, then the experts' norm and the gate."""
+        attention_input_TD = self.ops.rms_norm(hidden_TD, params.attention_norm_D)
+        attended_TD, cache = self.attend(
+            params, attention_input_TD.astype(self.dtype), batch, cache, visible_NP
+        )
+        hidden_TD += self.ops.rms_norm(attended_TD, params.attention_post_norm_D)
+        # The gate sees the input before rounding: near ties then flip less often in bfloat16.
+        gate_input_TD = self.ops.rms_norm(hidden_TD, params.expert_norm_D)
+        expert_ids_TA, gate_weights_TA = self.ops.gate(
+            gate_input_TD, params.gate_DE, self.config.num_selected_experts
+        )
+        expert_input_TD = gate_input_TD.astype(self.dtype)
+        return AttentionResult(hidden_TD, expert_input_TD, expert_ids_TA, gate_weights_TA, cache)
+
+    def attend(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        cache: LayerCache,
+        visible_NP: Array,
+    ) -> tuple[Float[Array, "T D"], LayerCache]:
+        """Projections, RoPE, the write of keys and values, attention, output projection."""
+
+        def project(matrix: QuantizedMatrix) -> Array:
+            rows = self.ops.linear(hidden_TD, matrix)
+            return rows.reshape(rows.shape[0], -1, self.config.key_size)
+
+        query_THK = rope(project(params.query), batch.positions_T).astype(self.dtype)
+        keys_TRK = rope(project(params.key), batch.positions_T).astype(self.dtype)
+        values_TRK = project(params.value).astype(self.dtype)
+        places_T = token_places(batch, *visible_NP.shape)
+        cache = write_tokens(cache, places_T, keys_TRK, values_TRK)
+        mixed_THK = self.ops.attention(
+            query_THK,
+            cache.keys_NPRK,
+            cache.values_NPRK,
+            visible_NP,
+            batch.block_tables_BM[batch.slots_T],
+            batch.positions_T,
+            self.config.attn_output_multiplier,
+        )
+        mixed_TK = mixed_THK.reshape(mixed_THK.shape[0], -1).astype(self.dtype)
+        attended_TD = self._sum(self.ops.linear(mixed_TK, params.out), self.axes.heads)
+        return attended_TD, cache
+
+    def expert_half(
+        self,
+        params: ExpertParams,
+        expert_input_TD: Float[Array, "T D"],
+        expert_ids_TA: Int[Array, "T A"],
+    ) -> Float[Array, "T A D"]:
+        """Each token's chosen experts, unweighted, in the activation dtype.
+
+        Ids outside the stack held here yield zeros.
+        """
+        if self.axes.experts:
+            expert_ids_TA = expert_ids_TA - lax.axis_index(self.axes.experts) * params.num_experts
+        outputs_TAD = self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params)
+        outputs_TAD = self._sum(outputs_TAD, self.axes.ffn, self.axes.experts)
+        return outputs_TAD.astype(self.dtype)
+
+    def combine(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        outputs_TAD: Float[Array, "T A D"],
+        gate_weights_TA: Float[Array, "T A"],
+    ) -> Float[Array, "T D"]:
+        """Adds the weighted experts, normed, to the residual stream."""
+        mixed_TD = weigh(outputs_TAD, gate_weights_TA)
+        return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
+
+    def unembed(self, ends: EndParams, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Final norm and tied-embedding logits, float32. No final cap."""
+        hidden_TD = self.ops.rms_norm(hidden_TD, ends.final_norm_D)
+        logits_TV = self.ops.logits(hidden_TD.astype(self.dtype), ends.embedding_VD)
+        return logits_TV * self.config.output_multiplier_scale
+
+    def step(
+        self, params: ModelParams, batch: StepBatch, cache: KVCache
+    ) -> tuple[Float[Array, "W V"], KVCache]:
+        """The whole model over one batch: logits of the wanted rows, and the cache written."""
+        visible_NP = mark_visible(cache.visible_NP, batch, self.config.pad_token)
+        hidden_TD = self.embed(params.ends, batch.token_ids_T)
+        layer_caches = []
+        for attention, experts, layer_cache in zip(
+            params.attention_L, params.experts_L, cache.layers_L, strict=True
+        ):
+            result = self.attention_half(attention, hidden_TD, batch, layer_cache, visible_NP)
+            outputs_TAD = self.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
+            hidden_TD = self.combine(
+                attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA
+            )
+            layer_caches.append(result.cache)
+        logits_WV = self.unembed(params.ends, hidden_TD[batch.logits_rows_B])
+        return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
+
+    def _sum(self, partial: Array, *axis_names: str | None) -> Array:
+        """Adds the shards' float32 partial results where the mesh splits a reduction."""
+        names = tuple(dict.fromkeys(name for name in axis_names if name))
+        return lax.psum(partial, names) if names else partial
+
+
+def weigh(
+    outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+) -> Float[Array, "T D"]:
+    """Float32 sum over the chosen experts, in the order of the gate's ranking, never of arrival."""
+    products_TAD = outputs_TAD.astype(jnp.float32) * gate_weights_TA[:, :, None]
+    mixed_TD = products_TAD[:, 0]
+    for rank in range(1, products_TAD.shape[1]):
+        mixed_TD = mixed_TD + products_TAD[:, rank]
+    return mixed_TD
+
+
+def rope(heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]) -> Float[Array, "T H K"]:
+    """Rotary embedding, halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    half = heads_THK.shape[-1] // 2
+    frequencies_K = (ROPE_BASE ** (-np.arange(half) / half)).astype(np.float32)
+    angles_TK = positions_T.astype(jnp.float32)[:, None] * frequencies_K[None, :]
+    cos, sin = jnp.cos(angles_TK)[:, None, :], jnp.sin(angles_TK)[:, None, :]
+    low, high = heads_THK[..., :half], heads_THK[..., half:]
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def jit_step(decoder: Decoder):
+    """`decoder.step` compiled, the cache updated in place."""
+    return jax.jit(decoder.step, donate_argnames=("cache",))

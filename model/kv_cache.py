@@ -1,0 +1,84 @@
+"""The arrays that hold keys and values, in blocks. Which block belongs to whom: `block_pool`."""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from model.config import ModelConfig
+
+
+@struct.dataclass
+class StepBatch:
+    """The tokens of one step: of any sequences, prefill and decode mixed, padded to a bucket.
+
+    `slots_T` names the row of `block_tables_BM` a token's sequence occupies; its position p lies in
+    block `block_tables_BM[slot, p // P]` at offset `p % P`. Padding tokens stand at position -1.
+    `logits_rows_B` picks the tokens whose logits are wanted.
+    """
+
+    token_ids_T: Int[Array, " T"]
+    positions_T: Int[Array, " T"]
+    slots_T: Int[Array, " T"]
+    block_tables_BM: Int[Array, "B M"]
+    logits_rows_B: Int[Array, " W"]
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys (after RoPE) and values of one layer."""
+
+    keys_NPRK: Float[Array, "N P R K"]
+    values_NPRK: Float[Array, "N P R K"]
+
+
+@struct.dataclass
+class KVCache:
+    """All layers of a shard. A position holding the pad token is never visible as a key."""
+
+    layers_L: tuple[LayerCache, ...]
+    visible_NP: Bool[Array, "N P"]
+
+
+def make_kv_cache(
+    config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, dtype: jnp.dtype
+) -> KVCache:
+    """An empty cache of `num_blocks` blocks of `block_size` positions for each layer."""
+    shape = (num_blocks, block_size, config.num_kv_heads, config.key_size)
+    layers = tuple(
+        LayerCache(keys_NPRK=jnp.zeros(shape, dtype), values_NPRK=jnp.zeros(shape, dtype))
+        for _ in range(num_layers)
+    )
+    return KVCache(layers_L=layers, visible_NP=jnp.zeros((num_blocks, block_size), jnp.bool))
+
+
+def token_places(batch: StepBatch, num_blocks: int, block_size: int) -> Int[Array, " T"]:
+    """Flat place of each token in the cache; out of range for padding, so that writes drop it."""
+    blocks_T = batch.block_tables_BM[batch.slots_T, batch.positions_T // block_size]
+    places_T = blocks_T * block_size + batch.positions_T % block_size
+    return jnp.where(batch.positions_T >= 0, places_T, num_blocks * block_size)
+
+
+def write_tokens(
+    cache: LayerCache,
+    places_T: Int[Array, " T"],
+    keys_TRK: Float[Array, "T R K"],
+    values_TRK: Float[Array, "T R K"],
+) -> LayerCache:
+    """The cache with the step's keys and values written."""
+
+    def write(blocks_NPRK: Array, rows_TRK: Array) -> Array:
+        flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
+        return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
+
+    return LayerCache(
+        keys_NPRK=write(cache.keys_NPRK, keys_TRK), values_NPRK=write(cache.values_NPRK, values_TRK)
+    )
+
+
+def mark_visible(
+    visible_NP: Bool[Array, "N P"], batch: StepBatch, pad_token: int
+) -> Bool[Array, "N P"]:
+    """Records which of the step's positions later queries may see: all but pad tokens."""
+    places_T = token_places(batch, *visible_NP.shape)
+    seen_T = batch.token_ids_T != pad_token
+    return visible_NP.reshape(-1).at[places_T].set(seen_T, mode="drop").reshape(visible_NP.shape)

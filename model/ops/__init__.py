@@ -1,0 +1,12 @@
+"""The few functions a layer is made of. `decoder` composes them and knows nothing of how they sum.
+
+    Ops        the interface (interface.py)
+    PureOps    XLA only, in fixed tiles (pure.py)
+
+Every implementation keeps one contract: a row's result has the same bits whatever rows stand beside
+it, however many, and wherever in the batch it stands. Reductions therefore never take their shape
+from the batch.
+"""
+
+from model.ops.interface import Ops as Ops
+from model.ops.pure import PureOps as PureOps

@@ -1,0 +1,68 @@
+"""What an implementation of the numerical kernels must offer."""
+
+from typing import Protocol
+
+from jaxtyping import Array, Bool, Float, Int
+
+from model.params import ExpertParams, QuantizedMatrix
+
+
+class Ops(Protocol):
+    """Kernels over rows. T is any number of rows; float inputs are float32 or bfloat16.
+
+    Implementations are hashable and stateless, so that they can be static arguments of a jit.
+    """
+
+    def rms_norm(
+        self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
+    ) -> Float[Array, "T D"]:
+        """x * rsqrt(mean(x^2) + 1e-5) * scale, in float32."""
+        ...
+
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
+        """rows @ W with W = weight * scales, summed in float32 and returned in float32."""
+        ...
+
+    def gate(
+        self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
+    ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
+        """Softmax over all experts in float32, then the best A, not renormalised.
+
+        Ties go to the lower expert id. Columns stand in the order of the gate's ranking.
+        """
+        ...
+
+    def expert_ffn(
+        self,
+        hidden_TD: Float[Array, "T D"],
+        expert_ids_TA: Int[Array, "T A"],
+        experts: ExpertParams,
+    ) -> Float[Array, "T A D"]:
+        """down(gelu(x @ gate) * (x @ up)) of each token's chosen experts, unweighted, in float32.
+
+        Ids index the stack of `experts`; an id outside it belongs to another shard and yields 0.
+        Only chosen experts are read.
+        """
+        ...
+
+    def attention(
+        self,
+        query_THK: Float[Array, "T H K"],
+        keys_NPRK: Float[Array, "N P R K"],
+        values_NPRK: Float[Array, "N P R K"],
+        visible_NP: Bool[Array, "N P"],
+        block_tables_TM: Int[Array, "T M"],
+        positions_T: Int[Array, " T"],
+        logit_scale: float,
+    ) -> Float[Array, "T H K"]:
+        """Each row over the visible keys at positions <= its own; 30 * tanh(logit / 30) caps.
+
+        A row at position -1 is padding. A row that sees no key gets zeros.
+        """
+        ...
+
+    def logits(
+        self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
+    ) -> Float[Array, "T V"]:
+        """hidden @ embedding^T (cast to the input's dtype), summed and returned in float32."""
+        ...

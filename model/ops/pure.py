@@ -1,0 +1,235 @@
+"""The kernels in plain JAX: correct everywhere, fast nowhere, the same bits in every batch.
+
+XLA picks the order of a reduction from its shape, so a row summed in a batch of 3 differs in the
+last bit from the same row in a batch of 4. Every reduction here therefore runs over tiles of exactly
+`TILE` rows, the last one padded, and attention folds keys in chunks of `CHUNK` positions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from model.params import ExpertParams, QuantizedMatrix
+
+TILE = 8
+CHUNK = 64
+RMS_EPSILON = 1e-5
+LOGIT_CAP = 30.0
+# Finite, as in the reference: the difference of two masked logits must not be NaN.
+MASKED = -1e30
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True, slots=True)
+class PureOps:
+    """`Ops` by XLA alone; see `model.ops.interface` for what each method computes."""
+
+    def rms_norm(
+        self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
+    ) -> Float[Array, "T D"]:
+        return _map_tiles(partial(_rms_norm_tile, scale_D=scale_D), hidden_TD)
+
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
+        return _map_tiles(partial(_linear_tile, matrix=matrix), rows_TK)
+
+    def gate(
+        self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
+    ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
+        tile = partial(_gate_tile, gate_DE=gate_DE, num_selected=num_selected)
+        return _map_tiles(tile, hidden_TD)
+
+    def expert_ffn(
+        self,
+        hidden_TD: Float[Array, "T D"],
+        expert_ids_TA: Int[Array, "T A"],
+        experts: ExpertParams,
+    ) -> Float[Array, "T A D"]:
+        return _expert_ffn(hidden_TD, expert_ids_TA, experts)
+
+    def attention(
+        self,
+        query_THK: Float[Array, "T H K"],
+        keys_NPRK: Float[Array, "N P R K"],
+        values_NPRK: Float[Array, "N P R K"],
+        visible_NP: Bool[Array, "N P"],
+        block_tables_TM: Int[Array, "T M"],
+        positions_T: Int[Array, " T"],
+        logit_scale: float,
+    ) -> Float[Array, "T H K"]:
+        cache = _Cache(keys_NPRK, values_NPRK, visible_NP)
+        rows = _Rows(query_THK, block_tables_TM, num_keys_T=positions_T + 1)
+        return _map_tiles(partial(_attention_tile, cache=cache, logit_scale=logit_scale), rows)
+
+    def logits(
+        self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
+    ) -> Float[Array, "T V"]:
+        return _map_tiles(partial(_logits_tile, embedding_VD=embedding_VD), hidden_TD)
+
+
+class _Cache(NamedTuple):
+    """One layer's KV blocks."""
+
+    keys_NPRK: Array
+    values_NPRK: Array
+    visible_NP: Array
+
+
+class _Rows(NamedTuple):
+    """Attention rows; `num_keys_T` is 0 for padding, which therefore sees nothing."""
+
+    query_THK: Array
+    block_tables_TM: Array
+    num_keys_T: Array
+
+
+def _map_tiles(tile: Callable[[Tree], Tree], rows: Tree) -> Tree:
+    """Applies `tile` to runs of TILE rows of every leaf, the last run padded with zeros."""
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    num_tiles = -(-num_rows // TILE)
+
+    def cut(leaf: Array) -> Array:
+        padding = [(0, num_tiles * TILE - num_rows)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, padding).reshape(num_tiles, TILE, *leaf.shape[1:])
+
+    def join(leaf: Array) -> Array:
+        return leaf.reshape(num_tiles * TILE, *leaf.shape[2:])[:num_rows]
+
+    return jax.tree.map(join, lax.map(tile, jax.tree.map(cut, rows)))
+
+
+def _rms_norm_tile(hidden_TD: Array, scale_D: Array) -> Array:
+    hidden32_TD = hidden_TD.astype(jnp.float32)
+    mean_square_T1 = jnp.mean(jnp.square(hidden32_TD), axis=-1, keepdims=True)
+    normed_TD = hidden32_TD * lax.rsqrt(mean_square_T1 + RMS_EPSILON)
+    return normed_TD * scale_D[None, :]
+
+
+def _linear_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
+    """Sums each scale row's inputs, scales the sums, then adds them: exact dequantisation.
+
+    An int8 weight is exact in float32 and in bfloat16, so no rounding happens before the sum.
+    """
+    num_in, num_out = matrix.weight.shape
+    num_groups = matrix.num_scale_rows
+    weight_GKN = matrix.weight.astype(rows_TK.dtype).reshape(num_groups, -1, num_out)
+    rows_TGK = rows_TK.reshape(TILE, num_groups, num_in // num_groups)
+    parts_GTN = _dot("tgk,gkn->gtn", rows_TGK, weight_GKN)
+    return jnp.sum(parts_GTN * matrix.scales.astype(jnp.float32)[:, None, :], axis=0)
+
+
+def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Array, Array]:
+    logits_TE = _dot("td,de->te", hidden_TD.astype(jnp.float32), gate_DE)
+    gate_weights_TA, expert_ids_TA = lax.top_k(jax.nn.softmax(logits_TE, axis=-1), num_selected)
+    return expert_ids_TA, gate_weights_TA
+
+
+def _logits_tile(hidden_TD: Array, embedding_VD: Array) -> Array:
+    return _dot("td,vd->tv", hidden_TD, embedding_VD.astype(hidden_TD.dtype))
+
+
+def _dot(subscripts: str, left: Array, right: Array) -> Array:
+    """Sums in float32; HIGHEST keeps accelerators from cutting float32 operands to TF32."""
+    return jnp.einsum(
+        subscripts,
+        left,
+        right,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _expert_ffn(hidden_TD: Array, expert_ids_TA: Array, experts: ExpertParams) -> Array:
+    """Sorts assignments by expert and runs each chosen expert over its group, tile by tile."""
+    num_tokens, num_selected = expert_ids_TA.shape
+    num_experts, width = experts.num_experts, hidden_TD.shape[1]
+    num_assignments = num_tokens * num_selected
+
+    flat_ids = expert_ids_TA.reshape(-1)
+    held = (flat_ids >= 0) & (flat_ids < num_experts)
+    flat_ids = jnp.where(held, flat_ids, num_experts)
+    sort_order = jnp.argsort(flat_ids, stable=True)
+    group_sizes_E = jnp.bincount(flat_ids, length=num_experts + 1)[:num_experts]
+    group_ends_E = jnp.cumsum(group_sizes_E)
+
+    def run_tile(expert: ExpertParams, start: Array, end: Array, out: Array) -> Array:
+        places = start + jnp.arange(TILE)
+        assignments = sort_order[jnp.minimum(places, num_assignments - 1)]
+        outputs_TD = _expert_tile(hidden_TD[assignments // num_selected], expert)
+        return out.at[jnp.where(places < end, assignments, num_assignments)].set(
+            outputs_TD, mode="drop"
+        )
+
+    def run_expert(expert_id: Array, out: Array) -> Array:
+        expert = jax.tree.map(lambda stack: stack[expert_id], experts)
+        size, end = group_sizes_E[expert_id], group_ends_E[expert_id]
+        return lax.fori_loop(
+            0,
+            (size + TILE - 1) // TILE,
+            lambda i, out: run_tile(expert, end - size + i * TILE, end, out),
+            out,
+        )
+
+    def run_if_chosen(expert_id: Array, out: Array) -> Array:
+        # The branch, not only the loop's count: it keeps the weights of idle experts unread.
+        chosen = group_sizes_E[expert_id] > 0
+        return lax.cond(chosen, run_expert, lambda _, out: out, expert_id, out)
+
+    out = jnp.zeros((num_assignments, width), jnp.float32)
+    out = lax.fori_loop(0, num_experts, run_if_chosen, out)
+    return out.reshape(num_tokens, num_selected, width)
+
+
+def _expert_tile(hidden_TD: Array, expert: ExpertParams) -> Array:
+    gate_TF = _linear_tile(hidden_TD, expert.gate_proj)
+    up_TF = _linear_tile(hidden_TD, expert.up_proj)
+    return _linear_tile(jax.nn.gelu(gate_TF, approximate=True) * up_TF, expert.down_proj)
+
+
+def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
+    """Folds the keys chunk by chunk (online softmax), up to the longest row of the tile.
+
+    A chunk that lies wholly beyond a row changes nothing of it, not even a bit: its maximum stays,
+    the correction factor is exp(0) = 1, and it adds 0. So tile mates do not matter.
+    """
+    num_kv_heads, key_size = cache.keys_NPRK.shape[2:]
+    block_size = cache.keys_NPRK.shape[1]
+    blocks_per_chunk = max(1, CHUNK // block_size)
+    chunk = blocks_per_chunk * block_size
+    query_TRGK = rows.query_THK.reshape(TILE, num_kv_heads, -1, key_size)
+    tables_TM = jnp.pad(
+        rows.block_tables_TM, ((0, 0), (0, -rows.block_tables_TM.shape[1] % blocks_per_chunk))
+    )
+
+    def fold(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, acc = state
+        blocks = lax.dynamic_slice_in_dim(tables_TM, i * blocks_per_chunk, blocks_per_chunk, 1)
+        positions_S = i * chunk + jnp.arange(chunk)
+        seen_TS = positions_S[None, :] < rows.num_keys_T[:, None]
+        seen_TS &= cache.visible_NP[blocks].reshape(TILE, chunk)
+        seen = seen_TS[:, None, None, :]
+        keys_TSRK = cache.keys_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
+        values_TSRK = cache.values_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
+
+        scores = _dot("trgk,tsrk->trgs", query_TRGK, keys_TSRK) * logit_scale
+        scores = jnp.where(seen, LOGIT_CAP * jnp.tanh(scores / LOGIT_CAP), MASKED)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
+        correction = jnp.exp(top - new_top)
+        total = total * correction + jnp.sum(weights, axis=-1, keepdims=True)
+        mixed = _dot("trgs,tsrk->trgk", weights.astype(values_TSRK.dtype), values_TSRK)
+        return new_top, total, acc * correction + mixed
+
+    state_shape = (*query_TRGK.shape[:3], 1)
+    top, total = jnp.full(state_shape, MASKED, jnp.float32), jnp.zeros(state_shape, jnp.float32)
+    num_chunks = (jnp.max(rows.num_keys_T) + chunk - 1) // chunk
+    acc = jnp.zeros(query_TRGK.shape, jnp.float32)
+    top, total, acc = lax.fori_loop(0, num_chunks, fold, (top, total, acc))
+    out = jnp.where(total > 0, acc / jnp.where(total > 0, total, 1.0), 0.0)
+    return out.reshape(rows.query_THK.shape)
