@@ -1,0 +1,74 @@
+"""Text of a sequence while it grows, one token at a time, never half a character.
+
+With `whole = tokenizer.decode(prompt + completion)`, what `push` and `flush` return joins to the
+end of `whole`, from the character on which the completion begins. Two cases are worth spelling out:
+
+- The prompt ends inside a character (its last byte pieces are a valid but unfinished beginning of
+  one). That character belongs to the completion, which finishes it, or fails to and gets the
+  U+FFFD. So `decode(prompt)` is longer than the prompt's part of `whole` by those U+FFFD; in every
+  other case `whole == decode(prompt) + completion text`.
+- SentencePiece drops the first "▁" of the whole text, not of the completion: a completion starts
+  with the space that its first piece carries, unless nothing visible stands before it.
+
+The state is a function of the tokens alone: a new detokenizer whose prompt is the old prompt plus
+the tokens pushed so far goes on exactly like the old one. To echo a prompt, push it instead.
+"""
+
+import codecs
+from collections.abc import Iterable
+
+from model.tokenizer import Tokenizer
+
+
+class IncrementalDetokenizer:
+    """Constant work and memory per token: holds at most three bytes of an unfinished character."""
+
+    __slots__ = ("_is_first", "_tokenizer", "_unfinished")
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._unfinished = b""
+        self._is_first = True
+        for token_id in prompt_ids:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text which it completes, possibly none.
+
+        Raises:
+            InvalidRequestError: the id is outside the vocabulary; the state is as before.
+        """
+        byte = self._tokenizer.byte_of(token_id)
+        if byte is not None:
+            text = self._push_byte(byte)
+            self._is_first = self._is_first and not text
+            return text
+        # Any other piece, even an invisible one, ends the run of bytes.
+        broken = self.flush()
+        text = self._tokenizer.text_of(token_id, is_first=self._is_first)
+        # Not `text`: a lone "▁" at the start shows nothing, but it was the one space to drop.
+        self._is_first = self._is_first and not self._tokenizer.text_of(token_id)
+        return broken + text
+
+    def flush(self) -> str:
+        """Gives up the unfinished character: one U+FFFD for each of its bytes. Ends the text."""
+        text = "\ufffd" * len(self._unfinished)
+        self._unfinished = b""
+        self._is_first = self._is_first and not text
+        return text
+
+    def _push_byte(self, byte: int) -> str:
+        text = ""
+        rest = self._unfinished + bytes([byte])
+        num_used = 1
+        while rest and num_used:
+            try:
+                # final=False: a valid but unfinished beginning decodes to nothing.
+                complete, num_used = codecs.utf_8_decode(rest, "strict", False)
+            except UnicodeDecodeError:
+                # Byte by byte, as SentencePiece does; Python's "replace" would merge several.
+                complete, num_used = "\ufffd", 1
+            text += complete
+            rest = rest[num_used:]
+        self._unfinished = rest
+        return text

@@ -1,0 +1,131 @@
+"""SentencePiece as the reference uses it, with the world's faults turned into our errors.
+
+`encode` adds neither BOS nor EOS. Everything that is known of how SentencePiece turns pieces back
+into text stands here, so that `detokenizer.py` can do piece by piece what `decode` does at once:
+
+- a control piece is invisible; the unknown piece has a surface of its own;
+- "▁" reads as a space, but the first one of a whole text was added by `encode` and is taken away;
+- a run of byte pieces is UTF-8, and each byte that fits no character reads as U+FFFD.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from model.errors import InvalidRequestError, TokenizerError
+
+TOKENIZER_FILE = "tokenizer.model"
+_SPACE_MARK = "▁"
+
+
+class Tokenizer:
+    """Text to token ids and back. Immutable after construction, so it may be shared by threads."""
+
+    __slots__ = ("_processor", "_strips_first_space")
+
+    def __init__(self, processor: SentencePieceProcessor) -> None:
+        self._processor = processor
+        self._strips_first_space = _probe_first_space(processor)
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int | None) -> "Tokenizer":
+        """Reads a SentencePiece model; `vocab_size` is that of the model it has to fit.
+
+        Raises:
+            TokenizerError: the file is missing, unreadable, no SentencePiece model, or its number
+                of pieces is not `vocab_size`.
+        """
+        processor = SentencePieceProcessor()
+        try:
+            serialized = path.read_bytes()
+            processor.LoadFromSerializedProto(serialized)
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{path}: no readable SentencePiece model: {error}") from error
+        num_pieces = processor.vocab_size()
+        if vocab_size is not None and num_pieces != vocab_size:
+            raise TokenizerError(
+                f"{path}: {num_pieces} pieces, but the model's vocab_size is {vocab_size}"
+            )
+        return cls(processor)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, without BOS and EOS.
+
+        Raises:
+            InvalidRequestError: the text holds a lone surrogate, which UTF-8 cannot express.
+        """
+        try:
+            utf8 = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            where = f"{text[error.start]!a} at index {error.start}"
+            raise InvalidRequestError("text", where, "Unicode without lone surrogates") from error
+        return self._processor.encode(utf8, out_type=int)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a whole sequence: loses the first "▁", and U+FFFD stands for broken bytes.
+
+        Raises:
+            InvalidRequestError: an id is negative or not below `vocab_size`.
+        """
+        for token_id in token_ids:
+            self._check(token_id)
+        return self._processor.decode(list(token_ids)) if token_ids else ""
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that a byte piece stands for; None for any other piece.
+
+        Raises:
+            InvalidRequestError: the id is negative or not below `vocab_size`.
+        """
+        self._check(token_id)
+        if not self._processor.is_byte(token_id):
+            return None
+        return int(self._processor.id_to_piece(token_id)[3:5], base=16)  # "<0xE4>"
+
+    def text_of(self, token_id: int, *, is_first: bool = False) -> str:
+        """What a piece other than a byte adds to a text; `is_first` if nothing stands before it.
+
+        Raises:
+            InvalidRequestError: the id is negative or not below `vocab_size`.
+        """
+        self._check(token_id)
+        if self._processor.is_control(token_id):
+            return ""
+        if self._processor.is_unknown(token_id):
+            return self._processor.decode([token_id])
+        piece = self._processor.id_to_piece(token_id)
+        if is_first and self._strips_first_space:
+            piece = piece.removeprefix(_SPACE_MARK)
+        return piece.replace(_SPACE_MARK, " ")
+
+    def _check(self, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidRequestError("token id", token_id, f"in 0..{self.vocab_size - 1}")
+
+
+def _probe_first_space(processor: SentencePieceProcessor) -> bool:
+    """Whether decoding takes away the first "▁": the library does not tell, so we try.
+
+    Raises:
+        TokenizerError: it takes away all of them (remove_extra_whitespaces), so that text would
+            not survive a round trip.
+    """
+    mark_id = processor.piece_to_id(_SPACE_MARK)
+    if processor.is_unknown(mark_id):
+        return _probe_longer_piece(processor)
+    num_kept = len(processor.decode([mark_id, mark_id]))
+    if num_kept == 0:
+        raise TokenizerError("a tokenizer that removes extra whitespace is not supported")
+    return num_kept == 1
+
+
+def _probe_longer_piece(processor: SentencePieceProcessor) -> bool:
+    for token_id in range(processor.vocab_size()):
+        if processor.id_to_piece(token_id).startswith(_SPACE_MARK):
+            return not processor.decode([token_id]).startswith(" ")
+    return False
