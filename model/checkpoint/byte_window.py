@@ -24,6 +24,9 @@ class ByteWindow:
         self._frame_end = 0
         self._window = b""
         self._window_start = 0
+        if hasattr(os, "posix_fadvise"):
+            # Else the kernel reads ahead, hundreds of times what is asked for.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def corrupt(self, reason: str) -> CorruptTensorError:
         """The error to raise for what lies just before the current position."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
+import numpy as np
+
 from model.checkpoint.records import (
     BFLOAT16,
     FLOAT32,
@@ -156,7 +158,7 @@ def _quantized_fits(spec: TensorSpec, weight: ArrayRecord, scales: ArrayRecord) 
     return scales.dtype == BFLOAT16 and scales_fit(spec.shape, scales.shape)
 
 
-def _is_array(record: ArrayRecord, dtype: object, shape: tuple[int, ...]) -> bool:
+def _is_array(record: ArrayRecord, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
     return record.dtype == dtype and record.shape == shape
 
 

@@ -5,6 +5,8 @@ from enum import IntEnum
 PROTOCOL = 4
 # CPython's pickler closes a frame that has reached this size, and keeps payloads of it outside.
 FRAME_TARGET_BYTES = 64 * 1024
+# What is shorter goes without the header of a frame.
+FRAME_MIN_BYTES = 4
 
 
 class Op(IntEnum):

@@ -32,7 +32,10 @@ class RoleSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerMemory:
-    """Weights of one worker that holds all attention layers and a share of the experts."""
+    """Weights of one worker that holds all attention layers and a share of the experts.
+
+    Attention bytes include the norms and the gate, embedding bytes the final norm.
+    """
 
     worker_index: int
     num_experts_per_layer: int
@@ -181,22 +184,30 @@ def _format_roles(summary: CheckpointSummary) -> list[str]:
 
 
 def _format_workers(summary: CheckpointSummary) -> list[str]:
-    columns = ("experts", "attention", "embedding", "total", "without emb.")
     lines = [
-        f"memory of weights, {len(summary.workers)} workers: all attention on each, experts spread",
-        f"{'worker':<7} {'experts/layer':>13} " + " ".join(f"{name:>26}" for name in columns),
+        f"weights on each of {len(summary.workers)} workers, with all attention on every one and"
+        " the experts spread"
     ]
-    for worker in summary.workers:
-        sizes = (
-            worker.expert_bytes,
-            worker.attention_bytes,
-            worker.embedding_bytes,
-            worker.total_bytes,
-            worker.bytes_without_embedding,
-        )
-        row = " ".join(f"{_bytes(size):>26}" for size in sizes)
-        lines.append(f"{worker.worker_index:<7} {worker.num_experts_per_layer:>13} {row}")
+    for num_held in sorted({w.num_experts_per_layer for w in summary.workers}, reverse=True):
+        alike = [w for w in summary.workers if w.num_experts_per_layer == num_held]
+        lines += _format_alike(alike, summary.num_experts)
     return lines
+
+
+def _format_alike(workers: Sequence[WorkerMemory], num_experts: int) -> list[str]:
+    """Workers that hold equally many experts follow one another and need equal memory."""
+    one = workers[0]
+    which = f"worker {one.worker_index}"
+    if len(workers) > 1:
+        which = f"workers {one.worker_index} to {workers[-1].worker_index}, each"
+    return [
+        f"{which}: {one.num_experts_per_layer} of {num_experts} experts of every layer",
+        f"  experts            {_bytes(one.expert_bytes)}",
+        f"  attention          {_bytes(one.attention_bytes)}",
+        f"  embedding          {_bytes(one.embedding_bytes)}",
+        f"  all                {_bytes(one.total_bytes)}",
+        f"  without embedding  {_bytes(one.bytes_without_embedding)}",
+    ]
 
 
 def _parameters(count: int) -> str:

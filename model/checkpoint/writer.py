@@ -5,8 +5,8 @@ laid down by hand, and the payload goes from the array's own memory to the file.
 under its name when it is whole.
 """
 
+import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,30 @@ from model.checkpoint.layout import (
     scales_fit,
     tensor_specs,
 )
-from model.checkpoint.opcodes import FRAME_TARGET_BYTES, PROTOCOL, Op
+from model.checkpoint.opcodes import FRAME_MIN_BYTES, FRAME_TARGET_BYTES, PROTOCOL, Op
 from model.checkpoint.records import BFLOAT16, FLOAT32, INT8, describe_array
 from model.config import ModelConfig
-from model.errors import TensorLayoutError
+from model.errors import CheckpointError, TensorLayoutError
 
 # A plain array, or weights with their scales.
 TensorArrays = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 _MAX_WRITTEN_DIMS = 3
+_ENDS_OF_OBJECTS = frozenset(
+    {
+        Op.TUPLE1,
+        Op.TUPLE2,
+        Op.TUPLE3,
+        Op.TUPLE,
+        Op.SETITEMS,
+        Op.STACK_GLOBAL,
+        Op.REDUCE,
+        Op.NEWOBJ,
+        Op.BUILD,
+        Op.MEMOIZE,
+        Op.STOP,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,7 @@ def write_checkpoint(
     Raises:
         TensorLayoutError: `tensor_of` gave another shape or dtype than the spec asks for, or the
             directory holds tensor files that the model does not have.
+        CheckpointError: the directory or a file cannot be written.
     """
     specs = tensor_specs(config)
     _prepare_directory(ckpt_dir, specs)
@@ -108,8 +124,11 @@ def write_sparse_checkpoint(ckpt_dir: Path, config: ModelConfig, *, num_row_bloc
 
 
 def _prepare_directory(ckpt_dir: Path, specs: Sequence[TensorSpec]) -> None:
-    ckpt_dir.mkdir(parents=True, exist_ok=True)
-    found = {name for name in os.listdir(ckpt_dir) if name.startswith(TENSOR_PREFIX)}
+    try:
+        ckpt_dir.mkdir(parents=True, exist_ok=True)
+        found = {name for name in os.listdir(ckpt_dir) if name.startswith(TENSOR_PREFIX)}
+    except OSError as error:
+        raise CheckpointError(ckpt_dir, f"cannot be written: {error.strerror}") from error
     if foreign := found - {spec.file_name for spec in specs}:
         raise TensorLayoutError(
             ckpt_dir / min(foreign), f"superfluous: the model to write has {len(specs)} files"
@@ -160,6 +179,9 @@ class _Stream:
         return self._pieces
 
     def put(self, op: Op, argument: bytes = b"") -> None:
+        # The pickler looks at the size of its frame before each object, not before what ends one.
+        if op not in _ENDS_OF_OBJECTS and self._num_frame_bytes >= FRAME_TARGET_BYTES:
+            self._close_frame()
         self._add(bytes([op]) + argument)
 
     def memoize(self, label: str) -> None:
@@ -175,10 +197,6 @@ class _Stream:
         return True
 
     def text(self, value: str) -> None:
-        # The pickler looks at the frame's size before each object. Only after a payload can a
-        # frame be full, and the object after a payload is a text.
-        if self._num_frame_bytes >= FRAME_TARGET_BYTES:
-            self._close_frame()
         if not self.recall(value):
             raw = value.encode()
             self.put(Op.SHORT_BINUNICODE, bytes([len(raw)]) + raw)
@@ -194,12 +212,12 @@ class _Stream:
 
     def hole(self, hole: _Hole) -> None:
         """A bytes object; a large one lies between frames."""
-        header = _bytes_header(hole.num_bytes)
+        op, length = _bytes_header(hole.num_bytes)
         if hole.num_bytes >= FRAME_TARGET_BYTES:
             self._close_frame()
-            self._pieces += [header, hole]
+            self._pieces += [bytes([op]) + length, hole]
             return
-        self._add(header)
+        self.put(op, length)
         self._frame.append(hole)
         self._num_frame_bytes += hole.num_bytes
 
@@ -208,18 +226,19 @@ class _Stream:
         self._num_frame_bytes += len(data)
 
     def _close_frame(self) -> None:
-        self._pieces.append(bytes([Op.FRAME]) + self._num_frame_bytes.to_bytes(8, "little"))
+        if self._num_frame_bytes >= FRAME_MIN_BYTES:
+            self._pieces.append(bytes([Op.FRAME]) + self._num_frame_bytes.to_bytes(8, "little"))
         self._pieces += self._frame
         self._frame = []
         self._num_frame_bytes = 0
 
 
-def _bytes_header(num_bytes: int) -> bytes:
+def _bytes_header(num_bytes: int) -> tuple[Op, bytes]:
     if num_bytes < 1 << 8:
-        return bytes([Op.SHORT_BINBYTES, num_bytes])
+        return Op.SHORT_BINBYTES, bytes([num_bytes])
     if num_bytes < 1 << 32:
-        return bytes([Op.BINBYTES]) + num_bytes.to_bytes(4, "little")
-    return bytes([Op.BINBYTES8]) + num_bytes.to_bytes(8, "little")
+        return Op.BINBYTES, num_bytes.to_bytes(4, "little")
+    return Op.BINBYTES8, num_bytes.to_bytes(8, "little")
 
 
 def _plain_pieces(form: _Form) -> list[_Piece]:
@@ -317,18 +336,18 @@ def _put_tuple(stream: _Stream, label: str, num_items: int) -> None:
 def _write(path: Path, pieces: Sequence[_Piece], arrays: Sequence[np.ndarray] | None) -> int:
     """Without arrays, holes stay holes."""
     # A hidden name: what a dying writer leaves behind is no tensor file.
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(fd, "wb") as file:
+        with open(temporary, "wb") as file:
             for piece in pieces:
                 _write_piece(file, piece, arrays)
             num_bytes = file.tell()
-        # mkstemp makes private files; a checkpoint is for whoever may read the directory.
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return num_bytes
 
 
