@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
 
 import numpy as np
 from jaxtyping import BFloat16, Float32, Int8
@@ -74,7 +73,7 @@ class Checkpoint:
         self._closed = False
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path) -> "Checkpoint":
         """Opens a model directory, or its ckpt-0 directly. Reads no payload.
 
         Raises:
@@ -93,7 +92,7 @@ class Checkpoint:
         records = tuple(_scan_tensor(ckpt_dir, spec, hint) for spec in specs)
         return cls(ckpt_dir, config, specs, records)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *exception: object) -> None:
