@@ -14,12 +14,14 @@ model.py. The numerics sit behind `Ops`; the placement on a local mesh behind `M
 
 Dtypes: what enters a matrix product, the KV cache, or a message to another process is of the
 activation dtype (float32 or bfloat16); sums, norms, soft-max and the residual stream are float32.
+
+Bits: products that meet a sum stand inside `map_tiles` or behind `Ops`, so that halves and the
+fused step round alike; see `tiles`.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -36,6 +38,7 @@ from model.kv_cache import (
 )
 from model.ops import Ops, PureOps
 from model.params import AttentionParams, EndParams, ExpertParams, ModelParams, QuantizedMatrix
+from model.tiles import map_tiles
 
 ROPE_BASE = 10000.0
 
@@ -70,7 +73,8 @@ class Decoder:
 
     def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Embedding rows times the multiplier: the residual stream's beginning, float32."""
-        return ends.embedding_VD[token_ids_T] * self.config.embedding_multiplier_scale
+        scale = self.config.embedding_multiplier_scale
+        return map_tiles(lambda rows_TD: rows_TD * scale, ends.embedding_VD[token_ids_T])
 
     def attention_half(
         self,
@@ -108,8 +112,8 @@ class Decoder:
             rows = self.ops.linear(hidden_TD, matrix)
             return rows.reshape(rows.shape[0], -1, self.config.key_size)
 
-        query_THK = rope(project(params.query), batch.positions_T).astype(self.dtype)
-        keys_TRK = rope(project(params.key), batch.positions_T).astype(self.dtype)
+        query_THK = map_tiles(rope, project(params.query), batch.positions_T).astype(self.dtype)
+        keys_TRK = map_tiles(rope, project(params.key), batch.positions_T).astype(self.dtype)
         values_TRK = project(params.value).astype(self.dtype)
         places_T = token_places(batch, *visible_NP.shape)
         cache = write_tokens(cache, places_T, keys_TRK, values_TRK)
@@ -150,7 +154,7 @@ class Decoder:
         gate_weights_TA: Float[Array, "T A"],
     ) -> Float[Array, "T D"]:
         """Adds the weighted experts, normed, to the residual stream."""
-        mixed_TD = weigh(outputs_TAD, gate_weights_TA)
+        mixed_TD = map_tiles(weigh, outputs_TAD, gate_weights_TA)
         return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
 
     def unembed(self, ends: EndParams, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
@@ -175,7 +179,7 @@ class Decoder:
                 attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA
             )
             layer_caches.append(result.cache)
-        logits_WV = self.unembed(params.ends, hidden_TD[batch.logits_rows_B])
+        logits_WV = self.unembed(params.ends, hidden_TD[batch.logits_rows_W])
         return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
 
     def _sum(self, partial: Array, *axis_names: str | None) -> Array:
@@ -203,8 +207,3 @@ def rope(heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]) -> Flo
     cos, sin = jnp.cos(angles_TK)[:, None, :], jnp.sin(angles_TK)[:, None, :]
     low, high = heads_THK[..., :half], heads_THK[..., half:]
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
-def jit_step(decoder: Decoder):
-    """`decoder.step` compiled, the cache updated in place."""
-    return jax.jit(decoder.step, donate_argnames=("cache",))

@@ -13,14 +13,14 @@ class StepBatch:
 
     `slots_T` names the row of `block_tables_BM` a token's sequence occupies; its position p lies in
     block `block_tables_BM[slot, p // P]` at offset `p % P`. Padding tokens stand at position -1.
-    `logits_rows_B` picks the tokens whose logits are wanted.
+    `logits_rows_W` picks the tokens whose logits are wanted.
     """
 
     token_ids_T: Int[Array, " T"]
     positions_T: Int[Array, " T"]
     slots_T: Int[Array, " T"]
     block_tables_BM: Int[Array, "B M"]
-    logits_rows_B: Int[Array, " W"]
+    logits_rows_W: Int[Array, " W"]
 
 
 @struct.dataclass

@@ -1,14 +1,13 @@
 """The kernels in plain JAX: correct everywhere, fast nowhere, the same bits in every batch.
 
 XLA picks the order of a reduction from its shape, so a row summed in a batch of 3 differs in the
-last bit from the same row in a batch of 4. Every reduction here therefore runs over tiles of exactly
-`TILE` rows, the last one padded, and attention folds keys in chunks of `CHUNK` positions.
+last bit from the same row in a batch of 4. Every reduction here therefore runs over tiles of
+exactly `TILE` rows, the last one padded, and attention folds keys in chunks of `CHUNK` positions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.params import ExpertParams, QuantizedMatrix
+from model.tiles import TILE, map_tiles
 
-TILE = 8
 CHUNK = 64
 RMS_EPSILON = 1e-5
 LOGIT_CAP = 30.0
 # Finite, as in the reference: the difference of two masked logits must not be NaN.
 MASKED = -1e30
-
-Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +31,16 @@ class PureOps:
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
-        return _map_tiles(partial(_rms_norm_tile, scale_D=scale_D), hidden_TD)
+        return map_tiles(partial(_rms_norm_tile, scale_D=scale_D), hidden_TD)
 
     def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
-        return _map_tiles(partial(_linear_tile, matrix=matrix), rows_TK)
+        return map_tiles(partial(_linear_tile, matrix=matrix), rows_TK)
 
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
     ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
         tile = partial(_gate_tile, gate_DE=gate_DE, num_selected=num_selected)
-        return _map_tiles(tile, hidden_TD)
+        return map_tiles(tile, hidden_TD)
 
     def expert_ffn(
         self,
@@ -65,12 +62,12 @@ class PureOps:
     ) -> Float[Array, "T H K"]:
         cache = _Cache(keys_NPRK, values_NPRK, visible_NP)
         rows = _Rows(query_THK, block_tables_TM, num_keys_T=positions_T + 1)
-        return _map_tiles(partial(_attention_tile, cache=cache, logit_scale=logit_scale), rows)
+        return map_tiles(partial(_attention_tile, cache=cache, logit_scale=logit_scale), rows)
 
     def logits(
         self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
     ) -> Float[Array, "T V"]:
-        return _map_tiles(partial(_logits_tile, embedding_VD=embedding_VD), hidden_TD)
+        return map_tiles(partial(_logits_tile, embedding_VD=embedding_VD), hidden_TD)
 
 
 class _Cache(NamedTuple):
@@ -87,21 +84,6 @@ class _Rows(NamedTuple):
     query_THK: Array
     block_tables_TM: Array
     num_keys_T: Array
-
-
-def _map_tiles(tile: Callable[[Tree], Tree], rows: Tree) -> Tree:
-    """Applies `tile` to runs of TILE rows of every leaf, the last run padded with zeros."""
-    num_rows = jax.tree.leaves(rows)[0].shape[0]
-    num_tiles = -(-num_rows // TILE)
-
-    def cut(leaf: Array) -> Array:
-        padding = [(0, num_tiles * TILE - num_rows)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, padding).reshape(num_tiles, TILE, *leaf.shape[1:])
-
-    def join(leaf: Array) -> Array:
-        return leaf.reshape(num_tiles * TILE, *leaf.shape[2:])[:num_rows]
-
-    return jax.tree.map(join, lax.map(tile, jax.tree.map(cut, rows)))
 
 
 def _rms_norm_tile(hidden_TD: Array, scale_D: Array) -> Array:

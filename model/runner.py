@@ -1,0 +1,192 @@
+"""Runs steps of a whole model in one process: host lists in, logits out, compiled once per bucket.
+
+The only place that turns a ragged set of sequences into padded arrays. Two ways through the same
+layers: `fused` compiles the whole model as one program, `halves` calls each layer's attention half
+and expert half as a cluster of workers would.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.kv_cache import KVCache, StepBatch, make_kv_cache, mark_visible
+from model.params import ModelParams
+from model.sharding import ShardingRules, shard_model
+
+SMALLEST_BUCKET = 8
+
+
+class StepMode(Enum):
+    """One program for the whole model, or one call per layer half."""
+
+    FUSED = "fused"
+    HALVES = "halves"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledTokens:
+    """The tokens of one sequence to compute in a step, and where its keys and values lie.
+
+    Logits are wanted of the last `num_logits` tokens: 0 for a prefill chunk that is not the last.
+    """
+
+    token_ids: Sequence[int]
+    start_position: int
+    block_table: Sequence[int]
+    num_logits: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSize:
+    """How much KV memory a runner owns, and how many sequences a step may hold."""
+
+    num_blocks: int
+    block_size: int = 16
+    max_slots: int = 32
+
+
+Step = Callable[[ModelParams, StepBatch, KVCache], tuple[jax.Array, KVCache]]
+
+
+class ModelRunner:
+    """Owns the parameters, the KV arrays and the compiled step of one process."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: ModelParams,
+        cache: KVCache,
+        step: Step,
+        cache_size: CacheSize,
+    ) -> None:
+        self.config = config
+        self.cache_size = cache_size
+        self._params = params
+        self._cache = cache
+        self._step = step
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Block-table entries of a sequence as long as the context."""
+        return -(-self.config.sequence_len // self.cache_size.block_size)
+
+    def step(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
+        """Computes all scheduled tokens; logits [sum of num_logits, V] float32, in order."""
+        assert 0 < len(scheduled) <= self.cache_size.max_slots
+        batch = self._batch(scheduled)
+        logits_WV, self._cache = self._step(self._params, batch, self._cache)
+        return logits_WV[: sum(entry.num_logits for entry in scheduled)]
+
+    def read_cache(self) -> KVCache:
+        """The KV arrays as they stand, for inspection; the next step invalidates them."""
+        return self._cache
+
+    def _batch(self, scheduled: Sequence[ScheduledTokens]) -> StepBatch:
+        num_tokens = sum(len(entry.token_ids) for entry in scheduled)
+        num_logits = sum(entry.num_logits for entry in scheduled)
+        token_ids_T = np.zeros(bucket(num_tokens), np.int32)
+        positions_T = np.full(len(token_ids_T), -1, np.int32)
+        slots_T = np.zeros(len(token_ids_T), np.int32)
+        tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
+        logits_rows_W = np.zeros(bucket(max(num_logits, 1)), np.int32)
+        first = first_row = 0
+        for slot, entry in enumerate(scheduled):
+            end = first + len(entry.token_ids)
+            end_row = first_row + entry.num_logits
+            token_ids_T[first:end] = entry.token_ids
+            positions_T[first:end] = range(entry.start_position, entry.start_position + end - first)
+            slots_T[first:end] = slot
+            tables_BM[slot, : len(entry.block_table)] = entry.block_table
+            logits_rows_W[first_row:end_row] = range(end - entry.num_logits, end)
+            first, first_row = end, end_row
+        return StepBatch(
+            token_ids_T=jnp.asarray(token_ids_T),
+            positions_T=jnp.asarray(positions_T),
+            slots_T=jnp.asarray(slots_T),
+            block_tables_BM=jnp.asarray(tables_BM),
+            logits_rows_W=jnp.asarray(logits_rows_W),
+        )
+
+
+def bucket(num_rows: int) -> int:
+    """The padded size for `num_rows`: a power of two, so that few programs are compiled."""
+    return max(SMALLEST_BUCKET, 1 << (num_rows - 1).bit_length())
+
+
+def make_runner(
+    decoder: Decoder,
+    params: ModelParams,
+    cache_size: CacheSize,
+    mode: StepMode = StepMode.FUSED,
+) -> ModelRunner:
+    """A runner on the default device."""
+    cache = _empty_cache(decoder, cache_size)
+    step = (
+        jax.jit(decoder.step, donate_argnames=("cache",))
+        if mode is StepMode.FUSED
+        else _HalvesStep(decoder)
+    )
+    return ModelRunner(decoder.config, params, cache, step, cache_size)
+
+
+def make_mesh_runner(
+    decoder: Decoder,
+    host_params: ModelParams,
+    cache_size: CacheSize,
+    mesh: jax.sharding.Mesh,
+    rules: ShardingRules,
+) -> ModelRunner:
+    """A runner over a local mesh; each device receives only its part of `host_params`."""
+    params, cache, step = shard_model(
+        decoder, host_params, _empty_cache(decoder, cache_size), mesh, rules
+    )
+    return ModelRunner(decoder.config, params, cache, step, cache_size)
+
+
+def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:
+    return make_kv_cache(
+        decoder.config,
+        decoder.config.num_layers,
+        cache_size.num_blocks,
+        cache_size.block_size,
+        decoder.dtype,
+    )
+
+
+class _HalvesStep:
+    """The composition of `Decoder.step`, one compiled call per half: what a cluster executes."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._pad_token = decoder.config.pad_token
+        self._embed = jax.jit(decoder.embed)
+        self._attention_half = jax.jit(decoder.attention_half, donate_argnames=("cache",))
+        self._expert_half = jax.jit(decoder.expert_half)
+        self._combine = jax.jit(decoder.combine)
+        self._unembed = jax.jit(decoder.unembed)
+        self._mark_visible = jax.jit(mark_visible, static_argnames=("pad_token",))
+
+    def __call__(
+        self, params: ModelParams, batch: StepBatch, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        visible_NP = self._mark_visible(cache.visible_NP, batch, pad_token=self._pad_token)
+        hidden_TD = self._embed(params.ends, batch.token_ids_T)
+        layer_caches = []
+        for attention, experts, layer_cache in zip(
+            params.attention_L, params.experts_L, cache.layers_L, strict=True
+        ):
+            result = self._attention_half(
+                attention, hidden_TD, batch, cache=layer_cache, visible_NP=visible_NP
+            )
+            outputs_TAD = self._expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
+            hidden_TD = self._combine(
+                attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA
+            )
+            layer_caches.append(result.cache)
+        logits_WV = self._unembed(params.ends, hidden_TD[batch.logits_rows_W])
+        return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
