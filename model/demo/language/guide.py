@@ -1,0 +1,148 @@
+"""Entries of a travel guide to sixteen worlds."""
+
+from collections.abc import Mapping, Sequence
+
+RULES: Mapping[str, Sequence[str]] = {
+    "guide": (
+        "<guide_world> <guide_sky> <guide_city> <guide_table> <guide_advice>",
+        "<guide_world> <guide_city> <guide_table> <guide_advice>",
+        "<guide_world> <guide_sky> <guide_people> <guide_advice>",
+        "<guide_world> <guide_people> <guide_city> <guide_table>",
+        "<guide_title> <guide_sky> <guide_people> <guide_table>",
+        "<guide_title> <guide_city> <guide_people> <guide_advice>",
+    ),
+    "guide_world": (
+        "<world:w> is a <world_manner> <world_kind> <world_place>.",
+        "<world:w> is a <world_kind> <world_place>, <world_fame>.",
+        "Few travellers reach <world:w>, a <world_manner> <world_kind> <world_place>.",
+        "Welcome to <world:w>, the <world_superlative> <world_kind> <world_place>.",
+    ),
+    "guide_title": (
+        "<world:w>, for the <traveller> traveller.",
+        "<world:w> in a <weekday> afternoon.",
+        "How to enjoy <world:w> on <number_word> coins a day.",
+        "<world:w>: what the brochure does not say.",
+    ),
+    "traveller": ("careful", "hungry", "thrifty", "tired", "hopeful", "late"),
+    "world_manner": (
+        "small", "quiet", "cheerful", "damp", "windy", "forgetful", "polite", "sleepy", "crowded",
+        "mostly round",
+    ),
+    "world_superlative": (
+        "quietest", "dampest", "oldest", "friendliest", "loudest", "second best", "least known",
+    ),
+    "world_kind": ("planet", "world", "moon", "planet of islands", "garden world", "market world"),
+    "world_place": (
+        "at the edge of the map",
+        "on the slow road to the core",
+        "behind the Lesser Nebula",
+        "two stops before the end of everything",
+        "near the Old Lighthouse Star",
+        "in the unfashionable part of the sky",
+        "beside a very patient black hole",
+    ),
+    "world_fame": (
+        "known for its <landmark>",
+        "famous for its <landmark> and little else",
+        "loved for its <landmark>",
+        "avoided because of its <landmark>",
+    ),
+    "landmark": (
+        "hanging gardens", "talking clocks", "glass harbour", "singing stairs", "unfinished bridge",
+        "museum of umbrellas", "upside down library", "thousand bakeries", "annual queue",
+    ),
+    "guide_sky": (
+        "It has <!moons w> and a <!sky w> sky.",
+        "The sky is <!sky w>, with room for <!moons w>.",
+        "Under its <!sky w> sky <sky_event>.",
+        "The weather is <weather>, with a <!sky w> sky and <!moons w> at night.",
+    ),
+    "sky_event": (
+        "the evenings last for a week",
+        "even the clouds move politely",
+        "it rains every day at noon",
+        "nobody has ever been in a hurry",
+        "the birds fly home by timetable",
+    ),
+    "weather": ("mild", "undecided", "better than yesterday", "mostly sideways", "by appointment"),
+    "guide_city": (
+        "The capital is <!capital w>, <city_remark>.",
+        "Its capital, <!capital w>, <city_fact>.",
+        "All roads lead to <!capital w>, the capital, <city_remark>.",
+        "Begin in <!capital w>, the capital, <city_remark>.",
+    ),
+    "city_remark": (
+        "a city built around a single kettle",
+        "where every street is a staircase",
+        "which was moved twice to improve the view",
+        "where the trams stop for a good story",
+        "a port without any water",
+        "which closes on <weekday>",
+    ),
+    "city_fact": (
+        "has <number_word> theatres and one chair",
+        "wakes up at <hour> and regrets it",
+        "is best seen from a balloon",
+        "was planned by a poet and it shows",
+        "smells of bread and thunder",
+        "keeps its gates open for stray ships",
+    ),
+    "guide_people": (
+        "The people are <people_manner> and <people_habit>.",
+        "Its people <people_habit>, and visitors are asked to do the same.",
+        "People here are <people_manner>, but never before breakfast.",
+        "Everybody here is <people_manner>; most of them <people_habit>.",
+    ),
+    "people_manner": (
+        "generous", "shy", "proud of their hats", "fond of long words", "curious", "easily amused",
+        "kind to strangers",
+    ),
+    "people_habit": (
+        "greet each other with a riddle",
+        "collect lost buttons",
+        "sing while they count",
+        "paint their doors once a year",
+        "walk backwards on <weekday>",
+        "never finish a letter",
+        "keep small dragons as pets",
+    ),
+    "guide_table": (
+        "Try the <!speciality w> and a glass of <!local_drink w>.",
+        "The <!speciality w> is <food_verdict>, and so is the <!local_drink w>.",
+        "Dinner is always <!speciality w>, served with <!local_drink w>.",
+        "Nobody leaves without tasting the <!speciality w>.",
+        "The local drink is <!local_drink w>; one glass is <food_verdict>.",
+    ),
+    "food_verdict": (
+        "excellent", "better than it looks", "worth the journey", "an acquired taste", "plenty",
+        "a matter of honour",
+    ),
+    "guide_advice": (
+        "Bring <luggage>, <luggage> and <luggage>.",
+        "Bring <luggage>, and do not forget <luggage>.",
+        "Do not <forbidden>; the locals remember.",
+        "Never <forbidden> after <hour> in the evening.",
+        "The last ship leaves at <hour>, whether you are on it or not.",
+        "Allow <number_word> days, or <number_word> if you can read the maps.",
+        "Ask anyone for the way and you will be given <luggage>.",
+        "If somebody asks you why, tell them that <reason>.",
+    ),
+    "luggage": (
+        "a warm coat", "a good book", "an umbrella", "a spoon", "dry socks", "a patient friend",
+        "a whistle", "a spare map", "a clean towel",
+    ),
+    "forbidden": (
+        "whistle at the moons",
+        "pay in advance",
+        "feed the statues",
+        "argue with the lifts",
+        "photograph the mayor",
+        "wake the bridge",
+    ),
+    "reason": (
+        "the answer is 42",
+        "you came for the soup",
+        "you are only passing through",
+        "the map was upside down",
+    ),
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Trains the demo model; nothing here is imported when serving."""
