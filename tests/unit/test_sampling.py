@@ -1,0 +1,474 @@
+"""Sampling: what is drawn, and that nothing but the row's own tokens matters."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import sampling
+from model.sampling import (
+    INVALID_TOKEN,
+    SampledTokens,
+    SampleInputs,
+    SampleRow,
+    SamplingParams,
+    gumbel_noise,
+    pack_rows,
+    sample,
+)
+
+# More than the number of candidates, so that both ways of finding a cut are taken.
+V = 1200
+NUM_SLOTS = 8
+GREEDY = SamplingParams(temperature=0.0)
+# Brings history and bias into the batch, so that nearly all tests share one compiled program.
+CARRIER = SampleRow(
+    params=SamplingParams(frequency_penalty=0.5, logit_bias={1: 1.0}),
+    token_ids=(1, 2),
+    num_prompt_tokens=1,
+)
+
+
+def row_of(params: SamplingParams, token_ids: tuple[int, ...] = (), prompt: int = 0) -> SampleRow:
+    return SampleRow(params=params, token_ids=token_ids, num_prompt_tokens=prompt)
+
+
+def draw(rows: list[SampleRow], logits_BV: np.ndarray, num_slots: int = NUM_SLOTS) -> SampledTokens:
+    """Samples the rows in a batch of `num_slots` whose last row is the carrier."""
+    num_empty = num_slots - len(rows) - 1
+    inputs = pack_rows([*rows, *([None] * num_empty), CARRIER], V)
+    padded_BV = np.zeros((num_slots, V), np.float32)
+    padded_BV[: len(rows)] = logits_BV
+    drawn = sample(jnp.asarray(padded_BV), inputs, num_logprobs=20)
+    return SampledTokens(*(np.asarray(field)[: len(rows)] for field in drawn))
+
+
+def draw_one(params: SamplingParams, logits_V: np.ndarray, *history: int, prompt: int = 0) -> int:
+    return int(draw([row_of(params, history, prompt)], logits_V[None]).token_B[0])
+
+
+def noise_of(row: SampleRow) -> np.ndarray:
+    return np.asarray(gumbel_noise(squeeze(pack_rows([row], V)), V))
+
+
+def squeeze(inputs: SampleInputs) -> SampleInputs:
+    return SampleInputs(*(jnp.asarray(field)[0] for field in inputs))
+
+
+def random_logits(seed: int, scale: float = 2.0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=V) * scale).astype(np.float32)
+
+
+def peaked(**logits: float) -> np.ndarray:
+    """All logits 0 but those named, as `peaked(t3=5.0)`."""
+    logits_V = np.zeros(V, np.float32)
+    for name, logit in logits.items():
+        logits_V[int(name[1:])] = logit
+    return logits_V
+
+
+# Greedy, ties, and logits that are no numbers.
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-300])
+def test_temperature_of_nought_or_nearly_takes_the_highest_logit(temperature: float):
+    logits_V = random_logits(0)
+    params = SamplingParams(temperature=temperature, seed=9)
+    assert draw_one(params, logits_V) == logits_V.argmax()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(top_k=1, seed=3),
+        SamplingParams(temperature=0.0, top_k=50, top_p=0.5),
+    ],
+)
+def test_tie_goes_to_the_lowest_id(params: SamplingParams):
+    assert draw_one(params, peaked(t17=5.0, t400=5.0, t3=4.0)) == 17
+
+
+def test_top_k_keeps_exactly_k_of_tied_tokens():
+    logits_V = peaked(t900=1.0)
+    tokens = {draw_one(SamplingParams(top_k=3, seed=seed), logits_V) for seed in range(40)}
+    assert tokens == {0, 1, 900}
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(top_k=5)])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.nan])
+def test_row_with_a_broken_logit_is_flagged_and_has_no_token(params: SamplingParams, broken: float):
+    drawn = draw([row_of(params)] * 2, np.stack([peaked(t7=broken), peaked(t7=9.0)]))
+    assert drawn.is_valid_B.tolist() == [False, True]
+    assert drawn.token_B[0] == INVALID_TOKEN
+    assert drawn.token_B[1] >= 0
+
+
+def test_row_without_any_finite_logit_is_flagged():
+    assert not draw([row_of(GREEDY)], np.full((1, V), -np.inf, np.float32)).is_valid_B[0]
+
+
+def test_minus_infinity_forbids_a_token_and_no_more():
+    logits_V = np.full(V, -np.inf, np.float32)
+    logits_V[[5, 6]] = 0.0
+    params = [SamplingParams(temperature=100.0, top_p=0.999, seed=seed) for seed in range(7)]
+    drawn = draw([row_of(one) for one in params], np.tile(logits_V, (7, 1)))
+    assert drawn.is_valid_B.all()
+    assert set(drawn.token_B.tolist()) <= {5, 6}
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e30])
+def test_extreme_logits_and_temperatures_stay_finite(scale: float):
+    logits_V = random_logits(1) * np.float32(scale)
+    for temperature in (1e-5, 100.0):
+        params = SamplingParams(temperature=temperature, top_p=0.5)
+        assert draw([row_of(params)], logits_V[None]).is_valid_B[0]
+
+
+# Penalties and bias.
+
+
+def test_repetition_penalty_counts_prompt_and_completion():
+    logits_V = peaked(t3=2.0, t4=1.9, t5=1.8)
+    params = replace(GREEDY, repetition_penalty=1.5)
+    assert draw_one(params, logits_V) == 3
+    assert draw_one(params, logits_V, 3, prompt=1) == 4
+    assert draw_one(params, logits_V, 3, 4, prompt=1) == 5
+
+
+def test_repetition_penalty_pushes_negative_logits_down():
+    logits_V = peaked(t3=-0.5, t4=-0.6) - 0.1
+    logits_V[[i for i in range(V) if i not in (3, 4)]] = -9.0
+    assert draw_one(replace(GREEDY, repetition_penalty=1.5), logits_V, 3) == 4
+
+
+def test_presence_and_frequency_penalties_count_the_completion_only():
+    logits_V = peaked(t3=2.0, t4=1.5)
+    for name in ("presence_penalty", "frequency_penalty"):
+        params = replace(GREEDY, **{name: 1.0})
+        assert draw_one(params, logits_V, 3, 3, prompt=2) == 3
+        assert draw_one(params, logits_V, 3, 3, prompt=1) == 4
+
+
+def test_frequency_penalty_grows_with_the_count_and_presence_does_not():
+    logits_V = peaked(t3=2.0, t4=1.2)
+    assert draw_one(replace(GREEDY, presence_penalty=0.5), logits_V, 3, 3, 3) == 3
+    assert draw_one(replace(GREEDY, frequency_penalty=0.5), logits_V, 3) == 3
+    assert draw_one(replace(GREEDY, frequency_penalty=0.5), logits_V, 3, 3) == 4
+
+
+def test_bias_is_added_after_the_penalties():
+    # 2 / 2 + 1 = 2 beats 1.8; (2 + 1) / 2 = 1.5 would not.
+    logits_V = peaked(t3=2.0, t4=1.8)
+    params = replace(GREEDY, repetition_penalty=2.0, logit_bias={3: 1.0})
+    assert draw_one(params, logits_V, 3) == 3
+
+
+def test_bias_of_100_forces_and_of_minus_100_forbids():
+    logits_V = random_logits(2)
+    best = int(logits_V.argmax())
+    assert draw_one(SamplingParams(logit_bias={9: 100.0}), logits_V) == 9
+    assert draw_one(replace(GREEDY, logit_bias={best: -100.0}), logits_V) != best
+
+
+# The whole pipeline against a plain one.
+
+
+def plain_choice(row: SampleRow, logits_V: np.ndarray, gumbel_V: np.ndarray) -> int:
+    """The documented order, in float64, with sorted lists and no cleverness."""
+    params, values_V = row.params, logits_V.astype(np.float64)
+    for v in set(row.token_ids):
+        penalty = params.repetition_penalty
+        values_V[v] = values_V[v] / penalty if values_V[v] > 0 else values_V[v] * penalty
+    completion = row.token_ids[row.num_prompt_tokens :]
+    for v in set(completion):
+        values_V[v] -= params.frequency_penalty * completion.count(v) + params.presence_penalty
+    for v, bias in params.logit_bias.items():
+        values_V[v] += bias
+    if params.temperature == 0:
+        return int(values_V.argmax())
+    values_V = (values_V - values_V.max()) / params.temperature
+    ranked = sorted(range(V), key=lambda v: (-values_V[v], v))
+    kept = ranked[: params.top_k or V]
+    mass = np.exp(values_V[kept])
+    above = np.cumsum(mass) - mass
+    cut = values_V[kept][above <= params.top_p * mass.sum()].min()
+    kept = [v for v in kept if values_V[v] >= cut and np.exp(values_V[v]) >= params.min_p]
+    return max(kept, key=lambda v: (values_V[v] + gumbel_V[v], -v))
+
+
+def random_params(rng: np.random.Generator) -> SamplingParams:
+    def maybe(value: Any, off: Any) -> Any:
+        return value if rng.random() < 0.5 else off
+
+    return SamplingParams(
+        temperature=maybe(rng.uniform(0.2, 3.0), 1.0),
+        top_p=maybe(rng.uniform(0.01, 0.9999), 1.0),
+        top_k=maybe(int(rng.integers(1, V + 100)), 0),
+        min_p=maybe(rng.uniform(0, 0.2), 0.0),
+        repetition_penalty=maybe(rng.uniform(0.5, 2.0), 1.0),
+        presence_penalty=maybe(rng.uniform(-2, 2), 0.0),
+        frequency_penalty=maybe(rng.uniform(-2, 2), 0.0),
+        logit_bias={int(v): rng.uniform(-9, 9) for v in rng.integers(0, V, maybe(5, 0))},
+        seed=int(rng.integers(2**63)),
+    )
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+def test_any_parameters_draw_what_a_plain_implementation_draws(scale: float):
+    rng = np.random.default_rng(20)
+    for _ in range(12):
+        rows = [
+            SampleRow(
+                params=random_params(rng),
+                token_ids=tuple(rng.integers(0, V, 200).tolist()),
+                num_prompt_tokens=int(rng.integers(0, 200)),
+                sample_index=int(rng.integers(0, 9)),
+            )
+            for _ in range(NUM_SLOTS - 1)
+        ]
+        logits_BV = (rng.normal(size=(len(rows), V)) * scale).astype(np.float32)
+        expected = [
+            plain_choice(row, logits_V, noise_of(row))
+            for row, logits_V in zip(rows, logits_BV, strict=True)
+        ]
+        assert draw(rows, logits_BV).token_B.tolist() == expected
+
+
+# Log-probabilities.
+
+
+def test_logprobs_are_those_of_the_raw_logits():
+    logits_V = random_logits(4)
+    params = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=2.0, logit_bias={8: 50.0})
+    drawn = draw([row_of(params, (3, 4))], logits_V[None])
+    exact_V = logits_V.astype(np.float64)
+    exact_V -= np.log(np.exp(exact_V).sum())
+    best = np.argsort(-exact_V, stable=True)[:20]
+    assert drawn.top_ids_BK[0].tolist() == best.tolist()
+    np.testing.assert_allclose(drawn.top_logprobs_BK[0], exact_V[best], atol=1e-5)
+    np.testing.assert_allclose(drawn.logprob_B[0], exact_V[drawn.token_B[0]], atol=1e-5)
+
+
+def test_tied_top_logprobs_come_lowest_id_first():
+    drawn = draw([row_of(GREEDY)], peaked(t700=1.0)[None])
+    assert drawn.top_ids_BK[0].tolist() == [700, *range(19)]
+
+
+# Same bits, whatever the batch.
+
+
+MATES = [
+    row_of(GREEDY),
+    row_of(SamplingParams(seed=2**40 + 3)),
+    row_of(SamplingParams(temperature=0.7, top_p=0.9, seed=5), (1, 2, 3), 1),
+    row_of(SamplingParams(top_k=1100, top_p=0.999, seed=1)),
+    row_of(
+        SamplingParams(
+            top_p=0.95,
+            top_k=30,
+            min_p=0.01,
+            repetition_penalty=1.2,
+            frequency_penalty=0.33,
+            presence_penalty=0.7,
+            logit_bias={3: 1.1},
+            seed=9,
+        ),
+        tuple(range(60)),
+        20,
+    ),
+    row_of(SamplingParams(temperature=3.0, top_p=0.999, seed=6)),
+    row_of(replace(GREEDY, frequency_penalty=0.1, logit_bias={5: 0.7}), (5, 5, 5), 1),
+]
+MATES_LOGITS_BV = np.stack([random_logits(seed) for seed in range(len(MATES))])
+
+
+def assert_same_bits(one: SampledTokens, other: SampledTokens) -> None:
+    for name, ours, theirs in zip(one._fields, one, other, strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes(), name
+
+
+def pick(drawn: SampledTokens, rows: list[int]) -> SampledTokens:
+    return SampledTokens(*(np.asarray(field)[rows] for field in drawn))
+
+
+@pytest.fixture(scope="module")
+def together() -> SampledTokens:
+    return draw(MATES, MATES_LOGITS_BV)
+
+
+@pytest.mark.parametrize("rows", [[6, 5, 4, 3, 2, 1, 0], [4], [2, 3], [0, 5]])
+@pytest.mark.parametrize("num_slots", [2, 3, 8])
+def test_row_has_the_same_bits_in_any_batch_and_place(
+    together: SampledTokens, rows: list[int], num_slots: int
+):
+    rows = rows[: num_slots - 1]
+    drawn = draw([MATES[row] for row in rows], MATES_LOGITS_BV[rows], num_slots)
+    assert_same_bits(drawn, pick(together, rows))
+
+
+@pytest.mark.parametrize("row", [4, 6])
+def test_row_alone_has_the_same_bits(together: SampledTokens, row: int):
+    alone = sample(MATES_LOGITS_BV[[row]], pack_rows([MATES[row]], V), num_logprobs=20)
+    assert_same_bits(alone, pick(together, [row]))
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 3, 5])
+def test_mates_that_want_penalties_bias_and_logprobs_change_no_bit(
+    together: SampledTokens, row: int
+):
+    alone = sample(MATES_LOGITS_BV[[row]], pack_rows([MATES[row]], V))
+    assert alone.top_ids_BK.shape == (1, 0)
+    for name in ("token_B", "logprob_B", "is_valid_B"):
+        ours, theirs = getattr(alone, name), getattr(together, name)[[row]]
+        assert np.asarray(ours).tobytes() == theirs.tobytes()
+
+
+def test_longer_padding_of_the_history_changes_no_bit(together: SampledTokens):
+    long_row = row_of(CARRIER.params, tuple(range(300)))
+    inputs = pack_rows([*MATES, long_row], V)
+    assert inputs.history_S.shape == (NUM_SLOTS, 1024)
+    logits_BV = np.concatenate([MATES_LOGITS_BV, np.zeros((1, V), np.float32)])
+    drawn = sample(logits_BV, inputs, num_logprobs=20)
+    assert_same_bits(pick(drawn, list(range(len(MATES)))), together)
+
+
+def test_history_and_bias_are_empty_unless_a_row_needs_them():
+    inputs = pack_rows([row_of(GREEDY, (1, 2, 3)), None], V)
+    assert inputs.history_S.shape == inputs.bias_ids_J.shape == (2, 0)
+    assert inputs.position.tolist() == [3, 0]
+
+
+def primitives_always_run(jaxpr: Any) -> set[str]:
+    """Names of the primitives in a program, those inside the branches of a `cond` left out."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        if equation.primitive.name == "cond":
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                names |= primitives_always_run(inner)
+    return names
+
+
+def test_greedy_row_neither_sorts_nor_draws_noise():
+    inputs = pack_rows([MATES[4], None], V)
+    program = jax.make_jaxpr(sample)(jnp.zeros((2, V)), inputs)
+    names = primitives_always_run(program.jaxpr)
+    assert {"cond", "exp"} <= names
+    assert not {"sort", "top_k", "cumsum", "random_bits", "threefry2x32", "log1p"} & names
+
+
+# The random stream.
+
+
+def test_noise_of_a_key_has_these_values_for_ever():
+    row = SampleRow(
+        params=SamplingParams(seed=2**40 + 12345),
+        token_ids=range(77),
+        num_prompt_tokens=7,
+        sample_index=3,
+    )
+    expected = [-0.782133639, 1.01656854, 0.0193953104, 1.1693424, -0.815599322, -0.225702226]
+    np.testing.assert_allclose(noise_of(row)[:6], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_partitionable", [False, True])
+def test_noise_does_not_depend_on_the_process_wide_setting(is_partitionable: bool):
+    row = row_of(SamplingParams(seed=7), (1, 2))
+    expected = noise_of(row)
+    with jax.threefry_partitionable(is_partitionable):
+        assert noise_of(row).tobytes() == expected.tobytes()
+
+
+def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary():
+    inputs = squeeze(pack_rows([row_of(SamplingParams(seed=7))], V))
+    few_V, many_V = gumbel_noise(inputs, 100), gumbel_noise(inputs, V)
+    assert np.asarray(few_V).tobytes() == np.asarray(many_V[:100]).tobytes()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
+def test_key_is_that_of_jax_for_seeds_of_32_bits(seed: int):
+    words_2 = pack_rows([row_of(SamplingParams(seed=seed))], V).seed_2[0]
+    expected = jax.random.key(np.uint32(seed), impl="threefry2x32")
+    assert words_2.tolist() == jax.random.key_data(expected).tolist()
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40 + 3, 2**63 - 1])
+def test_key_is_that_of_jax_for_seeds_of_64_bits(seed: int):
+    words_2 = pack_rows([row_of(SamplingParams(seed=seed))], V).seed_2[0]
+    with jax.enable_x64(True):
+        expected = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+    assert words_2.tolist() == expected.tolist()
+
+
+def test_seed_sample_index_and_position_each_change_the_noise():
+    base = row_of(SamplingParams(seed=7), (1, 2))
+    others = [
+        base,
+        replace(base, params=SamplingParams(seed=8)),
+        replace(base, params=SamplingParams(seed=7 + 2**32)),
+        replace(base, sample_index=1),
+        replace(base, token_ids=(1, 2, 3)),
+        replace(base, sample_index=2, token_ids=()),
+    ]
+    assert len({noise_of(row).tobytes() for row in others}) == len(others)
+
+
+def test_noise_depends_on_the_number_of_tokens_and_not_on_the_prompt_boundary():
+    params = SamplingParams(seed=7)
+    assert (
+        noise_of(row_of(params, (1, 2), 1)).tobytes() == noise_of(row_of(params, (8, 9))).tobytes()
+    )
+
+
+@pytest.mark.parametrize(("bits", "highest"), [(0, 22.9), (2**32 - 1, -2.8)])
+def test_noise_is_finite_at_both_ends_of_the_bits(
+    monkeypatch: pytest.MonkeyPatch, bits: int, highest: float
+):
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
+    noise_V = np.asarray(sampling.gumbel_noise(squeeze(pack_rows([CARRIER], 4)), 4))
+    np.testing.assert_allclose(noise_V, highest, atol=0.1)
+
+
+NUM_DRAWS = 20_000
+PROBABILITIES_V = np.array([0.35, 0.25, 0.2, 0.1, 0.05, 0.03, 0.015, 0.005])
+
+
+@pytest.fixture(scope="module")
+def many_tokens() -> np.ndarray:
+    """Tokens of one seed at 20,000 positions, from a distribution that is known."""
+    logits_V = jnp.log(jnp.asarray(PROBABILITIES_V, jnp.float32))
+    inputs = squeeze(pack_rows([row_of(SamplingParams(seed=42))], 8))
+
+    def token_at(position: jax.Array) -> jax.Array:
+        row = inputs._replace(position=position)
+        return sampling.choose(logits_V, row, gumbel_noise(row, 8))
+
+    return np.asarray(jax.jit(jax.vmap(token_at))(jnp.arange(NUM_DRAWS)))
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    return float((((counts - expected) ** 2) / expected).sum())
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probabilities(many_tokens: np.ndarray):
+    counts_V = np.bincount(many_tokens, minlength=8)
+    # 7 degrees of freedom: 24.3 is exceeded once in a thousand seeds.
+    assert chi_square(counts_V, PROBABILITIES_V * NUM_DRAWS) < 24.3
+
+
+def test_tokens_of_neighbouring_positions_are_independent(many_tokens: np.ndarray):
+    pairs = np.zeros((4, 4))
+    # The rare tokens are taken together, so that every cell expects enough.
+    grouped = np.minimum(many_tokens, 3)
+    np.add.at(pairs, (grouped[:-1], grouped[1:]), 1)
+    grouped_probabilities = np.append(PROBABILITIES_V[:3], PROBABILITIES_V[3:].sum())
+    expected = np.outer(grouped_probabilities, grouped_probabilities) * (NUM_DRAWS - 1)
+    # About 12 degrees of freedom: 32.9 is exceeded once in a thousand seeds.
+    assert chi_square(pairs, expected) < 32.9
