@@ -10,7 +10,8 @@ ModelError
 ├── TokenizerError         the tokenizer file is missing, unreadable or of another vocabulary
 ├── InvalidRequestError    names field, value and limit
 │   └── PromptTooLongError     says both numbers
-├── OutOfBlocksError       the KV block pool is empty
+├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
+    ├── OutOfBlocksError       the KV block pool is empty
 └── MeshError              a logical axis does not divide over the mesh
 """
 
@@ -76,6 +77,13 @@ class PromptTooLongError(InvalidRequestError):
         super().__init__("prompt", f"{num_tokens} tokens", f"at most {max_tokens} tokens")
         self.num_tokens = num_tokens
         self.max_tokens = max_tokens
+
+
+class NonFiniteLogitsError(ModelError):
+    """The logits hold NaN or infinities, so that no token can be drawn from them."""
+
+    def __init__(self) -> None:
+        super().__init__("the model computed logits that are not finite; see inspect --verify")
 
 
 class OutOfBlocksError(ModelError):

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache, StepBatch, make_kv_cache, mark_visible
 from model.params import ModelParams
+from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
 from model.sharding import ShardingRules, shard_model
 
 SMALLEST_BUCKET = 8
@@ -51,6 +52,17 @@ class CacheSize:
     max_slots: int = 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledToken:
+    """A drawn token on the host, with the log-probabilities (of the raw logits) asked for."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    # False where the logits were not finite: the sequence has to fail, the token means nothing.
+    is_valid: bool
+
+
 Step = Callable[[ModelParams, StepBatch, KVCache], tuple[jax.Array, KVCache]]
 
 
@@ -76,12 +88,30 @@ class ModelRunner:
         """Block-table entries of a sequence as long as the context."""
         return -(-self.config.sequence_len // self.cache_size.block_size)
 
-    def step(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
+    def compute_logits(self, scheduled: Sequence[ScheduledTokens]) -> np.ndarray:
         """Computes all scheduled tokens; logits [sum of num_logits, V] float32, in order."""
+        num_logits = sum(entry.num_logits for entry in scheduled)
+        return np.asarray(self._compute(scheduled))[:num_logits]
+
+    def compute_and_sample(
+        self, scheduled: Sequence[ScheduledTokens], rows: Sequence[SampleRow]
+    ) -> list[SampledToken]:
+        """Computes all scheduled tokens and draws one token for each wanted logits row."""
+        logits_WV = self._compute(scheduled)
+        if not rows:
+            return []
+        assert len(rows) == sum(entry.num_logits for entry in scheduled)
+        padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
+        inputs = pack_rows(padded, self.config.vocab_size)
+        num_logprobs = bucket_num_logprobs([row.params for row in rows])
+        sampled = jax.device_get(sample(logits_WV, inputs, num_logprobs=num_logprobs))
+        return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
+
+    def _compute(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
         assert 0 < len(scheduled) <= self.cache_size.max_slots
         batch = self._batch(scheduled)
         logits_WV, self._cache = self._step(self._params, batch, self._cache)
-        return logits_WV[: sum(entry.num_logits for entry in scheduled)]
+        return logits_WV
 
     def read_cache(self) -> KVCache:
         """The KV arrays as they stand, for inspection; the next step invalidates them."""
@@ -112,6 +142,18 @@ class ModelRunner:
             block_tables_BM=jnp.asarray(tables_BM),
             logits_rows_W=jnp.asarray(logits_rows_W),
         )
+
+
+def _sampled_token(sampled: SampledTokens, i: int, row: SampleRow) -> SampledToken:
+    num_logprobs = row.params.num_logprobs
+    top_ids = sampled.top_ids_BK[i][:num_logprobs].tolist()
+    top_logprobs = sampled.top_logprobs_BK[i][:num_logprobs].tolist()
+    return SampledToken(
+        token_id=int(sampled.token_B[i]),
+        logprob=float(sampled.logprob_B[i]),
+        top_logprobs=tuple(zip(top_ids, top_logprobs, strict=True)),
+        is_valid=bool(sampled.is_valid_B[i]),
+    )
 
 
 def bucket(num_rows: int) -> int:

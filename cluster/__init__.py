@@ -1,0 +1,1 @@
+"""Placement, membership, configuration, and the composition roots that put everything together."""

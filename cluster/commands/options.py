@@ -1,0 +1,39 @@
+"""Options and parsers that several commands share."""
+
+import argparse
+from typing import Any
+
+from cluster.local import DEMO_NAME, DTYPES
+from model.errors import InvalidRequestError
+
+Subparsers = Any
+
+
+def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
+    """--model and --dtype."""
+    parser.add_argument(
+        "--model",
+        metavar=f"DIR|{DEMO_NAME}",
+        default=default_model,
+        required=default_model is None,
+        help="model directory (ckpt-0/, config.json, tokenizer.model)"
+        + (" [%(default)s]" if default_model else ""),
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="float32",
+        help="dtype of activations and KV cache [%(default)s]",
+    )
+
+
+def parse_token_ids(text: str) -> tuple[int, ...]:
+    """Token ids from "1,2,3".
+
+    Raises:
+        InvalidRequestError: something between the commas is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequestError("tokens", text, "whole numbers separated by commas") from None

@@ -1,0 +1,1 @@
+"""Sequences: requests, the scheduler, the step loop, stop rules, streaming. No arrays here."""

@@ -1,0 +1,64 @@
+"""What a client asks for, checked when it is made."""
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from model.errors import InvalidRequestError, PromptTooLongError
+from model.sampling import SamplingParams
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt, and how to continue it.
+
+    `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not
+    part of its text. The end-of-sequence token ends it too, unless `ignore_eos`.
+
+    Raises:
+        InvalidRequestError: names field, value and limit.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_samples: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise InvalidRequestError("prompt", "", "at least one token")
+        _check_count("max_tokens", self.max_tokens, None)
+        _check_count("num_samples", self.num_samples, MAX_SAMPLES)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_CHARS:
+                raise InvalidRequestError("stop", text, f"1 to {MAX_STOP_CHARS} characters long")
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Holds the request against the model.
+
+        Raises:
+            PromptTooLongError: the prompt is longer than the context.
+            InvalidRequestError: a token id lies outside the vocabulary.
+        """
+        if len(self.prompt_ids) > config.sequence_len:
+            raise PromptTooLongError(len(self.prompt_ids), config.sequence_len)
+        for token_id in self.prompt_ids:
+            if not 0 <= token_id < config.vocab_size:
+                limit = f"a token id in 0..{config.vocab_size - 1}"
+                raise InvalidRequestError("prompt token", token_id, limit)
+        self.sampling.check_vocab(config.vocab_size)
+
+
+def _check_count(name: str, value: object, largest: int | None) -> None:
+    limit = "at least 1" if largest is None else f"between 1 and {largest}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(name, value, f"a whole number, {limit}")
+    if value < 1 or (largest is not None and value > largest):
+        raise InvalidRequestError(name, value, limit)

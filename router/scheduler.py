@@ -1,0 +1,154 @@
+"""Decides what a step computes: continuous batching with chunked prefill, within bounds.
+
+A step takes, in this order and within `max_step_tokens`: one token of every sequence that decodes;
+a chunk of those in prefill; a chunk of waiting ones, as far as slots and blocks allow. When blocks
+run out, the sequence admitted last gives up its own and computes them anew later.
+
+A pure object: no clock, no arrays, no threads.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from model.block_pool import BlockPool
+from model.errors import InvalidRequestError
+from router.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Bounds of a step and of the queue."""
+
+    max_running: int = 32
+    max_step_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A sequence and how many of its tokens this step computes."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that the next can be drawn."""
+        return self.num_tokens == self.sequence.num_to_compute
+
+
+class Scheduler:
+    """Owns the order of sequences and their hold on KV blocks."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence, max_tokens: int) -> None:
+        """Queues a sequence that will hold at most `max_tokens` tokens.
+
+        Raises:
+            InvalidRequestError: it could never run, even alone.
+        """
+        capacity_tokens = self.pool.num_blocks * self.pool.block_size
+        if max_tokens > capacity_tokens:
+            limit = f"at most {capacity_tokens} (the KV cache)"
+            raise InvalidRequestError("prompt and completion tokens", max_tokens, limit)
+        self._waiting.append(sequence)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """The next step's work; empty only when nothing is left."""
+        scheduled: list[ScheduledSequence] = []
+        budget = self.limits.max_step_tokens
+        for sequence in sorted(self._running, key=_is_prefilling):
+            # An earlier turn of this loop may have preempted it.
+            if sequence.status is SequenceStatus.RUNNING and budget > 0:
+                num_tokens = min(sequence.num_to_compute, budget)
+                if self._make_room(sequence, num_tokens):
+                    scheduled.append(ScheduledSequence(sequence, num_tokens))
+                    budget -= num_tokens
+        scheduled = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
+        return scheduled + self._admit(budget)
+
+    def computed(self, scheduled: ScheduledSequence) -> None:
+        """Notes that a step wrote these tokens' keys and values; offers full blocks for reuse."""
+        sequence, block_size = scheduled.sequence, self.pool.block_size
+        num_full_before = sequence.num_computed // block_size
+        sequence.num_computed += scheduled.num_tokens
+        if sequence.num_computed // block_size > num_full_before:
+            self.pool.publish(sequence.token_ids[: sequence.num_computed], sequence.block_table)
+
+    def finish(self, sequence: Sequence, status: SequenceStatus) -> None:
+        """Ends a sequence, wherever it stands, and frees its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        sequence.move(status)
+        self._let_go(sequence)
+
+    def _admit(self, budget: int) -> list[ScheduledSequence]:
+        admitted: list[ScheduledSequence] = []
+        while self._waiting and budget > 0 and len(self._running) < self.limits.max_running:
+            sequence = self._waiting[0]
+            if self._awaits_sibling(sequence):
+                break
+            self._reuse_prefix(sequence)
+            num_tokens = min(sequence.num_to_compute, budget)
+            if not self._try_grow(sequence, num_tokens):
+                self._let_go(sequence)
+                break
+            self._waiting.popleft()
+            self._running.append(sequence)
+            sequence.move(SequenceStatus.RUNNING)
+            admitted.append(ScheduledSequence(sequence, num_tokens))
+            budget -= num_tokens
+        return admitted
+
+    def _awaits_sibling(self, sequence: Sequence) -> bool:
+        """Samples of one request wait until the first has the prompt's blocks to share."""
+        return any(
+            other.request is sequence.request and other.num_computed < other.num_prompt_tokens
+            for other in self._running
+        )
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Grows the block table, preempting the latest admitted; False if that is itself."""
+        while not self._try_grow(sequence, num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _try_grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        num_positions = sequence.num_computed + num_tokens
+        num_missing = -(-num_positions // self.pool.block_size) - len(sequence.block_table)
+        if not self.pool.can_allocate(num_missing):
+            return False
+        sequence.block_table += self.pool.allocate(max(0, num_missing))
+        return True
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        sequence.block_table = self.pool.match_prefix(sequence.token_ids)
+        sequence.num_computed = len(sequence.block_table) * self.pool.block_size
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        sequence.move(SequenceStatus.PREEMPTED)
+        self._let_go(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+
+
+def _is_prefilling(sequence: Sequence) -> bool:
+    return sequence.num_to_compute > 1

@@ -1,0 +1,141 @@
+"""One token stream: its tokens, how far they are computed, its KV blocks, its text."""
+
+from collections.abc import Sequence as TokenIds
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from model.runner import SampledToken
+from router.request import GenerateRequest
+from router.stop import StopMatcher
+
+
+class SequenceStatus(Enum):
+    """WAITING -> RUNNING -> FINISHED or FAILED; RUNNING <-> PREEMPTED when blocks run out."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+ALLOWED_MOVES: dict[SequenceStatus, set[SequenceStatus]] = {
+    SequenceStatus.WAITING: {SequenceStatus.RUNNING, SequenceStatus.FAILED},
+    SequenceStatus.RUNNING: {
+        SequenceStatus.PREEMPTED,
+        SequenceStatus.FINISHED,
+        SequenceStatus.FAILED,
+    },
+    SequenceStatus.PREEMPTED: {SequenceStatus.RUNNING, SequenceStatus.FAILED},
+    SequenceStatus.FINISHED: set(),
+    SequenceStatus.FAILED: set(),
+}
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    # The logits were not finite: no token can be drawn from them.
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """A token of one sequence, with the text it completes (often none, sometimes held back)."""
+
+    sample_index: int
+    token_id: int
+    text: str
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one sequence into text, as far as characters are complete."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class NoText:
+    """Stands in where a model has no tokenizer: tokens in, tokens out, no text."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class Sequence:
+    """A prompt and what was drawn so far. `num_computed` tokens have their keys and values."""
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        sample_index: int,
+        detokenizer: Detokenizer,
+        max_completion_tokens: int,
+        eos_token: int,
+    ) -> None:
+        self.request = request
+        self.sample_index = sample_index
+        self.status = SequenceStatus.WAITING
+        self.token_ids = list(request.prompt_ids)
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self._max_tokens = len(request.prompt_ids) + max_completion_tokens
+        self._eos_token = eos_token
+        self._detokenizer = detokenizer
+        self._stop_matcher = StopMatcher(request.stop)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
+        return len(self.token_ids) - self.num_computed
+
+    def next_tokens(self, num_tokens: int) -> TokenIds[int]:
+        """The next tokens to compute, from position `num_computed` on."""
+        return self.token_ids[self.num_computed : self.num_computed + num_tokens]
+
+    def move(self, to: SequenceStatus) -> None:
+        """The one door between states."""
+        assert to in ALLOWED_MOVES[self.status], f"{self.status} -> {to}"
+        self.status = to
+
+    def append(self, sampled: SampledToken) -> TokenEvent:
+        """Adds a drawn token and says what it means: text, and whether the sequence ends."""
+        if not sampled.is_valid:
+            return self._event(sampled, self._flush(), FinishReason.ERROR)
+        self.token_ids.append(sampled.token_id)
+        if sampled.token_id == self._eos_token and not self.request.ignore_eos:
+            return self._event(sampled, self._flush(), FinishReason.STOP)
+        text = self._stop_matcher.push(self._detokenizer.push(sampled.token_id))
+        if self._stop_matcher.has_matched:
+            return self._event(sampled, text, FinishReason.STOP)
+        if len(self.token_ids) >= self._max_tokens:
+            return self._event(sampled, text + self._flush(), FinishReason.LENGTH)
+        return self._event(sampled, text, None)
+
+    def _flush(self) -> str:
+        """The text still held back: an unfinished character, the beginning of a stop string."""
+        return self._stop_matcher.push(self._detokenizer.flush()) + self._stop_matcher.flush()
+
+    def _event(self, sampled: SampledToken, text: str, reason: FinishReason | None) -> TokenEvent:
+        return TokenEvent(
+            sample_index=self.sample_index,
+            token_id=sampled.token_id,
+            text=text,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            finish_reason=reason,
+        )

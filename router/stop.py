@@ -1,0 +1,39 @@
+"""Finds stop strings in a text that arrives in pieces, and lets no part of one through."""
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Holds back the end of the text while it could still become a stop string."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.has_matched = False
+
+    def push(self, text: str) -> str:
+        """Adds text; returns what can be shown. After a match nothing more can be."""
+        if self.has_matched:
+            return ""
+        held = self._held + text
+        matches = [place for stop in self._stop if (place := held.find(stop)) >= 0]
+        if matches:
+            self.has_matched = True
+            self._held = ""
+            return held[: min(matches)]
+        num_held = self._longest_beginning(held)
+        self._held = held[len(held) - num_held :]
+        return held[: len(held) - num_held]
+
+    def flush(self) -> str:
+        """What was held back, now that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _longest_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[len(text) - length :]) for stop in self._stop):
+                return length
+        return 0
