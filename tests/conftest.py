@@ -1,0 +1,64 @@
+"""What every test runs under. JAX reads its settings when imported, so they are set first."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.shape_checks as shape_checks
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+UNIT_TESTS = REPOSITORY / "tests" / "unit"
+
+JAX_SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    # Eight devices on one machine, so that every sharding of eight experts can be tried.
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    # An operand promoted or broadcast by accident gives other bits, or another shape, and no error.
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiling is most of a test's time, and most programs did not change since the last run.
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+os.environ.update(JAX_SETTINGS)
+install_import_hook("model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}")
+
+
+class NetworkForbidden(Exception):
+    """A unit test opened a socket that leaves the machine, or could."""
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Small checkpoints in the released form, with the reference's answers."""
+    return REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_network_in_unit_tests(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Leaves unit tests Unix sockets only, which an event loop needs to wake itself."""
+    if request.path.is_relative_to(UNIT_TESTS):
+        monkeypatch.setattr(socket.socket, "__init__", _init_unix_socket)
+    yield
+
+
+_init_socket = socket.socket.__init__
+
+
+def _init_unix_socket(
+    self: socket.socket,
+    family: int = -1,
+    type: int = -1,
+    proto: int = -1,
+    fileno: int | None = None,
+) -> None:
+    _init_socket(self, family, type, proto, fileno)
+    if self.family != socket.AF_UNIX:
+        self.close()
+        raise NetworkForbidden(f"{self.family.name} socket in a unit test")
