@@ -111,9 +111,11 @@ class Scheduler:
         return admitted
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
-        """Samples of one request wait until the first has the prompt's blocks to share."""
+        """Samples of one request wait until the first has the prompt's full blocks to share."""
+        block_size = self.pool.block_size
+        num_shareable = (sequence.num_prompt_tokens - 1) // block_size * block_size
         return any(
-            other.request is sequence.request and other.num_computed < other.num_prompt_tokens
+            other.request is sequence.request and other.num_computed < num_shareable
             for other in self._running
         )
 

@@ -1,0 +1,93 @@
+"""A token keeps its bits whoever computes it, beside whom, in which chunks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.decoder import Decoder
+from model.params import ModelParams
+from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
+from tests.runners import load, logits_of, runner_of
+
+NUM_TOKENS = 60
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest, golden_dir: Path) -> tuple[Decoder, ModelParams]:
+    return load(golden_dir / "tiny", request.param)
+
+
+@pytest.fixture(scope="module")
+def runner(model: tuple[Decoder, ModelParams]) -> ModelRunner:
+    return runner_of(model, cache_size=CacheSize(num_blocks=64, max_slots=16))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    return np.random.default_rng(5).integers(1, 512, NUM_TOKENS).tolist()
+
+
+@pytest.fixture(scope="module")
+def whole(runner: ModelRunner, tokens: list[int]) -> np.ndarray:
+    return logits_of(runner, tokens)
+
+
+@pytest.mark.parametrize("chunks", [[30, 30], [7, 1, 1, 1, 50], [33, 27], [1] * NUM_TOKENS])
+def test_any_chunking_gives_the_same_bits(
+    runner: ModelRunner, tokens: list[int], whole: np.ndarray, chunks: list[int]
+) -> None:
+    np.testing.assert_array_equal(logits_of(runner, tokens, chunks), whole)
+
+
+def test_place_of_the_blocks_does_not_matter(
+    runner: ModelRunner, tokens: list[int], whole: np.ndarray
+) -> None:
+    np.testing.assert_array_equal(logits_of(runner, tokens, first_block=17), whole)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_batch_mates_do_not_matter(
+    runner: ModelRunner, tokens: list[int], whole: np.ndarray, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    num_mates = int(rng.integers(1, 9))
+    position = int(rng.integers(0, num_mates + 1))
+    batch, start = [], 0
+    for slot in range(num_mates + 1):
+        is_ours = slot == position
+        length = NUM_TOKENS if is_ours else int(rng.integers(1, 40))
+        num_blocks = -(-length // 16)
+        batch.append(
+            ScheduledTokens(
+                token_ids=tokens if is_ours else rng.integers(0, 512, length).tolist(),
+                start_position=0,
+                block_table=range(start, start + num_blocks),
+                num_logits=length if is_ours else 1,
+            )
+        )
+        start += num_blocks
+    logits = runner.compute_logits(batch)
+    np.testing.assert_array_equal(logits[position : position + NUM_TOKENS], whole)
+
+
+def test_prefill_and_decode_mixed_in_one_step_keep_their_bits(
+    runner: ModelRunner, tokens: list[int], whole: np.ndarray
+) -> None:
+    logits_of(runner, tokens[:-1])
+    decode = ScheduledTokens(
+        token_ids=tokens[-1:], start_position=NUM_TOKENS - 1, block_table=range(4)
+    )
+    prefill = ScheduledTokens(
+        token_ids=tokens[:50], start_position=0, block_table=range(8, 12), num_logits=50
+    )
+    logits = runner.compute_logits([prefill, decode])
+    np.testing.assert_array_equal(logits[50], whole[-1])
+    np.testing.assert_array_equal(logits[:50], whole[:50])
+
+
+def test_fused_step_keeps_the_bits(
+    model: tuple[Decoder, ModelParams], tokens: list[int], whole: np.ndarray
+) -> None:
+    fused = runner_of(model, StepMode.FUSED)
+    np.testing.assert_array_equal(logits_of(fused, tokens, [59, 1]), whole)

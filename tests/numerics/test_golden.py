@@ -1,0 +1,178 @@
+"""The forward pass against the answers of the reference code, within tests/golden's tolerances."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.kv_cache import StepBatch, make_kv_cache, mark_visible
+from model.runner import ScheduledTokens, StepMode
+from tests.runners import load, logits_of, runner_of
+
+MODELS = ("tiny", "mini8")
+PROMPTS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6", "padded")
+LOGITS_TOLERANCE = 2e-3
+PROBABILITY_TOLERANCE = 1e-4
+NEAR_TIE = 1e-5
+
+
+class Golden:
+    """One golden set: the loaded model and the recorded arrays."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.model = load(model_dir)
+        self.runner = runner_of(self.model)
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        with np.load(self.model_dir / "golden" / f"{name}.npz") as file:
+            return dict(file)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def golden(request: pytest.FixtureRequest, golden_dir: Path) -> Golden:
+    return Golden(golden_dir / request.param)
+
+
+def test_float32_logits_equal_the_reference(golden: Golden) -> None:
+    forward = golden.arrays("forward_f32")
+    for prompt in PROMPTS:
+        logits = logits_of(golden.runner, forward[f"{prompt}_tokens"].tolist())
+        # p5 begins with the pad token: the reference's first row averages keys of the future.
+        first = 1 if prompt == "p5" else 0
+        difference = np.abs(logits - forward[f"{prompt}_logits"])[first:]
+        assert difference.max() <= LOGITS_TOLERANCE, prompt
+
+
+@pytest.mark.parametrize("prompt", ["p0", "p4"])
+def test_every_layer_equals_the_reference(golden: Golden, prompt: str) -> None:
+    recorded = golden.arrays("layers_f32")
+    states = layer_states(golden, golden.arrays("forward_f32")[f"{prompt}_tokens"])
+    assert states.keys() >= {"layer0_moe_out", "layer1_attn_out", "final_norm"}
+    for name, state in states.items():
+        expected = recorded[f"{prompt}_{name}"]
+        scale = max(1.0, float(np.abs(expected).max()) / 10)
+        np.testing.assert_allclose(state, expected, rtol=0, atol=2e-3 * scale, err_msg=name)
+
+
+def test_expert_choice_equals_the_reference(golden: Golden) -> None:
+    recorded = golden.arrays("routing_f32")
+    states = layer_states(golden, golden.arrays("forward_f32")["p6_tokens"])
+    num_compared = 0
+    for layer in range(golden.model[0].config.num_layers):
+        probabilities = np.sort(recorded[f"p6_layer{layer}_router_probs"], axis=1)[:, ::-1]
+        num_chosen = golden.model[0].config.num_selected_experts
+        gaps = -np.diff(probabilities[:, : num_chosen + 1], axis=1)
+        clear = gaps.min(axis=1) > NEAR_TIE
+        chosen = states[f"layer{layer}_expert_index"]
+        np.testing.assert_array_equal(
+            chosen[clear], recorded[f"p6_layer{layer}_expert_index"][clear]
+        )
+        np.testing.assert_allclose(
+            states[f"layer{layer}_expert_gate"][clear],
+            recorded[f"p6_layer{layer}_expert_gate"][clear],
+            rtol=0,
+            atol=PROBABILITY_TOLERANCE,
+        )
+        num_compared += int(clear.sum())
+    assert num_compared > 100
+
+
+def test_greedy_decoding_gives_the_reference_tokens(golden: Golden) -> None:
+    forward, recorded = golden.arrays("forward_f32"), golden.arrays("generate_f32")
+    for prompt in ("p0", "p1", "p2", "p3"):
+        expected = recorded[f"greedy_{prompt}_tokens"].tolist()
+        tokens = forward[f"{prompt}_tokens"].tolist()
+        completion = greedy(golden, tokens, len(expected))
+        assert completion == expected, prompt
+
+
+def test_cache_after_prefill_equals_the_reference(golden: Golden) -> None:
+    tokens = golden.arrays("forward_f32")["p0_tokens"].tolist()
+    recorded = golden.arrays("generate_f32")
+    runner = runner_of(golden.model)
+    logits_of(runner, tokens)
+    cache = runner.read_cache()
+    for layer, layer_cache in enumerate(cache.layers_L):
+        for name, blocks in (("k", layer_cache.keys_NPRK), ("v", layer_cache.values_NPRK)):
+            rows = np.asarray(blocks).reshape(-1, *blocks.shape[2:])[: len(tokens)]
+            expected = recorded[f"kv_p0_{name}"][layer]
+            np.testing.assert_allclose(rows, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path) -> None:
+    model_dir = golden_dir / name
+    runner = runner_of(load(model_dir, "bfloat16"))
+    num_agreeing = num_rows = 0
+    with np.load(model_dir / "golden" / "forward_bf16.npz") as recorded:
+        for prompt in ("p0", "p4"):
+            logits = logits_of(runner, recorded[f"{prompt}_tokens"].tolist())
+            expected = recorded[f"{prompt}_logits"]
+            assert np.median(np.abs(logits - expected)) <= 0.2, prompt
+            num_agreeing += int((logits.argmax(1) == expected.argmax(1)).sum())
+            num_rows += len(logits)
+    assert num_agreeing >= 0.8 * num_rows
+
+
+def test_fused_step_gives_the_same_bits_as_the_halves(golden_dir: Path) -> None:
+    golden = Golden(golden_dir / "tiny")
+    tokens = golden.arrays("forward_f32")["p2_tokens"].tolist()
+    fused = logits_of(runner_of(golden.model, StepMode.FUSED), tokens)
+    np.testing.assert_array_equal(fused, logits_of(golden.runner, tokens))
+
+
+def greedy(golden: Golden, prompt: list[int], num_tokens: int) -> list[int]:
+    """Prefill, then one token at a time through the cache."""
+    runner, tokens, start = golden.runner, list(prompt), 0
+    for _ in range(num_tokens):
+        step = ScheduledTokens(
+            token_ids=tokens[start:], start_position=start, block_table=range(16)
+        )
+        start = len(tokens)
+        tokens.append(int(runner.compute_logits([step])[0].argmax()))
+    return tokens[len(prompt) :]
+
+
+def layer_states(golden: Golden, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """The intermediate results that the reference recorded, under its names."""
+    decoder, params = golden.model
+    config, count = decoder.config, len(tokens)
+    cache = make_kv_cache(config, config.num_layers, 8, 16, decoder.dtype)
+    batch = StepBatch(
+        token_ids_T=jnp.asarray(tokens, jnp.int32),
+        positions_T=jnp.arange(count),
+        slots_T=jnp.zeros(count, jnp.int32),
+        block_tables_BM=jnp.arange(8)[None],
+        logits_rows_W=jnp.arange(count),
+    )
+    visible_NP = mark_visible(cache.visible_NP, batch, config.pad_token)
+    attend, expert_half = jax.jit(decoder.attend), jax.jit(decoder.expert_half)
+    attention_half, combine = jax.jit(decoder.attention_half), jax.jit(decoder.combine)
+    norm = jax.jit(decoder.ops.rms_norm)
+    mix = jax.jit(lambda outputs, weights: (outputs * weights[:, :, None]).sum(1))
+
+    hidden_TD = decoder.embed(params.ends, batch.token_ids_T)
+    states = {"embed": hidden_TD}
+    for layer in range(config.num_layers):
+        attention, layer_cache = params.attention_L[layer], cache.layers_L[layer]
+        attention_input_TD = norm(hidden_TD, attention.attention_norm_D)
+        attended_TD, _ = attend(attention, attention_input_TD, batch, layer_cache, visible_NP)
+        result = attention_half(attention, hidden_TD, batch, layer_cache, visible_NP)
+        outputs_TAD = expert_half(
+            params.experts_L[layer], result.expert_input_TD, result.expert_ids_TA
+        )
+        hidden_TD = combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
+        states |= {
+            f"layer{layer}_attn_in": attention_input_TD,
+            f"layer{layer}_attn_out": attended_TD,
+            f"layer{layer}_moe_in": result.expert_input_TD,
+            f"layer{layer}_moe_out": mix(outputs_TAD, result.gate_weights_TA),
+            f"layer{layer}_expert_index": result.expert_ids_TA,
+            f"layer{layer}_expert_gate": result.gate_weights_TA,
+            f"layer{layer}_out": hidden_TD,
+        }
+    states["final_norm"] = norm(hidden_TD, params.ends.final_norm_D)
+    return {name: np.asarray(state) for name, state in states.items()}

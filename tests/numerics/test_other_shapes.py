@@ -1,0 +1,51 @@
+"""Shapes other than the golden ones, against the forward pass in NumPy float64."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.checkpoint import Checkpoint, TensorRole
+from model.config import ModelConfig
+from tests.reference import NumpyGrok, small_config, write_random_model
+from tests.runners import load, logits_of, runner_of
+
+# Which shape, and how many scale rows the row-cut matrices have.
+SHAPES: dict[str, tuple[ModelConfig, dict[TensorRole, int]]] = {
+    "five_experts_three_chosen": (small_config(), {TensorRole.EXPERT_LINEAR_1: 7}),
+    "one_expert": (small_config(num_experts=1, num_selected_experts=1), {}),
+    "all_experts_chosen": (small_config(num_experts=3, num_selected_experts=3), {}),
+    "sixteen_experts_one_chosen": (
+        small_config(num_experts=16, num_selected_experts=1),
+        {TensorRole.ATTENTION_OUT: 12, TensorRole.EXPERT_LINEAR: 4, TensorRole.QUERY: 2},
+    ),
+    "one_kv_head_odd_sizes": (
+        small_config(emb_size=45, num_kv_heads=1, vocab_size=151, ffn_size=37),
+        {TensorRole.EXPERT_LINEAR_V: 9, TensorRole.VALUE: 3},
+    ),
+    "twelve_layers": (small_config(num_layers=12), {TensorRole.EXPERT_LINEAR_1: 8}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_equal_the_numpy_reference(name: str, tmp_path: Path) -> None:
+    config, scale_rows = SHAPES[name]
+    write_random_model(tmp_path, config, scale_rows)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, 40).tolist()
+    # A pad token inside a prompt is never seen as a key.
+    tokens[7] = config.pad_token
+    with Checkpoint.open(tmp_path) as checkpoint:
+        expected = NumpyGrok(checkpoint).logits(tokens)
+    logits = logits_of(runner_of(load(tmp_path)), tokens, [23, 17])
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
+
+
+def test_leading_pad_tokens_see_nothing_and_are_not_seen(tmp_path: Path) -> None:
+    config = small_config()
+    write_random_model(tmp_path, config, {})
+    tokens = [config.pad_token, config.pad_token, 5, 9, 11]
+    with Checkpoint.open(tmp_path) as checkpoint:
+        expected = NumpyGrok(checkpoint).logits(tokens)
+    logits = logits_of(runner_of(load(tmp_path)), tokens, [1, 1, 3])
+    assert np.isfinite(logits).all()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)

@@ -1,0 +1,52 @@
+"""Runs a model over one sequence, in pieces, as the tests need it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from model.checkpoint import Checkpoint
+from model.decoder import Decoder
+from model.params import ModelParams, load_model
+from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode, make_runner
+
+CACHE_SIZE = CacheSize(num_blocks=16, block_size=16, max_slots=8)
+
+
+def load(model_dir: Path, dtype: str = "float32") -> tuple[Decoder, ModelParams]:
+    """Decoder and parameters of a model directory."""
+    with Checkpoint.open(model_dir) as checkpoint:
+        return Decoder(config=checkpoint.config, dtype=jnp.dtype(dtype)), load_model(checkpoint)
+
+
+def runner_of(
+    model: tuple[Decoder, ModelParams],
+    mode: StepMode = StepMode.HALVES,
+    cache_size: CacheSize = CACHE_SIZE,
+) -> ModelRunner:
+    """A runner with an empty cache."""
+    return make_runner(*model, cache_size, mode)
+
+
+def logits_of(
+    runner: ModelRunner,
+    token_ids: Sequence[int],
+    chunks: Sequence[int] | None = None,
+    first_block: int = 0,
+) -> np.ndarray:
+    """Logits [T, V] of one sequence, prefilled in chunks of the given lengths (default: one)."""
+    num_blocks = -(-len(token_ids) // runner.cache_size.block_size)
+    block_table = range(first_block, first_block + num_blocks)
+    parts, start = [], 0
+    for length in chunks or [len(token_ids)]:
+        tokens = list(token_ids[start : start + length])
+        scheduled = ScheduledTokens(
+            token_ids=tokens,
+            start_position=start,
+            block_table=block_table,
+            num_logits=len(tokens),
+        )
+        parts.append(runner.compute_logits([scheduled]))
+        start += length
+    return np.concatenate(parts)
