@@ -29,6 +29,11 @@ def runner_of(
     return make_runner(*model, cache_size, mode)
 
 
+def in_eights(num_tokens: int) -> list[int]:
+    """Chunk lengths of 8: the smallest bucket, so that one set of programs serves all prompts."""
+    return [8] * (num_tokens // 8) + [num_tokens % 8] * (num_tokens % 8 > 0)
+
+
 def logits_of(
     runner: ModelRunner,
     token_ids: Sequence[int],

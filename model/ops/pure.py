@@ -198,6 +198,8 @@ def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
         seen = seen_TS[:, None, None, :]
         keys_TSRK = cache.keys_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
         values_TSRK = cache.values_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
+        # A weight of 0 does not silence a NaN that another sequence left in the block.
+        values_TSRK = jnp.where(seen_TS[:, :, None, None], values_TSRK, 0)
 
         scores = _dot("trgk,tsrk->trgs", query_TRGK, keys_TSRK) * logit_scale
         scores = jnp.where(seen, LOGIT_CAP * jnp.tanh(scores / LOGIT_CAP), MASKED)

@@ -9,13 +9,14 @@ import pytest
 
 from model.kv_cache import StepBatch, make_kv_cache, mark_visible
 from model.runner import ScheduledTokens, StepMode
-from tests.runners import load, logits_of, runner_of
+from tests.runners import in_eights, load, logits_of, runner_of
 
 MODELS = ("tiny", "mini8")
 PROMPTS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6", "padded")
 LOGITS_TOLERANCE = 2e-3
 PROBABILITY_TOLERANCE = 1e-4
 NEAR_TIE = 1e-5
+PADDED_LENGTH = 104
 
 
 class Golden:
@@ -39,7 +40,8 @@ def golden(request: pytest.FixtureRequest, golden_dir: Path) -> Golden:
 def test_float32_logits_equal_the_reference(golden: Golden) -> None:
     forward = golden.arrays("forward_f32")
     for prompt in PROMPTS:
-        logits = logits_of(golden.runner, forward[f"{prompt}_tokens"].tolist())
+        tokens = forward[f"{prompt}_tokens"].tolist()
+        logits = logits_of(golden.runner, tokens, in_eights(len(tokens)))
         # p5 begins with the pad token: the reference's first row averages keys of the future.
         first = 1 if prompt == "p5" else 0
         difference = np.abs(logits - forward[f"{prompt}_logits"])[first:]
@@ -93,7 +95,7 @@ def test_cache_after_prefill_equals_the_reference(golden: Golden) -> None:
     tokens = golden.arrays("forward_f32")["p0_tokens"].tolist()
     recorded = golden.arrays("generate_f32")
     runner = runner_of(golden.model)
-    logits_of(runner, tokens)
+    logits_of(runner, tokens, in_eights(len(tokens)))
     cache = runner.read_cache()
     for layer, layer_cache in enumerate(cache.layers_L):
         for name, blocks in (("k", layer_cache.keys_NPRK), ("v", layer_cache.values_NPRK)):
@@ -109,7 +111,8 @@ def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path) -> None:
     num_agreeing = num_rows = 0
     with np.load(model_dir / "golden" / "forward_bf16.npz") as recorded:
         for prompt in ("p0", "p4"):
-            logits = logits_of(runner, recorded[f"{prompt}_tokens"].tolist())
+            tokens = recorded[f"{prompt}_tokens"].tolist()
+            logits = logits_of(runner, tokens, in_eights(len(tokens)))
             expected = recorded[f"{prompt}_logits"]
             assert np.median(np.abs(logits - expected)) <= 0.2, prompt
             num_agreeing += int((logits.argmax(1) == expected.argmax(1)).sum())
@@ -120,19 +123,21 @@ def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path) -> None:
 def test_fused_step_gives_the_same_bits_as_the_halves(golden_dir: Path) -> None:
     golden = Golden(golden_dir / "tiny")
     tokens = golden.arrays("forward_f32")["p2_tokens"].tolist()
-    fused = logits_of(runner_of(golden.model, StepMode.FUSED), tokens)
-    np.testing.assert_array_equal(fused, logits_of(golden.runner, tokens))
+    chunks = in_eights(len(tokens))
+    fused = logits_of(runner_of(golden.model, StepMode.FUSED), tokens, chunks)
+    np.testing.assert_array_equal(fused, logits_of(golden.runner, tokens, chunks))
 
 
 def greedy(golden: Golden, prompt: list[int], num_tokens: int) -> list[int]:
     """Prefill, then one token at a time through the cache."""
-    runner, tokens, start = golden.runner, list(prompt), 0
+    runner, tokens = golden.runner, list(prompt)
+    logits = logits_of(runner, tokens, in_eights(len(tokens)))
     for _ in range(num_tokens):
+        tokens.append(int(logits[-1].argmax()))
         step = ScheduledTokens(
-            token_ids=tokens[start:], start_position=start, block_table=range(16)
+            token_ids=tokens[-1:], start_position=len(tokens) - 1, block_table=range(8)
         )
-        start = len(tokens)
-        tokens.append(int(runner.compute_logits([step])[0].argmax()))
+        logits = runner.compute_logits([step])
     return tokens[len(prompt) :]
 
 
@@ -141,12 +146,14 @@ def layer_states(golden: Golden, tokens: np.ndarray) -> dict[str, np.ndarray]:
     decoder, params = golden.model
     config, count = decoder.config, len(tokens)
     cache = make_kv_cache(config, config.num_layers, 8, 16, decoder.dtype)
+    # Padded to one length, so that one set of programs serves all prompts.
+    rows = np.arange(PADDED_LENGTH)
     batch = StepBatch(
-        token_ids_T=jnp.asarray(tokens, jnp.int32),
-        positions_T=jnp.arange(count),
-        slots_T=jnp.zeros(count, jnp.int32),
+        token_ids_T=jnp.asarray(np.pad(tokens, (0, PADDED_LENGTH - count)), jnp.int32),
+        positions_T=jnp.asarray(np.where(rows < count, rows, -1), jnp.int32),
+        slots_T=jnp.zeros(PADDED_LENGTH, jnp.int32),
         block_tables_BM=jnp.arange(8)[None],
-        logits_rows_W=jnp.arange(count),
+        logits_rows_W=jnp.zeros(1, jnp.int32),
     )
     visible_NP = mark_visible(cache.visible_NP, batch, config.pad_token)
     attend, expert_half = jax.jit(decoder.attend), jax.jit(decoder.expert_half)
@@ -175,4 +182,4 @@ def layer_states(golden: Golden, tokens: np.ndarray) -> dict[str, np.ndarray]:
             f"layer{layer}_out": hidden_TD,
         }
     states["final_norm"] = norm(hidden_TD, params.ends.final_norm_D)
-    return {name: np.asarray(state) for name, state in states.items()}
+    return {name: np.asarray(state)[:count] for name, state in states.items()}

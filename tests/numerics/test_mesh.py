@@ -12,7 +12,7 @@ from model.params import load_model
 from model.runner import CacheSize, ScheduledTokens, make_mesh_runner
 from model.sharding import ShardingRules, check_mesh, make_mesh
 from tests.reference import small_config
-from tests.runners import load, logits_of, runner_of
+from tests.runners import in_eights, load, logits_of, runner_of
 
 NUM_DECODED = 8
 
@@ -38,9 +38,10 @@ def test_mesh_gives_the_tokens_of_one_device(
         tokens = recorded["p2_tokens"].tolist()
         expected = recorded["p2_logits"]
     single = runner_of((decoder, params))
-    logits = logits_of(mesh_runner, tokens)
+    chunks = in_eights(len(tokens))
+    logits = logits_of(mesh_runner, tokens, chunks)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
-    assert (logits.argmax(1) == logits_of(single, tokens).argmax(1)).all()
+    assert (logits.argmax(1) == logits_of(single, tokens, chunks).argmax(1)).all()
     for _ in range(NUM_DECODED):
         step = ScheduledTokens(
             token_ids=[int(logits[-1].argmax())],

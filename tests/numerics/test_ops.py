@@ -81,3 +81,34 @@ def test_blocked_scales_are_exact() -> None:
     full = weight * np.repeat(np.asarray(scales, np.float64), 4, axis=0)
     result = OPS.linear(jnp.asarray(rows_TK), matrix)
     np.testing.assert_allclose(result, rows_TK @ full, rtol=2e-5, atol=2e-4)
+
+
+def test_what_others_left_in_a_block_is_never_seen() -> None:
+    """Positions beyond the sequence, and invisible ones, may hold anything, NaN included."""
+    rng = np.random.default_rng(3)
+    keys, values = rng.standard_normal((2, 6, 16, 2, 8)).astype(np.float32)
+    query_THK = jnp.asarray(rng.standard_normal((3, 4, 8)), jnp.float32)
+    visible = np.ones((6, 16), bool)
+    visible[2, 3] = False
+    tables = jnp.asarray([[2, 4, 0], [2, 4, 0], [5, 0, 0]], jnp.int32)
+    positions = jnp.asarray([20, 2, -1], jnp.int32)
+
+    def attend(fill: float) -> np.ndarray:
+        stale = np.ones((6, 16), bool)
+        stale[2] = ~visible[2]
+        stale[4, :5] = False
+        blocks = [np.where(stale[:, :, None, None], fill, array) for array in (keys, values)]
+        return np.asarray(
+            OPS.attention(
+                query_THK,
+                *(jnp.asarray(array, jnp.float32) for array in blocks),
+                jnp.asarray(visible),
+                tables,
+                positions,
+                0.3,
+            )
+        )
+
+    clean, dirty = attend(0.0), attend(float("nan"))
+    np.testing.assert_array_equal(clean, dirty)
+    assert clean[:2].any() and not clean[2].any()

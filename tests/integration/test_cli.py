@@ -1,0 +1,127 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster import cli
+
+
+@pytest.fixture(autouse=True)
+def leave_the_compile_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "use_compile_cache", lambda directory: None)
+
+
+def generate_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main(["generate", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_generate_from_token_ids_gives_the_reference_tokens(
+    golden_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir = golden_dir / "tiny"
+    with np.load(model_dir / "golden" / "forward_f32.npz") as forward:
+        tokens = ",".join(map(str, forward["p0_tokens"]))
+    with np.load(model_dir / "golden" / "generate_f32.npz") as recorded:
+        expected = recorded["greedy_p0_tokens"].tolist()
+    result = generate_json(
+        capsys, "--model", str(model_dir), "--tokens", tokens, "--temperature", "0",
+        "--max-tokens", str(len(expected)), "--ignore-eos", "--logprobs", "2",
+    )  # fmt: skip
+    (choice,) = result["choices"]
+    assert choice["token_ids"] == expected
+    assert choice["finish_reason"] == "length"
+    assert result["usage"] == {"prompt_tokens": 16, "completion_tokens": 32, "total_tokens": 48}
+    assert result["timings"]["total_s"] > 0
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 32
+    assert [ids[0] for ids in logprobs["top_token_ids"]] == expected
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+def test_logits_file_holds_float32_logits_of_every_position(
+    golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, out = golden_dir / "tiny", tmp_path / "logits.npz"
+    with np.load(model_dir / "golden" / "forward_f32.npz") as recorded:
+        tokens, expected = recorded["p3_tokens"], recorded["p3_logits"]
+    arguments = ["--tokens", ",".join(map(str, tokens)), "--out", str(out)]
+    assert cli.main(["logits", "--model", str(model_dir), *arguments]) == 0
+    with np.load(out) as file:
+        assert file["logits"].dtype == np.float32
+        np.testing.assert_allclose(file["logits"], expected, rtol=0, atol=2e-3)
+
+
+def test_inspect_counts_parameters_and_bytes(
+    golden_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir = golden_dir / "mini8"
+    assert cli.main(["inspect", str(model_dir), "--workers", "3", "--json", "--verify"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    on_disk = sum(path.stat().st_size for path in (model_dir / "ckpt-0").iterdir())
+    assert summary["num_tensors"] == 146
+    assert summary["num_file_bytes"] == on_disk
+    assert len(summary["workers"]) == 3
+    assert cli.main(["inspect", str(model_dir / "ckpt-0"), "--tensors"]) == 0
+    assert "decoder_layer_11/moe/linear/w" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["--tokens", "1,x"], 2, "tokens = '1,x'"),
+        (["--tokens", "1,99999"], 2, "99999"),
+        (["--tokens", "1", "--temperature", "-1"], 2, "temperature = -1.0"),
+        (["--tokens", "1", "--temperature", "nan"], 2, "temperature = nan"),
+        (["--tokens", "1", "--top-p", "0"], 2, "top_p = 0.0"),
+        (["--tokens", "1", "--max-tokens", "0"], 2, "max_tokens = 0"),
+        (["--tokens", "1", "--n", "0"], 2, "num_samples = 0"),
+        (["--tokens", "1", "--logprobs", "99"], 2, "num_logprobs = 99"),
+        (["--tokens", ",".join(["5"] * 300)], 2, "300 tokens"),
+        ([], 2, "prompt"),
+        (["text", "--tokens", "1"], 2, "prompt"),
+        (["some text"], 1, "no tokenizer.model"),
+    ],
+)
+def test_bad_request_gets_one_clear_line(
+    golden_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    exit_code: int,
+    message: str,
+) -> None:
+    model = ["--model", str(golden_dir / "tiny")]
+    assert cli.main(["generate", *model, *arguments]) == exit_code
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "/no/such/model"]) == 1
+    assert "/no/such/model: no such model directory" in capsys.readouterr().err
+
+
+def test_installed_command_runs_and_keeps_its_programs(golden_dir: Path, tmp_path: Path) -> None:
+    """A process of its own: entry point, compile cache, exit code."""
+    command = [sys.executable, "-m", "cluster.cli", "generate", "--model", str(golden_dir / "tiny")]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("XLA_FLAGS")
+    done = subprocess.run(
+        [*command, "--tokens", "5,6,7", "--max-tokens", "2", "--temperature", "0"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
+    assert any((tmp_path / "milliways" / "programs").iterdir())
