@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from cluster.commands import generate, inspect, logits
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
     )
+    parser.add_argument("--version", action="version", version=version("milliways"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (generate, logits, inspect):
         command.add_parser(commands)

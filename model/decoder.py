@@ -95,6 +95,8 @@ class Decoder:
         expert_ids_TA, gate_weights_TA = self.ops.gate(
             gate_input_TD, params.gate_DE, self.config.num_selected_experts
         )
+        # Padding goes to no expert: it would have weights read that nobody needs.
+        expert_ids_TA = jnp.where(batch.positions_T[:, None] >= 0, expert_ids_TA, -1)
         expert_input_TD = gate_input_TD.astype(self.dtype)
         return AttentionResult(hidden_TD, expert_input_TD, expert_ids_TA, gate_weights_TA, cache)
 

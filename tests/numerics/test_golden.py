@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kv_cache import StepBatch, make_kv_cache, mark_visible
 from model.runner import ScheduledTokens, StepMode
+from tests.layers import layer_states
 from tests.runners import in_eights, load, logits_of, runner_of
 
 MODELS = ("tiny", "mini8")
@@ -16,7 +14,6 @@ PROMPTS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6", "padded")
 LOGITS_TOLERANCE = 2e-3
 PROBABILITY_TOLERANCE = 1e-4
 NEAR_TIE = 1e-5
-PADDED_LENGTH = 104
 
 
 class Golden:
@@ -51,7 +48,7 @@ def test_float32_logits_equal_the_reference(golden: Golden) -> None:
 @pytest.mark.parametrize("prompt", ["p0", "p4"])
 def test_every_layer_equals_the_reference(golden: Golden, prompt: str) -> None:
     recorded = golden.arrays("layers_f32")
-    states = layer_states(golden, golden.arrays("forward_f32")[f"{prompt}_tokens"])
+    states = layer_states(golden.model, golden.arrays("forward_f32")[f"{prompt}_tokens"])
     assert states.keys() >= {"layer0_moe_out", "layer1_attn_out", "final_norm"}
     for name, state in states.items():
         expected = recorded[f"{prompt}_{name}"]
@@ -61,7 +58,7 @@ def test_every_layer_equals_the_reference(golden: Golden, prompt: str) -> None:
 
 def test_expert_choice_equals_the_reference(golden: Golden) -> None:
     recorded = golden.arrays("routing_f32")
-    states = layer_states(golden, golden.arrays("forward_f32")["p6_tokens"])
+    states = layer_states(golden.model, golden.arrays("forward_f32")["p6_tokens"])
     num_compared = 0
     for layer in range(golden.model[0].config.num_layers):
         probabilities = np.sort(recorded[f"p6_layer{layer}_router_probs"], axis=1)[:, ::-1]
@@ -139,47 +136,3 @@ def greedy(golden: Golden, prompt: list[int], num_tokens: int) -> list[int]:
         )
         logits = runner.compute_logits([step])
     return tokens[len(prompt) :]
-
-
-def layer_states(golden: Golden, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The intermediate results that the reference recorded, under its names."""
-    decoder, params = golden.model
-    config, count = decoder.config, len(tokens)
-    cache = make_kv_cache(config, config.num_layers, 8, 16, decoder.dtype)
-    # Padded to one length, so that one set of programs serves all prompts.
-    rows = np.arange(PADDED_LENGTH)
-    batch = StepBatch(
-        token_ids_T=jnp.asarray(np.pad(tokens, (0, PADDED_LENGTH - count)), jnp.int32),
-        positions_T=jnp.asarray(np.where(rows < count, rows, -1), jnp.int32),
-        slots_T=jnp.zeros(PADDED_LENGTH, jnp.int32),
-        block_tables_BM=jnp.arange(8)[None],
-        logits_rows_W=jnp.zeros(1, jnp.int32),
-    )
-    visible_NP = mark_visible(cache.visible_NP, batch, config.pad_token)
-    attend, expert_half = jax.jit(decoder.attend), jax.jit(decoder.expert_half)
-    attention_half, combine = jax.jit(decoder.attention_half), jax.jit(decoder.combine)
-    norm = jax.jit(decoder.ops.rms_norm)
-    mix = jax.jit(lambda outputs, weights: (outputs * weights[:, :, None]).sum(1))
-
-    hidden_TD = decoder.embed(params.ends, batch.token_ids_T)
-    states = {"embed": hidden_TD}
-    for layer in range(config.num_layers):
-        attention, layer_cache = params.attention_L[layer], cache.layers_L[layer]
-        attention_input_TD = norm(hidden_TD, attention.attention_norm_D)
-        attended_TD, _ = attend(attention, attention_input_TD, batch, layer_cache, visible_NP)
-        result = attention_half(attention, hidden_TD, batch, layer_cache, visible_NP)
-        outputs_TAD = expert_half(
-            params.experts_L[layer], result.expert_input_TD, result.expert_ids_TA
-        )
-        hidden_TD = combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
-        states |= {
-            f"layer{layer}_attn_in": attention_input_TD,
-            f"layer{layer}_attn_out": attended_TD,
-            f"layer{layer}_moe_in": result.expert_input_TD,
-            f"layer{layer}_moe_out": mix(outputs_TAD, result.gate_weights_TA),
-            f"layer{layer}_expert_index": result.expert_ids_TA,
-            f"layer{layer}_expert_gate": result.gate_weights_TA,
-            f"layer{layer}_out": hidden_TD,
-        }
-    states["final_norm"] = norm(hidden_TD, params.ends.final_norm_D)
-    return {name: np.asarray(state)[:count] for name, state in states.items()}
