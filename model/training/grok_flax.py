@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
 
@@ -50,7 +50,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
         mean_square = jnp.mean(jnp.square(hidden), axis=-1, keepdims=True)
-        return hidden * jax.lax.rsqrt(mean_square + NORM_EPSILON) * self.scale[...]
+        scale = jnp.broadcast_to(self.scale[...], hidden.shape)
+        return hidden * jax.lax.rsqrt(mean_square + NORM_EPSILON) * scale
 
 
 class Attention(nnx.Module):
@@ -65,7 +66,7 @@ class Attention(nnx.Module):
         self.linear = _matrix(rngs, (q_size, embed), ("q_heads", "embed"))
 
     def __call__(
-        self, hidden_BSD: Float[Array, "B S D"], visible_BSS: Float[Array, "B S S"]
+        self, hidden_BSD: Float[Array, "B S D"], visible_BSS: Bool[Array, "B S S"]
     ) -> Float[Array, "B S D"]:
         config = self.config
         batch, length, _ = hidden_BSD.shape
@@ -228,7 +229,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         hidden_BSD: Float[Array, "B S D"],
-        visible_BSS: Float[Array, "B S S"],
+        visible_BSS: Bool[Array, "B S S"],
         capacity: int,
     ) -> tuple[Float[Array, "B S D"], GateLoad]:
         attended_BSD = self.multi_head_attention(self.rms_norm(hidden_BSD), visible_BSS)
@@ -275,7 +276,7 @@ def _stack(*leaves: Array) -> Array:
     return jnp.stack(leaves)
 
 
-def _visible(tokens_BS: Int[Array, "B S"], pad_token: int) -> Float[Array, "B S S"]:
+def _visible(tokens_BS: Int[Array, "B S"], pad_token: int) -> Bool[Array, "B S S"]:
     """A key is seen by itself and what follows, unless it is padding."""
     length = tokens_BS.shape[1]
     causal_SS = jnp.tril(jnp.ones((length, length), dtype=bool))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 # One line of the file is the mean of this many steps: small, and smooth enough to look at.
-STEPS_PER_POINT = 20
+STEPS_PER_POINT = 25
 _COLUMNS = ("step", "tokens", "loss")
 
 

