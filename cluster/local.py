@@ -1,12 +1,13 @@
 """Composition root of a single process: a model directory in, a running engine out."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import CHECKPOINT_DIR, Checkpoint
 from model.decoder import Decoder
 from model.demo import DEMO_DIR
 from model.errors import CheckpointError
@@ -43,13 +44,18 @@ def use_compile_cache(directory: Path) -> None:
 def resolve_model_dir(name: str) -> Path:
     """The directory of a model named on the command line; `demo` is the one we ship.
 
+    Naming its ckpt-0 names the model.
+
     Raises:
         CheckpointError: there is no such directory.
     """
     path = DEMO_DIR if name == DEMO_NAME else Path(name).expanduser()
     if not path.is_dir():
         raise CheckpointError(path, "no such model directory")
-    return path
+    # Not resolved: what a ckpt-0 that is a link belongs to lies beside the link.
+    path = Path(os.path.abspath(path))
+    names_tensors = path.name == CHECKPOINT_DIR and not (path / CHECKPOINT_DIR).is_dir()
+    return path.parent if names_tensors else path
 
 
 def load_tokenizer(model_dir: Path, vocab_size: int) -> Tokenizer | None:

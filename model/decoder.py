@@ -9,8 +9,9 @@ A step of one process, and of any number of them, is this composition:
         hidden = combine(hidden, outputs, gate_weights)
     logits = unembed(hidden)
 
-`step` is the same composition as one compiled program. Source of every formula: xai-org/grok-1,
-model.py. The numerics sit behind `Ops`; the placement on a local mesh behind `MeshAxes`.
+`run_step` is that composition, as one compiled program or with each part compiled for itself.
+Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`; the placement on a
+local mesh behind `MeshAxes`.
 
 Dtypes: what enters a matrix product, the KV cache, or a message to another process is of the
 activation dtype (float32 or bfloat16); sums, norms, soft-max and the residual stream are float32.
@@ -19,7 +20,9 @@ Bits: products that meet a sum stand inside `map_tiles` or behind `Ops`, so that
 fused step round alike; see `tiles`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -159,35 +162,64 @@ class Decoder:
         mixed_TD = map_tiles(weigh, outputs_TAD, gate_weights_TA)
         return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
 
-    def unembed(self, ends: EndParams, hidden_TD: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Final norm and tied-embedding logits, float32. No final cap."""
-        hidden_TD = self.ops.rms_norm(hidden_TD, ends.final_norm_D)
-        logits_TV = self.ops.logits(hidden_TD.astype(self.dtype), ends.embedding_VD)
-        return logits_TV * self.config.output_multiplier_scale
+    def unembed(
+        self, ends: EndParams, hidden_TD: Float[Array, "T D"], rows_W: Int[Array, " W"]
+    ) -> Float[Array, "W V"]:
+        """Final norm and tied-embedding logits of the wanted rows, float32. No final cap."""
+        hidden_WD = self.ops.rms_norm(hidden_TD[rows_W], ends.final_norm_D)
+        logits_WV = self.ops.logits(hidden_WD.astype(self.dtype), ends.embedding_VD)
+        return logits_WV * self.config.output_multiplier_scale
+
+    def parts(self) -> "DecoderParts":
+        """The pieces of a step, to be composed as they are or each compiled for itself."""
+        return DecoderParts(
+            mark_visible=partial(mark_visible, pad_token=self.config.pad_token),
+            embed=self.embed,
+            attention_half=self.attention_half,
+            expert_half=self.expert_half,
+            combine=self.combine,
+            unembed=self.unembed,
+        )
 
     def step(
         self, params: ModelParams, batch: StepBatch, cache: KVCache
     ) -> tuple[Float[Array, "W V"], KVCache]:
         """The whole model over one batch: logits of the wanted rows, and the cache written."""
-        visible_NP = mark_visible(cache.visible_NP, batch, self.config.pad_token)
-        hidden_TD = self.embed(params.ends, batch.token_ids_T)
-        layer_caches = []
-        for attention, experts, layer_cache in zip(
-            params.attention_L, params.experts_L, cache.layers_L, strict=True
-        ):
-            result = self.attention_half(attention, hidden_TD, batch, layer_cache, visible_NP)
-            outputs_TAD = self.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
-            hidden_TD = self.combine(
-                attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA
-            )
-            layer_caches.append(result.cache)
-        logits_WV = self.unembed(params.ends, hidden_TD[batch.logits_rows_W])
-        return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
+        return run_step(self.parts(), params, batch, cache)
 
     def _sum(self, partial: Array, *axis_names: str | None) -> Array:
         """Adds the shards' float32 partial results where the mesh splits a reduction."""
         names = tuple(dict.fromkeys(name for name in axis_names if name))
         return lax.psum(partial, names) if names else partial
+
+
+class DecoderParts(NamedTuple):
+    """The functions a step is made of; the fields are named after the methods of `Decoder`."""
+
+    mark_visible: Callable[..., Array]
+    embed: Callable[..., Array]
+    attention_half: Callable[..., AttentionResult]
+    expert_half: Callable[..., Array]
+    combine: Callable[..., Array]
+    unembed: Callable[..., Array]
+
+
+def run_step(
+    parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
+) -> tuple[Float[Array, "W V"], KVCache]:
+    """One step of the whole model, whoever computes its parts."""
+    visible_NP = parts.mark_visible(cache.visible_NP, batch)
+    hidden_TD = parts.embed(params.ends, batch.token_ids_T)
+    layer_caches = []
+    for attention, experts, layer_cache in zip(
+        params.attention_L, params.experts_L, cache.layers_L, strict=True
+    ):
+        result = parts.attention_half(attention, hidden_TD, batch, layer_cache, visible_NP)
+        outputs_TAD = parts.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
+        hidden_TD = parts.combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
+        layer_caches.append(result.cache)
+    logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
+    return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
 
 
 def weigh(

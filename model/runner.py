@@ -8,14 +8,15 @@ and expert half as a cluster of workers would.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from model.config import ModelConfig
-from model.decoder import Decoder
-from model.kv_cache import KVCache, StepBatch, make_kv_cache, mark_visible
+from model.decoder import Decoder, DecoderParts, run_step
+from model.kv_cache import KVCache, StepBatch, make_kv_cache
 from model.params import ModelParams
 from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
 from model.sharding import ShardingRules, shard_model
@@ -172,7 +173,7 @@ def make_runner(
     step = (
         jax.jit(decoder.step, donate_argnames=("cache",))
         if mode is StepMode.FUSED
-        else _HalvesStep(decoder)
+        else _halves_step(decoder)
     )
     return ModelRunner(decoder.config, params, cache, step, cache_size)
 
@@ -201,34 +202,16 @@ def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:
     )
 
 
-class _HalvesStep:
-    """The composition of `Decoder.step`, one compiled call per half: what a cluster executes."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._pad_token = decoder.config.pad_token
-        self._embed = jax.jit(decoder.embed)
-        self._attention_half = jax.jit(decoder.attention_half, donate_argnames=("cache",))
-        self._expert_half = jax.jit(decoder.expert_half)
-        self._combine = jax.jit(decoder.combine)
-        self._unembed = jax.jit(decoder.unembed)
-        self._mark_visible = jax.jit(mark_visible, static_argnames=("pad_token",))
-
-    def __call__(
-        self, params: ModelParams, batch: StepBatch, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        visible_NP = self._mark_visible(cache.visible_NP, batch, pad_token=self._pad_token)
-        hidden_TD = self._embed(params.ends, batch.token_ids_T)
-        layer_caches = []
-        for attention, experts, layer_cache in zip(
-            params.attention_L, params.experts_L, cache.layers_L, strict=True
-        ):
-            result = self._attention_half(
-                attention, hidden_TD, batch, cache=layer_cache, visible_NP=visible_NP
-            )
-            outputs_TAD = self._expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
-            hidden_TD = self._combine(
-                attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA
-            )
-            layer_caches.append(result.cache)
-        logits_WV = self._unembed(params.ends, hidden_TD[batch.logits_rows_W])
-        return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
+def _halves_step(decoder: Decoder) -> Step:
+    """Each part compiled for itself: what a cluster executes."""
+    parts = decoder.parts()
+    compiled = DecoderParts(
+        mark_visible=jax.jit(parts.mark_visible),
+        embed=jax.jit(parts.embed),
+        # The layer's cache, fourth of the arguments, is updated in place.
+        attention_half=jax.jit(parts.attention_half, donate_argnums=(3,)),
+        expert_half=jax.jit(parts.expert_half),
+        combine=jax.jit(parts.combine),
+        unembed=jax.jit(parts.unembed),
+    )
+    return partial(run_step, compiled)

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from cluster.commands.options import Subparsers
 from cluster.local import load_tokenizer, resolve_model_dir
-from model.checkpoint import CHECKPOINT_DIR, Checkpoint, format_summary, summarize, to_json
+from model.checkpoint import Checkpoint, format_summary, summarize, to_json
 from model.errors import InvalidRequestError
 
 MAX_WORKERS = 4096
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
         raise InvalidRequestError("workers", options.workers, f"between 1 and {MAX_WORKERS}")
     path = resolve_model_dir(options.path)
     with Checkpoint.open(path) as checkpoint:
-        load_tokenizer(_model_dir(path), checkpoint.config.vocab_size)
+        load_tokenizer(path, checkpoint.config.vocab_size)
         num_verified_bytes = checkpoint.verify() if options.verify else None
         summary = summarize(checkpoint, options.workers)
         if options.json:
@@ -51,11 +50,6 @@ def run(options: argparse.Namespace) -> None:
         print(format_summary(summary))
         if num_verified_bytes is not None:
             print(f"\nverified          {num_verified_bytes:,} bytes: finite, all scales above 0")
-
-
-def _model_dir(path: Path) -> Path:
-    """The model directory of a path that may name its ckpt-0."""
-    return path if (path / CHECKPOINT_DIR).is_dir() else path.parent
 
 
 def _describe(checkpoint: Checkpoint, index: int) -> dict[str, str]:
