@@ -12,12 +12,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from cluster.commands import generate, inspect, logits
-from cluster.local import use_compile_cache
 from model.errors import InvalidRequestError, ModelError
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "logits": "write the logits of given tokens to a file",
+    "inspect": "show tensors, parameters, bytes, and memory for N workers",
+}
 
 EXIT_UNUSABLE = 1
 EXIT_BAD_REQUEST = 2
@@ -27,10 +32,11 @@ EXIT_BROKEN_PIPE = 141
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `milliways` command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    keep_programs()
+    options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
-        _keep_programs()
         run(options)
         sys.stdout.flush()
     except InvalidRequestError as error:
@@ -44,22 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; each command's module declares its own options."""
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The command line. Only the chosen command is imported: not every one needs JAX."""
     parser = argparse.ArgumentParser(
         prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
     )
     parser.add_argument("--version", action="version", version=version("milliways"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, logits, inspect):
-        command.add_parser(commands)
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        if name == chosen:
+            module = import_module(f"cluster.commands.{name}")
+            module.add_options(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
-def _keep_programs() -> None:
-    """Keeps compiled programs between runs, in the user's cache directory."""
+def keep_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache, unless it was told where already."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    use_compile_cache(Path(base) / "milliways" / "programs")
+    programs = Path(base) / "milliways" / "programs"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _fail(error: Exception, exit_code: int) -> int:

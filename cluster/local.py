@@ -1,23 +1,18 @@
 """Composition root of a single process: a model directory in, a running engine out."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
-from model.checkpoint import CHECKPOINT_DIR, Checkpoint
+from cluster.model_dir import load_tokenizer
+from model.checkpoint import Checkpoint
 from model.decoder import Decoder
-from model.demo import DEMO_DIR
-from model.errors import CheckpointError
 from model.params import ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, StepMode, make_runner
 from model.tokenizer import Tokenizer
 from router.engine import LocalEngine
 
-DEMO_NAME = "demo"
-TOKENIZER_FILE = "tokenizer.model"
 DTYPES = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
 BLOCK_SIZE = 16
 
@@ -29,43 +24,6 @@ class LocalModel:
     decoder: Decoder
     params: ModelParams
     tokenizer: Tokenizer | None
-
-
-def use_compile_cache(directory: Path) -> None:
-    """Keeps compiled programs between runs, so that only the first one waits for the compiler."""
-    settings = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)  # pyright: ignore[reportUnknownMemberType]
-
-
-def resolve_model_dir(name: str) -> Path:
-    """The directory of a model named on the command line; `demo` is the one we ship.
-
-    Naming its ckpt-0 names the model.
-
-    Raises:
-        CheckpointError: there is no such directory.
-    """
-    path = DEMO_DIR if name == DEMO_NAME else Path(name).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(path, "no such model directory")
-    # Not resolved: what a ckpt-0 that is a link belongs to lies beside the link.
-    path = Path(os.path.abspath(path))
-    names_tensors = path.name == CHECKPOINT_DIR and not (path / CHECKPOINT_DIR).is_dir()
-    return path.parent if names_tensors else path
-
-
-def load_tokenizer(model_dir: Path, vocab_size: int) -> Tokenizer | None:
-    """The model's tokenizer, if it brings one.
-
-    Raises:
-        TokenizerError: it is unreadable, or of another vocabulary than the model.
-    """
-    path = model_dir / TOKENIZER_FILE
-    return Tokenizer.load(path, vocab_size) if path.is_file() else None
 
 
 def load_local_model(model_dir: Path, dtype: str) -> LocalModel:

@@ -1,1 +1,1 @@
-"""One module for each command of `milliways`: its options, and what it prints."""
+"""One module for each command of `milliways`: `add_options` declares, `run` does and prints."""

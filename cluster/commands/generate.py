@@ -7,15 +7,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.commands.options import Subparsers, add_model_options, parse_token_ids
+from cluster.commands.options import add_model_options, parse_token_ids
 from cluster.local import (
-    DEMO_NAME,
     LocalModel,
     cache_size_for,
     load_local_model,
     make_local_engine,
-    resolve_model_dir,
 )
+from cluster.model_dir import DEMO_NAME, resolve_model_dir
 from model.errors import InvalidRequestError, NonFiniteLogitsError, TokenizerError
 from model.sampling import SamplingParams
 from model.tokenizer import Tokenizer
@@ -23,9 +22,8 @@ from router.request import GenerateRequest
 from router.sequence import FinishReason, TokenEvent
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser: argparse.ArgumentParser = commands.add_parser("generate", help="continue a prompt")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; '-' reads it from stdin")
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a text")
     add_model_options(parser, default_model=DEMO_NAME)
@@ -44,7 +42,6 @@ def add_parser(commands: Subparsers) -> None:
     option("--logprobs", type=int, metavar="K", help="with the K best tokens at each position")
     option("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     option("--json", action="store_true", help="print one JSON object at the end")
-    parser.set_defaults(run=run)
 
 
 @dataclass(slots=True)

@@ -3,19 +3,15 @@
 import argparse
 import json
 
-from cluster.commands.options import Subparsers
-from cluster.local import load_tokenizer, resolve_model_dir
+from cluster.model_dir import load_tokenizer, resolve_model_dir
 from model.checkpoint import Checkpoint, format_summary, summarize, to_json
 from model.errors import InvalidRequestError
 
 MAX_WORKERS = 4096
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "inspect", help="show tensors, parameters, bytes, and memory for N workers"
-    )
     parser.add_argument("path", metavar="PATH", help="model directory or ckpt-0, or 'demo'")
     parser.add_argument(
         "--workers", type=int, default=8, metavar="N", help="share out over N workers [%(default)s]"
@@ -25,7 +21,6 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

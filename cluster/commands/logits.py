@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.commands.options import Subparsers, add_model_options, parse_token_ids
-from cluster.local import cache_size_for, load_local_model, make_local_runner, resolve_model_dir
+from cluster.commands.options import add_model_options, parse_token_ids
+from cluster.local import cache_size_for, load_local_model, make_local_runner
+from cluster.model_dir import resolve_model_dir
 from model.runner import ModelRunner, ScheduledTokens
 from router.request import GenerateRequest
 
@@ -14,15 +15,11 @@ from router.request import GenerateRequest
 CHUNK_TOKENS = 128
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "logits", help="write the logits of given tokens to a file"
-    )
     add_model_options(parser, default_model=None)
     parser.add_argument("--tokens", required=True, metavar="1,2,3", help="token ids")
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="array `logits` [T, V]")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,12 +1,11 @@
 """Options and parsers that several commands share."""
 
 import argparse
-from typing import Any
 
-from cluster.local import DEMO_NAME, DTYPES
+from cluster.model_dir import DEMO_NAME
 from model.errors import InvalidRequestError
 
-Subparsers = Any
+DTYPE_NAMES = ("bfloat16", "float32")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
@@ -21,7 +20,7 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
     )
     parser.add_argument(
         "--dtype",
-        choices=sorted(DTYPES),
+        choices=DTYPE_NAMES,
         default="float32",
         help="dtype of activations and KV cache [%(default)s]",
     )

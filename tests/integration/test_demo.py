@@ -11,8 +11,8 @@ from cluster.local import (
     cache_size_for,
     load_local_model,
     make_local_engine,
-    resolve_model_dir,
 )
+from cluster.model_dir import resolve_model_dir
 from model.demo import DEMO_DIR
 from model.demo.grammar import check_text, opening_prompts
 from model.demo.sample_check import ANSWER_PROMPT

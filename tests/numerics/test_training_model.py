@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from model.demo import DEMO_DIR
+from model.demo.sample_check import ANSWER_PROMPT
 from model.training.quantise import dequantise, quantise
 from model.training.release import model_of, parameters_of, read_release, write_release
+from model.training.sampling import TrainingSpeaker
 
 TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny"
 PROMPTS = ("p0", "p1", "p2", "p3", "p6")
@@ -84,3 +87,12 @@ def test_release_reads_back_as_the_quantised_parameters(model, tmp_path):
     np.testing.assert_array_equal(read[name], dequantise(*quantise(parameters[name], 8)))
     name = "transformer/decoder_layer_1/router/w"
     np.testing.assert_array_equal(read[name], parameters[name])
+
+
+def test_the_shipped_model_knows_the_answer():
+    speaker = TrainingSpeaker.load(DEMO_DIR)
+    assert speaker.sample([ANSWER_PROMPT], temperature=0.0, seed=0) == [f"{ANSWER_PROMPT} 42."]
+
+
+def test_the_shipped_model_is_small():
+    assert sum(path.stat().st_size for path in DEMO_DIR.rglob("*") if path.is_file()) <= 12e6
