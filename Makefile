@@ -58,7 +58,7 @@ clean:  ## Remove the environment, caches and build products
 
 # Wheels only: building a source distribution would fetch tools that no lock names.
 # Last comes the stamp, so that an interrupted set-up is taken up again.
-$(READY): locks/bootstrap.txt locks/requirements.txt pyproject.toml
+$(READY): locks/bootstrap.txt locks/requirements.txt pyproject.toml setup.py $(wildcard model/ops/native/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \

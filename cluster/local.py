@@ -6,8 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cluster.model_dir import load_tokenizer
+from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
+from model.ops import NativeOps
+from model.ops.select import select_ops
 from model.params import ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, StepMode, make_runner
 from model.tokenizer import Tokenizer
@@ -26,17 +29,18 @@ class LocalModel:
     tokenizer: Tokenizer | None
 
 
-def load_local_model(model_dir: Path, dtype: str) -> LocalModel:
-    """Opens, checks and loads a model directory.
+def load_local_model(model_dir: Path, dtype: str, activations: str = "exact") -> LocalModel:
+    """Opens, checks and loads a model directory for the best kernels there are here.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: what is wrong with which file.
     """
+    ops, loader = select_ops(Activations(activations))
     with Checkpoint.open(model_dir) as checkpoint:
         tokenizer = load_tokenizer(model_dir, checkpoint.config.vocab_size)
         return LocalModel(
-            decoder=Decoder(config=checkpoint.config, dtype=DTYPES[dtype]),
-            params=load_model(checkpoint),
+            decoder=Decoder(config=checkpoint.config, dtype=DTYPES[dtype], ops=ops),
+            params=load_model(checkpoint, loader),
             tokenizer=tokenizer,
         )
 
@@ -54,10 +58,12 @@ def cache_size_for(num_sequences: int, num_tokens_each: int) -> CacheSize:
 def make_local_runner(model: LocalModel, cache_size: CacheSize) -> ModelRunner:
     """A runner of the whole model on this process's device.
 
-    By halves, because one layer's program serves all layers: with the kernels in plain JAX the
-    fused step takes the compiler longer with every layer, and both give the same bits.
+    With the kernels in plain JAX the step runs by halves, because one layer's program then serves
+    all layers: fused, it takes the compiler longer with every layer. Both give the same bits.
     """
-    return make_runner(model.decoder, model.params, cache_size, StepMode.HALVES)
+    is_quick_to_compile = isinstance(model.decoder.ops, NativeOps)
+    mode = StepMode.FUSED if is_quick_to_compile else StepMode.HALVES
+    return make_runner(model.decoder, model.params, cache_size, mode)
 
 
 def make_local_engine(model: LocalModel, cache_size: CacheSize) -> LocalEngine:

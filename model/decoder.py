@@ -26,7 +26,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -40,10 +39,8 @@ from model.kv_cache import (
     write_tokens,
 )
 from model.ops import Ops, PureOps
-from model.params import AttentionParams, EndParams, ExpertParams, ModelParams, QuantizedMatrix
+from model.params import AttentionParams, EndParams, ExpertParams, Matrix, ModelParams
 from model.tiles import map_tiles
-
-ROPE_BASE = 10000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +110,13 @@ class Decoder:
     ) -> tuple[Float[Array, "T D"], LayerCache]:
         """Projections, RoPE, the write of keys and values, attention, output projection."""
 
-        def project(matrix: QuantizedMatrix) -> Array:
+        def project(matrix: Matrix) -> Array:
             rows = self.ops.linear(hidden_TD, matrix)
             return rows.reshape(rows.shape[0], -1, self.config.key_size)
 
-        query_THK = map_tiles(rope, project(params.query), batch.positions_T).astype(self.dtype)
-        keys_TRK = map_tiles(rope, project(params.key), batch.positions_T).astype(self.dtype)
+        positions_T = batch.positions_T
+        query_THK = self.ops.rope(project(params.query), positions_T).astype(self.dtype)
+        keys_TRK = self.ops.rope(project(params.key), positions_T).astype(self.dtype)
         values_TRK = project(params.value).astype(self.dtype)
         places_T = token_places(batch, *visible_NP.shape)
         cache = write_tokens(cache, places_T, keys_TRK, values_TRK)
@@ -128,7 +126,7 @@ class Decoder:
             cache.values_NPRK,
             visible_NP,
             batch.block_tables_BM[batch.slots_T],
-            batch.positions_T,
+            positions_T,
             self.config.attn_output_multiplier,
         )
         mixed_TK = mixed_THK.reshape(mixed_THK.shape[0], -1).astype(self.dtype)
@@ -159,7 +157,7 @@ class Decoder:
         gate_weights_TA: Float[Array, "T A"],
     ) -> Float[Array, "T D"]:
         """Adds the weighted experts, normed, to the residual stream."""
-        mixed_TD = map_tiles(weigh, outputs_TAD, gate_weights_TA)
+        mixed_TD = self.ops.weigh(outputs_TAD, gate_weights_TA)
         return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
 
     def unembed(
@@ -167,7 +165,7 @@ class Decoder:
     ) -> Float[Array, "W V"]:
         """Final norm and tied-embedding logits of the wanted rows, float32. No final cap."""
         hidden_WD = self.ops.rms_norm(hidden_TD[rows_W], ends.final_norm_D)
-        logits_WV = self.ops.logits(hidden_WD.astype(self.dtype), ends.embedding_VD)
+        logits_WV = self.ops.linear(hidden_WD.astype(self.dtype), ends.head)
         return logits_WV * self.config.output_multiplier_scale
 
     def parts(self) -> "DecoderParts":
@@ -220,24 +218,3 @@ def run_step(
         layer_caches.append(result.cache)
     logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
     return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
-
-
-def weigh(
-    outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
-) -> Float[Array, "T D"]:
-    """Float32 sum over the chosen experts, in the order of the gate's ranking, never of arrival."""
-    products_TAD = outputs_TAD.astype(jnp.float32) * gate_weights_TA[:, :, None]
-    mixed_TD = products_TAD[:, 0]
-    for rank in range(1, products_TAD.shape[1]):
-        mixed_TD = mixed_TD + products_TAD[:, rank]
-    return mixed_TD
-
-
-def rope(heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]) -> Float[Array, "T H K"]:
-    """Rotary embedding, halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    half = heads_THK.shape[-1] // 2
-    frequencies_K = (ROPE_BASE ** (-np.arange(half) / half)).astype(np.float32)
-    angles_TK = positions_T.astype(jnp.float32)[:, None] * frequencies_K[None, :]
-    cos, sin = jnp.cos(angles_TK)[:, None, :], jnp.sin(angles_TK)[:, None, :]
-    low, high = heads_THK[..., :half], heads_THK[..., half:]
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

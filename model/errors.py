@@ -11,8 +11,9 @@ ModelError
 ├── InvalidRequestError    names field, value and limit
 │   └── PromptTooLongError     says both numbers
 ├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
-    ├── OutOfBlocksError       the KV block pool is empty
-└── MeshError              a logical axis does not divide over the mesh
+├── OutOfBlocksError       the KV block pool is empty
+├── MeshError              a logical axis does not divide over the mesh
+└── KernelsMissingError    the compiled kernels are not here
 """
 
 from pathlib import Path
@@ -97,3 +98,10 @@ class OutOfBlocksError(ModelError):
 
 class MeshError(ModelError):
     """A logical axis cannot be laid on the local device mesh."""
+
+
+class KernelsMissingError(ModelError):
+    """The compiled CPU kernels cannot be used here; says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the compiled CPU kernels are not available: {reason}")

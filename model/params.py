@@ -2,17 +2,19 @@
 
 A worker holds `AttentionParams` of some layers, `ExpertParams` of some experts of some layers, or
 both; the ends of the chain hold `EndParams`. Loading copies each array once, from the mapped file
-to the device, and touches nothing that the shard does not need.
+to where a `Loader` puts it, and touches nothing that the shard does not need.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, UInt8
 
+from model.activations import Activations, quantise_head
 from model.checkpoint import Checkpoint, TensorRole
 
 
@@ -20,15 +22,38 @@ from model.checkpoint import Checkpoint, TensorRole
 class QuantizedMatrix:
     """int8 weights [in, out] with scale rows: W[g * K/G + r, n] = weight * scales[g, n].
 
-    Stacks of matrices (experts) carry leading axes on both arrays.
+    Stacks of matrices (experts) carry leading axes on both arrays. The output head may be int16.
     """
 
-    weight: Int8[Array, "*stack K N"]
+    weight: Int[Array, "*stack K N"]
     scales: Float[Array, "*stack G N"]
 
     @property
     def num_scale_rows(self) -> int:
         return self.scales.shape[-2]
+
+    @property
+    def stack_size(self) -> int:
+        return self.weight.shape[0]
+
+
+@struct.dataclass
+class PackedMatrix:
+    """The same matrix in the panels that the CPU kernels read (model/ops/native/kernels.h)."""
+
+    panels: UInt8[Array, "*stack num_panels panel_bytes"]
+    scales: Float[Array, "*stack G padded_N"]
+    kind: int = struct.field(pytree_node=False)
+    num_in: int = struct.field(pytree_node=False)
+    num_out: int = struct.field(pytree_node=False)
+
+    @property
+    def stack_size(self) -> int:
+        return self.panels.shape[0]
+
+
+Matrix = QuantizedMatrix | PackedMatrix
+HostMatrix = tuple[np.ndarray, np.ndarray]
 
 
 @struct.dataclass
@@ -42,10 +67,10 @@ class AttentionParams:
     attention_post_norm_D: Float[Array, " D"]
     expert_norm_D: Float[Array, " D"]
     expert_post_norm_D: Float[Array, " D"]
-    query: QuantizedMatrix
-    key: QuantizedMatrix
-    value: QuantizedMatrix
-    out: QuantizedMatrix
+    query: Matrix
+    key: Matrix
+    value: Matrix
+    out: Matrix
     gate_DE: Float[Array, "D E"]
 
 
@@ -53,24 +78,26 @@ class AttentionParams:
 class ExpertParams:
     """Experts of one layer, stacked on the first axis: gate [E,D,F], up [E,D,F], down [E,F,D]."""
 
-    gate_proj: QuantizedMatrix
-    up_proj: QuantizedMatrix
-    down_proj: QuantizedMatrix
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
 
     @property
     def num_experts(self) -> int:
-        return self.gate_proj.weight.shape[0]
+        return self.gate_proj.stack_size
 
 
 @struct.dataclass
 class EndParams:
     """What the first and the last shard of a chain need: the tied embedding and the final norm.
 
-    The embedding stays float32 as released, also under bfloat16 activations: rounding the table, as
-    the reference does, moves more gate decisions than any other rounding of the forward pass.
+    Tokens are looked up in float32 as released, also under bfloat16 activations: rounding the
+    table, as the reference does, moves more gate decisions than any other rounding of the forward
+    pass. `head` is the same table transposed and rounded, for the logits.
     """
 
     embedding_VD: Float[Array, "V D"]
+    head: Matrix
     final_norm_D: Float[Array, " D"]
 
 
@@ -83,40 +110,79 @@ class ModelParams:
     experts_L: tuple[ExpertParams, ...]
 
 
-Place = Callable[[np.ndarray], jax.Array]
+class Loader(Protocol):
+    """Puts host arrays where the kernels want them, in the form they want."""
+
+    @property
+    def activations(self) -> Activations: ...
+
+    def array(self, host: np.ndarray) -> jax.Array:
+        """A plain array."""
+        ...
+
+    def matrix(self, weight: np.ndarray, scales: np.ndarray) -> Matrix:
+        """One matrix [K, N] with its scale rows [G, N]."""
+        ...
+
+    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
+        """Several matrices of one shape, stacked in the given order."""
+        ...
 
 
-def load_model(checkpoint: Checkpoint, place: Place = jnp.asarray) -> ModelParams:
-    """All parameters of a checkpoint; `place` puts one host array on the device."""
+class DeviceLoader:
+    """Arrays as they are; `place` puts one on the device."""
+
+    def __init__(
+        self,
+        place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+        activations: Activations = Activations.EXACT,
+    ) -> None:
+        self.activations = activations
+        self._place = place
+
+    def array(self, host: np.ndarray) -> jax.Array:
+        return self._place(host)
+
+    def matrix(self, weight: np.ndarray, scales: np.ndarray) -> QuantizedMatrix:
+        return QuantizedMatrix(weight=self.array(weight), scales=self.array(scales))
+
+    def stack(self, parts: Sequence[HostMatrix]) -> QuantizedMatrix:
+        weights, scales = zip(*parts, strict=True)
+        return self.matrix(np.stack(weights), np.stack(scales))
+
+
+def load_model(checkpoint: Checkpoint, loader: Loader) -> ModelParams:
+    """All parameters of a checkpoint."""
     layers = range(checkpoint.config.num_layers)
     return ModelParams(
-        ends=load_ends(checkpoint, place),
-        attention_L=tuple(load_attention(checkpoint, layer, place) for layer in layers),
-        experts_L=tuple(load_experts(checkpoint, layer, place=place) for layer in layers),
+        ends=load_ends(checkpoint, loader),
+        attention_L=tuple(load_attention(checkpoint, layer, loader) for layer in layers),
+        experts_L=tuple(load_experts(checkpoint, layer, loader) for layer in layers),
     )
 
 
-def load_ends(checkpoint: Checkpoint, place: Place = jnp.asarray) -> EndParams:
-    """Embedding and final norm."""
-    return EndParams(
-        embedding_VD=place(checkpoint.plain(checkpoint.find(TensorRole.EMBEDDING))),
-        final_norm_D=place(checkpoint.plain(checkpoint.find(TensorRole.FINAL_NORM))),
+def load_ends(checkpoint: Checkpoint, loader: Loader) -> EndParams:
+    """Embedding, output head and final norm."""
+    embedding_VD = checkpoint.plain(checkpoint.find(TensorRole.EMBEDDING))
+    ends = EndParams(
+        embedding_VD=loader.array(embedding_VD),
+        head=loader.matrix(*quantise_head(embedding_VD, loader.activations)),
+        final_norm_D=loader.array(checkpoint.plain(checkpoint.find(TensorRole.FINAL_NORM))),
     )
+    checkpoint.release_maps()
+    return ends
 
 
-def load_attention(
-    checkpoint: Checkpoint, layer: int, place: Place = jnp.asarray
-) -> AttentionParams:
+def load_attention(checkpoint: Checkpoint, layer: int, loader: Loader) -> AttentionParams:
     """The attention half of one layer."""
 
     def plain(role: TensorRole) -> jax.Array:
-        return place(checkpoint.plain(checkpoint.find(role, layer)))
+        return loader.array(checkpoint.plain(checkpoint.find(role, layer)))
 
-    def matrix(role: TensorRole) -> QuantizedMatrix:
-        weight, scales = checkpoint.quantized(checkpoint.find(role, layer))
-        return QuantizedMatrix(weight=place(weight), scales=place(scales))
+    def matrix(role: TensorRole) -> Matrix:
+        return loader.matrix(*checkpoint.quantized(checkpoint.find(role, layer)))
 
-    return AttentionParams(
+    attention = AttentionParams(
         attention_norm_D=plain(TensorRole.PRE_ATTENTION_NORM),
         attention_post_norm_D=plain(TensorRole.POST_ATTENTION_NORM),
         expert_norm_D=plain(TensorRole.PRE_MOE_NORM),
@@ -127,26 +193,26 @@ def load_attention(
         out=matrix(TensorRole.ATTENTION_OUT),
         gate_DE=plain(TensorRole.GATE),
     )
+    checkpoint.release_maps()
+    return attention
 
 
 def load_experts(
     checkpoint: Checkpoint,
     layer: int,
+    loader: Loader,
     expert_ids: Sequence[int] | None = None,
-    place: Place = jnp.asarray,
 ) -> ExpertParams:
     """Experts of one layer, all or the given ones, stacked in the given order."""
+    ids = range(checkpoint.config.num_experts) if expert_ids is None else expert_ids
 
-    def stack(role: TensorRole) -> QuantizedMatrix:
-        if expert_ids is None:
-            weight, scales = checkpoint.quantized(checkpoint.find(role, layer))
-        else:
-            slices = [checkpoint.expert(layer, role, expert_id) for expert_id in expert_ids]
-            weight, scales = (np.stack(parts) for parts in zip(*slices, strict=True))
-        return QuantizedMatrix(weight=place(weight), scales=place(scales))
+    def stack(role: TensorRole) -> Matrix:
+        return loader.stack([checkpoint.expert(layer, role, expert_id) for expert_id in ids])
 
-    return ExpertParams(
+    experts = ExpertParams(
         gate_proj=stack(TensorRole.EXPERT_LINEAR),
         up_proj=stack(TensorRole.EXPERT_LINEAR_V),
         down_proj=stack(TensorRole.EXPERT_LINEAR_1),
     )
+    checkpoint.release_maps()
+    return experts

@@ -94,7 +94,12 @@ def param_axes(config: ModelConfig) -> ModelParams:
         up_proj=matrix("experts", "embed", "ffn"),
         down_proj=matrix("experts", "ffn", "embed"),
     )
-    ends = _tree(EndParams, embedding_VD=("vocab", "embed"), final_norm_D=("embed",))
+    ends = _tree(
+        EndParams,
+        embedding_VD=("vocab", "embed"),
+        head=matrix("embed", "vocab"),
+        final_norm_D=("embed",),
+    )
     return ModelParams(
         ends=ends,
         attention_L=(attention,) * config.num_layers,

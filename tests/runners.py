@@ -6,22 +6,42 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
-from model.params import ModelParams, load_model
+from model.ops import Ops, PureOps
+from model.ops.native import NativeLoader, NativeOps
+from model.params import DeviceLoader, Loader, ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode, make_runner
 
 CACHE_SIZE = CacheSize(num_blocks=16, block_size=16, max_slots=8)
+BACKENDS = ("native", "pure")
+
+Model = tuple[Decoder, ModelParams]
 
 
-def load(model_dir: Path, dtype: str = "float32") -> tuple[Decoder, ModelParams]:
+def kernels_of(backend: str, activations: Activations = Activations.EXACT) -> tuple[Ops, Loader]:
+    """The kernels of a name, and what loads matrices for them."""
+    if backend == "native":
+        return NativeOps(), NativeLoader(activations)
+    return PureOps(activations), DeviceLoader(activations=activations)
+
+
+def load(
+    model_dir: Path,
+    dtype: str = "float32",
+    backend: str = "native",
+    activations: Activations = Activations.EXACT,
+) -> Model:
     """Decoder and parameters of a model directory."""
+    ops, loader = kernels_of(backend, activations)
     with Checkpoint.open(model_dir) as checkpoint:
-        return Decoder(config=checkpoint.config, dtype=jnp.dtype(dtype)), load_model(checkpoint)
+        decoder = Decoder(config=checkpoint.config, dtype=jnp.dtype(dtype), ops=ops)
+        return decoder, load_model(checkpoint, loader)
 
 
 def runner_of(
-    model: tuple[Decoder, ModelParams],
+    model: Model,
     mode: StepMode = StepMode.HALVES,
     cache_size: CacheSize = CACHE_SIZE,
 ) -> ModelRunner:

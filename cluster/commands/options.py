@@ -6,10 +6,11 @@ from cluster.model_dir import DEMO_NAME
 from model.errors import InvalidRequestError
 
 DTYPE_NAMES = ("bfloat16", "float32")
+ACTIVATION_NAMES = ("exact", "int8")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
-    """--model and --dtype."""
+    """--model, --dtype and --activations."""
     parser.add_argument(
         "--model",
         metavar=f"DIR|{DEMO_NAME}",
@@ -23,6 +24,13 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
         choices=DTYPE_NAMES,
         default="float32",
         help="dtype of activations and KV cache [%(default)s]",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATION_NAMES,
+        default="exact",
+        help="what meets the int8 weights: activations as they are, or rounded to int8 in blocks"
+        " of 32, faster and coarser [%(default)s]",
     )
 
 

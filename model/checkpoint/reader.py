@@ -104,6 +104,15 @@ class Checkpoint:
             self._maps.clear()
             self._closed = True
 
+    def release_maps(self) -> None:
+        """Lets the maps go that no array needs; what is asked for later is mapped anew.
+
+        Pages of a map count as this process's memory, so whoever copies a model releases the maps
+        as it goes, or ends up with twice its size.
+        """
+        with self._lock:
+            self._maps.clear()
+
     @property
     def bytes_read(self) -> int:
         """Bytes of all slices handed out so far, counted anew each time they are."""

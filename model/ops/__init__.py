@@ -2,6 +2,7 @@
 
     Ops        the interface (interface.py)
     PureOps    XLA only, in fixed tiles (pure.py)
+    NativeOps  C++ kernels for CPUs (native.py, native/)
 
 Every implementation keeps one contract: a row's result has the same bits whatever rows stand beside
 it, however many, and wherever in the batch it stands. Reductions therefore never take their shape
@@ -9,4 +10,5 @@ from the batch.
 """
 
 from model.ops.interface import Ops as Ops
+from model.ops.native import NativeOps as NativeOps
 from model.ops.pure import PureOps as PureOps

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from jaxtyping import Array, Bool, Float, Int
 
-from model.params import ExpertParams, QuantizedMatrix
+from model.params import ExpertParams, Matrix
 
 
 class Ops(Protocol):
@@ -19,8 +19,17 @@ class Ops(Protocol):
         """x * rsqrt(mean(x^2) + 1e-5) * scale, in float32."""
         ...
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
         """rows @ W with W = weight * scales, summed in float32 and returned in float32."""
+        ...
+
+    def rope(
+        self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
+    ) -> Float[Array, "T H K"]:
+        """Rotary embedding, halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+        Angles are position * 10000^(-2i/K), in float32.
+        """
         ...
 
     def gate(
@@ -45,6 +54,12 @@ class Ops(Protocol):
         """
         ...
 
+    def weigh(
+        self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+    ) -> Float[Array, "T D"]:
+        """Float32 sum over the chosen experts, in the gate's ranking, never that of arrival."""
+        ...
+
     def attention(
         self,
         query_THK: Float[Array, "T H K"],
@@ -59,10 +74,4 @@ class Ops(Protocol):
 
         A row at position -1 is padding. A row that sees no key gets zeros.
         """
-        ...
-
-    def logits(
-        self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
-    ) -> Float[Array, "T V"]:
-        """hidden @ embedding^T (cast to the input's dtype), summed and returned in float32."""
         ...

@@ -5,19 +5,23 @@ last bit from the same row in a batch of 4. Every reduction here therefore runs 
 exactly `TILE` rows, the last one padded, and attention folds keys in chunks of `CHUNK` positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model.params import ExpertParams, QuantizedMatrix
+from model.activations import QUANT_BLOCK, Activations
+from model.params import ExpertParams, Matrix, QuantizedMatrix
 from model.tiles import TILE, map_tiles
 
 CHUNK = 64
+ROPE_BASE = 10000.0
 RMS_EPSILON = 1e-5
 LOGIT_CAP = 30.0
 # Finite, as in the reference: the difference of two masked logits must not be NaN.
@@ -28,13 +32,25 @@ MASKED = -1e30
 class PureOps:
     """`Ops` by XLA alone; see `model.ops.interface` for what each method computes."""
 
+    activations: Activations = Activations.EXACT
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
         return map_tiles(partial(_rms_norm_tile, scale_D=scale_D), hidden_TD)
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
-        return map_tiles(partial(_linear_tile, matrix=matrix), rows_TK)
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
+        return map_tiles(partial(self._linear_tile, matrix=_plain(matrix)), rows_TK)
+
+    def rope(
+        self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
+    ) -> Float[Array, "T H K"]:
+        return map_tiles(_rope_tile, heads_THK, positions_T)
+
+    def weigh(
+        self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+    ) -> Float[Array, "T D"]:
+        return map_tiles(_weigh_tile, outputs_TAD, gate_weights_TA)
 
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
@@ -48,7 +64,7 @@ class PureOps:
         expert_ids_TA: Int[Array, "T A"],
         experts: ExpertParams,
     ) -> Float[Array, "T A D"]:
-        return _expert_ffn(hidden_TD, expert_ids_TA, experts)
+        return _expert_ffn(hidden_TD, expert_ids_TA, experts, self._expert_tile)
 
     def attention(
         self,
@@ -64,10 +80,15 @@ class PureOps:
         rows = _Rows(query_THK, block_tables_TM, num_keys_T=positions_T + 1)
         return map_tiles(partial(_attention_tile, cache=cache, logit_scale=logit_scale), rows)
 
-    def logits(
-        self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
-    ) -> Float[Array, "T V"]:
-        return map_tiles(partial(_logits_tile, embedding_VD=embedding_VD), hidden_TD)
+    def _linear_tile(self, rows_TK: Array, matrix: QuantizedMatrix) -> Array:
+        is_exact = self.activations is Activations.EXACT
+        return (_exact_tile if is_exact else _int8_tile)(rows_TK, matrix)
+
+    def _expert_tile(self, hidden_TD: Array, expert: ExpertParams) -> Array:
+        gate_TF = self._linear_tile(hidden_TD, _plain(expert.gate_proj))
+        up_TF = self._linear_tile(hidden_TD, _plain(expert.up_proj))
+        hidden_TF = jax.nn.gelu(gate_TF, approximate=True) * up_TF
+        return self._linear_tile(hidden_TF, _plain(expert.down_proj))
 
 
 class _Cache(NamedTuple):
@@ -93,17 +114,56 @@ def _rms_norm_tile(hidden_TD: Array, scale_D: Array) -> Array:
     return normed_TD * scale_D[None, :]
 
 
-def _linear_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
+def _plain(matrix: Matrix) -> QuantizedMatrix:
+    assert isinstance(matrix, QuantizedMatrix), "packed for the CPU kernels, not for XLA"
+    return matrix
+
+
+def _exact_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
     """Sums each scale row's inputs, scales the sums, then adds them: exact dequantisation.
 
     An int8 weight is exact in float32 and in bfloat16, so no rounding happens before the sum.
     """
     num_in, num_out = matrix.weight.shape
     num_groups = matrix.num_scale_rows
+    if matrix.weight.dtype != jnp.int8:
+        rows_TK = rows_TK.astype(jnp.float32)
     weight_GKN = matrix.weight.astype(rows_TK.dtype).reshape(num_groups, -1, num_out)
     rows_TGK = rows_TK.reshape(TILE, num_groups, num_in // num_groups)
     parts_GTN = _dot("tgk,gkn->gtn", rows_TGK, weight_GKN)
     return jnp.sum(parts_GTN * matrix.scales.astype(jnp.float32)[:, None, :], axis=0)
+
+
+def _int8_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
+    """As `_exact_tile`, with each row's blocks of inputs rounded to int8 beforehand.
+
+    Whole numbers up to 32 * 127 * 128 are exact in float32.
+    """
+    num_in, num_out = matrix.weight.shape
+    num_groups = matrix.num_scale_rows
+    padding = -(num_in // num_groups) % QUANT_BLOCK
+    rows_TGK = rows_TK.astype(jnp.float32).reshape(TILE, num_groups, -1)
+    rows_TGK = jnp.pad(rows_TGK, ((0, 0), (0, 0), (0, padding)))
+    blocks_TQK = rows_TGK.reshape(TILE, -1, QUANT_BLOCK)
+    weight_GKN = matrix.weight.astype(jnp.float32).reshape(num_groups, -1, num_out)
+    weight_GKN = jnp.pad(weight_GKN, ((0, 0), (0, padding), (0, 0)))
+    whole_TQK, scale_TQ = _round_blocks(blocks_TQK)
+    # One batch axis: given two, XLA on CPU (jax 0.10.2) reads memory that nobody wrote.
+    parts_QTN = _dot("tqk,qkn->qtn", whole_TQK, weight_GKN.reshape(-1, QUANT_BLOCK, num_out))
+    scaled_QTN = parts_QTN * scale_TQ.T[:, :, None]
+    sums_GTN = jnp.sum(scaled_QTN.reshape(num_groups, -1, TILE, num_out), axis=1)
+    return jnp.sum(sums_GTN * matrix.scales.astype(jnp.float32)[:, None, :], axis=0)
+
+
+def _round_blocks(blocks_TQK: Array) -> tuple[Array, Array]:
+    """Whole numbers of at most 127, and what one is worth in each block.
+
+    A NaN or an infinity makes its block worth NaN.
+    """
+    top_TQ1 = jnp.max(jnp.abs(blocks_TQK), axis=-1, keepdims=True)
+    inverse_TQ1 = jnp.where(top_TQ1 > 0, 127.0 / jnp.where(top_TQ1 > 0, top_TQ1, 1.0), 0.0)
+    worth_TQ1 = jnp.where(jnp.isfinite(top_TQ1), top_TQ1 * jnp.float32(1 / 127), jnp.nan)
+    return jnp.round(blocks_TQK * inverse_TQ1), worth_TQ1[..., 0]
 
 
 def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Array, Array]:
@@ -112,8 +172,32 @@ def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Arr
     return expert_ids_TA, gate_weights_TA
 
 
-def _logits_tile(hidden_TD: Array, embedding_VD: Array) -> Array:
-    return _dot("td,vd->tv", hidden_TD, embedding_VD.astype(hidden_TD.dtype))
+def _rope_tile(heads_THK: Array, positions_T: Array) -> Array:
+    cos_TK, sin_TK = (f(rope_angles(positions_T, heads_THK.shape[-1])) for f in (jnp.cos, jnp.sin))
+    cos_T1K, sin_T1K = cos_TK[:, None, :], sin_TK[:, None, :]
+    low, high = jnp.split(heads_THK, 2, axis=-1)
+    return jnp.concatenate(
+        [low * cos_T1K - high * sin_T1K, high * cos_T1K + low * sin_T1K], axis=-1
+    )
+
+
+def rope_frequencies(key_size: int) -> np.ndarray:
+    """Radians a position of each of the K/2 planes, float32."""
+    half = key_size // 2
+    return (ROPE_BASE ** (-np.arange(half) / half)).astype(np.float32)
+
+
+def rope_angles(positions_T: Array, key_size: int) -> Array:
+    """Radians [T, K/2], float32."""
+    return positions_T.astype(jnp.float32)[:, None] * rope_frequencies(key_size)[None, :]
+
+
+def _weigh_tile(outputs_TAD: Array, gate_weights_TA: Array) -> Array:
+    products_TAD = outputs_TAD.astype(jnp.float32) * gate_weights_TA[:, :, None]
+    mixed_TD = products_TAD[:, 0]
+    for rank in range(1, products_TAD.shape[1]):
+        mixed_TD = mixed_TD + products_TAD[:, rank]
+    return mixed_TD
 
 
 def _dot(subscripts: str, left: Array, right: Array) -> Array:
@@ -127,7 +211,12 @@ def _dot(subscripts: str, left: Array, right: Array) -> Array:
     )
 
 
-def _expert_ffn(hidden_TD: Array, expert_ids_TA: Array, experts: ExpertParams) -> Array:
+def _expert_ffn(
+    hidden_TD: Array,
+    expert_ids_TA: Array,
+    experts: ExpertParams,
+    expert_tile: Callable[[Array, ExpertParams], Array],
+) -> Array:
     """Sorts assignments by expert and runs each chosen expert over its group, tile by tile."""
     num_tokens, num_selected = expert_ids_TA.shape
     num_experts, width = experts.num_experts, hidden_TD.shape[1]
@@ -143,7 +232,7 @@ def _expert_ffn(hidden_TD: Array, expert_ids_TA: Array, experts: ExpertParams) -
     def run_tile(expert: ExpertParams, start: Array, end: Array, out: Array) -> Array:
         places = start + jnp.arange(TILE)
         assignments = sort_order[jnp.minimum(places, num_assignments - 1)]
-        outputs_TD = _expert_tile(hidden_TD[assignments // num_selected], expert)
+        outputs_TD = expert_tile(hidden_TD[assignments // num_selected], expert)
         return out.at[jnp.where(places < end, assignments, num_assignments)].set(
             outputs_TD, mode="drop"
         )
@@ -166,12 +255,6 @@ def _expert_ffn(hidden_TD: Array, expert_ids_TA: Array, experts: ExpertParams) -
     out = jnp.zeros((num_assignments, width), jnp.float32)
     out = lax.fori_loop(0, num_experts, run_if_chosen, out)
     return out.reshape(num_tokens, num_selected, width)
-
-
-def _expert_tile(hidden_TD: Array, expert: ExpertParams) -> Array:
-    gate_TF = _linear_tile(hidden_TD, expert.gate_proj)
-    up_TF = _linear_tile(hidden_TD, expert.up_proj)
-    return _linear_tile(jax.nn.gelu(gate_TF, approximate=True) * up_TF, expert.down_proj)
 
 
 def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
@@ -207,7 +290,7 @@ def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
         weights = jnp.where(seen, jnp.exp(scores - new_top), 0.0)
         correction = jnp.exp(top - new_top)
         total = total * correction + jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = _dot("trgs,tsrk->trgk", weights.astype(values_TSRK.dtype), values_TSRK)
+        mixed = _dot("trgs,tsrk->trgk", weights, values_TSRK.astype(jnp.float32))
         return new_top, total, acc * correction + mixed
 
     state_shape = (*query_TRGK.shape[:3], 1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from model.decoder import Decoder
-from model.params import EndParams, ModelParams
+from model.params import ModelParams
 from model.runner import CacheSize
 from model.sampling import SamplingParams
 from router.engine import LocalEngine
@@ -151,9 +151,7 @@ def test_consumer_that_stops_listening_frees_the_blocks(model: Model) -> None:
 
 def test_model_that_computes_nan_fails_the_sequence_and_frees_its_blocks(model: Model) -> None:
     decoder, params = model
-    ends = EndParams(
-        embedding_VD=params.ends.embedding_VD * jnp.nan, final_norm_D=params.ends.final_norm_D
-    )
+    ends = params.ends.replace(embedding_VD=params.ends.embedding_VD * jnp.nan)
     broken = ModelParams(ends=ends, attention_L=params.attention_L, experts_L=params.experts_L)
     engine = make_engine((decoder, broken))
     events = list(engine.generate(make_request([10, 11, 12])))

@@ -5,21 +5,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.decoder import Decoder
-from model.params import ModelParams
+from model.activations import Activations
+from model.ops import native
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
-from tests.runners import load, logits_of, runner_of
+from tests.runners import Model, load, logits_of, runner_of
 
 NUM_TOKENS = 60
 
+WAYS = [
+    ("native", "float32", Activations.EXACT),
+    ("native", "bfloat16", Activations.EXACT),
+    ("native", "float32", Activations.INT8),
+    ("pure", "float32", Activations.EXACT),
+    ("pure", "bfloat16", Activations.EXACT),
+    ("pure", "float32", Activations.INT8),
+]
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest, golden_dir: Path) -> tuple[Decoder, ModelParams]:
-    return load(golden_dir / "tiny", request.param)
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}-{way[2].value}")
+def model(request: pytest.FixtureRequest, golden_dir: Path) -> Model:
+    backend, dtype, activations = request.param
+    return load(golden_dir / "tiny", dtype, backend, activations)
 
 
 @pytest.fixture(scope="module")
-def runner(model: tuple[Decoder, ModelParams]) -> ModelRunner:
+def runner(model: Model) -> ModelRunner:
     return runner_of(model, cache_size=CacheSize(num_blocks=64, max_slots=16))
 
 
@@ -86,8 +96,38 @@ def test_prefill_and_decode_mixed_in_one_step_keep_their_bits(
     np.testing.assert_array_equal(logits[:50], whole[:50])
 
 
-def test_fused_step_keeps_the_bits(
-    model: tuple[Decoder, ModelParams], tokens: list[int], whole: np.ndarray
-) -> None:
+def test_fused_step_keeps_the_bits(model: Model, tokens: list[int], whole: np.ndarray) -> None:
     fused = runner_of(model, StepMode.FUSED)
     np.testing.assert_array_equal(logits_of(fused, tokens, [59, 1]), whole)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("activations", Activations)
+def test_number_of_threads_does_not_matter(
+    golden_dir: Path, tokens: list[int], num_threads: int, activations: Activations
+) -> None:
+    runner = runner_of(load(golden_dir / "mini8", activations=activations))
+    mini_tokens = [token % 256 for token in tokens]
+    expected = logits_of(runner, mini_tokens)
+    usual = native.num_threads()
+    native.set_num_threads(num_threads)
+    try:
+        np.testing.assert_array_equal(logits_of(runner, mini_tokens), expected)
+    finally:
+        native.set_num_threads(usual)
+
+
+@pytest.mark.parametrize("activations", Activations)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_instruction_set_does_not_matter(
+    golden_dir: Path, tokens: list[int], dtype: str, activations: Activations
+) -> None:
+    """The portable kernels, which any processor can run, against this one's."""
+    runner = runner_of(load(golden_dir / "tiny", dtype, activations=activations))
+    expected = logits_of(runner, tokens)
+    usual = native.kernel_set()
+    assert native.use_kernel_set("portable")
+    try:
+        np.testing.assert_array_equal(logits_of(runner, tokens), expected)
+    finally:
+        native.use_kernel_set(usual)

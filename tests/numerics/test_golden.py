@@ -7,7 +7,7 @@ import pytest
 
 from model.runner import ScheduledTokens, StepMode
 from tests.layers import layer_states
-from tests.runners import in_eights, load, logits_of, runner_of
+from tests.runners import BACKENDS, in_eights, load, logits_of, runner_of
 
 MODELS = ("tiny", "mini8")
 PROMPTS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6", "padded")
@@ -19,9 +19,9 @@ NEAR_TIE = 1e-5
 class Golden:
     """One golden set: the loaded model and the recorded arrays."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, backend: str) -> None:
         self.model_dir = model_dir
-        self.model = load(model_dir)
+        self.model = load(model_dir, backend=backend)
         self.runner = runner_of(self.model)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
@@ -29,9 +29,14 @@ class Golden:
             return dict(file)
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module", params=MODELS)
-def golden(request: pytest.FixtureRequest, golden_dir: Path) -> Golden:
-    return Golden(golden_dir / request.param)
+def golden(request: pytest.FixtureRequest, golden_dir: Path, backend: str) -> Golden:
+    return Golden(golden_dir / request.param, backend)
 
 
 def test_float32_logits_equal_the_reference(golden: Golden) -> None:
@@ -102,9 +107,9 @@ def test_cache_after_prefill_equals_the_reference(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path) -> None:
+def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path, backend: str) -> None:
     model_dir = golden_dir / name
-    runner = runner_of(load(model_dir, "bfloat16"))
+    runner = runner_of(load(model_dir, "bfloat16", backend))
     num_agreeing = num_rows = 0
     with np.load(model_dir / "golden" / "forward_bf16.npz") as recorded:
         for prompt in ("p0", "p4"):
@@ -117,8 +122,8 @@ def test_bfloat16_stays_near_the_reference(name: str, golden_dir: Path) -> None:
     assert num_agreeing >= 0.8 * num_rows
 
 
-def test_fused_step_gives_the_same_bits_as_the_halves(golden_dir: Path) -> None:
-    golden = Golden(golden_dir / "tiny")
+def test_fused_step_gives_the_same_bits_as_the_halves(golden_dir: Path, backend: str) -> None:
+    golden = Golden(golden_dir / "tiny", backend)
     tokens = golden.arrays("forward_f32")["p2_tokens"].tolist()
     chunks = in_eights(len(tokens))
     fused = logits_of(runner_of(golden.model, StepMode.FUSED), tokens, chunks)

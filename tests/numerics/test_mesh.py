@@ -8,7 +8,7 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.errors import MeshError
-from model.params import load_model
+from model.params import DeviceLoader, load_model
 from model.runner import CacheSize, ScheduledTokens, make_mesh_runner
 from model.sharding import ShardingRules, check_mesh, make_mesh
 from tests.reference import small_config
@@ -26,7 +26,7 @@ def test_mesh_gives_the_tokens_of_one_device(
 ) -> None:
     decoder, params = load(golden_dir / name)
     with Checkpoint.open(golden_dir / name) as checkpoint:
-        host_params = load_model(checkpoint, place=lambda array: array)
+        host_params = load_model(checkpoint, DeviceLoader(place=lambda array: array))
         mesh_runner = make_mesh_runner(
             decoder,
             host_params,

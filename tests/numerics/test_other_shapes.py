@@ -8,7 +8,7 @@ import pytest
 from model.checkpoint import Checkpoint, TensorRole
 from model.config import ModelConfig
 from tests.reference import NumpyGrok, small_config, write_random_model
-from tests.runners import load, logits_of, runner_of
+from tests.runners import BACKENDS, load, logits_of, runner_of
 
 # Which shape, and how many scale rows the row-cut matrices have.
 SHAPES: dict[str, tuple[ModelConfig, dict[TensorRole, int]]] = {
@@ -27,8 +27,9 @@ SHAPES: dict[str, tuple[ModelConfig, dict[TensorRole, int]]] = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_the_numpy_reference(name: str, tmp_path: Path) -> None:
+def test_logits_equal_the_numpy_reference(name: str, backend: str, tmp_path: Path) -> None:
     config, scale_rows = SHAPES[name]
     write_random_model(tmp_path, config, scale_rows)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 40).tolist()
@@ -36,16 +37,17 @@ def test_logits_equal_the_numpy_reference(name: str, tmp_path: Path) -> None:
     tokens[7] = config.pad_token
     with Checkpoint.open(tmp_path) as checkpoint:
         expected = NumpyGrok(checkpoint).logits(tokens)
-    logits = logits_of(runner_of(load(tmp_path)), tokens, [5, 8, 3, 8, 8, 8])
+    logits = logits_of(runner_of(load(tmp_path, backend=backend)), tokens, [5, 8, 3, 8, 8, 8])
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
 
 
-def test_leading_pad_tokens_see_nothing_and_are_not_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_pad_tokens_see_nothing_and_are_not_seen(backend: str, tmp_path: Path) -> None:
     config = small_config()
     write_random_model(tmp_path, config, {})
     tokens = [config.pad_token, config.pad_token, 5, 9, 11]
     with Checkpoint.open(tmp_path) as checkpoint:
         expected = NumpyGrok(checkpoint).logits(tokens)
-    logits = logits_of(runner_of(load(tmp_path)), tokens, [1, 1, 3])
+    logits = logits_of(runner_of(load(tmp_path, backend=backend)), tokens, [1, 1, 3])
     assert np.isfinite(logits).all()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)

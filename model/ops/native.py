@@ -1,0 +1,268 @@
+"""The kernels in C++ (model/ops/native/), behind XLA custom calls. For CPUs.
+
+A matrix is copied once, at loading, into panels that the kernels read in one sweep; JAX then holds
+that copy and there is no other. Every result element is summed in one fixed order, whatever the
+batch, the number of threads and the instruction set.
+"""
+
+import ctypes
+import dataclasses
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from model.activations import Activations
+from model.errors import KernelsMissingError
+from model.ops.pure import rope_frequencies
+from model.params import ExpertParams, HostMatrix, Matrix, PackedMatrix
+
+PANEL_COLUMNS = 32
+EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2
+
+_TARGETS = ("linear", "expert_ffn", "attention", "rms_norm", "gate", "rope", "weigh")
+_ALIGNMENT = 64
+# Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
+# the processor's address cache.
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels, loaded and made known to JAX on first use.
+
+    Raises:
+        KernelsMissingError: they were not built, or cannot be loaded here.
+    """
+    folder = Path(__file__).parent
+    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise KernelsMissingError("they were not built (no C++ compiler at installation?)")
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsMissingError(str(error)) from error
+    _declare(loaded)
+    for name in _TARGETS:
+        handler = jax.ffi.pycapsule(getattr(loaded, f"mw_{name}"))
+        jax.ffi.register_ffi_target(f"milliways_{name}", handler, platform="cpu")
+    return loaded
+
+
+def set_num_threads(num_threads: int) -> None:
+    """How many threads compute; at first as many as this process may use processors."""
+    library().mw_set_num_threads(num_threads)
+
+
+def num_threads() -> int:
+    """How many threads compute."""
+    return library().mw_num_threads()
+
+
+def kernel_set() -> str:
+    """Which instruction set's kernels run: `avx2` or `portable`."""
+    return library().mw_kernels().decode()
+
+
+def use_kernel_set(name: str) -> bool:
+    """Chooses a set, for tests and measurements; False where this processor cannot run it."""
+    return bool(library().mw_use_kernels(name.encode()))
+
+
+class NativeLoader:
+    """Packs matrices for the kernels; plain arrays go to JAX as they are."""
+
+    def __init__(self, activations: Activations = Activations.EXACT) -> None:
+        self.activations = activations
+        library()
+
+    def array(self, host: np.ndarray) -> Array:
+        # Copied here, aligned, and then JAX's without another copy; the mapped file is let go.
+        own = _aligned_empty(host.shape, host.dtype)
+        own[...] = host
+        return _hand_over(own)
+
+    def matrix(self, weight: np.ndarray, scales: np.ndarray) -> PackedMatrix:
+        stack = self.stack([(weight, scales)])
+        return dataclasses.replace(stack, panels=stack.panels[0], scales=stack.scales[0])
+
+    def stack(self, parts: Sequence[HostMatrix]) -> PackedMatrix:
+        """Packs each matrix straight from its mapped file."""
+        (num_in, num_out), (num_groups, _) = parts[0][0].shape, parts[0][1].shape
+        kind = self._kind(parts[0][0])
+        num_panels = -(-num_out // PANEL_COLUMNS)
+        panel_bytes = library().mw_panel_bytes(kind, num_in, num_groups)
+        assert panel_bytes > 0, (kind, num_in, num_groups)
+        panels = _aligned_empty((len(parts), num_panels, panel_bytes), np.dtype(np.uint8))
+        padded_shape = (len(parts), num_groups, num_panels * PANEL_COLUMNS)
+        scales = _aligned_empty(padded_shape, np.dtype(np.float32))
+        scales[...] = 0
+        for i, (weight, weight_scales) in enumerate(parts):
+            weight = np.ascontiguousarray(weight)
+            library().mw_pack(
+                weight.ctypes.data,
+                weight.strides[0],
+                kind,
+                num_in,
+                num_out,
+                num_groups,
+                panels[i].ctypes.data,
+            )
+            scales[i, :, :num_out] = weight_scales
+        return PackedMatrix(
+            panels=_hand_over(panels),
+            scales=_hand_over(scales),
+            kind=kind,
+            num_in=num_in,
+            num_out=num_out,
+        )
+
+    def _kind(self, weight: np.ndarray) -> int:
+        if weight.dtype == np.int16:
+            assert self.activations is Activations.EXACT
+            return EXACT_INT16
+        return EXACT_INT8 if self.activations is Activations.EXACT else PAIRS
+
+
+@dataclass(frozen=True, slots=True)
+class NativeOps:
+    """`Ops` by the kernels in C++; matrices must come from `NativeLoader`.
+
+    In what numbers activations meet weights was settled when the matrices were packed.
+    """
+
+    def rms_norm(
+        self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
+    ) -> Float[Array, "T D"]:
+        return _call("rms_norm", hidden_TD.shape, _float32(hidden_TD), scale_D)
+
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
+        packed = _packed(matrix)
+        return _call(
+            "linear",
+            (rows_TK.shape[0], packed.num_out),
+            _float32(rows_TK),
+            packed.panels,
+            packed.scales,
+            kind=np.int64(packed.kind),
+            num_in=np.int64(packed.num_in),
+            num_out=np.int64(packed.num_out),
+        )
+
+    def rope(
+        self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
+    ) -> Float[Array, "T H K"]:
+        frequencies_K = jnp.asarray(rope_frequencies(heads_THK.shape[-1]))
+        return _call("rope", heads_THK.shape, heads_THK, positions_T, frequencies_K)
+
+    def gate(
+        self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
+    ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
+        shape = (hidden_TD.shape[0], num_selected)
+        outputs = (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32))
+        expert_ids_TA, gate_weights_TA = _target("gate", outputs)(_float32(hidden_TD), gate_DE)
+        return expert_ids_TA, gate_weights_TA
+
+    def expert_ffn(
+        self,
+        hidden_TD: Float[Array, "T D"],
+        expert_ids_TA: Int[Array, "T A"],
+        experts: ExpertParams,
+    ) -> Float[Array, "T A D"]:
+        gate, up, down = map(_packed, (experts.gate_proj, experts.up_proj, experts.down_proj))
+        return _call(
+            "expert_ffn",
+            (*expert_ids_TA.shape, hidden_TD.shape[1]),
+            _float32(hidden_TD),
+            expert_ids_TA.astype(jnp.int32),
+            *(part for matrix in (gate, up, down) for part in (matrix.panels, matrix.scales)),
+            kind=np.int64(gate.kind),
+            num_hidden=np.int64(gate.num_out),
+            num_experts=np.int64(experts.num_experts),
+        )
+
+    def weigh(
+        self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+    ) -> Float[Array, "T D"]:
+        num_rows, _, width = outputs_TAD.shape
+        return _call("weigh", (num_rows, width), _float32(outputs_TAD), gate_weights_TA)
+
+    def attention(
+        self,
+        query_THK: Float[Array, "T H K"],
+        keys_NPRK: Float[Array, "N P R K"],
+        values_NPRK: Float[Array, "N P R K"],
+        visible_NP: Bool[Array, "N P"],
+        block_tables_TM: Int[Array, "T M"],
+        positions_T: Int[Array, " T"],
+        logit_scale: float,
+    ) -> Float[Array, "T H K"]:
+        return _call(
+            "attention",
+            query_THK.shape,
+            _float32(query_THK),
+            keys_NPRK,
+            values_NPRK,
+            visible_NP,
+            block_tables_TM.astype(jnp.int32),
+            positions_T.astype(jnp.int32),
+            logit_scale=np.float32(logit_scale),
+        )
+
+
+def _target(name: str, outputs: Any) -> Callable[..., Any]:
+    library()
+    return jax.ffi.ffi_call(f"milliways_{name}", outputs)
+
+
+def _call(name: str, shape: tuple[int, ...], *arrays: Array, **attributes: np.generic) -> Array:
+    """One kernel with one float32 result."""
+    return _target(name, jax.ShapeDtypeStruct(shape, jnp.float32))(*arrays, **attributes)
+
+
+def _float32(array: Array) -> Array:
+    """bfloat16 is exact in float32, so the kernels know only the one."""
+    return array.astype(jnp.float32)
+
+
+def _packed(matrix: Matrix) -> PackedMatrix:
+    assert isinstance(matrix, PackedMatrix), "not packed for the CPU kernels"
+    return matrix
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that JAX can take over without a copy."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if num_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(pages, dtype).reshape(shape)
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _hand_over(array: np.ndarray) -> Array:
+    return jax.device_put(array, may_alias=True)
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    int64, pointer = ctypes.c_int64, ctypes.c_void_p
+    loaded.mw_panel_bytes.restype = int64
+    loaded.mw_panel_bytes.argtypes = (int64, int64, int64)
+    loaded.mw_pack.restype = None
+    loaded.mw_pack.argtypes = (pointer, int64, int64, int64, int64, int64, pointer)
+    loaded.mw_set_num_threads.restype = None
+    loaded.mw_set_num_threads.argtypes = (ctypes.c_int,)
+    loaded.mw_kernels.restype = ctypes.c_char_p
+    loaded.mw_use_kernels.restype = ctypes.c_int
+    loaded.mw_use_kernels.argtypes = (ctypes.c_char_p,)

@@ -1,0 +1,234 @@
+// The door from JAX: XLA custom calls that check shapes and hand pointers to ops.cc, and a few plain
+// C functions for loading and settings.
+//
+// A matrix comes as panels uint8 [*stack, panels, bytes of a panel], scales float32
+// [*stack, groups, padded columns], and attributes for the rest. Buffers of the wrong size are an
+// error of the call, never an access out of bounds.
+#include <algorithm>
+#include <string>
+
+#include "ops.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+namespace mw = milliways;
+
+namespace {
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+using U8 = ffi::Buffer<ffi::U8>;
+using OutF32 = ffi::Result<F32>;
+using OutS32 = ffi::Result<S32>;
+
+ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
+
+int64_t size_of(const ffi::AnyBuffer& buffer) {
+  int64_t size = 1;
+  for (const int64_t extent : buffer.dimensions()) size *= extent;
+  return size;
+}
+
+template <typename B>
+int64_t extent(const B& buffer, size_t axis) {
+  return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : 0;
+}
+
+// The matrix of these buffers; `stack` says how many lie in them.
+bool make_matrix(const U8& panels, const F32& scales, int64_t kind, int64_t num_in,
+                 int64_t num_out, int64_t stack, mw::Matrix& matrix) {
+  const auto& shape = scales.dimensions();
+  if (shape.size() < 2 || num_in < 1 || num_out < 1 || kind < 0 || kind > 2) return false;
+  const int64_t num_groups = shape[shape.size() - 2];
+  if (num_groups < 1 || num_in % num_groups) return false;
+  matrix = {static_cast<mw::Weights>(kind), panels.typed_data(), scales.typed_data(),
+            num_in, num_out, static_cast<int>(num_groups)};
+  return static_cast<int64_t>(panels.element_count()) ==
+             stack * matrix.num_panels() * matrix.panel_bytes() &&
+         static_cast<int64_t>(scales.element_count()) ==
+             stack * num_groups * matrix.scale_stride();
+}
+
+ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int64_t num_in,
+                  int64_t num_out) {
+  mw::Matrix matrix;
+  if (!make_matrix(panels, scales, kind, num_in, num_out, 1, matrix)) {
+    return invalid("linear: panels or scales of another size than the matrix");
+  }
+  const int64_t num_rows = extent(rows, 0);
+  if (extent(rows, 1) != num_in || extent(*out, 0) != num_rows || extent(*out, 1) != num_out) {
+    return invalid("linear: rows do not fit the matrix");
+  }
+  mw::linear(rows.typed_data(), num_rows, matrix, out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error expert_ffn(F32 rows, S32 ids, U8 gate, F32 gate_scales, U8 up, F32 up_scales, U8 down,
+                      F32 down_scales, OutF32 out, int64_t kind, int64_t num_hidden,
+                      int64_t num_experts) {
+  const int64_t num_rows = extent(rows, 0), width = extent(rows, 1), ranks = extent(ids, 1);
+  mw::Experts experts;
+  experts.num_experts = static_cast<int>(num_experts);
+  if (!make_matrix(gate, gate_scales, kind, width, num_hidden, num_experts, experts.gate) ||
+      !make_matrix(up, up_scales, kind, width, num_hidden, num_experts, experts.up) ||
+      !make_matrix(down, down_scales, kind, num_hidden, width, num_experts, experts.down)) {
+    return invalid("expert_ffn: panels or scales of another size than the experts");
+  }
+  if (extent(ids, 0) != num_rows || extent(*out, 0) != num_rows || extent(*out, 1) != ranks ||
+      extent(*out, 2) != width) {
+    return invalid("expert_ffn: ids or outputs do not fit the rows");
+  }
+  mw::expert_ffn(rows.typed_data(), ids.typed_data(), num_rows, static_cast<int>(ranks), experts,
+                 out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error attention(F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::PRED> visible, S32 tables, S32 positions, OutF32 out,
+                     float logit_scale) {
+  mw::Attention a;
+  a.is_bfloat16 = keys.element_type() == ffi::BF16;
+  if (keys.element_type() != values.element_type() ||
+      (!a.is_bfloat16 && keys.element_type() != ffi::F32)) {
+    return invalid("attention: keys and values must both be float32 or bfloat16");
+  }
+  a.num_rows = extent(queries, 0);
+  a.num_heads = static_cast<int>(extent(queries, 1));
+  a.key_size = static_cast<int>(extent(queries, 2));
+  a.num_blocks = extent(keys, 0);
+  a.block_size = static_cast<int>(extent(keys, 1));
+  a.num_kv_heads = static_cast<int>(extent(keys, 2));
+  a.table_size = extent(tables, 1);
+  if (extent(keys, 3) != a.key_size || size_of(keys) != size_of(values) || a.num_kv_heads < 1 ||
+      a.num_heads % a.num_kv_heads || extent(visible, 0) != a.num_blocks ||
+      extent(visible, 1) != a.block_size || extent(tables, 0) != a.num_rows ||
+      extent(positions, 0) != a.num_rows ||
+      static_cast<int64_t>(out->element_count()) !=
+          static_cast<int64_t>(queries.element_count())) {
+    return invalid("attention: the arrays do not fit each other");
+  }
+  a.queries = queries.typed_data();
+  a.keys = keys.untyped_data();
+  a.values = values.untyped_data();
+  a.visible = reinterpret_cast<const uint8_t*>(visible.typed_data());
+  a.tables = tables.typed_data();
+  a.positions = positions.typed_data();
+  a.logit_scale = logit_scale;
+  mw::attention(a, out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error rms_norm(F32 rows, F32 scale, OutF32 out) {
+  if (extent(rows, 1) != extent(scale, 0) || out->element_count() != rows.element_count()) {
+    return invalid("rms_norm: the scale does not fit the rows");
+  }
+  mw::rms_norm(rows.typed_data(), scale.typed_data(), extent(rows, 0), extent(rows, 1),
+               out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error gate(F32 rows, F32 gate, OutS32 ids, OutF32 weights) {
+  const int64_t num_rows = extent(rows, 0), num_selected = extent(*ids, 1);
+  if (extent(gate, 0) != extent(rows, 1) || extent(*ids, 0) != num_rows ||
+      extent(*weights, 0) != num_rows || extent(*weights, 1) != num_selected ||
+      num_selected > extent(gate, 1)) {
+    return invalid("gate: the arrays do not fit each other");
+  }
+  mw::gate(rows.typed_data(), gate.typed_data(), num_rows, extent(rows, 1),
+           static_cast<int>(extent(gate, 1)), static_cast<int>(num_selected), ids->typed_data(),
+           weights->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error rope(F32 heads, S32 positions, F32 frequencies, OutF32 out) {
+  const int64_t num_rows = extent(heads, 0), key_size = extent(heads, 2);
+  if (extent(positions, 0) != num_rows || 2 * extent(frequencies, 0) != key_size ||
+      out->element_count() != heads.element_count()) {
+    return invalid("rope: the arrays do not fit each other");
+  }
+  mw::rope(heads.typed_data(), positions.typed_data(), frequencies.typed_data(), num_rows,
+           static_cast<int>(extent(heads, 1)), static_cast<int>(key_size), out->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
+  const int64_t num_rows = extent(outputs, 0), ranks = extent(outputs, 1);
+  if (extent(weights, 0) != num_rows || extent(weights, 1) != ranks ||
+      extent(*out, 0) != num_rows || extent(*out, 1) != extent(outputs, 2)) {
+    return invalid("weigh: the arrays do not fit each other");
+  }
+  mw::weigh(outputs.typed_data(), weights.typed_data(), num_rows, static_cast<int>(ranks),
+            extent(outputs, 2), out->typed_data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_linear, linear,
+                              ffi::Ffi::Bind()
+                                  .Arg<F32>()
+                                  .Arg<U8>()
+                                  .Arg<F32>()
+                                  .Ret<F32>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("num_in")
+                                  .Attr<int64_t>("num_out"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_expert_ffn, expert_ffn,
+                              ffi::Ffi::Bind()
+                                  .Arg<F32>()
+                                  .Arg<S32>()
+                                  .Arg<U8>()
+                                  .Arg<F32>()
+                                  .Arg<U8>()
+                                  .Arg<F32>()
+                                  .Arg<U8>()
+                                  .Arg<F32>()
+                                  .Ret<F32>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("num_hidden")
+                                  .Attr<int64_t>("num_experts"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Ret<F32>()
+                                  .Attr<float>("logit_scale"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_rms_norm, rms_norm,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gate, gate,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    mw_rope, rope, ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_weigh, weigh,
+                              ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>());
+
+extern "C" {
+
+// Bytes of one matrix in panels; -1 for a kind or a shape that does not exist.
+int64_t mw_panel_bytes(int64_t kind, int64_t num_in, int64_t num_groups) {
+  if (kind < 0 || kind > 2 || num_in < 1 || num_groups < 1 || num_in % num_groups) return -1;
+  const mw::Matrix shape{static_cast<mw::Weights>(kind), nullptr, nullptr, num_in, 1,
+                         static_cast<int>(num_groups)};
+  return shape.panel_bytes();
+}
+
+void mw_pack(const void* matrix, int64_t row_bytes, int64_t kind, int64_t num_in, int64_t num_out,
+             int64_t num_groups, uint8_t* panels) {
+  const mw::Matrix shape{static_cast<mw::Weights>(kind), nullptr, nullptr, num_in, num_out,
+                         static_cast<int>(num_groups)};
+  mw::pack(matrix, row_bytes, shape, panels);
+}
+
+void mw_set_num_threads(int num_threads) {
+  mw::set_num_threads(std::clamp(num_threads, 1, 256));
+}
+int mw_num_threads() { return mw::num_threads(); }
+const char* mw_kernels() { return mw::kernels().name; }
+int mw_use_kernels(const char* name) { return mw::use_kernels(name); }
+
+}  // extern "C"

@@ -1,0 +1,77 @@
+// What a set of kernels offers: each works on one row, or on one panel of a matrix, in one thread.
+// ops.cc cuts the work and hands it to threads; each instruction set fills in one table.
+//
+// A matrix [K, N] lies in panels of 32 columns, the last one padded with zeros:
+//   exact   [N/32][K][32]        int8 or int16 weights, float32 activations
+//   int8    [N/32][G][ceil(K/G/2)][32][2]   int8 weights in pairs of rows of one scale group
+// Scales are float32 [G, N padded]: row k of the matrix belongs to group k / (K/G).
+#pragma once
+
+#include <cstdint>
+
+namespace milliways {
+
+constexpr int kPanelColumns = 32;
+constexpr int kQuantBlock = 32;
+
+enum class Weights { kExactInt8, kExactInt16, kPairs };
+
+// Rows times one panel: out[i][0 .. num_columns) = rows[i] @ panel, scaled.
+//
+// exact: a chain of fused multiply-adds down each group's rows, then its scale.
+// pairs: exact whole-number sums over blocks of 32 rows, each times its activation scale, chained
+// likewise. An element's order is fixed by K and G; neither the other rows nor the columns matter.
+struct PanelProduct {
+  const void* const* rows;         // float32 [K], or int16 [G, 2 * ceil(K/G/2)]
+  const float* const* row_scales;  // pairs only: [G, ceil(K/G/32)]
+  float* const* out;               // where each row's first column of this panel goes
+  int num_rows;
+  const void* panel;
+  int64_t group_rows;  // K / G
+  int num_groups;      // G
+  const float* scales;  // of this panel's first column
+  int64_t scale_stride;
+  int num_columns;
+};
+
+// One query row of one key/value head over its sequence's blocks.
+struct AttentionRow {
+  const float* queries;  // [heads, key_size], the query heads that share this key/value head
+  const void* keys;      // [N, P, R, K] float32 or bfloat16
+  const void* values;
+  bool is_bfloat16;
+  const uint8_t* visible;  // [N, P]
+  const int32_t* table;    // block ids of the sequence
+  int64_t num_blocks;      // N
+  int64_t num_keys;        // positions 0 .. num_keys - 1 are looked at
+  int block_size, num_kv_heads, kv_head, num_heads, key_size;
+  float logit_scale;
+  float* scores;  // scratch: heads * (num_keys rounded up to 8)
+  float* out;     // [heads, key_size]
+};
+
+struct Kernels {
+  const char* name;
+  void (*product)(Weights, const PanelProduct&);
+  // One row [G, group_rows] into pairs and scales, blocks of 32 within a group.
+  void (*quantise)(const float* row, int64_t group_rows, int num_groups, int16_t* out,
+                   float* scales);
+  // gate <- gelu(gate) * up
+  void (*gelu_times)(float* gate, const float* up, int64_t count);
+  void (*rms_norm)(const float* row, const float* scale, int64_t count, float* out);
+  // Softmax over all experts, then the best `num_selected`, ties to the lower id.
+  void (*gate)(const float* row, const float* gate, int64_t num_in, int num_experts,
+               int num_selected, float* scratch, int32_t* ids, float* weights);
+  // Halves layout; frequencies [key_size / 2] in radians a position.
+  void (*rope)(const float* heads, int32_t position, int num_heads, int key_size,
+               const float* frequencies, float* out);
+  // sum over ranks of outputs[rank] * weights[rank], in the order of the ranks
+  void (*weigh)(const float* outputs, const float* weights, int num_ranks, int64_t count,
+                float* out);
+  void (*attention)(const AttentionRow&);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();  // null where this build has none
+
+}  // namespace milliways

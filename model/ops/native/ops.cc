@@ -1,0 +1,316 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "threads.h"
+
+namespace milliways {
+namespace {
+
+// A task should take tens of microseconds: less, and taking it costs too much; more, and the last
+// one is waited for.
+constexpr int64_t kTaskBytes = 64 * 1024;
+// So many rows share one reading of a panel; their activations then fit the second-level cache.
+constexpr int64_t kTaskRows = 96;
+// Bounds the hidden activations of experts, which are the largest intermediate there is.
+constexpr int64_t kPassRows = 512;
+
+const Kernels* best_kernels() {
+#if defined(__x86_64__)
+  if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return avx2_kernels();
+  }
+#endif
+  return portable_kernels();
+}
+
+std::atomic<const Kernels*>& chosen_kernels() {
+  static std::atomic<const Kernels*> chosen{best_kernels()};
+  return chosen;
+}
+
+// Rows as a matrix's kernels want them: as they are, or quantised. `of` caches nothing: it is made
+// once for an operation and handed to every panel.
+class Activations {
+ public:
+  Activations(const float* rows, int64_t num_rows, const Matrix& m)
+      : pointers_(num_rows), scale_pointers_(num_rows) {
+    if (m.kind != Weights::kPairs) {
+      for (int64_t i = 0; i < num_rows; i++) pointers_[i] = rows + i * m.num_in;
+      return;
+    }
+    const int64_t width = m.num_groups * ((m.group_rows() + 1) / 2) * 2;
+    const int64_t num_blocks =
+        m.num_groups * ((m.group_rows() + kQuantBlock - 1) / kQuantBlock);
+    whole_.resize(num_rows * width);
+    scales_.resize(num_rows * num_blocks);
+    run_tasks(static_cast<int>((num_rows + 7) / 8), [&](int task) {
+      const int64_t end = std::min<int64_t>(num_rows, 8 * (task + 1));
+      for (int64_t i = 8 * static_cast<int64_t>(task); i < end; i++) {
+        kernels().quantise(rows + i * m.num_in, m.group_rows(), m.num_groups,
+                           &whole_[i * width], &scales_[i * num_blocks]);
+        pointers_[i] = &whole_[i * width];
+        scale_pointers_[i] = &scales_[i * num_blocks];
+      }
+    });
+  }
+
+  const void* row(int64_t i) const { return pointers_[i]; }
+  const float* scales(int64_t i) const { return scale_pointers_[i]; }
+
+ private:
+  std::vector<int16_t> whole_;
+  std::vector<float> scales_;
+  std::vector<const void*> pointers_;
+  std::vector<const float*> scale_pointers_;
+};
+
+// Some rows, by number, and where their results go.
+struct Rows {
+  std::vector<const void*> in;
+  std::vector<const float*> in_scales;
+  std::vector<float*> out;
+
+  void add(const Activations& activations, int64_t row, float* to) {
+    in.push_back(activations.row(row));
+    in_scales.push_back(activations.scales(row));
+    out.push_back(to);
+  }
+};
+
+void multiply_panel(const Matrix& m, int64_t panel, const Rows& rows, int64_t first, int64_t last) {
+  std::vector<float*> out(rows.out.begin() + first, rows.out.begin() + last);
+  const int64_t column = panel * kPanelColumns;
+  for (float*& place : out) place += column;
+  kernels().product(
+      m.kind,
+      {rows.in.data() + first, rows.in_scales.data() + first, out.data(),
+       static_cast<int>(last - first), m.panels + panel * m.panel_bytes(), m.group_rows(),
+       m.num_groups, m.scales + column, m.scale_stride(),
+       static_cast<int>(std::min<int64_t>(kPanelColumns, m.num_out - column))});
+}
+
+// A run of panels for a run of rows.
+struct Piece {
+  int64_t group;  // which matrix and rows: whatever the caller numbers
+  int64_t first_panel, last_panel, first_row, last_row;
+};
+
+void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& pieces) {
+  const int64_t cost = m.panel_bytes() * std::max<int64_t>(1, std::min(num_rows, kTaskRows) / 4);
+  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, cost));
+  for (int64_t row = 0; row < num_rows; row += kTaskRows) {
+    for (int64_t panel = 0; panel < m.num_panels(); panel += step) {
+      pieces.push_back({group, panel, std::min(panel + step, m.num_panels()), row,
+                        std::min(row + kTaskRows, num_rows)});
+    }
+  }
+}
+
+// Rows of small operations: several to a task.
+template <typename Body>
+void each_row(int64_t num_rows, int64_t row_cost, const Body& body) {
+  const int64_t step = std::max<int64_t>(1, 16 * 1024 / std::max<int64_t>(1, row_cost));
+  run_tasks(static_cast<int>((num_rows + step - 1) / step), [&](int task) {
+    const int64_t end = std::min(num_rows, (task + 1) * step);
+    for (int64_t i = task * step; i < end; i++) body(i);
+  });
+}
+
+// Which assignments (token, rank) each expert got, in the order of the tokens.
+std::vector<std::vector<int64_t>> group_by_expert(const int32_t* ids, int64_t count,
+                                                  int num_experts) {
+  std::vector<std::vector<int64_t>> groups(num_experts);
+  for (int64_t i = 0; i < count; i++) {
+    if (ids[i] >= 0 && ids[i] < num_experts) groups[ids[i]].push_back(i);
+  }
+  return groups;
+}
+
+void hidden_piece(const Experts& experts, const Piece& piece, const Rows& gate_rows,
+                  const Rows& up_rows) {
+  const Matrix gate = experts.gate.of_stack(piece.group), up = experts.up.of_stack(piece.group);
+  const int64_t column = piece.first_panel * kPanelColumns;
+  const int64_t width =
+      std::min(piece.last_panel * kPanelColumns, gate.num_out) - column;
+  thread_local std::vector<float> up_values;
+  up_values.resize((piece.last_row - piece.first_row) * width);
+  Rows up_here;
+  for (int64_t i = piece.first_row; i < piece.last_row; i++) {
+    up_here.in.push_back(up_rows.in[i]);
+    up_here.in_scales.push_back(up_rows.in_scales[i]);
+    up_here.out.push_back(&up_values[(i - piece.first_row) * width] - column);
+  }
+  for (int64_t panel = piece.first_panel; panel < piece.last_panel; panel++) {
+    multiply_panel(gate, panel, gate_rows, piece.first_row, piece.last_row);
+    multiply_panel(up, panel, up_here, 0, piece.last_row - piece.first_row);
+  }
+  for (int64_t i = piece.first_row; i < piece.last_row; i++) {
+    kernels().gelu_times(gate_rows.out[i] + column, up_here.out[i - piece.first_row] + column,
+                         width);
+  }
+}
+
+void expert_pass(const float* rows, const int32_t* ids, int64_t num_rows, int num_selected,
+                 const Experts& experts, float* out) {
+  const int64_t num_hidden = experts.gate.num_out, width = experts.down.num_out;
+  const auto groups = group_by_expert(ids, num_rows * num_selected, experts.num_experts);
+  thread_local std::vector<float> hidden;
+  std::vector<int64_t> places;
+  for (const auto& group : groups) places.insert(places.end(), group.begin(), group.end());
+  hidden.resize(places.size() * num_hidden);
+  float* const hidden_rows = hidden.data();
+
+  const Activations for_gate(rows, num_rows, experts.gate);
+  const bool alike = experts.up.num_groups == experts.gate.num_groups;
+  const Activations for_up(rows, alike ? 0 : num_rows, experts.up);
+  std::vector<Rows> gate_rows(groups.size()), up_rows(groups.size()), down_rows(groups.size());
+  std::vector<Piece> pieces;
+  int64_t place = 0;
+  for (size_t e = 0; e < groups.size(); e++) {
+    for (const int64_t assignment : groups[e]) {
+      const int64_t token = assignment / num_selected;
+      gate_rows[e].add(for_gate, token, hidden_rows + place++ * num_hidden);
+      up_rows[e].add(alike ? for_gate : for_up, token, nullptr);
+    }
+    cut(e, experts.gate, groups[e].size(), pieces);
+  }
+  run_tasks(static_cast<int>(pieces.size()), [&](int i) {
+    hidden_piece(experts, pieces[i], gate_rows[pieces[i].group], up_rows[pieces[i].group]);
+  });
+
+  const Activations for_down(hidden_rows, places.size(), experts.down);
+  pieces.clear();
+  place = 0;
+  for (size_t e = 0; e < groups.size(); e++) {
+    for (const int64_t assignment : groups[e]) {
+      down_rows[e].add(for_down, place++, out + assignment * width);
+    }
+    cut(e, experts.down, groups[e].size(), pieces);
+  }
+  run_tasks(static_cast<int>(pieces.size()), [&](int i) {
+    const Piece& p = pieces[i];
+    const Matrix down = experts.down.of_stack(p.group);
+    for (int64_t panel = p.first_panel; panel < p.last_panel; panel++) {
+      multiply_panel(down, panel, down_rows[p.group], p.first_row, p.last_row);
+    }
+  });
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen_kernels().load(std::memory_order_relaxed); }
+
+bool use_kernels(const char* name) {
+  for (const Kernels* set : {best_kernels(), portable_kernels()}) {
+    if (std::strcmp(set->name, name) == 0) {
+      chosen_kernels().store(set);
+      return true;
+    }
+  }
+  return false;
+}
+
+void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out) {
+  const Activations activations(rows, num_rows, matrix);
+  Rows all;
+  for (int64_t i = 0; i < num_rows; i++) all.add(activations, i, out + i * matrix.num_out);
+  std::vector<Piece> pieces;
+  cut(0, matrix, num_rows, pieces);
+  run_tasks(static_cast<int>(pieces.size()), [&](int i) {
+    const Piece& p = pieces[i];
+    for (int64_t panel = p.first_panel; panel < p.last_panel; panel++) {
+      multiply_panel(matrix, panel, all, p.first_row, p.last_row);
+    }
+  });
+}
+
+void expert_ffn(const float* rows, const int32_t* ids, int64_t num_rows, int num_selected,
+                const Experts& experts, float* out) {
+  const int64_t width = experts.down.num_out;
+  // Assignments to experts that are not here stay zero.
+  std::memset(out, 0, num_rows * num_selected * width * sizeof(float));
+  for (int64_t first = 0; first < num_rows; first += kPassRows) {
+    const int64_t count = std::min(kPassRows, num_rows - first);
+    expert_pass(rows + first * experts.gate.num_in, ids + first * num_selected, count,
+                num_selected, experts, out + first * num_selected * width);
+  }
+}
+
+void attention(const Attention& a, float* out) {
+  const int group = a.num_heads / a.num_kv_heads;
+  const int64_t row_size = static_cast<int64_t>(a.num_heads) * a.key_size;
+  run_tasks(static_cast<int>(a.num_rows * a.num_kv_heads), [&](int task) {
+    const int64_t row = task / a.num_kv_heads;
+    const int kv_head = task % a.num_kv_heads;
+    const int64_t capacity = a.table_size * a.block_size;
+    const int64_t num_keys = std::clamp<int64_t>(a.positions[row] + 1, 0, capacity);
+    const int64_t first = row * row_size + static_cast<int64_t>(kv_head) * group * a.key_size;
+    thread_local std::vector<float> scores;
+    scores.resize(group * ((num_keys + 7) / 8 * 8));
+    kernels().attention({a.queries + first, a.keys, a.values, a.is_bfloat16, a.visible,
+                         a.tables + row * a.table_size, a.num_blocks, num_keys, a.block_size,
+                         a.num_kv_heads, kv_head, group, a.key_size, a.logit_scale,
+                         scores.data(), out + first});
+  });
+}
+
+void rms_norm(const float* rows, const float* scale, int64_t num_rows, int64_t width, float* out) {
+  each_row(num_rows, width, [&](int64_t i) {
+    kernels().rms_norm(rows + i * width, scale, width, out + i * width);
+  });
+}
+
+void gate(const float* rows, const float* gate, int64_t num_rows, int64_t width, int num_experts,
+          int num_selected, int32_t* ids, float* weights) {
+  each_row(num_rows, width * num_experts, [&](int64_t i) {
+    thread_local std::vector<float> scratch;
+    scratch.resize(num_experts);
+    kernels().gate(rows + i * width, gate, width, num_experts, num_selected, scratch.data(),
+                   ids + i * num_selected, weights + i * num_selected);
+  });
+}
+
+void rope(const float* heads, const int32_t* positions, const float* frequencies,
+          int64_t num_rows, int num_heads, int key_size, float* out) {
+  const int64_t width = static_cast<int64_t>(num_heads) * key_size;
+  each_row(num_rows, 8 * width, [&](int64_t i) {
+    kernels().rope(heads + i * width, positions[i], num_heads, key_size, frequencies,
+                   out + i * width);
+  });
+}
+
+void weigh(const float* outputs, const float* weights, int64_t num_rows, int num_ranks,
+           int64_t width, float* out) {
+  each_row(num_rows, num_ranks * width, [&](int64_t i) {
+    kernels().weigh(outputs + i * num_ranks * width, weights + i * num_ranks, num_ranks, width,
+                    out + i * width);
+  });
+}
+
+void pack(const void* matrix, int64_t row_bytes, const Matrix& shape, uint8_t* panels) {
+  const bool in_pairs = shape.kind == Weights::kPairs;
+  const int64_t item = shape.kind == Weights::kExactInt16 ? 2 : 1;
+  const int64_t group_rows = shape.group_rows(), padded_rows = (group_rows + 1) / 2 * 2;
+  run_tasks(static_cast<int>(shape.num_panels()), [&](int panel) {
+    uint8_t* to = panels + panel * shape.panel_bytes();
+    const int64_t column = static_cast<int64_t>(panel) * kPanelColumns;
+    const int64_t count = std::min<int64_t>(kPanelColumns, shape.num_out - column);
+    std::memset(to, 0, shape.panel_bytes());
+    for (int64_t k = 0; k < shape.num_in; k++) {
+      const auto* from = static_cast<const uint8_t*>(matrix) + k * row_bytes + column * item;
+      if (!in_pairs) {
+        std::memcpy(to + k * kPanelColumns * item, from, count * item);
+        continue;
+      }
+      const int64_t row = k / group_rows * padded_rows + k % group_rows;
+      uint8_t* line = to + row / 2 * 2 * kPanelColumns + row % 2;
+      for (int64_t n = 0; n < count; n++) line[2 * n] = from[n];
+    }
+  });
+}
+
+}  // namespace milliways

@@ -1,0 +1,75 @@
+// The operations of a layer over many rows: cut into tasks, run by the pool. See interface.py for
+// what each means. All arrays are C order; scratch memory is kept for the next call.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace milliways {
+
+// A matrix, or a stack of them, in panels (kernels.h).
+struct Matrix {
+  Weights kind;
+  const uint8_t* panels;
+  const float* scales;
+  int64_t num_in, num_out;
+  int num_groups;
+
+  int64_t num_panels() const { return (num_out + kPanelColumns - 1) / kPanelColumns; }
+  int64_t group_rows() const { return num_in / num_groups; }
+  int64_t panel_bytes() const {
+    switch (kind) {
+      case Weights::kExactInt8: return num_in * kPanelColumns;
+      case Weights::kExactInt16: return num_in * kPanelColumns * 2;
+      case Weights::kPairs: return num_groups * ((group_rows() + 1) / 2) * 2 * kPanelColumns;
+    }
+    return 0;
+  }
+  int64_t scale_stride() const { return num_panels() * kPanelColumns; }
+  Matrix of_stack(int64_t index) const {
+    Matrix one = *this;
+    one.panels += index * num_panels() * panel_bytes();
+    one.scales += index * num_groups * scale_stride();
+    return one;
+  }
+};
+
+struct Experts {
+  Matrix gate, up, down;
+  int num_experts;
+};
+
+struct Attention {
+  const float* queries;  // [T, H, K]
+  const void* keys;      // [N, P, R, K]
+  const void* values;
+  bool is_bfloat16;
+  const uint8_t* visible;    // [N, P]
+  const int32_t* tables;     // [T, M]
+  const int32_t* positions;  // [T]
+  int64_t num_rows, num_blocks, table_size;
+  int block_size, num_heads, num_kv_heads, key_size;
+  float logit_scale;
+};
+
+void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out);
+void expert_ffn(const float* rows, const int32_t* ids, int64_t num_rows, int num_selected,
+                const Experts& experts, float* out);
+void attention(const Attention& a, float* out);
+void rms_norm(const float* rows, const float* scale, int64_t num_rows, int64_t width, float* out);
+void gate(const float* rows, const float* gate, int64_t num_rows, int64_t width, int num_experts,
+          int num_selected, int32_t* ids, float* weights);
+void rope(const float* heads, const int32_t* positions, const float* frequencies,
+          int64_t num_rows, int num_heads, int key_size, float* out);
+void weigh(const float* outputs, const float* weights, int64_t num_rows, int num_ranks,
+           int64_t width, float* out);
+
+// Copies a matrix [num_in, num_out] of int8 or int16 into panels.
+void pack(const void* matrix, int64_t row_bytes, const Matrix& shape, uint8_t* panels);
+
+// The kernels in use: the best that this processor can run, unless another set was asked for.
+const Kernels& kernels();
+bool use_kernels(const char* name);
+
+}  // namespace milliways

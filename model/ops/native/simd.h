@@ -1,0 +1,192 @@
+// Eight float32 lanes at a time: one text for every instruction set.
+//
+// The kernels are compiled once for each set (see kernels_avx2.cc). Bits do not depend on which one
+// runs: sums follow one order, a product that meets a sum is always one fused rounding, and a lane
+// never mixes with its neighbours except in `sum`, whose tree is fixed. Nothing here may be compiled
+// with -ffast-math, nor with contraction.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef MILLIWAYS_AVX2
+#include <immintrin.h>
+#endif
+
+#define MW_INLINE static inline __attribute__((always_inline))
+
+typedef float F8 __attribute__((vector_size(32)));
+typedef int32_t I8 __attribute__((vector_size(32)));
+
+constexpr int kLanes = 8;
+
+MW_INLINE F8 load(const float* from) {
+  F8 lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+MW_INLINE void store(float* to, F8 lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+MW_INLINE F8 broadcast(float value) { return value - F8{}; }
+
+MW_INLINE F8 fma(F8 left, F8 right, F8 sum) {
+#ifdef MILLIWAYS_AVX2
+  return (F8)_mm256_fmadd_ps((__m256)left, (__m256)right, (__m256)sum);
+#else
+  F8 out;
+  for (int i = 0; i < kLanes; i++) out[i] = __builtin_fmaf(left[i], right[i], sum[i]);
+  return out;
+#endif
+}
+
+MW_INLINE float fma(float left, float right, float sum) {
+#ifdef MILLIWAYS_AVX2
+  return _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(left), _mm_set_ss(right), _mm_set_ss(sum)));
+#else
+  return __builtin_fmaf(left, right, sum);
+#endif
+}
+
+MW_INLINE F8 to_float(I8 lanes) { return __builtin_convertvector(lanes, F8); }
+
+MW_INLINE F8 larger(F8 left, F8 right) { return left > right ? left : right; }
+
+// Lanes are paired across the halves, then across the quarters: always this tree.
+MW_INLINE float sum(F8 v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+MW_INLINE float largest(F8 v) {
+  float top = v[0];
+  for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// Eight weights as floats; exact for both widths.
+MW_INLINE F8 widen(const int8_t* weights) {
+#ifdef MILLIWAYS_AVX2
+  return (F8)_mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(weights))));
+#else
+  F8 out;
+  for (int i = 0; i < kLanes; i++) out[i] = static_cast<float>(weights[i]);
+  return out;
+#endif
+}
+
+MW_INLINE F8 widen(const int16_t* weights) {
+#ifdef MILLIWAYS_AVX2
+  return (F8)_mm256_cvtepi32_ps(
+      _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights))));
+#else
+  F8 out;
+  for (int i = 0; i < kLanes; i++) out[i] = static_cast<float>(weights[i]);
+  return out;
+#endif
+}
+
+// Eight bfloat16 values: the upper halves of float32.
+MW_INLINE F8 widen(const uint16_t* values) {
+#ifdef MILLIWAYS_AVX2
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  return (F8)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+#else
+  F8 out;
+  for (int i = 0; i < kLanes; i++) {
+    const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    out[i] = value;
+  }
+  return out;
+#endif
+}
+
+// Eight pairs of int8, each pair two rows of one column, as sixteen int16.
+struct Pairs8 {
+#ifdef MILLIWAYS_AVX2
+  __m256i values;
+#else
+  int16_t values[2 * kLanes];
+#endif
+};
+
+MW_INLINE Pairs8 load_pairs(const int8_t* weights) {
+  Pairs8 out;
+#ifdef MILLIWAYS_AVX2
+  out.values = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weights)));
+#else
+  for (int i = 0; i < 2 * kLanes; i++) out.values[i] = weights[i];
+#endif
+  return out;
+}
+
+// The activations of two neighbouring rows, offered to every column.
+MW_INLINE Pairs8 broadcast_pair(const int16_t* activations) {
+  Pairs8 out;
+#ifdef MILLIWAYS_AVX2
+  int32_t both;
+  std::memcpy(&both, activations, sizeof both);
+  out.values = _mm256_set1_epi32(both);
+#else
+  for (int i = 0; i < 2 * kLanes; i++) out.values[i] = activations[i % 2];
+#endif
+  return out;
+}
+
+// sum + left[2i] * right[2i] + left[2i + 1] * right[2i + 1]: whole numbers, exact in any order.
+MW_INLINE I8 add_products(Pairs8 left, Pairs8 right, I8 sum) {
+#ifdef MILLIWAYS_AVX2
+  return sum + (I8)_mm256_madd_epi16(left.values, right.values);
+#else
+  for (int i = 0; i < kLanes; i++) {
+    sum[i] += left.values[2 * i] * right.values[2 * i] +
+              left.values[2 * i + 1] * right.values[2 * i + 1];
+  }
+  return sum;
+#endif
+}
+
+// Rounds half to even, for |value| below 2^22: the sum has no bits left for a fraction.
+MW_INLINE F8 round_even(F8 value) {
+  const float magic = 12582912.0f;
+  return (value + magic) - magic;
+}
+
+MW_INLINE I8 to_int(F8 whole) { return __builtin_convertvector(whole, I8); }
+
+// e^x by 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 2 ulp, e^0 = 1 exactly.
+// Arguments are held in [-87, 88], where neither end overflows nor leaves the normal numbers.
+MW_INLINE F8 exp(F8 x) {
+  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = x > 88.0f ? broadcast(88.0f) : x;
+  const F8 n = round_even(x * 1.44269504088896341f);
+  F8 r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  F8 p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  const I8 power = (to_int(n) + 127) << 23;
+  F8 scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+// (1 - e^-2|x|) / (1 + e^-2|x|), with the sign of x.
+MW_INLINE F8 tanh(F8 x) {
+  const F8 magnitude = x < 0.0f ? -x : x;
+  const F8 t = exp(-2.0f * magnitude);
+  const F8 y = (1.0f - t) / (1.0f + t);
+  return x < 0.0f ? -y : y;
+}
+
+// The tanh form of GELU, as x * sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+MW_INLINE F8 gelu(F8 x) {
+  const F8 u = fma(x * x * x, broadcast(0.044715f), x) * 0.7978845608028654f;
+  return x / (1.0f + exp(-2.0f * u));
+}

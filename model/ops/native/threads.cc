@@ -1,0 +1,169 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace milliways {
+namespace {
+
+// About 50 microseconds: longer than the pauses within a step, shorter than those between steps.
+constexpr int kSpins = 1500;
+constexpr int kMaxTasks = (1 << 20) - 1024;
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int num_usable_processors() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
+  const unsigned all = std::thread::hardware_concurrency();
+  return all > 0 ? static_cast<int>(all) : 1;
+}
+
+// The state of a region in one word, so that a claim is one addition and can never be mistaken for
+// a claim on another region: its number, how many tasks it has, the next one to take.
+struct Ticket {
+  uint64_t word;
+  static Ticket make(uint64_t region, int num_tasks) {
+    return {region << 40 | static_cast<uint64_t>(num_tasks) << 20};
+  }
+  uint64_t region() const { return word >> 40; }
+  int num_tasks() const { return static_cast<int>(word >> 20 & 0xFFFFF); }
+  int next() const { return static_cast<int>(word & 0xFFFFF); }
+};
+
+class Pool {
+ public:
+  explicit Pool(int num_threads) {
+    for (int i = 1; i < num_threads; i++) threads_.emplace_back([this] { serve(); });
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      stopping_ = true;
+    }
+    awake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
+
+  void run(int num_tasks, const std::function<void(int)>& task) {
+    task_ = &task;
+    num_done_.store(0, std::memory_order_relaxed);
+    region_ = (region_ + 1) & 0xFFFFFF;
+    ticket_.store(Ticket::make(region_, num_tasks).word);
+    if (num_sleeping_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      awake_.notify_all();
+    }
+    work();
+    for (int spins = 0; num_done_.load(std::memory_order_acquire) < num_tasks; spins++) {
+      // A thread that was taken off its processor in mid-task needs this one's.
+      if (spins < kSpins) pause();
+      else sched_yield();
+    }
+  }
+
+ private:
+  // Takes tasks until none is left. The fields of a region stay until its last task is done.
+  void work() {
+    for (;;) {
+      const Ticket ticket{ticket_.fetch_add(1, std::memory_order_acq_rel)};
+      if (ticket.next() >= ticket.num_tasks()) return;
+      (*task_)(ticket.next());
+      num_done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  void serve() {
+    uint64_t seen = Ticket{ticket_.load()}.region();
+    while (!stopping_.load(std::memory_order_relaxed)) {
+      for (int i = 0; i < kSpins && region() == seen; i++) pause();
+      if (region() == seen) sleep_while(seen);
+      seen = region();
+      work();
+    }
+  }
+
+  void sleep_while(uint64_t seen) {
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    num_sleeping_.fetch_add(1);
+    awake_.wait(lock, [&] { return stopping_.load() || region() != seen; });
+    num_sleeping_.fetch_sub(1);
+  }
+
+  uint64_t region() const { return Ticket{ticket_.load()}.region(); }
+
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int> num_done_{0};
+  const std::function<void(int)>* task_ = nullptr;
+  uint64_t region_ = 0;
+
+  std::mutex sleep_mutex_;
+  std::condition_variable awake_;
+  std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> stopping_{false};
+  std::vector<std::thread> threads_;
+};
+
+// Never destroyed: at exit JAX's own threads may still be inside a region.
+struct Shared {
+  std::mutex mutex;
+  std::unique_ptr<Pool> pool;
+  int wanted = num_usable_processors();
+};
+
+Shared& shared() {
+  static Shared* instance = [] {
+    auto* made = new Shared;
+    // A forked child has none of the threads; it starts its own.
+    pthread_atfork([] { shared().mutex.lock(); }, [] { shared().mutex.unlock(); },
+                   [] {
+                     (void)shared().pool.release();
+                     shared().mutex.unlock();
+                   });
+    return made;
+  }();
+  return *instance;
+}
+
+void run_alone(int num_tasks, const std::function<void(int)>& task) {
+  for (int i = 0; i < num_tasks; i++) task(i);
+}
+
+}  // namespace
+
+void run_tasks(int num_tasks, const std::function<void(int)>& task) {
+  Shared& s = shared();
+  if (num_tasks < 2 || s.wanted < 2) return run_alone(num_tasks, task);
+  std::unique_lock<std::mutex> lock(s.mutex, std::try_to_lock);
+  if (!lock.owns_lock() || num_tasks > kMaxTasks) return run_alone(num_tasks, task);
+  if (!s.pool) s.pool = std::make_unique<Pool>(s.wanted);
+  s.pool->run(num_tasks, task);
+}
+
+void set_num_threads(int num_threads) {
+  Shared& s = shared();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  s.pool.reset();
+  s.wanted = num_threads;
+}
+
+int num_threads() { return shared().wanted; }
+
+}  // namespace milliways
