@@ -21,8 +21,6 @@ from model.params import ModelParams
 from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
 from model.sharding import ShardingRules, shard_model
 
-SMALLEST_BUCKET = 8
-
 
 class StepMode(Enum):
     """One program for the whole model, or one call per layer half."""
@@ -77,8 +75,10 @@ class ModelRunner:
         cache: KVCache,
         step: Step,
         cache_size: CacheSize,
+        min_rows: int,
     ) -> None:
         self.config = config
+        self._min_rows = min_rows
         self.cache_size = cache_size
         self._params = params
         self._cache = cache
@@ -121,11 +121,11 @@ class ModelRunner:
     def _batch(self, scheduled: Sequence[ScheduledTokens]) -> StepBatch:
         num_tokens = sum(len(entry.token_ids) for entry in scheduled)
         num_logits = sum(entry.num_logits for entry in scheduled)
-        token_ids_T = np.zeros(bucket(num_tokens), np.int32)
+        token_ids_T = np.zeros(bucket(num_tokens, self._min_rows), np.int32)
         positions_T = np.full(len(token_ids_T), -1, np.int32)
         slots_T = np.zeros(len(token_ids_T), np.int32)
         tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
-        logits_rows_W = np.zeros(bucket(max(num_logits, 1)), np.int32)
+        logits_rows_W = np.zeros(bucket(max(num_logits, 1), self._min_rows), np.int32)
         first = first_row = 0
         for slot, entry in enumerate(scheduled):
             end = first + len(entry.token_ids)
@@ -157,9 +157,9 @@ def _sampled_token(sampled: SampledTokens, i: int, row: SampleRow) -> SampledTok
     )
 
 
-def bucket(num_rows: int) -> int:
+def bucket(num_rows: int, min_rows: int) -> int:
     """The padded size for `num_rows`: a power of two, so that few programs are compiled."""
-    return max(SMALLEST_BUCKET, 1 << (num_rows - 1).bit_length())
+    return max(min_rows, 1 << (num_rows - 1).bit_length())
 
 
 def make_runner(
@@ -175,7 +175,7 @@ def make_runner(
         if mode is StepMode.FUSED
         else _halves_step(decoder)
     )
-    return ModelRunner(decoder.config, params, cache, step, cache_size)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops.min_rows)
 
 
 def make_mesh_runner(
@@ -189,7 +189,7 @@ def make_mesh_runner(
     params, cache, step = shard_model(
         decoder, host_params, _empty_cache(decoder, cache_size), mesh, rules
     )
-    return ModelRunner(decoder.config, params, cache, step, cache_size)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops.min_rows)
 
 
 def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:

@@ -13,6 +13,11 @@ class Ops(Protocol):
     Implementations are hashable and stateless, so that they can be static arguments of a jit.
     """
 
+    @property
+    def min_rows(self) -> int:
+        """Fewer rows cost as much as these, so a step is padded to them; a power of two."""
+        ...
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:

@@ -140,6 +140,10 @@ class NativeOps:
     In what numbers activations meet weights was settled when the matrices were packed.
     """
 
+    @property
+    def min_rows(self) -> int:
+        return 1
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:

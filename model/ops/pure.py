@@ -34,6 +34,10 @@ class PureOps:
 
     activations: Activations = Activations.EXACT
 
+    @property
+    def min_rows(self) -> int:
+        return TILE
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
