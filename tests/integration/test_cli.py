@@ -151,6 +151,29 @@ def test_installed_command_runs_and_keeps_its_programs(golden_dir: Path, tmp_pat
     assert any((tmp_path / "milliways" / "programs").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "exit_code", "out", "err"),
+    [
+        (b"The answer to life the universe and everything is of course", 0, " 42", ""),
+        (b"broken \xff", 2, "", "\\udcff"),
+    ],
+)
+def test_text_is_utf8_whatever_the_locale(
+    prompt: bytes, exit_code: int, out: str, err: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "generate", "-", "--temperature", "0"],
+        input=prompt,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-16:strict"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == exit_code
+    assert done.stdout.decode("utf-8").startswith(out)
+    assert err in done.stderr.decode("utf-16")
+
+
 def test_inspect_needs_no_jax(golden_dir: Path) -> None:
     """JAX takes seconds to import; scanning 318 GB takes less than one."""
     program = (
