@@ -9,12 +9,14 @@ Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command lin
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 from model.errors import InvalidRequestError, ModelError
 
@@ -33,6 +35,7 @@ EXIT_BROKEN_PIPE = 141
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `milliways` command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    speak_utf8()
     keep_programs()
     options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
@@ -64,6 +67,14 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
             module.add_options(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+def speak_utf8() -> None:
+    """Text is UTF-8 whatever the locale says: tokens are, and a model may write any character."""
+    # What comes in broken reaches the tokenizer, which refuses it by name.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "strict")):
+        if isinstance(stream, io.TextIOWrapper):
+            cast("io.TextIOWrapper", stream).reconfigure(encoding="utf-8", errors=errors)
 
 
 def keep_programs() -> None:

@@ -5,7 +5,6 @@ may bring its own in `config.json`, and without one Grok-1's constants hold.
 """
 
 import json
-import math
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,12 @@ from typing import Any
 from model.errors import ConfigError
 
 CONFIG_FILE = "config.json"
+
+# Sizes index arrays as int32; multipliers are computed with as float32.
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST_MULTIPLIER = 3.4e38
+# Grok-1 has 64. A slip of the pen must not have us name the files of a million.
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +89,29 @@ def load_config(model_dir: Path) -> ModelConfig:
     """The configuration of a model directory; Grok-1's where it brings none.
 
     Raises:
-        ConfigError: the file is no JSON object, or a field is missing or impossible.
+        ConfigError: the file is no JSON object, or a field is missing or impossible; names the
+            file.
     """
     path = model_dir / CONFIG_FILE
     if not path.is_file():
         return GROK_1
+    raw = _read_object(path)
+    try:
+        return config_from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(error.field, error.value, error.reason, path) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(CONFIG_FILE, str(path), f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(CONFIG_FILE, str(path), f"not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(CONFIG_FILE, str(path), "not a JSON object")
-    return config_from_dict(raw)
+    return raw
 
 
 def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
@@ -121,8 +137,17 @@ def _check_number(name: str, value: object, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ConfigError(name, value, "not a whole number" if whole else "not a number")
     lowest = 0 if name.endswith("_token") else 1 if whole else 0.0
-    if not math.isfinite(value) or value < lowest or (not whole and value == 0):
-        raise ConfigError(name, value, f"must be {'at least' if whole else 'above'} {lowest}")
+    largest = _largest(name, whole=whole)
+    # NaN compares with nothing, and so is out of every range.
+    if not lowest <= value <= largest or (not whole and value == 0):
+        least = "at least" if whole else "above"
+        raise ConfigError(name, value, f"must be {least} {lowest} and at most {largest}")
+
+
+def _largest(name: str, *, whole: bool) -> int | float:
+    if name == "num_layers":
+        return MAX_LAYERS
+    return _LARGEST_SIZE if whole else _LARGEST_MULTIPLIER
 
 
 GROK_1 = ModelConfig(

@@ -24,12 +24,14 @@ class ModelError(Exception):
 
 
 class ConfigError(ModelError):
-    """A model configuration that cannot describe a model; names field and value."""
+    """A configuration that cannot describe a model; names field and value, and the file if any."""
 
-    def __init__(self, field: str, value: object, reason: str) -> None:
-        super().__init__(f"config field {field!r} = {value!r}: {reason}")
+    def __init__(self, field: str, value: object, reason: str, path: Path | None = None) -> None:
+        place = f"{path}: " if path else ""
+        super().__init__(f"{place}config field {field!r} = {value!r}: {reason}")
         self.field = field
         self.value = value
+        self.reason = reason
 
 
 class CheckpointError(ModelError):

@@ -103,6 +103,20 @@ class Tokenizer:
             piece = piece.removeprefix(_SPACE_MARK)
         return piece.replace(_SPACE_MARK, " ")
 
+    def name_of(self, token_id: int) -> str:
+        """What stands for a token in a list of tokens, where it must be told from others.
+
+        Its text with its own space; a byte as `bytes:\\xe4`, as OpenAI writes it; an invisible
+        piece by its own name. Grok-1's runs of spaces alone exist twice and look alike.
+
+        Raises:
+            InvalidRequestError: the id is negative or not below `vocab_size`.
+        """
+        byte = self.byte_of(token_id)
+        if byte is not None:
+            return f"bytes:\\x{byte:02x}"
+        return self.text_of(token_id) or self._processor.id_to_piece(token_id)
+
     def _check(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise InvalidRequestError("token id", token_id, f"in 0..{self.vocab_size - 1}")

@@ -158,9 +158,15 @@ def collect(
         token_times_s.append(time.perf_counter())
         choices[event.sample_index].add(event)
         if stream:
-            shown = event.text if model.tokenizer else f"{event.token_id} "
-            print(shown, end="", flush=True)
+            print(_shown(event, model.tokenizer), end="", flush=True)
     return choices, token_times_s
+
+
+def _shown(event: TokenEvent, tokenizer: Tokenizer | None) -> str:
+    """What streams for a token: text, or its id where there is no tokenizer."""
+    if tokenizer is not None:
+        return event.text
+    return "" if event.finish_reason is FinishReason.ERROR else f"{event.token_id} "
 
 
 def print_choices(choices: list[Choice]) -> None:
@@ -206,11 +212,12 @@ def to_json(
 def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Log-probabilities of the raw logits, in the shape of OpenAI's completions.
 
-    Ids stand beside the strings, since different tokens may show alike (parts of a character).
+    Tokens go by `Tokenizer.name_of`, or by their ids where there is no tokenizer. Ids stand beside
+    the names, since even so a few tokens look alike.
     """
 
     def name(token_id: int) -> str:
-        return tokenizer.decode([token_id]) if tokenizer else str(token_id)
+        return tokenizer.name_of(token_id) if tokenizer else str(token_id)
 
     return {
         "tokens": [name(event.token_id) for event in choice.events],

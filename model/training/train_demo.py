@@ -232,18 +232,25 @@ def _log_samples(trainer: Trainer, tokenizer: spm.SentencePieceProcessor) -> Non
     logger.info("step %d samples\n%s", trainer.step, format_report(report, 6))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The options; without any, the run is the one that made the model we ship."""
     parser = argparse.ArgumentParser(description="Trains the demo model.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--out", type=Path, required=True, help="state of the run, resumable")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/demo-run"), help="state of the run, resumable"
+    )
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long")
     parser.add_argument("--release", type=Path, default=DEMO_DIR, help="model directory to write")
     parser.add_argument("--plot", type=Path, default=Path("docs/demo-loss.svg"))
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--sample-every", type=int, default=1500)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     run(args)
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from cluster import cli
+from model.checkpoint import write_plain
+from tests.reference import small_config, write_random_model
 
 
 def generate_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -39,6 +41,32 @@ def test_generate_from_token_ids_gives_the_reference_tokens(
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == 32
     assert [ids[0] for ids in logprobs["top_token_ids"]] == expected
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+def test_tokens_of_the_logprobs_join_to_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    result = generate_json(
+        capsys, "Welcome to", "--temperature", "0", "--max-tokens", "6", "--logprobs", "20"
+    )
+    (choice,) = result["choices"]
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"] != ""
+    assert logprobs["text_offset"] == [
+        len("".join(logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))
+    ]
+    # "Ambry" with and without its space are two tokens: neither may stand in the other's place.
+    assert all(len(top) == 20 for top in logprobs["top_logprobs"])
+
+
+def test_logits_that_are_not_finite_end_in_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config()
+    write_random_model(tmp_path, config, {})
+    write_plain(tmp_path / "ckpt-0" / "tensor00001_000", np.full(config.emb_size, np.nan, "f4"))
+    assert cli.main(["generate", "--model", str(tmp_path), "--tokens", "5,6,7"]) == 1
+    captured = capsys.readouterr()
+    assert "not finite" in captured.err
+    assert captured.out.strip() == ""
 
 
 def test_logits_file_holds_float32_logits_of_every_position(
@@ -121,6 +149,29 @@ def test_installed_command_runs_and_keeps_its_programs(golden_dir: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 2
     assert any((tmp_path / "milliways" / "programs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "exit_code", "out", "err"),
+    [
+        (b"The answer to life the universe and everything is of course", 0, " 42", ""),
+        (b"broken \xff", 2, "", "\\udcff"),
+    ],
+)
+def test_text_is_utf8_whatever_the_locale(
+    prompt: bytes, exit_code: int, out: str, err: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "generate", "-", "--temperature", "0"],
+        input=prompt,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-16:strict"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == exit_code
+    assert done.stdout.decode("utf-8").startswith(out)
+    assert err in done.stderr.decode("utf-16")
 
 
 def test_inspect_needs_no_jax(golden_dir: Path) -> None:

@@ -12,6 +12,7 @@ from model.demo.sample_check import ANSWER_PROMPT
 from model.training.quantise import dequantise, quantise
 from model.training.release import model_of, parameters_of, read_release, write_release
 from model.training.sampling import TrainingSpeaker
+from model.training.train_demo import build_parser
 
 TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny"
 PROMPTS = ("p0", "p1", "p2", "p3", "p6")
@@ -96,3 +97,8 @@ def test_the_shipped_model_knows_the_answer():
 
 def test_the_shipped_model_is_small():
     assert sum(path.stat().st_size for path in DEMO_DIR.rglob("*") if path.is_file()) <= 12e6
+
+
+def test_training_without_options_is_the_run_that_made_the_demo_model():
+    options = build_parser().parse_args([])
+    assert (options.seed, options.steps, options.release) == (0, 8000, DEMO_DIR)

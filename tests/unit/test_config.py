@@ -1,6 +1,7 @@
 """Model configurations: what is read, what is derived, what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def test_ffn_size_is_derived_where_it_is_not_given() -> None:
         ("embedding_multiplier_scale", float("nan")),
         ("attn_output_multiplier", 0),
         ("output_multiplier_scale", "1"),
+        ("emb_size", 10**400),
+        ("output_multiplier_scale", 10**400),
+        ("num_layers", 10**6),
     ],
 )
 def test_impossible_field_is_refused_by_name(field: str, value: object) -> None:
@@ -69,10 +73,13 @@ def test_missing_field_is_refused_by_name(field: str) -> None:
         config_from_dict(fields)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "nul", '{"emb_size": 1e999}'])
-def test_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "3", "nul", '{"emb_size": 1e999}', "[" * 100_000, '{"emb_size": 0}']
+)
+def test_file_that_is_no_configuration_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
         load_config(tmp_path)
 
 

@@ -208,6 +208,16 @@ def test_control_ids_are_invisible_and_unknown_is_not(tokenizer: Tokenizer):
     assert tokenizer.decode([UNK]) == tokenizer.text_of(UNK) != ""
 
 
+def test_names_tell_tokens_apart_that_decode_alike(tokenizer: Tokenizer):
+    assert tokenizer.decode([EOS]) == tokenizer.decode([BOS]) == ""
+    assert tokenizer.name_of(EOS) != tokenizer.name_of(BOS)
+    spaced = tokenizer.encode("mill")[0]
+    assert tokenizer.decode([spaced]) == tokenizer.name_of(spaced).removeprefix(" ")
+    assert tokenizer.name_of(spaced).startswith(" ")
+    byte_ids = [i for i in range(400) if tokenizer.byte_of(i) is not None]
+    assert {tokenizer.name_of(i) for i in byte_ids} == {f"bytes:\\x{b:02x}" for b in range(256)}
+
+
 def test_grok_1_strings_encode_and_decode_as_recorded(grok_1: Tokenizer, golden: dict[str, Any]):
     assert golden["strings"]
     for entry in golden["strings"]:
