@@ -36,7 +36,6 @@ from model.kv_cache import (
     StepBatch,
     mark_visible,
     token_places,
-    write_tokens,
 )
 from model.ops import Ops, PureOps
 from model.params import AttentionParams, EndParams, ExpertParams, Matrix, ModelParams
@@ -119,7 +118,10 @@ class Decoder:
         keys_TRK = self.ops.rope(project(params.key), positions_T).astype(self.dtype)
         values_TRK = project(params.value).astype(self.dtype)
         places_T = token_places(batch, *visible_NP.shape)
-        cache = write_tokens(cache, places_T, keys_TRK, values_TRK)
+        cache = LayerCache(
+            keys_NPRK=self.ops.write_rows(cache.keys_NPRK, keys_TRK, places_T),
+            values_NPRK=self.ops.write_rows(cache.values_NPRK, values_TRK, places_T),
+        )
         mixed_THK = self.ops.attention(
             query_THK,
             cache.keys_NPRK,

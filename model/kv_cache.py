@@ -58,21 +58,14 @@ def token_places(batch: StepBatch, num_blocks: int, block_size: int) -> Int[Arra
     return jnp.where(batch.positions_T >= 0, places_T, num_blocks * block_size)
 
 
-def write_tokens(
-    cache: LayerCache,
+def scatter_rows(
+    blocks_NPRK: Float[Array, "N P R K"],
+    rows_TRK: Float[Array, "T R K"],
     places_T: Int[Array, " T"],
-    keys_TRK: Float[Array, "T R K"],
-    values_TRK: Float[Array, "T R K"],
-) -> LayerCache:
-    """The cache with the step's keys and values written."""
-
-    def write(blocks_NPRK: Array, rows_TRK: Array) -> Array:
-        flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
-        return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
-
-    return LayerCache(
-        keys_NPRK=write(cache.keys_NPRK, keys_TRK), values_NPRK=write(cache.values_NPRK, values_TRK)
-    )
+) -> Float[Array, "N P R K"]:
+    """The blocks with each row written to its place; a place out of range drops it."""
+    flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
+    return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
 
 
 def mark_visible(

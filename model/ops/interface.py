@@ -65,6 +65,18 @@ class Ops(Protocol):
         """Float32 sum over the chosen experts, in the gate's ranking, never that of arrival."""
         ...
 
+    def write_rows(
+        self,
+        blocks_NPRK: Float[Array, "N P R K"],
+        rows_TRK: Float[Array, "T R K"],
+        places_T: Int[Array, " T"],
+    ) -> Float[Array, "N P R K"]:
+        """The blocks with each row written to its place, position p of block n being n * P + p.
+
+        A place of N * P or more drops its row. In place where the blocks are donated.
+        """
+        ...
+
     def attention(
         self,
         query_THK: Float[Array, "T H K"],

@@ -28,7 +28,7 @@ from model.params import ExpertParams, HostMatrix, Matrix, PackedMatrix
 PANEL_COLUMNS = 32
 EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2
 
-_TARGETS = ("linear", "expert_ffn", "attention", "rms_norm", "gate", "rope", "weigh")
+_TARGETS = ("linear", "expert_ffn", "attention", "rms_norm", "gate", "rope", "weigh", "write_rows")
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
 # the processor's address cache.
@@ -200,6 +200,17 @@ class NativeOps:
         num_rows, _, width = outputs_TAD.shape
         return _call("weigh", (num_rows, width), _float32(outputs_TAD), gate_weights_TA)
 
+    def write_rows(
+        self,
+        blocks_NPRK: Float[Array, "N P R K"],
+        rows_TRK: Float[Array, "T R K"],
+        places_T: Int[Array, " T"],
+    ) -> Float[Array, "N P R K"]:
+        # XLA's own scatter copies the whole cache first, although it may overwrite it.
+        outputs = jax.ShapeDtypeStruct(blocks_NPRK.shape, blocks_NPRK.dtype)
+        write = _target("write_rows", outputs, input_output_aliases={0: 0})
+        return write(blocks_NPRK, rows_TRK, places_T.astype(jnp.int32))
+
     def attention(
         self,
         query_THK: Float[Array, "T H K"],
@@ -223,9 +234,9 @@ class NativeOps:
         )
 
 
-def _target(name: str, outputs: Any) -> Callable[..., Any]:
+def _target(name: str, outputs: Any, **options: Any) -> Callable[..., Any]:
     library()
-    return jax.ffi.ffi_call(f"milliways_{name}", outputs)
+    return jax.ffi.ffi_call(f"milliways_{name}", outputs, **options)
 
 
 def _call(name: str, shape: tuple[int, ...], *arrays: Array, **attributes: np.generic) -> Array:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.activations import QUANT_BLOCK, Activations
+from model.kv_cache import scatter_rows
 from model.params import ExpertParams, Matrix, QuantizedMatrix
 from model.tiles import TILE, map_tiles
 
@@ -69,6 +70,14 @@ class PureOps:
         experts: ExpertParams,
     ) -> Float[Array, "T A D"]:
         return _expert_ffn(hidden_TD, expert_ids_TA, experts, self._expert_tile)
+
+    def write_rows(
+        self,
+        blocks_NPRK: Float[Array, "N P R K"],
+        rows_TRK: Float[Array, "T R K"],
+        places_T: Int[Array, " T"],
+    ) -> Float[Array, "N P R K"]:
+        return scatter_rows(blocks_NPRK, rows_TRK, places_T)
 
     def attention(
         self,

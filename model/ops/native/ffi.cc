@@ -5,6 +5,7 @@
 // [*stack, groups, padded columns], and attributes for the rest. Buffers of the wrong size are an
 // error of the call, never an access out of bounds.
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "ops.h"
@@ -163,6 +164,29 @@ ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
   return ffi::Error::Success();
 }
 
+// The result is the first argument's own memory.
+ffi::Error write_rows(ffi::AnyBuffer blocks, ffi::AnyBuffer rows, S32 places,
+                      ffi::Result<ffi::AnyBuffer> out) {
+  const int64_t num_rows = extent(rows, 0);
+  const int64_t num_places = extent(blocks, 0) * extent(blocks, 1);
+  if (blocks.element_type() != rows.element_type() || extent(places, 0) != num_rows ||
+      extent(blocks, 2) != extent(rows, 1) || extent(blocks, 3) != extent(rows, 2) ||
+      out->size_bytes() != blocks.size_bytes()) {
+    return invalid("write_rows: the rows do not fit the blocks");
+  }
+  if (out->untyped_data() != blocks.untyped_data()) {
+    std::memcpy(out->untyped_data(), blocks.untyped_data(), blocks.size_bytes());
+  }
+  const size_t row_bytes = num_places ? blocks.size_bytes() / num_places : 0;
+  for (int64_t i = 0; i < num_rows; i++) {
+    const int64_t place = places.typed_data()[i];
+    if (place < 0 || place >= num_places) continue;
+    std::memcpy(static_cast<char*>(out->untyped_data()) + place * row_bytes,
+                static_cast<const char*>(rows.untyped_data()) + i * row_bytes, row_bytes);
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_linear, linear,
@@ -204,6 +228,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gate, gate,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     mw_rope, rope, ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_write_rows, write_rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<S32>()
+                                  .Ret<ffi::AnyBuffer>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_weigh, weigh,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<F32>());
 

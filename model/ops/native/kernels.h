@@ -16,7 +16,7 @@ constexpr int kQuantBlock = 32;
 
 enum class Weights { kExactInt8, kExactInt16, kPairs };
 
-// Rows times one panel: out[i][0 .. num_columns) = rows[i] @ panel, scaled.
+// Rows times one panel: out[i][out_column + n] = rows[i] @ panel[:, n], scaled.
 //
 // exact: a chain of fused multiply-adds down each group's rows, then its scale.
 // pairs: exact whole-number sums over blocks of 32 rows, each times its activation scale, chained
@@ -24,7 +24,8 @@ enum class Weights { kExactInt8, kExactInt16, kPairs };
 struct PanelProduct {
   const void* const* rows;         // float32 [K], or int16 [G, 2 * ceil(K/G/2)]
   const float* const* row_scales;  // pairs only: [G, ceil(K/G/32)]
-  float* const* out;               // where each row's first column of this panel goes
+  float* const* out;
+  int64_t out_column;  // where in an out row this panel's first column goes
   int num_rows;
   const void* panel;
   int64_t group_rows;  // K / G

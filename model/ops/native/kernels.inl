@@ -38,7 +38,7 @@ MW_INLINE void write_tile(const PanelProduct& p, int row, int column, const Tile
   for (int m = 0; m < M; m++) {
     float line[C * kLanes];
     for (int c = 0; c < C; c++) store(line + c * kLanes, total.at[m][c]);
-    std::memcpy(p.out[row + m] + column, line, num_here * sizeof(float));
+    std::memcpy(p.out[row + m] + p.out_column + column, line, num_here * sizeof(float));
   }
 }
 

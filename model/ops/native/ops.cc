@@ -10,9 +10,11 @@
 namespace milliways {
 namespace {
 
-// A task should take tens of microseconds: less, and taking it costs too much; more, and the last
-// one is waited for.
-constexpr int64_t kTaskBytes = 64 * 1024;
+// A task should take tens of microseconds: less, and starting it costs too much (a sweep through
+// memory takes a while to get going); more, and the last one is waited for.
+constexpr int64_t kMinTaskBytes = 48 * 1024;
+constexpr int64_t kMaxTaskBytes = 512 * 1024;
+constexpr int64_t kTasksPerThread = 8;
 // So many rows share one reading of a panel; their activations then fit the second-level cache.
 constexpr int64_t kTaskRows = 96;
 // Bounds the hidden activations of experts, which are the largest intermediate there is.
@@ -81,27 +83,34 @@ struct Rows {
   }
 };
 
-void multiply_panel(const Matrix& m, int64_t panel, const Rows& rows, int64_t first, int64_t last) {
-  std::vector<float*> out(rows.out.begin() + first, rows.out.begin() + last);
-  const int64_t column = panel * kPanelColumns;
-  for (float*& place : out) place += column;
-  kernels().product(
-      m.kind,
-      {rows.in.data() + first, rows.in_scales.data() + first, out.data(),
-       static_cast<int>(last - first), m.panels + panel * m.panel_bytes(), m.group_rows(),
-       m.num_groups, m.scales + column, m.scale_stride(),
-       static_cast<int>(std::min<int64_t>(kPanelColumns, m.num_out - column))});
-}
-
 // A run of panels for a run of rows.
 struct Piece {
   int64_t group;  // which matrix and rows: whatever the caller numbers
   int64_t first_panel, last_panel, first_row, last_row;
 };
 
+// Multiplies a piece's rows with its panels. `out` holds a place for each row of the piece, where
+// column `origin` of the matrix goes.
+void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* const* out,
+              int64_t origin) {
+  for (int64_t panel = piece.first_panel; panel < piece.last_panel; panel++) {
+    const int64_t column = panel * kPanelColumns;
+    kernels().product(
+        m.kind,
+        {rows.in.data() + piece.first_row, rows.in_scales.data() + piece.first_row, out,
+         column - origin,
+         static_cast<int>(piece.last_row - piece.first_row), m.panels + panel * m.panel_bytes(),
+         m.group_rows(), m.num_groups, m.scales + column, m.scale_stride(),
+         static_cast<int>(std::min<int64_t>(kPanelColumns, m.num_out - column))});
+  }
+}
+
 void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& pieces) {
+  const int64_t share = m.num_panels() * m.panel_bytes() / (kTasksPerThread * num_threads());
+  const int64_t task_bytes = std::clamp(share, kMinTaskBytes, kMaxTaskBytes);
+  // From some rows on the arithmetic takes longer than the reading.
   const int64_t cost = m.panel_bytes() * std::max<int64_t>(1, std::min(num_rows, kTaskRows) / 4);
-  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, cost));
+  const int64_t step = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, cost));
   for (int64_t row = 0; row < num_rows; row += kTaskRows) {
     for (int64_t panel = 0; panel < m.num_panels(); panel += step) {
       pieces.push_back({group, panel, std::min(panel + step, m.num_panels()), row,
@@ -134,23 +143,17 @@ void hidden_piece(const Experts& experts, const Piece& piece, const Rows& gate_r
                   const Rows& up_rows) {
   const Matrix gate = experts.gate.of_stack(piece.group), up = experts.up.of_stack(piece.group);
   const int64_t column = piece.first_panel * kPanelColumns;
-  const int64_t width =
-      std::min(piece.last_panel * kPanelColumns, gate.num_out) - column;
+  const int64_t width = std::min(piece.last_panel * kPanelColumns, gate.num_out) - column;
+  const int64_t num_rows = piece.last_row - piece.first_row;
   thread_local std::vector<float> up_values;
-  up_values.resize((piece.last_row - piece.first_row) * width);
-  Rows up_here;
-  for (int64_t i = piece.first_row; i < piece.last_row; i++) {
-    up_here.in.push_back(up_rows.in[i]);
-    up_here.in_scales.push_back(up_rows.in_scales[i]);
-    up_here.out.push_back(&up_values[(i - piece.first_row) * width] - column);
-  }
-  for (int64_t panel = piece.first_panel; panel < piece.last_panel; panel++) {
-    multiply_panel(gate, panel, gate_rows, piece.first_row, piece.last_row);
-    multiply_panel(up, panel, up_here, 0, piece.last_row - piece.first_row);
-  }
-  for (int64_t i = piece.first_row; i < piece.last_row; i++) {
-    kernels().gelu_times(gate_rows.out[i] + column, up_here.out[i - piece.first_row] + column,
-                         width);
+  up_values.resize(num_rows * width);
+  float* up_out[kTaskRows];
+  for (int64_t i = 0; i < num_rows; i++) up_out[i] = up_values.data() + i * width;
+  float* const* gate_out = gate_rows.out.data() + piece.first_row;
+  multiply(gate, piece, gate_rows, gate_out, 0);
+  multiply(up, piece, up_rows, up_out, column);
+  for (int64_t i = 0; i < num_rows; i++) {
+    kernels().gelu_times(gate_out[i] + column, up_out[i], width);
   }
 }
 
@@ -192,11 +195,9 @@ void expert_pass(const float* rows, const int32_t* ids, int64_t num_rows, int nu
     cut(e, experts.down, groups[e].size(), pieces);
   }
   run_tasks(static_cast<int>(pieces.size()), [&](int i) {
-    const Piece& p = pieces[i];
-    const Matrix down = experts.down.of_stack(p.group);
-    for (int64_t panel = p.first_panel; panel < p.last_panel; panel++) {
-      multiply_panel(down, panel, down_rows[p.group], p.first_row, p.last_row);
-    }
+    const Piece& piece = pieces[i];
+    const Rows& rows = down_rows[piece.group];
+    multiply(experts.down.of_stack(piece.group), piece, rows, rows.out.data() + piece.first_row, 0);
   });
 }
 
@@ -221,10 +222,7 @@ void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* ou
   std::vector<Piece> pieces;
   cut(0, matrix, num_rows, pieces);
   run_tasks(static_cast<int>(pieces.size()), [&](int i) {
-    const Piece& p = pieces[i];
-    for (int64_t panel = p.first_panel; panel < p.last_panel; panel++) {
-      multiply_panel(matrix, panel, all, p.first_row, p.last_row);
-    }
+    multiply(matrix, pieces[i], all, all.out.data() + pieces[i].first_row, 0);
   });
 }
 
