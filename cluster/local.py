@@ -10,8 +10,8 @@ from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.ops import NativeOps
-from model.ops.select import select_ops
-from model.params import ModelParams, load_model
+from model.ops.select import Residence, select_ops
+from model.params import Loader, ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, StepMode, make_runner
 from model.tokenizer import Tokenizer
 from router.engine import LocalEngine
@@ -27,21 +27,26 @@ class LocalModel:
     decoder: Decoder
     params: ModelParams
     tokenizer: Tokenizer | None
+    # Mapped experts live as long as their loader.
+    loader: Loader
 
 
-def load_local_model(model_dir: Path, dtype: str, activations: str = "exact") -> LocalModel:
+def load_local_model(
+    model_dir: Path, dtype: str, activations: str = "exact", experts: str = "loaded"
+) -> LocalModel:
     """Opens, checks and loads a model directory for the best kernels there are here.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: what is wrong with which file.
     """
-    ops, loader = select_ops(Activations(activations))
+    ops, loader = select_ops(Activations(activations), Residence(experts))
     with Checkpoint.open(model_dir) as checkpoint:
         tokenizer = load_tokenizer(model_dir, checkpoint.config.vocab_size)
         return LocalModel(
             decoder=Decoder(config=checkpoint.config, dtype=DTYPES[dtype], ops=ops),
             params=load_model(checkpoint, loader),
             tokenizer=tokenizer,
+            loader=loader,
         )
 
 

@@ -52,7 +52,22 @@ class PackedMatrix:
         return self.panels.shape[0]
 
 
-Matrix = QuantizedMatrix | PackedMatrix
+@struct.dataclass
+class MappedMatrix:
+    """A stack of int8 matrices that stay in their mapped files, by the numbers of the regions."""
+
+    regions: Int[Array, " stack"]
+    scales: Float[Array, "stack G padded_N"]
+    kind: int = struct.field(pytree_node=False)
+    num_in: int = struct.field(pytree_node=False)
+    num_out: int = struct.field(pytree_node=False)
+
+    @property
+    def stack_size(self) -> int:
+        return self.regions.shape[0]
+
+
+Matrix = QuantizedMatrix | PackedMatrix | MappedMatrix
 HostMatrix = tuple[np.ndarray, np.ndarray]
 
 
@@ -116,6 +131,11 @@ class Loader(Protocol):
     @property
     def activations(self) -> Activations: ...
 
+    @property
+    def reads_experts(self) -> bool:
+        """Whether `stack` reads what it is given, or only notes where it lies."""
+        ...
+
     def array(self, host: np.ndarray) -> jax.Array:
         """A plain array."""
         ...
@@ -131,6 +151,8 @@ class Loader(Protocol):
 
 class DeviceLoader:
     """Arrays as they are; `place` puts one on the device."""
+
+    reads_experts = True
 
     def __init__(
         self,
@@ -207,7 +229,8 @@ def load_experts(
     ids = range(checkpoint.config.num_experts) if expert_ids is None else expert_ids
 
     def stack(role: TensorRole) -> Matrix:
-        return loader.stack([checkpoint.expert(layer, role, expert_id) for expert_id in ids])
+        ahead = loader.reads_experts
+        return loader.stack([checkpoint.expert(layer, role, i, read_ahead=ahead) for i in ids])
 
     experts = ExpertParams(
         gate_proj=stack(TensorRole.EXPERT_LINEAR),

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     started_s = time.perf_counter()
     sampling = sampling_params(options)
     model_dir = resolve_model_dir(options.model)
-    model = load_local_model(model_dir, options.dtype, options.activations)
+    model = load_local_model(model_dir, options.dtype, options.activations, options.experts)
     request = GenerateRequest(
         prompt_ids=prompt_ids(options, model.tokenizer),
         max_tokens=options.max_tokens,

@@ -26,7 +26,8 @@ def run(options: argparse.Namespace) -> None:
     """Computes in chunks through the KV cache, as serving does."""
     # Checked as a request would be, so that bad ids get the same clear answer.
     request = GenerateRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
-    model = load_local_model(resolve_model_dir(options.model), options.dtype, options.activations)
+    model_dir = resolve_model_dir(options.model)
+    model = load_local_model(model_dir, options.dtype, options.activations, options.experts)
     request.check_fits(model.decoder.config)
     runner = make_local_runner(model, cache_size_for(1, len(request.prompt_ids)))
     logits_TV = compute_logits(runner, request.prompt_ids)

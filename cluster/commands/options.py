@@ -7,10 +7,11 @@ from model.errors import InvalidRequestError
 
 DTYPE_NAMES = ("bfloat16", "float32")
 ACTIVATION_NAMES = ("exact", "int8")
+RESIDENCE_NAMES = ("loaded", "mapped")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
-    """--model, --dtype and --activations."""
+    """--model, --dtype, --activations and --experts."""
     parser.add_argument(
         "--model",
         metavar=f"DIR|{DEMO_NAME}",
@@ -31,6 +32,13 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
         default="exact",
         help="what meets the int8 weights: activations as they are, or rounded to int8 in blocks"
         " of 32, faster and coarser [%(default)s]",
+    )
+    parser.add_argument(
+        "--experts",
+        choices=RESIDENCE_NAMES,
+        default="loaded",
+        help="copied into memory, or left in their files for models larger than memory"
+        " [%(default)s]",
     )
 
 

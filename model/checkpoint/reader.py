@@ -144,14 +144,22 @@ class Checkpoint:
         return self._hand_out(file_map, record.weight), self._hand_out(file_map, record.scales)
 
     def expert(
-        self, layer: int, role: TensorRole, expert_id: int
+        self, layer: int, role: TensorRole, expert_id: int, *, read_ahead: bool = True
     ) -> tuple[Int8[np.ndarray, "K N"], BFloat16[np.ndarray, "G N"]]:
-        """Weights and scales of one expert of one layer; reads these bytes and no others."""
+        """Weights and scales of one expert of one layer; reads these bytes and no others.
+
+        Without `read_ahead` not even these, before somebody touches them.
+        """
         assert role.is_expert and 0 <= expert_id < self.config.num_experts
         spec, record = self._quantized_record(self.find(role, layer))
         file_map = self._map(spec)
-        weight = self._hand_out_expert(file_map, record.weight, expert_id)
-        return weight, self._hand_out_expert(file_map, record.scales, expert_id)
+        arrays = (record.weight, record.scales)
+        slices = [_slice_of(array, expert_id) for array in arrays]
+        if read_ahead:
+            for one in slices:
+                file_map.fetch(one.offset, one.num_bytes)
+        weight, scales = (self._hand_out(file_map, one) for one in slices)
+        return weight, scales
 
     def verify(self) -> int:
         """Reads every byte of every array, a chunk at a time; returns how many.
@@ -182,19 +190,17 @@ class Checkpoint:
                 self._maps[spec.index] = file_map
             return self._maps[spec.index]
 
-    def _hand_out_expert(
-        self, file_map: FileMap, record: ArrayRecord, expert_id: int
-    ) -> np.ndarray:
-        num_bytes = record.num_bytes // record.shape[0]
-        offset = record.offset + expert_id * num_bytes
-        file_map.fetch(offset, num_bytes)
-        one = ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
-        return self._hand_out(file_map, one)
-
     def _hand_out(self, file_map: FileMap, record: ArrayRecord) -> np.ndarray:
         with self._lock:
             self._bytes_read += record.num_bytes
         return file_map.view(record.dtype, record.shape, record.offset)
+
+
+def _slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
+    """Where one expert of a stack lies."""
+    num_bytes = record.num_bytes // record.shape[0]
+    offset = record.offset + expert_id * num_bytes
+    return ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
 
 
 def _find_directories(path: Path) -> tuple[Path, Path]:

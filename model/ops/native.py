@@ -8,6 +8,7 @@ batch, the number of threads and the instruction set.
 import ctypes
 import dataclasses
 import mmap
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,12 +24,22 @@ from jaxtyping import Array, Bool, Float, Int
 from model.activations import Activations
 from model.errors import KernelsMissingError
 from model.ops.pure import rope_frequencies
-from model.params import ExpertParams, HostMatrix, Matrix, PackedMatrix
+from model.params import ExpertParams, HostMatrix, MappedMatrix, Matrix, PackedMatrix
 
 PANEL_COLUMNS = 32
 EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2
 
-_TARGETS = ("linear", "expert_ffn", "attention", "rms_norm", "gate", "rope", "weigh", "write_rows")
+_TARGETS = (
+    "linear",
+    "expert_ffn",
+    "expert_ffn_mapped",
+    "attention",
+    "rms_norm",
+    "gate",
+    "rope",
+    "weigh",
+    "write_rows",
+)
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
 # the processor's address cache.
@@ -49,12 +60,15 @@ def library() -> ctypes.CDLL:
         raise KernelsMissingError("they were not built (no C++ compiler at installation?)")
     try:
         loaded = ctypes.CDLL(str(path))
+        _declare(loaded)
+        handlers = {name: getattr(loaded, f"mw_{name}") for name in _TARGETS}
     except OSError as error:
         raise KernelsMissingError(str(error)) from error
-    _declare(loaded)
-    for name in _TARGETS:
-        handler = jax.ffi.pycapsule(getattr(loaded, f"mw_{name}"))
-        jax.ffi.register_ffi_target(f"milliways_{name}", handler, platform="cpu")
+    except AttributeError as error:
+        raise KernelsMissingError(f"built from other sources than these ({error})") from error
+    for name, handler in handlers.items():
+        capsule = jax.ffi.pycapsule(handler)
+        jax.ffi.register_ffi_target(f"milliways_{name}", capsule, platform="cpu")
     return loaded
 
 
@@ -81,6 +95,8 @@ def use_kernel_set(name: str) -> bool:
 class NativeLoader:
     """Packs matrices for the kernels; plain arrays go to JAX as they are."""
 
+    reads_experts = True
+
     def __init__(self, activations: Activations = Activations.EXACT) -> None:
         self.activations = activations
         library()
@@ -91,46 +107,53 @@ class NativeLoader:
         own[...] = host
         return _hand_over(own)
 
-    def matrix(self, weight: np.ndarray, scales: np.ndarray) -> PackedMatrix:
-        stack = self.stack([(weight, scales)])
+    def matrix(self, weight: np.ndarray, scales: np.ndarray) -> Matrix:
+        stack = _pack([(weight, scales)], self._kind(weight))
         return dataclasses.replace(stack, panels=stack.panels[0], scales=stack.scales[0])
 
-    def stack(self, parts: Sequence[HostMatrix]) -> PackedMatrix:
-        """Packs each matrix straight from its mapped file."""
-        (num_in, num_out), (num_groups, _) = parts[0][0].shape, parts[0][1].shape
-        kind = self._kind(parts[0][0])
-        num_panels = -(-num_out // PANEL_COLUMNS)
-        panel_bytes = library().mw_panel_bytes(kind, num_in, num_groups)
-        assert panel_bytes > 0, (kind, num_in, num_groups)
-        panels = _aligned_empty((len(parts), num_panels, panel_bytes), np.dtype(np.uint8))
-        padded_shape = (len(parts), num_groups, num_panels * PANEL_COLUMNS)
-        scales = _aligned_empty(padded_shape, np.dtype(np.float32))
-        scales[...] = 0
-        for i, (weight, weight_scales) in enumerate(parts):
-            weight = np.ascontiguousarray(weight)
-            library().mw_pack(
-                weight.ctypes.data,
-                weight.strides[0],
-                kind,
-                num_in,
-                num_out,
-                num_groups,
-                panels[i].ctypes.data,
-            )
-            scales[i, :, :num_out] = weight_scales
-        return PackedMatrix(
-            panels=_hand_over(panels),
-            scales=_hand_over(scales),
-            kind=kind,
-            num_in=num_in,
-            num_out=num_out,
-        )
+    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
+        return _pack(parts, self._kind(parts[0][0]))
 
     def _kind(self, weight: np.ndarray) -> int:
         if weight.dtype == np.int16:
             assert self.activations is Activations.EXACT
             return EXACT_INT16
         return EXACT_INT8 if self.activations is Activations.EXACT else PAIRS
+
+
+class MappedLoader(NativeLoader):
+    """Leaves experts in their mapped files: for models larger than memory.
+
+    The kernels pack what they need on every use, so a token costs at least the reading of its
+    experts from the disk or its cache. The regions stay known as long as this loader lives.
+    """
+
+    reads_experts = False
+
+    def __init__(self, activations: Activations = Activations.EXACT) -> None:
+        super().__init__(activations)
+        self._numbers: list[int] = []
+        self._views: list[np.ndarray] = []
+        weakref.finalize(self, _unmap, self._numbers, self._views)
+
+    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
+        numbers = [self._register(weight) for weight, _ in parts]
+        num_in, num_out = parts[0][0].shape
+        return MappedMatrix(
+            regions=jnp.asarray(np.asarray(numbers, np.int32)),
+            scales=_padded_scales([scales for _, scales in parts]),
+            kind=self._kind(parts[0][0]),
+            num_in=num_in,
+            num_out=num_out,
+        )
+
+    def _register(self, weight: np.ndarray) -> int:
+        assert weight.dtype == np.int8 and weight.flags.c_contiguous
+        number = library().mw_map(weight.ctypes.data, weight.nbytes)
+        self._numbers.append(number)
+        # The view keeps its file mapped.
+        self._views.append(weight)
+        return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,15 +205,16 @@ class NativeOps:
         expert_ids_TA: Int[Array, "T A"],
         experts: ExpertParams,
     ) -> Float[Array, "T A D"]:
-        gate, up, down = map(_packed, (experts.gate_proj, experts.up_proj, experts.down_proj))
+        matrices = (experts.gate_proj, experts.up_proj, experts.down_proj)
+        is_mapped = isinstance(experts.gate_proj, MappedMatrix)
         return _call(
-            "expert_ffn",
+            "expert_ffn_mapped" if is_mapped else "expert_ffn",
             (*expert_ids_TA.shape, hidden_TD.shape[1]),
             _float32(hidden_TD),
             expert_ids_TA.astype(jnp.int32),
-            *(part for matrix in (gate, up, down) for part in (matrix.panels, matrix.scales)),
-            kind=np.int64(gate.kind),
-            num_hidden=np.int64(gate.num_out),
+            *(part for matrix in matrices for part in _weights_and_scales(matrix)),
+            kind=np.int64(_native(experts.gate_proj).kind),
+            num_hidden=np.int64(_native(experts.gate_proj).num_out),
             num_experts=np.int64(experts.num_experts),
         )
 
@@ -254,6 +278,55 @@ def _packed(matrix: Matrix) -> PackedMatrix:
     return matrix
 
 
+def _native(matrix: Matrix) -> PackedMatrix | MappedMatrix:
+    return matrix if isinstance(matrix, MappedMatrix) else _packed(matrix)
+
+
+def _weights_and_scales(matrix: Matrix) -> tuple[Array, Array]:
+    if isinstance(matrix, MappedMatrix):
+        return matrix.regions, matrix.scales
+    return _packed(matrix).panels, _packed(matrix).scales
+
+
+def _pack(parts: Sequence[HostMatrix], kind: int) -> PackedMatrix:
+    """Copies matrices of one shape into panels, each straight from its mapped file."""
+    (num_in, num_out), (num_groups, _) = parts[0][0].shape, parts[0][1].shape
+    panel_bytes = library().mw_panel_bytes(kind, num_in, num_groups)
+    assert panel_bytes > 0, (kind, num_in, num_groups)
+    num_panels = -(-num_out // PANEL_COLUMNS)
+    panels = _aligned_empty((len(parts), num_panels, panel_bytes), np.dtype(np.uint8))
+    for one_panels, (weight, _) in zip(panels, parts, strict=True):
+        contiguous = np.ascontiguousarray(weight)
+        library().mw_pack(
+            contiguous.ctypes.data, kind, num_in, num_out, num_groups, one_panels.ctypes.data
+        )
+    return PackedMatrix(
+        panels=_hand_over(panels),
+        scales=_padded_scales([scales for _, scales in parts]),
+        kind=kind,
+        num_in=num_in,
+        num_out=num_out,
+    )
+
+
+def _padded_scales(parts: Sequence[np.ndarray]) -> Array:
+    """float32 scales of a stack, a whole number of panels wide."""
+    num_groups, num_out = parts[0].shape
+    padded = -(-num_out // PANEL_COLUMNS) * PANEL_COLUMNS
+    scales = _aligned_empty((len(parts), num_groups, padded), np.dtype(np.float32))
+    scales[...] = 0
+    for one, part in zip(scales, parts, strict=True):
+        one[:, :num_out] = part
+    return _hand_over(scales)
+
+
+def _unmap(numbers: list[int], views: list[np.ndarray]) -> None:
+    """First no kernel can find the regions, then the files may go."""
+    for number in numbers:
+        library().mw_unmap(number)
+    views.clear()
+
+
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that JAX can take over without a copy."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -275,7 +348,11 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.mw_panel_bytes.restype = int64
     loaded.mw_panel_bytes.argtypes = (int64, int64, int64)
     loaded.mw_pack.restype = None
-    loaded.mw_pack.argtypes = (pointer, int64, int64, int64, int64, int64, pointer)
+    loaded.mw_pack.argtypes = (pointer, int64, int64, int64, int64, pointer)
+    loaded.mw_map.restype = ctypes.c_int32
+    loaded.mw_map.argtypes = (pointer, int64)
+    loaded.mw_unmap.restype = None
+    loaded.mw_unmap.argtypes = (ctypes.c_int32,)
     loaded.mw_set_num_threads.restype = None
     loaded.mw_set_num_threads.argtypes = (ctypes.c_int,)
     loaded.mw_kernels.restype = ctypes.c_char_p

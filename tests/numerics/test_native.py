@@ -1,5 +1,6 @@
 """The compiled kernels against the plain ones, one by one, at sizes that fit no vector."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from model.activations import Activations, quantise_head
+from model.checkpoint import Checkpoint
 from model.ops import NativeOps, PureOps
-from model.ops.native import NativeLoader
-from model.params import DeviceLoader, ExpertParams, Loader
+from model.ops.native import MappedLoader, NativeLoader
+from model.params import DeviceLoader, ExpertParams, Loader, PackedMatrix, load_experts
 from model.runner import StepMode
 from tests.runners import in_eights, load, logits_of, runner_of
 
@@ -172,8 +174,9 @@ def test_arrays_that_do_not_fit_are_an_error_of_the_call() -> None:
     matrix = NativeLoader().matrix(*random_matrix(rng, 16, 40, 1))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rows do not fit the matrix"):
         jax.block_until_ready(NATIVE.linear(jnp.zeros((2, 15), jnp.float32), matrix))
+    assert isinstance(matrix, PackedMatrix)
+    wrong = dataclasses.replace(matrix, panels=matrix.panels[:1])
     with pytest.raises(jax.errors.JaxRuntimeError, match="panels or scales of another size"):
-        wrong = matrix.replace(panels=matrix.panels[:1])
         jax.block_until_ready(NATIVE.linear(jnp.zeros((2, 16), jnp.float32), wrong))
 
 
@@ -181,10 +184,38 @@ def test_packed_matrices_are_not_copied_again() -> None:
     loader = NativeLoader()
     weight, scales = random_matrix(np.random.default_rng(0), 64, 64, 1)
     matrix = loader.matrix(weight, scales)
+    assert isinstance(matrix, PackedMatrix)
     assert matrix.panels.nbytes == weight.nbytes
     np.testing.assert_array_equal(
         np.asarray(matrix.panels).view(np.int8)[0].reshape(64, 32), weight[:, :32]
     )
+
+
+@pytest.mark.parametrize("activations", Activations)
+@pytest.mark.parametrize("name", ["tiny", "mini8"])
+def test_mapped_experts_give_the_same_bits(
+    golden_dir: Path, name: str, activations: Activations
+) -> None:
+    """Widths that fill no panel, and scales of one and of eight rows."""
+    loader = MappedLoader(activations)
+    with Checkpoint.open(golden_dir / name) as checkpoint:
+        loaded = load_experts(checkpoint, 2, NativeLoader(activations), [5, 0, 3])
+        mapped = load_experts(checkpoint, 2, loader, [5, 0, 3])
+    width = checkpoint.config.emb_size
+    rows_TD = jnp.asarray(np.random.default_rng(0).standard_normal((9, width)), jnp.float32)
+    ids_TA = jnp.asarray([[0, 1], [2, -1], [3, 2]] * 3, jnp.int32)
+    expected = NATIVE.expert_ffn(rows_TD, ids_TA, loaded)
+    np.testing.assert_array_equal(NATIVE.expert_ffn(rows_TD, ids_TA, mapped), expected)
+
+
+def test_mapped_experts_that_are_gone_are_an_error_of_the_call(golden_dir: Path) -> None:
+    loader = MappedLoader()
+    with Checkpoint.open(golden_dir / "tiny") as checkpoint:
+        experts = load_experts(checkpoint, 0, loader)
+    del loader
+    rows_TD, ids_TA = jnp.zeros((1, 128), jnp.float32), jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="not mapped any more"):
+        jax.block_until_ready(NATIVE.expert_ffn(rows_TD, ids_TA, experts))
 
 
 @pytest.mark.parametrize("activations", Activations)

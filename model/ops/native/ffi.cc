@@ -6,7 +6,11 @@
 // error of the call, never an access out of bounds.
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 #include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "ops.h"
 #include "threads.h"
@@ -36,19 +40,75 @@ int64_t extent(const B& buffer, size_t axis) {
   return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : 0;
 }
 
-// The matrix of these buffers; `stack` says how many lie in them.
-bool make_matrix(const U8& panels, const F32& scales, int64_t kind, int64_t num_in,
-                 int64_t num_out, int64_t stack, mw::Matrix& matrix) {
+// A matrix but for its weights, from its scales' shape; `stack` says how many lie there.
+bool make_shape(const F32& scales, int64_t kind, int64_t num_in, int64_t num_out, int64_t stack,
+                mw::Matrix& matrix) {
   const auto& shape = scales.dimensions();
   if (shape.size() < 2 || num_in < 1 || num_out < 1 || kind < 0 || kind > 2) return false;
   const int64_t num_groups = shape[shape.size() - 2];
   if (num_groups < 1 || num_in % num_groups) return false;
-  matrix = {static_cast<mw::Weights>(kind), panels.typed_data(), scales.typed_data(),
+  matrix = {static_cast<mw::Weights>(kind), nullptr, scales.typed_data(),
             num_in, num_out, static_cast<int>(num_groups)};
+  return static_cast<int64_t>(scales.element_count()) ==
+         stack * num_groups * matrix.scale_stride();
+}
+
+bool make_matrix(const U8& panels, const F32& scales, int64_t kind, int64_t num_in,
+                 int64_t num_out, int64_t stack, mw::Matrix& matrix) {
+  if (!make_shape(scales, kind, num_in, num_out, stack, matrix)) return false;
+  matrix.panels = panels.typed_data();
   return static_cast<int64_t>(panels.element_count()) ==
-             stack * matrix.num_panels() * matrix.panel_bytes() &&
-         static_cast<int64_t>(scales.element_count()) ==
-             stack * num_groups * matrix.scale_stride();
+         stack * matrix.num_panels() * matrix.panel_bytes();
+}
+
+// Memory of mapped files that the kernels may read, by number. A number is never given twice, so
+// one that outlived its file is an error and not another file's bytes.
+class MappedRegions {
+ public:
+  int32_t add(const uint8_t* start, int64_t num_bytes) {
+    std::unique_lock<std::shared_mutex> lock(mutex_);
+    regions_[++last_] = {start, num_bytes};
+    return last_;
+  }
+  void remove(int32_t number) {
+    std::unique_lock<std::shared_mutex> lock(mutex_);
+    regions_.erase(number);
+  }
+  // Held while a kernel reads.
+  std::shared_lock<std::shared_mutex> lock() { return std::shared_lock(mutex_); }
+  // Null where there is no such region, or of another size. Call with the lock held.
+  const uint8_t* find(int32_t number, int64_t num_bytes) const {
+    const auto found = regions_.find(number);
+    if (found == regions_.end() || found->second.num_bytes != num_bytes) return nullptr;
+    return found->second.start;
+  }
+
+ private:
+  struct Region {
+    const uint8_t* start;
+    int64_t num_bytes;
+  };
+  std::shared_mutex mutex_;
+  std::unordered_map<int32_t, Region> regions_;
+  int32_t last_ = 0;
+};
+
+MappedRegions& mapped_regions() {
+  static auto* regions = new MappedRegions;
+  return *regions;
+}
+
+bool make_mapped(const S32& numbers, const F32& scales, int64_t kind, int64_t num_in,
+                 int64_t num_out, int64_t stack, std::vector<const uint8_t*>& places,
+                 mw::Matrix& matrix) {
+  if (!make_shape(scales, kind, num_in, num_out, stack, matrix)) return false;
+  if (static_cast<int64_t>(numbers.element_count()) != stack) return false;
+  for (int64_t i = 0; i < stack; i++) {
+    places.push_back(mapped_regions().find(numbers.typed_data()[i], num_in * num_out));
+    if (!places.back()) return false;
+  }
+  matrix.mapped = places.data();
+  return true;
 }
 
 ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int64_t num_in,
@@ -65,10 +125,22 @@ ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int
   return ffi::Error::Success();
 }
 
+bool fits(const F32& rows, const S32& ids, OutF32& out) {
+  return extent(ids, 0) == extent(rows, 0) && extent(*out, 0) == extent(rows, 0) &&
+         extent(*out, 1) == extent(ids, 1) && extent(*out, 2) == extent(rows, 1);
+}
+
+ffi::Error run_experts(const F32& rows, const S32& ids, const mw::Experts& experts, OutF32& out) {
+  if (!fits(rows, ids, out)) return invalid("expert_ffn: ids or outputs do not fit the rows");
+  mw::expert_ffn(rows.typed_data(), ids.typed_data(), extent(rows, 0),
+                 static_cast<int>(extent(ids, 1)), experts, out->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error expert_ffn(F32 rows, S32 ids, U8 gate, F32 gate_scales, U8 up, F32 up_scales, U8 down,
                       F32 down_scales, OutF32 out, int64_t kind, int64_t num_hidden,
                       int64_t num_experts) {
-  const int64_t num_rows = extent(rows, 0), width = extent(rows, 1), ranks = extent(ids, 1);
+  const int64_t width = extent(rows, 1);
   mw::Experts experts;
   experts.num_experts = static_cast<int>(num_experts);
   if (!make_matrix(gate, gate_scales, kind, width, num_hidden, num_experts, experts.gate) ||
@@ -76,13 +148,23 @@ ffi::Error expert_ffn(F32 rows, S32 ids, U8 gate, F32 gate_scales, U8 up, F32 up
       !make_matrix(down, down_scales, kind, num_hidden, width, num_experts, experts.down)) {
     return invalid("expert_ffn: panels or scales of another size than the experts");
   }
-  if (extent(ids, 0) != num_rows || extent(*out, 0) != num_rows || extent(*out, 1) != ranks ||
-      extent(*out, 2) != width) {
-    return invalid("expert_ffn: ids or outputs do not fit the rows");
+  return run_experts(rows, ids, experts, out);
+}
+
+ffi::Error expert_ffn_mapped(F32 rows, S32 ids, S32 gate, F32 gate_scales, S32 up, F32 up_scales,
+                             S32 down, F32 down_scales, OutF32 out, int64_t kind,
+                             int64_t num_hidden, int64_t num_experts) {
+  const int64_t width = extent(rows, 1), count = num_experts;
+  const auto lock = mapped_regions().lock();
+  std::vector<const uint8_t*> gates, ups, downs;
+  mw::Experts experts;
+  experts.num_experts = static_cast<int>(num_experts);
+  if (!make_mapped(gate, gate_scales, kind, width, num_hidden, count, gates, experts.gate) ||
+      !make_mapped(up, up_scales, kind, width, num_hidden, count, ups, experts.up) ||
+      !make_mapped(down, down_scales, kind, num_hidden, width, count, downs, experts.down)) {
+    return invalid("expert_ffn: an expert is not mapped any more, or of another size");
   }
-  mw::expert_ffn(rows.typed_data(), ids.typed_data(), num_rows, static_cast<int>(ranks), experts,
-                 out->typed_data());
-  return ffi::Error::Success();
+  return run_experts(rows, ids, experts, out);
 }
 
 ffi::Error attention(F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
@@ -212,6 +294,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_expert_ffn, expert_ffn,
                                   .Attr<int64_t>("kind")
                                   .Attr<int64_t>("num_hidden")
                                   .Attr<int64_t>("num_experts"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_expert_ffn_mapped, expert_ffn_mapped,
+                              ffi::Ffi::Bind()
+                                  .Arg<F32>()
+                                  .Arg<S32>()
+                                  .Arg<S32>()
+                                  .Arg<F32>()
+                                  .Arg<S32>()
+                                  .Arg<F32>()
+                                  .Arg<S32>()
+                                  .Arg<F32>()
+                                  .Ret<F32>()
+                                  .Attr<int64_t>("kind")
+                                  .Attr<int64_t>("num_hidden")
+                                  .Attr<int64_t>("num_experts"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_attention, attention,
                               ffi::Ffi::Bind()
                                   .Arg<F32>()
@@ -239,6 +335,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_weigh, weigh,
 
 extern "C" {
 
+int32_t mw_map(const uint8_t* start, int64_t num_bytes) {
+  return mapped_regions().add(start, num_bytes);
+}
+void mw_unmap(int32_t number) { mapped_regions().remove(number); }
+
 // Bytes of one matrix in panels; -1 for a kind or a shape that does not exist.
 int64_t mw_panel_bytes(int64_t kind, int64_t num_in, int64_t num_groups) {
   if (kind < 0 || kind > 2 || num_in < 1 || num_groups < 1 || num_in % num_groups) return -1;
@@ -247,11 +348,11 @@ int64_t mw_panel_bytes(int64_t kind, int64_t num_in, int64_t num_groups) {
   return shape.panel_bytes();
 }
 
-void mw_pack(const void* matrix, int64_t row_bytes, int64_t kind, int64_t num_in, int64_t num_out,
+void mw_pack(const void* matrix, int64_t kind, int64_t num_in, int64_t num_out,
              int64_t num_groups, uint8_t* panels) {
   const mw::Matrix shape{static_cast<mw::Weights>(kind), nullptr, nullptr, num_in, num_out,
                          static_cast<int>(num_groups)};
-  mw::pack(matrix, row_bytes, shape, panels);
+  mw::pack(matrix, shape, panels);
 }
 
 void mw_set_num_threads(int num_threads) {

@@ -1,5 +1,8 @@
 #include "ops.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -15,6 +18,8 @@ namespace {
 constexpr int64_t kMinTaskBytes = 48 * 1024;
 constexpr int64_t kMaxTaskBytes = 512 * 1024;
 constexpr int64_t kTasksPerThread = 8;
+// So many neighbouring columns of a mapped matrix are packed together: half a kilobyte of each row.
+constexpr int64_t kMappedPanels = 16;
 // So many rows share one reading of a panel; their activations then fit the second-level cache.
 constexpr int64_t kTaskRows = 96;
 // Bounds the hidden activations of experts, which are the largest intermediate there is.
@@ -89,19 +94,52 @@ struct Piece {
   int64_t first_panel, last_panel, first_row, last_row;
 };
 
+// Copies rows of some panels' columns, panel by panel, in the order of the released rows.
+void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t last,
+                 uint8_t* to) {
+  const int64_t item = shape.kind == Weights::kExactInt16 ? 2 : 1;
+  const int64_t group_rows = shape.group_rows(), padded_rows = (group_rows + 1) / 2 * 2;
+  std::memset(to, 0, (last - first) * shape.panel_bytes());
+  for (int64_t k = 0; k < shape.num_in; k++) {
+    const auto* row = static_cast<const uint8_t*>(matrix) + k * shape.num_out * item;
+    const int64_t place = k / group_rows * padded_rows + k % group_rows;
+    for (int64_t panel = first; panel < last; panel++) {
+      const int64_t column = panel * kPanelColumns;
+      const int64_t count = std::min<int64_t>(kPanelColumns, shape.num_out - column);
+      uint8_t* const start = to + (panel - first) * shape.panel_bytes();
+      if (shape.kind != Weights::kPairs) {
+        std::memcpy(start + k * kPanelColumns * item, row + column * item, count * item);
+        continue;
+      }
+      uint8_t* const line = start + place / 2 * 2 * kPanelColumns + place % 2;
+      for (int64_t n = 0; n < count; n++) line[2 * n] = row[column + n];
+    }
+  }
+}
+
+// The panels of a piece: as they lie in memory, or packed into this thread's scratch.
+const uint8_t* panels_of(const Matrix& m, const Piece& piece) {
+  if (!m.mapped) return m.panels + piece.first_panel * m.panel_bytes();
+  thread_local std::vector<uint8_t> scratch;
+  scratch.resize((piece.last_panel - piece.first_panel) * m.panel_bytes());
+  pack_panels(*m.mapped, m, piece.first_panel, piece.last_panel, scratch.data());
+  return scratch.data();
+}
+
 // Multiplies a piece's rows with its panels. `out` holds a place for each row of the piece, where
 // column `origin` of the matrix goes.
 void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* const* out,
               int64_t origin) {
+  const uint8_t* weights = panels_of(m, piece);
   for (int64_t panel = piece.first_panel; panel < piece.last_panel; panel++) {
     const int64_t column = panel * kPanelColumns;
     kernels().product(
         m.kind,
         {rows.in.data() + piece.first_row, rows.in_scales.data() + piece.first_row, out,
          column - origin,
-         static_cast<int>(piece.last_row - piece.first_row), m.panels + panel * m.panel_bytes(),
-         m.group_rows(), m.num_groups, m.scales + column, m.scale_stride(),
+         static_cast<int>(piece.last_row - piece.first_row), weights, m.group_rows(), m.num_groups, m.scales + column, m.scale_stride(),
          static_cast<int>(std::min<int64_t>(kPanelColumns, m.num_out - column))});
+    weights += m.panel_bytes();
   }
 }
 
@@ -110,7 +148,8 @@ void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& p
   const int64_t task_bytes = std::clamp(share, kMinTaskBytes, kMaxTaskBytes);
   // From some rows on the arithmetic takes longer than the reading.
   const int64_t cost = m.panel_bytes() * std::max<int64_t>(1, std::min(num_rows, kTaskRows) / 4);
-  const int64_t step = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, cost));
+  const int64_t fit = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, cost));
+  const int64_t step = m.mapped ? std::max(fit, kMappedPanels) : fit;
   for (int64_t row = 0; row < num_rows; row += kTaskRows) {
     for (int64_t panel = 0; panel < m.num_panels(); panel += step) {
       pieces.push_back({group, panel, std::min(panel + step, m.num_panels()), row,
@@ -137,6 +176,15 @@ std::vector<std::vector<int64_t>> group_by_expert(const int32_t* ids, int64_t co
     if (ids[i] >= 0 && ids[i] < num_experts) groups[ids[i]].push_back(i);
   }
   return groups;
+}
+
+// Has the kernel read a chosen expert's weights in large pieces while the first are computed.
+void fetch(const Matrix& m) {
+  if (!m.mapped) return;
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  const auto start = reinterpret_cast<uintptr_t>(*m.mapped);
+  const uintptr_t first = start / page * page;
+  madvise(reinterpret_cast<void*>(first), start + m.num_in * m.num_out - first, MADV_WILLNEED);
 }
 
 void hidden_piece(const Experts& experts, const Piece& piece, const Rows& gate_rows,
@@ -180,6 +228,8 @@ void expert_pass(const float* rows, const int32_t* ids, int64_t num_rows, int nu
       up_rows[e].add(alike ? for_gate : for_up, token, nullptr);
     }
     cut(e, experts.gate, groups[e].size(), pieces);
+    if (groups[e].empty()) continue;
+    for (const Matrix* m : {&experts.gate, &experts.up, &experts.down}) fetch(m->of_stack(e));
   }
   run_tasks(static_cast<int>(pieces.size()), [&](int i) {
     hidden_piece(experts, pieces[i], gate_rows[pieces[i].group], up_rows[pieces[i].group]);
@@ -289,25 +339,9 @@ void weigh(const float* outputs, const float* weights, int64_t num_rows, int num
   });
 }
 
-void pack(const void* matrix, int64_t row_bytes, const Matrix& shape, uint8_t* panels) {
-  const bool in_pairs = shape.kind == Weights::kPairs;
-  const int64_t item = shape.kind == Weights::kExactInt16 ? 2 : 1;
-  const int64_t group_rows = shape.group_rows(), padded_rows = (group_rows + 1) / 2 * 2;
+void pack(const void* matrix, const Matrix& shape, uint8_t* panels) {
   run_tasks(static_cast<int>(shape.num_panels()), [&](int panel) {
-    uint8_t* to = panels + panel * shape.panel_bytes();
-    const int64_t column = static_cast<int64_t>(panel) * kPanelColumns;
-    const int64_t count = std::min<int64_t>(kPanelColumns, shape.num_out - column);
-    std::memset(to, 0, shape.panel_bytes());
-    for (int64_t k = 0; k < shape.num_in; k++) {
-      const auto* from = static_cast<const uint8_t*>(matrix) + k * row_bytes + column * item;
-      if (!in_pairs) {
-        std::memcpy(to + k * kPanelColumns * item, from, count * item);
-        continue;
-      }
-      const int64_t row = k / group_rows * padded_rows + k % group_rows;
-      uint8_t* line = to + row / 2 * 2 * kPanelColumns + row % 2;
-      for (int64_t n = 0; n < count; n++) line[2 * n] = from[n];
-    }
+    pack_panels(matrix, shape, panel, panel + 1, panels + panel * shape.panel_bytes());
   });
 }
 

@@ -8,13 +8,16 @@
 
 namespace milliways {
 
-// A matrix, or a stack of them, in panels (kernels.h).
+// A matrix, or a stack of them, in panels (kernels.h); or int8 in released form, [in, out] in a
+// mapped file, one place for each of the stack. Those are packed piece by piece on every use: slower
+// than panels, but nothing need be in memory before.
 struct Matrix {
   Weights kind;
   const uint8_t* panels;
   const float* scales;
   int64_t num_in, num_out;
   int num_groups;
+  const uint8_t* const* mapped = nullptr;
 
   int64_t num_panels() const { return (num_out + kPanelColumns - 1) / kPanelColumns; }
   int64_t group_rows() const { return num_in / num_groups; }
@@ -29,7 +32,8 @@ struct Matrix {
   int64_t scale_stride() const { return num_panels() * kPanelColumns; }
   Matrix of_stack(int64_t index) const {
     Matrix one = *this;
-    one.panels += index * num_panels() * panel_bytes();
+    if (mapped) one.mapped += index;
+    else one.panels += index * num_panels() * panel_bytes();
     one.scales += index * num_groups * scale_stride();
     return one;
   }
@@ -65,8 +69,8 @@ void rope(const float* heads, const int32_t* positions, const float* frequencies
 void weigh(const float* outputs, const float* weights, int64_t num_rows, int num_ranks,
            int64_t width, float* out);
 
-// Copies a matrix [num_in, num_out] of int8 or int16 into panels.
-void pack(const void* matrix, int64_t row_bytes, const Matrix& shape, uint8_t* panels);
+// Copies a matrix [num_in, num_out] of int8 or int16, rows without gaps, into panels.
+void pack(const void* matrix, const Matrix& shape, uint8_t* panels);
 
 // The kernels in use: the best that this processor can run, unless another set was asked for.
 const Kernels& kernels();
