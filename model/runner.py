@@ -17,6 +17,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.decoder import Decoder, DecoderParts, run_step
 from model.kv_cache import KVCache, StepBatch, make_kv_cache
+from model.ops import Ops
 from model.params import ModelParams
 from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
 from model.sharding import ShardingRules, shard_model
@@ -75,10 +76,10 @@ class ModelRunner:
         cache: KVCache,
         step: Step,
         cache_size: CacheSize,
-        min_rows: int,
+        ops: Ops,
     ) -> None:
         self.config = config
-        self._min_rows = min_rows
+        self._ops = ops
         self.cache_size = cache_size
         self._params = params
         self._cache = cache
@@ -105,7 +106,8 @@ class ModelRunner:
         padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
         inputs = pack_rows(padded, self.config.vocab_size)
         num_logprobs = bucket_num_logprobs([row.params for row in rows])
-        sampled = jax.device_get(sample(logits_WV, inputs, num_logprobs=num_logprobs))
+        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, noise=self._ops.gumbel)
+        sampled = jax.device_get(drawn)
         return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
 
     def _compute(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
@@ -121,11 +123,11 @@ class ModelRunner:
     def _batch(self, scheduled: Sequence[ScheduledTokens]) -> StepBatch:
         num_tokens = sum(len(entry.token_ids) for entry in scheduled)
         num_logits = sum(entry.num_logits for entry in scheduled)
-        token_ids_T = np.zeros(bucket(num_tokens, self._min_rows), np.int32)
+        token_ids_T = np.zeros(bucket(num_tokens, self._ops.min_rows), np.int32)
         positions_T = np.full(len(token_ids_T), -1, np.int32)
         slots_T = np.zeros(len(token_ids_T), np.int32)
         tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
-        logits_rows_W = np.zeros(bucket(max(num_logits, 1), self._min_rows), np.int32)
+        logits_rows_W = np.zeros(bucket(max(num_logits, 1), self._ops.min_rows), np.int32)
         first = first_row = 0
         for slot, entry in enumerate(scheduled):
             end = first + len(entry.token_ids)
@@ -175,7 +177,7 @@ def make_runner(
         if mode is StepMode.FUSED
         else _halves_step(decoder)
     )
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops.min_rows)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops)
 
 
 def make_mesh_runner(
@@ -189,7 +191,7 @@ def make_mesh_runner(
     params, cache, step = shard_model(
         decoder, host_params, _empty_cache(decoder, cache_size), mesh, rules
     )
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops.min_rows)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops)
 
 
 def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:

@@ -17,7 +17,7 @@ Rows are computed one after another by one program whose shapes are [V]: a row's
 depend on the batch, which XLA's reductions over [B, V] do not grant.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, no_type_check
@@ -44,6 +44,8 @@ _NUM_CANDIDATES = 1024
 _MIN_HISTORY = 256
 
 HostArray = Array | np.ndarray
+# The noise of a threefry key, for so many token ids.
+Noise = Callable[[Array, int], Array]
 
 
 @no_type_check  # it checks itself, and has to see the mistyped values that it refuses
@@ -173,14 +175,21 @@ def bucket_num_logprobs(all_params: Sequence[SamplingParams]) -> int:
     return MAX_LOGPROBS if any(params.num_logprobs for params in all_params) else 0
 
 
-@partial(jax.jit, static_argnames=("num_logprobs",))
+@partial(jax.jit, static_argnames=("num_logprobs", "noise"))
 def sample(
-    logits_BV: Float[Array, "B V"], inputs: SampleInputs, *, num_logprobs: int = 0
+    logits_BV: Float[Array, "B V"],
+    inputs: SampleInputs,
+    *,
+    num_logprobs: int = 0,
+    noise: Noise | None = None,
 ) -> SampledTokens:
-    """Draws a token for each row. A row's result is the same bits in any batch."""
+    """Draws a token for each row. A row's result is the same bits in any batch.
+
+    `noise` computes `gumbel_noise` by other means.
+    """
 
     def sample_one(row: tuple[Array, SampleInputs]) -> SampledTokens:
-        return _sample_row(row[0], row[1], num_logprobs)
+        return _sample_row(row[0], row[1], num_logprobs, noise or gumbel_noise)
 
     return lax.map(sample_one, (logits_BV.astype(jnp.float32), inputs))
 
@@ -202,10 +211,16 @@ def filter_logits(logits_V: Float[Array, " V"], row: SampleInputs) -> Float[Arra
     return jnp.where(is_kept_V, scaled_V, -jnp.inf)
 
 
-def gumbel_noise(row: SampleInputs, vocab_size: int) -> Float[Array, " V"]:
-    """Noise of one row; entry v is a function of (seed, sample index, position, v) alone."""
+def noise_key(row: SampleInputs) -> UInt32[Array, " 2"]:
+    """The threefry key of one draw: of seed, sample index and position, and of nothing else."""
     key = jax.random.fold_in(_seed_key(row.seed_2), row.sample_index.astype(jnp.uint32))
     key = jax.random.fold_in(key, row.position.astype(jnp.uint32))
+    return jax.random.key_data(key)
+
+
+def gumbel_noise(key_2: UInt32[HostArray, " 2"], vocab_size: int) -> Float[Array, " V"]:
+    """Noise of one draw; entry v is a function of (key, v) alone."""
+    key = jax.random.wrap_key_data(jnp.asarray(key_2), impl="threefry2x32")
     # Pinned, as the process-wide setting changes the bits; True makes them independent of V.
     with jax.threefry_partitionable(True):
         bits_V = jax.random.bits(key, (vocab_size,), jnp.uint32)
@@ -216,11 +231,13 @@ def gumbel_noise(row: SampleInputs, vocab_size: int) -> Float[Array, " V"]:
     return -jnp.log(exponential_V)
 
 
-def _sample_row(logits_V: Array, row: SampleInputs, num_logprobs: int) -> SampledTokens:
+def _sample_row(
+    logits_V: Array, row: SampleInputs, num_logprobs: int, noise: Noise
+) -> SampledTokens:
     adjusted_V = _add_bias(_penalise(logits_V, row), row)
     peak = jnp.max(jnp.where(jnp.isnan(adjusted_V), jnp.inf, adjusted_V))
     is_valid = jnp.isfinite(peak)
-    token = lax.cond(row.temperature > 0, _draw, _argmax, adjusted_V, row)
+    token = lax.cond(row.temperature > 0, partial(_draw, noise=noise), _argmax, adjusted_V, row)
     logprob_V = _log_softmax(logits_V)
     top_logprobs_K, top_ids_K = _best_logprobs(logprob_V, min(num_logprobs, logits_V.size))
     return SampledTokens(
@@ -239,8 +256,8 @@ def _best_logprobs(logprob_V: Array, num_logprobs: int) -> tuple[Array, Array]:
     return logprobs_K, ids_K
 
 
-def _draw(logits_V: Array, row: SampleInputs) -> Array:
-    return choose(logits_V, row, gumbel_noise(row, logits_V.size))
+def _draw(logits_V: Array, row: SampleInputs, noise: Noise) -> Array:
+    return choose(logits_V, row, noise(noise_key(row), logits_V.size))
 
 
 def _argmax(logits_V: Array, row: SampleInputs) -> Array:

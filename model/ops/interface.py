@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from model.params import ExpertParams, Matrix
 
@@ -63,6 +63,10 @@ class Ops(Protocol):
         self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
     ) -> Float[Array, "T D"]:
         """Float32 sum over the chosen experts, in the gate's ranking, never that of arrival."""
+        ...
+
+    def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
+        """Noise -log(-log(1 - u)); entry v is a function of the threefry key and v alone."""
         ...
 
     def write_rows(

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from model.activations import Activations
 from model.errors import KernelsMissingError
@@ -39,6 +39,7 @@ _TARGETS = (
     "rope",
     "weigh",
     "write_rows",
+    "gumbel",
 )
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
@@ -223,6 +224,9 @@ class NativeOps:
     ) -> Float[Array, "T D"]:
         num_rows, _, width = outputs_TAD.shape
         return _call("weigh", (num_rows, width), _float32(outputs_TAD), gate_weights_TA)
+
+    def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
+        return _call("gumbel", (num_places,), key_2)
 
     def write_rows(
         self,

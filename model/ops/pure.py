@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from model.activations import QUANT_BLOCK, Activations
 from model.kv_cache import scatter_rows
 from model.params import ExpertParams, Matrix, QuantizedMatrix
+from model.sampling import gumbel_noise
 from model.tiles import TILE, map_tiles
 
 CHUNK = 64
@@ -70,6 +71,9 @@ class PureOps:
         experts: ExpertParams,
     ) -> Float[Array, "T A D"]:
         return _expert_ffn(hidden_TD, expert_ids_TA, experts, self._expert_tile)
+
+    def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
+        return gumbel_noise(key_2, num_places)
 
     def write_rows(
         self,

@@ -1,13 +1,15 @@
-"""One process with several devices: the same tokens as on one."""
+"""One process with several devices, in plain JAX: the tokens of the compiled kernels on one."""
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.errors import MeshError
+from model.ops import NativeOps
 from model.params import DeviceLoader, load_model
 from model.runner import CacheSize, ScheduledTokens, make_mesh_runner
 from model.sharding import ShardingRules, check_mesh, make_mesh
@@ -24,11 +26,11 @@ NUM_DECODED = 8
 def test_mesh_gives_the_tokens_of_one_device(
     golden_dir: Path, name: str, num_tensor: int, num_expert: int
 ) -> None:
-    decoder, params = load(golden_dir / name)
+    single = runner_of(load(golden_dir / name))
     with Checkpoint.open(golden_dir / name) as checkpoint:
         host_params = load_model(checkpoint, DeviceLoader(place=lambda array: array))
         mesh_runner = make_mesh_runner(
-            decoder,
+            Decoder(config=checkpoint.config, dtype=jnp.dtype("float32")),
             host_params,
             CacheSize(num_blocks=8, max_slots=8),
             make_mesh(num_tensor, num_expert),
@@ -37,7 +39,6 @@ def test_mesh_gives_the_tokens_of_one_device(
     with np.load(golden_dir / name / "golden" / "forward_f32.npz") as recorded:
         tokens = recorded["p2_tokens"].tolist()
         expected = recorded["p2_logits"]
-    single = runner_of((decoder, params))
     chunks = in_eights(len(tokens))
     logits = logits_of(mesh_runner, tokens, chunks)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
@@ -80,5 +81,5 @@ def test_two_cuts_of_one_array_over_one_axis_are_refused() -> None:
 
 def test_decoder_is_usable_as_a_static_argument(golden_dir: Path) -> None:
     decoder, _ = load(golden_dir / "tiny")
-    same = Decoder(config=decoder.config, dtype=decoder.dtype)
+    same = Decoder(config=decoder.config, dtype=decoder.dtype, ops=NativeOps())
     assert hash(decoder) == hash(same) and decoder == same

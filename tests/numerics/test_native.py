@@ -244,3 +244,12 @@ def test_int8_activations_stay_near_the_reference(golden_dir: Path, backend: str
                 agreements.append(logits.argmax(1) == expected.argmax(1))
     assert np.median(np.concatenate(differences)) <= 0.2
     assert np.concatenate(agreements).mean() >= 0.8
+
+
+@pytest.mark.parametrize("key", [(0, 0), (1, 2), (2**32 - 1, 305419896)], ids=str)
+def test_noise_equals_the_plain_kernels_to_the_last_digits(key: tuple[int, int]) -> None:
+    key_2 = jnp.asarray(np.asarray(key, np.uint32))
+    for num_places in (1, 7, 131072):
+        noise_V = NATIVE.gumbel(key_2, num_places)
+        expected_V = PureOps().gumbel(key_2, num_places)
+        np.testing.assert_allclose(noise_V, expected_V, rtol=0, atol=2e-6)

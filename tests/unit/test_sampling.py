@@ -16,6 +16,7 @@ from model.sampling import (
     SampleRow,
     SamplingParams,
     gumbel_noise,
+    noise_key,
     pack_rows,
     sample,
 )
@@ -51,7 +52,7 @@ def draw_one(params: SamplingParams, logits_V: np.ndarray, *history: int, prompt
 
 
 def noise_of(row: SampleRow) -> np.ndarray:
-    return np.asarray(gumbel_noise(squeeze(pack_rows([row], V)), V))
+    return np.asarray(gumbel_noise(noise_key(squeeze(pack_rows([row], V))), V))
 
 
 def squeeze(inputs: SampleInputs) -> SampleInputs:
@@ -388,7 +389,7 @@ def test_noise_does_not_depend_on_the_process_wide_setting(is_partitionable: boo
 
 def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary():
     inputs = squeeze(pack_rows([row_of(SamplingParams(seed=7))], V))
-    few_V, many_V = gumbel_noise(inputs, 100), gumbel_noise(inputs, V)
+    few_V, many_V = gumbel_noise(noise_key(inputs), 100), gumbel_noise(noise_key(inputs), V)
     assert np.asarray(few_V).tobytes() == np.asarray(many_V[:100]).tobytes()
 
 
@@ -432,7 +433,7 @@ def test_noise_is_finite_at_both_ends_of_the_bits(
     monkeypatch: pytest.MonkeyPatch, bits: int, highest: float
 ):
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
-    noise_V = np.asarray(sampling.gumbel_noise(squeeze(pack_rows([CARRIER], 4)), 4))
+    noise_V = np.asarray(sampling.gumbel_noise(noise_key(squeeze(pack_rows([CARRIER], 4))), 4))
     np.testing.assert_allclose(noise_V, highest, atol=0.1)
 
 
@@ -448,7 +449,7 @@ def many_tokens() -> np.ndarray:
 
     def token_at(position: jax.Array) -> jax.Array:
         row = inputs._replace(position=position)
-        return sampling.choose(logits_V, row, gumbel_noise(row, 8))
+        return sampling.choose(logits_V, row, gumbel_noise(noise_key(row), 8))
 
     return np.asarray(jax.jit(jax.vmap(token_at))(jnp.arange(NUM_DRAWS)))
 

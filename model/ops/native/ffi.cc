@@ -246,6 +246,12 @@ ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
   return ffi::Error::Success();
 }
 
+ffi::Error gumbel(ffi::Buffer<ffi::U32> key, OutF32 out) {
+  if (key.element_count() != 2) return invalid("gumbel: a key has two words");
+  mw::gumbel(key.typed_data(), static_cast<int64_t>(out->element_count()), out->typed_data());
+  return ffi::Error::Success();
+}
+
 // The result is the first argument's own memory.
 ffi::Error write_rows(ffi::AnyBuffer blocks, ffi::AnyBuffer rows, S32 places,
                       ffi::Result<ffi::AnyBuffer> out) {
@@ -324,6 +330,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gate, gate,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     mw_rope, rope, ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gumbel, gumbel,
+                              ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::U32>>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_write_rows, write_rows,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()

@@ -70,6 +70,8 @@ struct Kernels {
   void (*weigh)(const float* outputs, const float* weights, int num_ranks, int64_t count,
                 float* out);
   void (*attention)(const AttentionRow&);
+  // Gumbel noise of places first .. first + count - 1 under a threefry key; see sampling.py.
+  void (*gumbel)(const uint32_t* key, uint32_t first, int64_t count, float* out);
 };
 
 const Kernels* portable_kernels();

@@ -435,11 +435,45 @@ void attention(const AttentionRow& a) {
   return a.is_bfloat16 ? attend<uint16_t>(a) : attend<float>(a);
 }
 
+// ---- noise ----------------------------------------------------------------------------------
+
+MW_INLINE Words8 rotate_left(Words8 words, int count) {
+  return words << count | words >> (32 - count);
+}
+
+// Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), both words xored:
+// what jax.random.bits gives where threefry is partitionable.
+MW_INLINE Words8 random_words(const uint32_t* key, Words8 places) {
+  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
+  Words8 x = Words8{} + keys[0], y = places + keys[1];
+  for (int round = 0; round < 5; round++) {
+    for (const int rotation : kRotations[round % 2]) {
+      x += y;
+      y = rotate_left(y, rotation) ^ x;
+    }
+    x += keys[(round + 1) % 3];
+    y += keys[(round + 2) % 3] + static_cast<uint32_t>(round + 1);
+  }
+  return x ^ y;
+}
+
+void gumbel(const uint32_t* key, uint32_t first, int64_t count, float* out) {
+  const Words8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const F8 largest = broadcast(0x1.fffffep-1f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Words8 words = random_words(key, lanes + (first + static_cast<uint32_t>(i)));
+    const F8 uniform = (to_float_unsigned(words) + 0.5f) * 0x1p-32f;
+    const F8 exponential = minus_log1m(uniform < largest ? uniform : largest);
+    store_some(out + i, -log(exponential), count - i);
+  }
+}
+
 }  // namespace
 
 const Kernels* MILLIWAYS_KERNELS() {
   static const Kernels kernels = {MILLIWAYS_NAME, product, quantise, gelu_times, rms_norm,
-                                  gate,           rope,    weigh,    attention};
+                                  gate,           rope,    weigh,    attention,  gumbel};
   return &kernels;
 }
 

@@ -339,6 +339,15 @@ void weigh(const float* outputs, const float* weights, int64_t num_rows, int num
   });
 }
 
+void gumbel(const uint32_t* key, int64_t count, float* out) {
+  constexpr int64_t kStep = 8 * 1024;
+  run_tasks(static_cast<int>((count + kStep - 1) / kStep), [&](int task) {
+    const int64_t first = task * kStep;
+    kernels().gumbel(key, static_cast<uint32_t>(first), std::min(kStep, count - first),
+                     out + first);
+  });
+}
+
 void pack(const void* matrix, const Matrix& shape, uint8_t* panels) {
   run_tasks(static_cast<int>(shape.num_panels()), [&](int panel) {
     pack_panels(matrix, shape, panel, panel + 1, panels + panel * shape.panel_bytes());

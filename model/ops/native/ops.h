@@ -69,6 +69,9 @@ void rope(const float* heads, const int32_t* positions, const float* frequencies
 void weigh(const float* outputs, const float* weights, int64_t num_rows, int num_ranks,
            int64_t width, float* out);
 
+// Gumbel noise of places 0 .. count - 1 under a threefry key of two words.
+void gumbel(const uint32_t* key, int64_t count, float* out);
+
 // Copies a matrix [num_in, num_out] of int8 or int16, rows without gaps, into panels.
 void pack(const void* matrix, const Matrix& shape, uint8_t* panels);
 

@@ -17,6 +17,7 @@
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
 
 constexpr int kLanes = 8;
 
@@ -189,4 +190,43 @@ MW_INLINE F8 tanh(F8 x) {
 MW_INLINE F8 gelu(F8 x) {
   const F8 u = fma(x * x * x, broadcast(0.044715f), x) * 0.7978845608028654f;
   return x / (1.0f + exp(-2.0f * u));
+}
+
+// The natural logarithm of positive normal numbers (Cephes' coefficients); 1 ulp.
+MW_INLINE F8 log(F8 x) {
+  I8 bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // x = m * 2^e with m in [sqrt(1/2), sqrt(2)).
+  const I8 shifted = bits - 0x3f3504f3;
+  const F8 e = to_float(shifted >> 23);
+  const I8 mantissa = (shifted & 0x7fffff) + 0x3f3504f3;
+  F8 m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  const F8 f = m - 1.0f;
+  F8 p = broadcast(7.0376836292e-2f);
+  p = fma(p, f, broadcast(-1.1514610310e-1f));
+  p = fma(p, f, broadcast(1.1676998740e-1f));
+  p = fma(p, f, broadcast(-1.2420140846e-1f));
+  p = fma(p, f, broadcast(1.4249322787e-1f));
+  p = fma(p, f, broadcast(-1.6668057665e-1f));
+  p = fma(p, f, broadcast(2.0000714765e-1f));
+  p = fma(p, f, broadcast(-2.4999993993e-1f));
+  p = fma(p, f, broadcast(3.3333331174e-1f));
+  const F8 square = f * f;
+  F8 y = fma(e, broadcast(-2.12194440e-4f), p * f * square);
+  y = fma(square, broadcast(-0.5f), y);
+  return fma(e, broadcast(0.693359375f), f + y);
+}
+
+// -log(1 - u) for u in (0, 1): log of the rounded 1 - u, corrected for what rounding took.
+MW_INLINE F8 minus_log1m(F8 u) {
+  const F8 rest = 1.0f - u;
+  const F8 taken = 1.0f - rest;
+  return taken == 0.0f ? u : -log(rest) * (u / taken);
+}
+
+// Eight unsigned words as floats, rounded once: in two exact halves, whose sum rounds.
+MW_INLINE F8 to_float_unsigned(Words8 words) {
+  const F8 high = to_float((I8)(words >> 16)) * 65536.0f;
+  return high + to_float((I8)(words & 0xffff));
 }
