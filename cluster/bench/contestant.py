@@ -81,7 +81,8 @@ class ProgramContestant:
         self._replies = _Lines(_pipe(self._process.stdout))
         try:
             self.about = str(self._receive(READY_TIMEOUT_S)["about"])
-        except ContestantError:
+        except BaseException:
+            # An interrupted wait, too, must not leave a process behind.
             self.close()
             raise
         self._signal(signal.SIGSTOP)
