@@ -17,13 +17,12 @@ from cluster.bench.peers import DEFAULT_PEERS, PEERS, PeerSetting, start_peers
 from cluster.bench.rounds import run_rounds
 from cluster.bench.table import Report
 from cluster.bench.workload import PROMPT_TOKENS, Kind, Workload, workloads_of
-from cluster.commands.options import DTYPE_NAMES
+from cluster.commands.options import ACTIVATION_NAMES, DTYPE_NAMES
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
 from cluster.user_cache import user_cache_dir
 from model.config import ModelConfig, load_config
 from model.errors import InvalidRequestError, ModelError
 
-ACTIVATIONS = ("exact", "int8")
 MAX_BATCH = 64
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--activations",
         metavar="A,B",
-        default=ACTIVATIONS[0],
-        help=f"of {', '.join(ACTIVATIONS)}: each takes part [%(default)s]",
+        default=ACTIVATION_NAMES[0],
+        help=f"of {', '.join(ACTIVATION_NAMES)}: each takes part [%(default)s]",
     )
     option("--batch", metavar="1,8", default="1,8,32", help="decode batch sizes [%(default)s]")
     option("--prefill", metavar="128", default="128,512", help="prompt lengths [%(default)s]")
@@ -75,7 +74,7 @@ class Field:
 def run(options: argparse.Namespace) -> None:
     """Starts all contestants, runs the rounds, prints the tables."""
     workloads = workloads_of(_counts("batch", options.batch), _counts("prefill", options.prefill))
-    activations = _names("activations", options.activations, ACTIVATIONS)
+    activations = _names("activations", options.activations, ACTIVATION_NAMES)
     peers = _names("peers", options.peers, tuple(PEERS))
     check_counts(options, workloads)
     model_dir = find_model(options.model)

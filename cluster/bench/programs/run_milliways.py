@@ -12,7 +12,6 @@ import numpy as np
 
 from cluster.bench.programs.line_protocol import Measure, serve
 from cluster.local import BLOCK_SIZE, LocalModel, load_local_model, make_local_runner
-from model.errors import InvalidRequestError
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, bucket
 from model.sampling import SampleRow, SamplingParams
 from router.scheduler import SchedulerLimits
@@ -101,19 +100,13 @@ class Bench:
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
     """Loads the model; its description names what the figures depend on."""
-    model = load_model(options)
+    model = load_local_model(options.model_dir, options.dtype, options.activations)
+    kernels = type(model.decoder.ops).__name__
     about = (
-        f"{options.dtype}, activations {options.activations}, steps of at most {CHUNK_TOKENS} "
-        f"tokens, jax {jax.__version__} on {jax.default_backend()}"
+        f"{options.dtype}, activations {options.activations}, {kernels}, steps of at most "
+        f"{CHUNK_TOKENS} tokens, jax {jax.__version__} on {jax.default_backend()}"
     )
     return about, Bench(model, options).measure
-
-
-def load_model(options: argparse.Namespace) -> LocalModel:
-    """The model with the kernels that `--activations` asks for."""
-    if options.activations != "exact":
-        raise InvalidRequestError("activations", options.activations, "'exact' in this build")
-    return load_local_model(options.model_dir, options.dtype)
 
 
 def parse_options() -> argparse.Namespace:
