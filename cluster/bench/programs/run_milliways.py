@@ -12,13 +12,15 @@ import numpy as np
 
 from cluster.bench.programs.line_protocol import Measure, serve
 from cluster.local import BLOCK_SIZE, LocalModel, load_local_model, make_local_runner
-from model.runner import CacheSize, ModelRunner, ScheduledTokens, bucket
+from model.runner import CacheSize, ModelRunner, ScheduledTokens
 from model.sampling import SampleRow, SamplingParams
 from router.scheduler import SchedulerLimits
 
 CHUNK_TOKENS = SchedulerLimits().max_step_tokens
 _GREEDY = SamplingParams(temperature=0.0)
 _SEED = 1
+# What serving one request gets.
+_MIN_SLOTS = 8
 
 
 @dataclass(slots=True)
@@ -63,7 +65,9 @@ class Bench:
         self._prompt = sequence(prompt_tokens, range(num_batch_blocks, num_blocks))
         self._num_prefilled = 0
         size = CacheSize(
-            num_blocks=num_blocks, block_size=BLOCK_SIZE, max_slots=bucket(options.max_batch)
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            max_slots=max(_MIN_SLOTS, options.max_batch),
         )
         self._runner: ModelRunner = make_local_runner(model, size)
 
