@@ -3,6 +3,7 @@
     milliways generate PROMPT   continues a prompt, streaming
     milliways logits            writes the logits of given tokens, to compare implementations
     milliways inspect PATH      what a checkpoint holds, and what it needs
+    milliways bench             how fast we are, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
 130 interrupted.
@@ -15,15 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import cast
 
+from cluster.user_cache import user_cache_dir
 from model.errors import InvalidRequestError, ModelError
 
 COMMANDS = {
     "generate": "continue a prompt",
     "logits": "write the logits of given tokens to a file",
     "inspect": "show tensors, parameters, bytes, and memory for N workers",
+    "bench": "measure speed, beside other engines and the limits of the machine",
 }
 
 EXIT_UNUSABLE = 1
@@ -79,9 +81,7 @@ def speak_utf8() -> None:
 
 def keep_programs() -> None:
     """Has JAX keep compiled programs in the user's cache, unless it was told where already."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    programs = Path(base) / "milliways" / "programs"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(user_cache_dir() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 

@@ -18,7 +18,13 @@ FOLDERS = ("model", "workers", "router", "cluster")
 # A name stands for itself and all below it.
 OURS = (*FOLDERS, "milliways")
 KERNEL = ("cluster.ids", "cluster.errors", "cluster.clock", "cluster.config", "cluster.placement")
-COMPOSITION_ROOTS = ("cluster.cli", "cluster.commands", "cluster.app", "cluster.local")
+COMPOSITION_ROOTS = (
+    "cluster.cli",
+    "cluster.commands",
+    "cluster.app",
+    "cluster.local",
+    "cluster.bench.programs",
+)
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.

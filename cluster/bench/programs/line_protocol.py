@@ -1,0 +1,47 @@
+"""The conversation of `milliways bench` with a contestant: one line of JSON each way.
+
+1. The program loads its model and says {"about": "..."}.
+2. It reads {"kind": "decode", "size": 8, "prompt_tokens": 64, "steps": 16} (of a prefill, `size` is
+   the length of the prompt), and answers {"tokens": 128, "seconds": 1.5}.
+3. It ends when its input does.
+
+A workload seen for the first time runs once untimed, to compile and to warm up. Whatever the
+program itself prints goes to its standard error. Needs nothing but the standard library.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+# Of one request: how many tokens in how many seconds.
+Measure = Callable[[dict[str, Any]], tuple[int, float]]
+
+
+def serve(load: Callable[[], tuple[str, Measure]]) -> None:
+    """Answers requests until there are no more; `load` returns a description and a function."""
+    replies = _take_stdout()
+    about, measure = load()
+    _reply(replies, {"about": about})
+    warm: set[tuple[str, int]] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        workload = (request["kind"], request["size"])
+        if workload not in warm:
+            measure(request | {"steps": min(2, request["steps"])})
+            warm.add(workload)
+        tokens, seconds = measure(request)
+        _reply(replies, {"tokens": tokens, "seconds": seconds})
+
+
+def _take_stdout() -> TextIO:
+    """Keeps standard output for replies; what else is printed goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def _reply(replies: TextIO, values: dict[str, Any]) -> None:
+    replies.write(json.dumps(values) + "\n")
+    replies.flush()
