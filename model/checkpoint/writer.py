@@ -110,7 +110,23 @@ def write_checkpoint(
     """
     specs = tensor_specs(config)
     _prepare_directory(ckpt_dir, specs)
-    return sum(_write_spec(ckpt_dir / spec.file_name, spec, tensor_of(spec)) for spec in specs)
+    return sum(write_tensor(ckpt_dir / spec.file_name, spec, tensor_of(spec)) for spec in specs)
+
+
+def write_tensor(path: Path, spec: TensorSpec, arrays: TensorArrays) -> int:
+    """Writes one tensor of a model; returns the size of its file.
+
+    Raises:
+        TensorLayoutError: the arrays have another shape or dtype than the spec asks for.
+        CheckpointError: the file cannot be written.
+    """
+    weight, *scales = arrays if isinstance(arrays, tuple) else (arrays,)
+    if weight.shape != spec.shape or bool(scales) != spec.quantized:
+        found = " with scales ".join(describe_array(a.dtype, a.shape) for a in (weight, *scales))
+        raise TensorLayoutError(path, f"{spec.name}: expected {expected(spec)}, given {found}")
+    if scales:
+        return write_quantized(path, weight, scales[0])
+    return write_plain(path, weight)
 
 
 def write_sparse_checkpoint(ckpt_dir: Path, config: ModelConfig, *, num_row_blocks: int = 8) -> int:
@@ -133,16 +149,6 @@ def _prepare_directory(ckpt_dir: Path, specs: Sequence[TensorSpec]) -> None:
         raise TensorLayoutError(
             ckpt_dir / min(foreign), f"superfluous: the model to write has {len(specs)} files"
         )
-
-
-def _write_spec(path: Path, spec: TensorSpec, arrays: TensorArrays) -> int:
-    weight, *scales = arrays if isinstance(arrays, tuple) else (arrays,)
-    if weight.shape != spec.shape or bool(scales) != spec.quantized:
-        found = " with scales ".join(describe_array(a.dtype, a.shape) for a in (weight, *scales))
-        raise TensorLayoutError(path, f"{spec.name}: expected {expected(spec)}, given {found}")
-    if scales:
-        return write_quantized(path, weight, scales[0])
-    return write_plain(path, weight)
 
 
 def _write_sparse(path: Path, spec: TensorSpec, num_row_blocks: int) -> int:

@@ -1,0 +1,132 @@
+"""Decodes with a Grok-1 of full size on one small machine.
+
+    python -m benchmarks.full_size --dir FOLDER [--tokens N] [--activations exact|int8] [--json F]
+
+1. Writes one random layer of Grok-1's real widths and the real embedding (8.1 GB), and gives every
+   one of the 64 layers the same files, by hard links: 770 names, 318 GB as a reader sees them.
+2. Opens it as any released checkpoint: attention, embedding and head are loaded, experts stay in
+   their mapped files.
+3. Decodes some tokens through all 64 layers and prints seconds a token and peak memory.
+
+What a cold disk adds to a real model is not in the figures: 64 layers of links share one layer's
+pages, so after the first layers the experts come from the page cache.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.bench_model import random_tensor
+from cluster.local import CacheSize, load_local_model, make_local_runner
+from model.checkpoint import CHECKPOINT_DIR
+from model.checkpoint.layout import TensorSpec, tensor_specs
+from model.checkpoint.writer import write_tensor
+from model.config import GROK_1, ModelConfig
+from model.runner import ModelRunner, ScheduledTokens
+
+SEED = 7
+PROMPT = (5043, 271, 8190, 17)
+
+
+def main() -> None:
+    options = parse_options()
+    config = GROK_1 if not options.layers else shortened(GROK_1, options.layers)
+    model_dir = options.dir / f"grok-1-full-size-{config.num_layers}"
+    report: dict[str, Any] = {"num_layers": config.num_layers, "activations": options.activations}
+    report["written_s"] = timed(lambda: write_linked_model(model_dir, config))[1]
+    model, report["loaded_s"] = timed(
+        lambda: load_local_model(model_dir, "float32", options.activations, "mapped")
+    )
+    runner = make_local_runner(model, CacheSize(num_blocks=8, block_size=16, max_slots=1))
+    report |= decode(runner, options.tokens)
+    report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print_report(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Decode with a full-size Grok-1 on one machine.")
+    add = parser.add_argument
+    add("--dir", type=Path, required=True, help="where the model is written; 9 GB must be free")
+    add("--tokens", type=int, default=4, help="tokens to decode [%(default)s]")
+    add("--layers", type=int, help="fewer layers than 64, to try it out")
+    add("--activations", choices=("exact", "int8"), default="exact")
+    add("--json", type=Path, help="also write the figures there")
+    return parser.parse_args()
+
+
+def shortened(config: ModelConfig, num_layers: int) -> ModelConfig:
+    return ModelConfig(**{**asdict(config), "num_layers": num_layers})
+
+
+def write_linked_model(model_dir: Path, config: ModelConfig) -> None:
+    """Real files for the first layer and the ends, links for all the others. Kept if complete."""
+    done = model_dir / "complete"
+    if done.exists():
+        return
+    ckpt_dir = model_dir / CHECKPOINT_DIR
+    ckpt_dir.mkdir(parents=True, exist_ok=True)
+    (model_dir / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
+    first_of_role: dict[str, Path] = {}
+    for spec in tensor_specs(config):
+        path = ckpt_dir / spec.file_name
+        path.unlink(missing_ok=True)
+        role = spec.role.name
+        if role in first_of_role:
+            os.link(first_of_role[role], path)
+        else:
+            write_one(path, spec, config)
+            first_of_role[role] = path
+    done.touch()
+
+
+def write_one(path: Path, spec: TensorSpec, config: ModelConfig) -> None:
+    print(f"writing {spec.name}", flush=True)
+    write_tensor(path, spec, random_tensor(spec, config, SEED))
+
+
+def decode(runner: ModelRunner, num_tokens: int) -> dict[str, Any]:
+    """Prefills a short prompt, then decodes greedily, token by token."""
+    tokens = list(PROMPT)
+    logits, prefill_s = timed(lambda: step(runner, tokens, 0))
+    seconds = []
+    for _ in range(num_tokens):
+        tokens.append(int(logits[-1].argmax()))
+        logits, token_s = timed(lambda: step(runner, tokens[-1:], len(tokens) - 1))
+        seconds.append(token_s)
+        print(f"token {tokens[-1]} computed in {token_s:.2f} s", flush=True)
+    return {"prefill_tokens": len(PROMPT), "prefill_s": prefill_s, "seconds_per_token": seconds}
+
+
+def step(runner: ModelRunner, token_ids: list[int], start: int) -> Any:
+    scheduled = ScheduledTokens(
+        token_ids=token_ids, start_position=start, block_table=range(8), num_logits=1
+    )
+    return runner.compute_logits([scheduled])
+
+
+def timed(call: Any) -> tuple[Any, float]:
+    start_s = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start_s
+
+
+def print_report(report: dict[str, Any]) -> None:
+    seconds = sorted(report["seconds_per_token"])
+    print(f"layers                {report['num_layers']}")
+    print(f"activations           {report['activations']}")
+    print(f"written in            {report['written_s']:.1f} s")
+    print(f"loaded in             {report['loaded_s']:.1f} s")
+    print(f"prefill of {report['prefill_tokens']} tokens   {report['prefill_s']:.2f} s")
+    print(f"seconds a token       {seconds[len(seconds) // 2]:.2f} (median of {len(seconds)})")
+    print(f"peak memory           {report['peak_memory_gb']:.1f} GB, mapped pages included")
+
+
+if __name__ == "__main__":
+    main()
