@@ -101,6 +101,7 @@ class GpuOps:
     def logits(
         self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
     ) -> Float[Array, "T V"]:
+        # A float32 table, not yet a quantised matrix: XLA multiplies it, in fixed tiles at best.
         if self.deterministic:
             return PureOps().logits(hidden_TD, embedding_VD)
         return jnp.einsum(
