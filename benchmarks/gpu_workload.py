@@ -9,6 +9,7 @@ from jax import lax
 
 from model.config import ModelConfig
 from model.kv_cache import LayerCache, StepBatch
+from model.ops.gpu_matmul import plain
 from model.params import AttentionParams, ExpertParams, QuantizedMatrix
 
 BLOCK_SIZE = 16
@@ -132,7 +133,8 @@ def make_cache(config: ModelConfig, workload: Workload) -> LayerCache:
 def attention_work(config: ModelConfig, layer: Layer, workload: Workload) -> Work:
     """Projections, norms, gate, and the keys and values of each sequence once."""
     params = layer.attention
-    num_weights = sum(m.weight.size for m in (params.query, params.key, params.value, params.out))
+    projections = (params.query, params.key, params.value, params.out)
+    num_weights = sum(plain(matrix).weight.size for matrix in projections)
     num_cached = workload.num_blocks * BLOCK_SIZE * 2 * config.kv_size
     return Work(
         num_bytes=tree_bytes(params) + num_cached * jnp.dtype(jnp.bfloat16).itemsize,
@@ -147,7 +149,7 @@ def expert_work(
     """Each chosen expert's weights once, each token through its experts."""
     share = 1 / config.num_experts
     projections = (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
-    num_weights = sum(matrix.weight.size for matrix in projections) * share
+    num_weights = sum(plain(matrix).weight.size for matrix in projections) * share
     return Work(
         num_bytes=tree_bytes(layer.experts) * share * num_experts_read,
         num_flops=2 * workload.num_tokens * config.num_selected_experts * num_weights,

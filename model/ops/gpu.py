@@ -16,26 +16,32 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from model.kv_cache import scatter_rows
 from model.ops import gpu_attention, gpu_experts, gpu_matmul, gpu_rows
 from model.ops.gpu_tiles import choose_tile
-from model.ops.pure import RMS_EPSILON, PureOps
-from model.params import ExpertParams, QuantizedMatrix
+from model.ops.pure import RMS_EPSILON, rope_rows, weigh_rows
+from model.params import ExpertParams, Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuOps:
     """`Ops` for one GPU.
 
-    `attention` keeps a row's bits in any batch by its construction. The others do where
-    `deterministic`: matrix products then run in one tile for every number of rows, and norm and
-    gate in kernels of ours. By default the tile fits the number of rows, so that a product keeps
-    its bits only among the numbers that share a tile, and XLA reduces norm and gate as it likes.
+    `attention` keeps a row's bits in any batch by its construction. Products, norm and gate do so
+    where `deterministic`: products then run in one tile for every number of rows, and norm and gate
+    in kernels of ours. By default the tile fits the number of rows, so that a product keeps its
+    bits only among the numbers that share a tile, and XLA reduces norm and gate as it likes. `rope`
+    and `weigh` sum nothing whose order could follow the number of rows: they are XLA's either way.
 
     `interpret` runs the kernels without a GPU; None does so where JAX computes on the CPU.
     """
 
     deterministic: bool = False
     interpret: bool | None = None
+
+    @property
+    def min_rows(self) -> int:
+        return 1
 
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
@@ -46,9 +52,16 @@ class GpuOps:
         mean_square_T1 = jnp.mean(jnp.square(hidden_TD), axis=-1, keepdims=True)
         return hidden_TD * lax.rsqrt(mean_square_T1 + RMS_EPSILON) * scale_D[None, :]
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: QuantizedMatrix) -> Float[Array, "T N"]:
+    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
         tile = choose_tile(rows_TK.shape[0], rows_TK.dtype, deterministic=self.deterministic)
-        return gpu_matmul.matmul(rows_TK, matrix, tile=tile, interpret=self._interpret())
+        return gpu_matmul.matmul(
+            rows_TK, gpu_matmul.plain(matrix), tile=tile, interpret=self._interpret()
+        )
+
+    def rope(
+        self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
+    ) -> Float[Array, "T H K"]:
+        return rope_rows(heads_THK, positions_T)
 
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
@@ -77,6 +90,19 @@ class GpuOps:
             hidden_TD, expert_ids_TA, experts, tile=tile, interpret=self._interpret()
         )
 
+    def weigh(
+        self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+    ) -> Float[Array, "T D"]:
+        return weigh_rows(outputs_TAD, gate_weights_TA)
+
+    def write_rows(
+        self,
+        blocks_NPRK: Float[Array, "N P R K"],
+        rows_TRK: Float[Array, "T R K"],
+        places_T: Int[Array, " T"],
+    ) -> Float[Array, "N P R K"]:
+        return scatter_rows(blocks_NPRK, rows_TRK, places_T)
+
     def attention(
         self,
         query_THK: Float[Array, "T H K"],
@@ -96,20 +122,6 @@ class GpuOps:
             positions_T,
             logit_scale,
             interpret=self._interpret(),
-        )
-
-    def logits(
-        self, hidden_TD: Float[Array, "T D"], embedding_VD: Float[Array, "V D"]
-    ) -> Float[Array, "T V"]:
-        # A float32 table, not yet a quantised matrix: XLA multiplies it, in fixed tiles at best.
-        if self.deterministic:
-            return PureOps().logits(hidden_TD, embedding_VD)
-        return jnp.einsum(
-            "td,vd->tv",
-            hidden_TD,
-            embedding_VD.astype(hidden_TD.dtype),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
         )
 
     def _interpret(self) -> bool:

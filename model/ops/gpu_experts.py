@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.ops.gpu_matmul import geglu, grouped_matmul
+from model.ops.gpu_matmul import geglu, grouped_matmul, plain
 from model.ops.gpu_tiles import MatmulTile
 from model.params import ExpertParams
 
@@ -48,14 +48,18 @@ def expert_ffn(
     hidden_CF = grouped_matmul(
         hidden_TD[grouping.tokens_C],
         grouping.tile_experts_I,
-        (experts.gate_proj, experts.up_proj),
+        (plain(experts.gate_proj), plain(experts.up_proj)),
         tile=tile,
         epilogue=geglu,
         out_dtype=hidden_TD.dtype,
         interpret=interpret,
     )
     outputs_CD = grouped_matmul(
-        hidden_CF, grouping.tile_experts_I, (experts.down_proj,), tile=tile, interpret=interpret
+        hidden_CF,
+        grouping.tile_experts_I,
+        (plain(experts.down_proj),),
+        tile=tile,
+        interpret=interpret,
     )
     return jnp.where(grouping.is_held_TA[:, :, None], outputs_CD[grouping.places_TA], 0.0)
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from model.ops.gpu_tiles import MatmulTile, Span, dot, load, store
-from model.params import QuantizedMatrix
+from model.params import Matrix, QuantizedMatrix
 
 # Takes the scaled float32 sums of each matrix, gives what is written.
 Epilogue = Callable[..., jax.Array]
@@ -36,6 +36,12 @@ def only(sums: jax.Array) -> jax.Array:
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """The epilogue of an expert's first half."""
     return jax.nn.gelu(gate, approximate=True) * up
+
+
+def plain(matrix: Matrix) -> QuantizedMatrix:
+    """The matrix, which must not be packed."""
+    assert isinstance(matrix, QuantizedMatrix), "packed for the CPU kernels, not for a GPU"
+    return matrix
 
 
 def matmul(

@@ -194,6 +194,18 @@ def test_gate_takes_the_lower_expert_of_a_tie_and_does_not_renormalise(ops: GpuO
     assert float(gate_weights_TA.sum()) < 1.0 - 1e-3
 
 
+def test_rope_and_weigh_agree_with_pure_jax() -> None:
+    heads_THK = jnp.asarray(np.random.default_rng(6).standard_normal((5, 3, 10)), jnp.float32)
+    positions_T = jnp.asarray([0, 7, 100, -1, 8000], jnp.int32)
+    np.testing.assert_allclose(
+        run(FAST.rope, heads_THK, positions_T), run(PURE.rope, heads_THK, positions_T), atol=1e-5
+    )
+    weights_TA = rows(5, 3)
+    np.testing.assert_allclose(
+        run(FAST.weigh, heads_THK, weights_TA), run(PURE.weigh, heads_THK, weights_TA), atol=1e-5
+    )
+
+
 class Attention:
     """Five rows of three sequences over a cache of odd sizes, one of them padding."""
 
@@ -285,7 +297,7 @@ def test_deterministic_products_keep_a_row_s_bits_in_any_batch(
 
 @pytest.mark.parametrize(("ops", "prompt"), [(FAST, "p4"), (FIXED, "p0")])
 def test_golden_answers(ops: GpuOps, prompt: str, golden_dir: Path) -> None:
-    decoder, params = load(golden_dir / "tiny")
+    decoder, params = load(golden_dir / "tiny", backend="pure")
     runner = runner_of((Decoder(config=decoder.config, dtype=decoder.dtype, ops=ops), params))
     with np.load(golden_dir / "tiny" / "golden" / "forward_f32.npz") as forward:
         tokens, expected = forward[f"{prompt}_tokens"].tolist(), forward[f"{prompt}_logits"]
