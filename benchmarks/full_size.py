@@ -23,10 +23,12 @@ from typing import Any
 
 from cluster.bench.bench_model import random_tensor
 from cluster.local import CacheSize, load_local_model, make_local_runner
+from model.activations import Activations
 from model.checkpoint import CHECKPOINT_DIR
 from model.checkpoint.layout import TensorSpec, tensor_specs
 from model.checkpoint.writer import write_tensor
 from model.config import GROK_1, ModelConfig
+from model.ops.select import Kernels, Residence
 from model.runner import ModelRunner, ScheduledTokens
 
 SEED = 7
@@ -39,9 +41,8 @@ def main() -> None:
     model_dir = options.dir / f"grok-1-full-size-{config.num_layers}"
     report: dict[str, Any] = {"num_layers": config.num_layers, "activations": options.activations}
     report["written_s"] = timed(lambda: write_linked_model(model_dir, config))[1]
-    model, report["loaded_s"] = timed(
-        lambda: load_local_model(model_dir, "float32", options.activations, "mapped")
-    )
+    kernels = Kernels(activations=Activations(options.activations), residence=Residence.MAPPED)
+    model, report["loaded_s"] = timed(lambda: load_local_model(model_dir, "float32", kernels))
     runner = make_local_runner(model, CacheSize(num_blocks=8, block_size=16, max_slots=1))
     report |= decode(runner, options.tokens)
     report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,5 +1,6 @@
 """Composition root of a single process: a model directory in, a running engine out."""
 
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.ops import NativeOps
-from model.ops.select import Residence, select_ops
+from model.ops.select import Kernels, Residence, select_ops
 from model.params import Loader, ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, StepMode, make_runner
 from model.tokenizer import Tokenizer
@@ -31,15 +32,23 @@ class LocalModel:
     loader: Loader
 
 
-def load_local_model(
-    model_dir: Path, dtype: str, activations: str = "exact", experts: str = "loaded"
-) -> LocalModel:
+def wanted_kernels(options: Namespace) -> Kernels:
+    """What the model options of a command line ask of the kernels."""
+    return Kernels(
+        activations=Activations(options.activations),
+        residence=Residence(options.experts),
+        deterministic=options.deterministic,
+    )
+
+
+def load_local_model(model_dir: Path, dtype: str, kernels: Kernels | None = None) -> LocalModel:
     """Opens, checks and loads a model directory for the best kernels there are here.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: what is wrong with which file.
+        KernelsMissingError: no kernels here can do what is wanted.
     """
-    ops, loader = select_ops(Activations(activations), Residence(experts))
+    ops, loader = select_ops(kernels or Kernels())
     with Checkpoint.open(model_dir) as checkpoint:
         tokenizer = load_tokenizer(model_dir, checkpoint.config.vocab_size)
         return LocalModel(

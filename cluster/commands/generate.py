@@ -13,6 +13,7 @@ from cluster.local import (
     cache_size_for,
     load_local_model,
     make_local_engine,
+    wanted_kernels,
 )
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
 from model.errors import InvalidRequestError, NonFiniteLogitsError, TokenizerError
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     started_s = time.perf_counter()
     sampling = sampling_params(options)
     model_dir = resolve_model_dir(options.model)
-    model = load_local_model(model_dir, options.dtype, options.activations, options.experts)
+    model = load_local_model(model_dir, options.dtype, wanted_kernels(options))
     request = GenerateRequest(
         prompt_ids=prompt_ids(options, model.tokenizer),
         max_tokens=options.max_tokens,

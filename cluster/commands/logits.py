@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.commands.options import add_model_options, parse_token_ids
-from cluster.local import cache_size_for, load_local_model, make_local_runner
+from cluster.local import cache_size_for, load_local_model, make_local_runner, wanted_kernels
 from cluster.model_dir import resolve_model_dir
 from model.runner import ModelRunner, ScheduledTokens
 from router.request import GenerateRequest
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     # Checked as a request would be, so that bad ids get the same clear answer.
     request = GenerateRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
     model_dir = resolve_model_dir(options.model)
-    model = load_local_model(model_dir, options.dtype, options.activations, options.experts)
+    model = load_local_model(model_dir, options.dtype, wanted_kernels(options))
     request.check_fits(model.decoder.config)
     runner = make_local_runner(model, cache_size_for(1, len(request.prompt_ids)))
     logits_TV = compute_logits(runner, request.prompt_ids)

@@ -11,7 +11,7 @@ RESIDENCE_NAMES = ("loaded", "mapped")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
-    """--model, --dtype, --activations and --experts."""
+    """The model, and how it is computed."""
     parser.add_argument(
         "--model",
         metavar=f"DIR|{DEMO_NAME}",
@@ -39,6 +39,11 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
         default="loaded",
         help="copied into memory, or left in their files for models larger than memory"
         " [%(default)s]",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU, keep a token's bits in any batch, at a price; on a CPU they always are",
     )
 
 

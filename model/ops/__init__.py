@@ -3,6 +3,7 @@
     Ops        the interface (interface.py)
     PureOps    XLA only, in fixed tiles (pure.py)
     NativeOps  C++ kernels for CPUs (native.py, native/)
+    GpuOps     Pallas kernels for a GPU (gpu.py; imported from there, since Pallas takes its time)
 
 Every implementation keeps one contract: a row's result has the same bits whatever rows stand beside
 it, however many, and wherever in the batch it stands. Reductions therefore never take their shape

@@ -51,12 +51,12 @@ class PureOps:
     def rope(
         self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
     ) -> Float[Array, "T H K"]:
-        return map_tiles(_rope_tile, heads_THK, positions_T)
+        return map_tiles(rope_rows, heads_THK, positions_T)
 
     def weigh(
         self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
     ) -> Float[Array, "T D"]:
-        return map_tiles(_weigh_tile, outputs_TAD, gate_weights_TA)
+        return map_tiles(weigh_rows, outputs_TAD, gate_weights_TA)
 
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
@@ -189,7 +189,10 @@ def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Arr
     return expert_ids_TA, gate_weights_TA
 
 
-def _rope_tile(heads_THK: Array, positions_T: Array) -> Array:
+def rope_rows(
+    heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
+) -> Float[Array, "T H K"]:
+    """`Ops.rope` of any number of rows at once."""
     cos_TK, sin_TK = (f(rope_angles(positions_T, heads_THK.shape[-1])) for f in (jnp.cos, jnp.sin))
     cos_T1K, sin_T1K = cos_TK[:, None, :], sin_TK[:, None, :]
     low, high = jnp.split(heads_THK, 2, axis=-1)
@@ -209,7 +212,10 @@ def rope_angles(positions_T: Array, key_size: int) -> Array:
     return positions_T.astype(jnp.float32)[:, None] * rope_frequencies(key_size)[None, :]
 
 
-def _weigh_tile(outputs_TAD: Array, gate_weights_TA: Array) -> Array:
+def weigh_rows(
+    outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
+) -> Float[Array, "T D"]:
+    """`Ops.weigh` of any number of rows at once."""
     products_TAD = outputs_TAD.astype(jnp.float32) * gate_weights_TA[:, :, None]
     mixed_TD = products_TAD[:, 0]
     for rank in range(1, products_TAD.shape[1]):

@@ -12,6 +12,8 @@ import numpy as np
 
 from cluster.bench.programs.line_protocol import Measure, serve
 from cluster.local import BLOCK_SIZE, LocalModel, load_local_model, make_local_runner
+from model.activations import Activations
+from model.ops.select import Kernels
 from model.runner import CacheSize, ModelRunner, ScheduledTokens
 from model.sampling import SampleRow, SamplingParams
 from router.scheduler import SchedulerLimits
@@ -104,7 +106,8 @@ class Bench:
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
     """Loads the model; its description names what the figures depend on."""
-    model = load_local_model(options.model_dir, options.dtype, options.activations)
+    wanted = Kernels(activations=Activations(options.activations))
+    model = load_local_model(options.model_dir, options.dtype, wanted)
     kernels = type(model.decoder.ops).__name__
     about = (
         f"{options.dtype}, activations {options.activations}, {kernels}, steps of at most "

@@ -1,0 +1,215 @@
+"""Time of a Grok-1 layer on one GPU, beside the least that this GPU could take.
+
+    python -m benchmarks.gpu_layer [--deterministic] [--json FILE] [--layers N] [--repeats N]
+    python -m benchmarks.gpu_layer --small        # shrunken, anywhere: shows that it runs
+
+Layers of full width (6144 / 32768 / 8 experts, 48 and 8 heads of 128) and random int8 weights run
+one after the other, as many as fit and at least two, so that no weight waits in the cache for its
+next use. Each row of the table is one step: a token each of 1 to 256 sequences with 512 positions
+behind them, or a prefill. Floors are measured in the same run: the rate of a copy on the device
+(bytes read and written) and of a large bfloat16 product. Times are medians of samples taken in
+turn, after warming up. Attention and experts are timed once more alone; they need not add up to the
+layer.
+
+`--deterministic` times the mode that keeps bits in any batch beside the default, and says what it
+costs. Which numbers of rows share their bits is reported for both, with and without it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.gpu_bits import Classes, bit_classes
+from benchmarks.gpu_chain import Row, measure
+from benchmarks.gpu_floors import Floors, measure_floors
+from benchmarks.gpu_workload import Layer, Workload, make_layer, tree_bytes
+from model.config import GROK_1, ModelConfig
+from model.ops.gpu import GpuOps
+
+MODES = {"default": GpuOps(), "deterministic": GpuOps(deterministic=True)}
+# For caches, activations and what XLA needs besides.
+RESERVED_BYTES = 8 << 30
+MAX_LAYERS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is measured, at which size."""
+
+    config: ModelConfig
+    batches: tuple[int, ...]
+    prefills: tuple[int, ...]
+    context: int
+    copied_bytes: int
+    matmul_size: int
+
+    @property
+    def workloads(self) -> list[Workload]:
+        decodes = [
+            Workload(num_tokens=count, is_prefill=False, context=self.context)
+            for count in self.batches
+        ]
+        return decodes + [Workload(num_tokens=count, is_prefill=True) for count in self.prefills]
+
+
+FULL = Plan(
+    config=GROK_1,
+    batches=(1, 8, 32, 128, 256),
+    prefills=(512, 2048),
+    context=512,
+    copied_bytes=1 << 30,
+    matmul_size=8192,
+)
+SMALL = Plan(
+    config=replace(
+        GROK_1, emb_size=64, ffn_size=96, key_size=16, num_q_heads=4, num_kv_heads=2, vocab_size=64
+    ),
+    batches=(1, 4),
+    prefills=(20,),
+    context=20,
+    copied_bytes=1 << 16,
+    matmul_size=64,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    plan = SMALL if options.small else FULL
+    if not options.small and jax.default_backend() != "gpu":
+        sys.exit(
+            f"no GPU: JAX computes on {jax.default_backend()!r} here. A full-width layer needs one "
+            "(install jax[cuda12]); --small runs a shrunken one anywhere."
+        )
+    floors = measure_floors(plan.copied_bytes, plan.matmul_size, options.repeats)
+    layers = _make_layers(plan, options.layers)
+    print(_describe(plan, floors, len(layers)))
+    rows = _measure_all(plan, floors, layers, options)
+    bits = {mode: _bits_of(mode, plan, layers[0]) for mode in MODES}
+    print(_bits_report(bits))
+    if options.json:
+        report = _as_json(plan, floors, len(layers), rows, bits)
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time of a Grok-1 layer on one GPU.")
+    parser.add_argument("--deterministic", action="store_true", help="time that mode too")
+    parser.add_argument("--small", action="store_true", help="shrunken layers, on any device")
+    parser.add_argument("--layers", type=int, help="how many (default: as many as fit)")
+    parser.add_argument("--repeats", type=int, default=20, help="samples of each time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    options = parser.parse_args(arguments)
+    if options.layers is not None and options.layers < 2:
+        parser.error("--layers must be at least 2: a single layer could stay in the cache")
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    return options
+
+
+def _make_layers(plan: Plan, num_layers: int | None) -> list[Layer]:
+    first = make_layer(plan.config, seed=0)
+    count = num_layers or _num_that_fit(tree_bytes((first.attention, first.experts)))
+    return [first, *(make_layer(plan.config, seed) for seed in range(1, count))]
+
+
+def _num_that_fit(layer_bytes: int) -> int:
+    stats = jax.devices()[0].memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return 2
+    return max(2, min(MAX_LAYERS, (stats["bytes_limit"] - RESERVED_BYTES) // layer_bytes))
+
+
+def _measure_all(
+    plan: Plan, floors: Floors, layers: list[Layer], options: argparse.Namespace
+) -> list[Row]:
+    modes = MODES if options.deterministic else {"default": MODES["default"]}
+    print(_header())
+    rows: list[Row] = []
+    for workload in plan.workloads:
+        measured = measure(modes, plan.config, layers, workload, options.repeats, floors)
+        for row in measured:
+            print(_line(row, measured[0]), flush=True)
+        rows += measured
+    return rows
+
+
+def _bits_of(mode: str, plan: Plan, layer: Layer) -> dict[str, Classes]:
+    return bit_classes(MODES[mode], plan.config, layer, [*plan.batches, *plan.prefills])
+
+
+def _describe(plan: Plan, floors: Floors, num_layers: int) -> str:
+    config = plan.config
+    return (
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {num_layers} layers of "
+        f"{config.emb_size} / {config.ffn_size} / {config.num_experts} experts, int8 weights, "
+        f"bfloat16 activations; {plan.context} positions behind each decoding sequence\n"
+        f"floors: copy {floors.bytes_per_s / 1e9:.1f} GB/s read and written, "
+        f"bfloat16 product {floors.flops_per_s / 1e12:.3f} TFLOP/s\n"
+    )
+
+
+COLUMNS = (
+    "| step | mode | ms/layer | floor ms | by | ratio | attention ms (floor) | experts ms (floor) "
+    "| share attention / experts | experts read | x default |"
+)
+
+
+def _header() -> str:
+    return f"{COLUMNS}\n{'|---' * (COLUMNS.count('|') - 1)}|"
+
+
+def _line(row: Row, default: Row) -> str:
+    """A line of the table; the last column is what the mode costs beside the default."""
+    alone_ms = row.attention_ms + row.experts_ms
+    cells = (
+        row.shape,
+        row.mode,
+        f"{row.layer_ms:.3f}",
+        f"{row.floor_ms:.3f}",
+        row.bound_by,
+        f"{row.ratio:.2f}",
+        f"{row.attention_ms:.3f} ({row.attention_floor_ms:.3f})",
+        f"{row.experts_ms:.3f} ({row.experts_floor_ms:.3f})",
+        f"{row.attention_ms / alone_ms:.0%} / {row.experts_ms / alone_ms:.0%}",
+        f"{row.num_experts_read:.1f}",
+        f"{row.layer_ms / default.layer_ms:.2f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _bits_report(bits: dict[str, dict[str, Classes]]) -> str:
+    lines = ["", "numbers of rows among which a row keeps its bits:"]
+    for mode, by_kernel in bits.items():
+        for kernel, classes in by_kernel.items():
+            groups = " | ".join(" ".join(map(str, sizes)) for sizes in classes)
+            verdict = "all" if len(classes) == 1 else "differ"
+            lines.append(f"  {mode:14} {kernel:10} {verdict:7} {groups}")
+    return "\n".join(lines)
+
+
+def _as_json(
+    plan: Plan,
+    floors: Floors,
+    num_layers: int,
+    rows: list[Row],
+    bits: dict[str, dict[str, Classes]],
+) -> dict[str, Any]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "plan": asdict(plan),
+        "num_layers": num_layers,
+        "floors": asdict(floors),
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+        "rows_with_equal_bits": bits,
+    }
+
+
+if __name__ == "__main__":
+    main()
