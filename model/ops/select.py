@@ -28,8 +28,8 @@ class Residence(Enum):
 class Kernels:
     """What is asked of the kernels.
 
-    `deterministic` matters on a GPU, where a row's bits in any batch have a price; on a CPU they are
-    kept always.
+    `deterministic` matters on a GPU, where a row's bits in any batch have a price; a CPU keeps them
+    always.
     """
 
     activations: Activations = Activations.EXACT

@@ -16,7 +16,7 @@ constexpr int kQuantBlock = 32;
 
 enum class Weights { kExactInt8, kExactInt16, kPairs };
 
-// Rows times one panel: out[i][out_column + n] = rows[i] @ panel[:, n], scaled.
+// Rows times a run of panels: out[i][out_column + n] = rows[i] @ panels[:, n], scaled.
 //
 // exact: a chain of fused multiply-adds down each group's rows, then its scale.
 // pairs: exact whole-number sums over blocks of 32 rows, each times its activation scale, chained
@@ -25,14 +25,16 @@ struct PanelProduct {
   const void* const* rows;         // float32 [K], or int16 [G, 2 * ceil(K/G/2)]
   const float* const* row_scales;  // pairs only: [G, ceil(K/G/32)]
   float* const* out;
-  int64_t out_column;  // where in an out row this panel's first column goes
+  int64_t out_column;  // where in an out row the first panel's first column goes
   int num_rows;
-  const void* panel;
+  const uint8_t* panels;
+  int64_t panel_bytes;
+  int num_panels;
   int64_t group_rows;  // K / G
   int num_groups;      // G
-  const float* scales;  // of this panel's first column
+  const float* scales;  // of the first panel's first column
   int64_t scale_stride;
-  int num_columns;
+  int64_t num_columns;  // that the matrix has from the first panel's first column on
 };
 
 // One query row of one key/value head over its sequence's blocks.

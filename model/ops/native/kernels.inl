@@ -9,20 +9,42 @@ namespace {
 
 // Far enough ahead that a line has arrived when the sum gets there, across the page boundaries at
 // which the processor's own prefetching stops.
-constexpr int kPrefetchBytes = 4096;
+constexpr int kPrefetchBytes = 1024;
+constexpr int kPanelVectors = kPanelColumns / kLanes;
 
 MW_INLINE void prefetch(const void* line) {
   __builtin_prefetch(static_cast<const char*>(line) + kPrefetchBytes, 0, 3);
 }
 
-// M rows times C vectors of columns, as many as registers hold.
+// M rows times C vectors of columns, as many as registers hold: part of a panel, or two panels.
 template <int M, int C>
 struct Tile {
   F8 at[M][C] = {};
 };
 
+// Where the weights of a tile lie; its vectors may span two panels.
+template <typename W, int C>
+struct TileWeights {
+  static constexpr int kNumPanels = C > kPanelVectors ? C / kPanelVectors : 1;
+  const W* panels[kNumPanels];
+
+  TileWeights(const PanelProduct& p, int64_t column, int columns_wide) {
+    const int64_t panel = column / kPanelColumns;
+    for (int i = 0; i < kNumPanels; i++) {
+      panels[i] = reinterpret_cast<const W*>(p.panels + (panel + i) * p.panel_bytes) +
+                  column % kPanelColumns * columns_wide;
+    }
+  }
+  MW_INLINE_MEMBER const W* line(int64_t offset, int c, int lanes_wide) const {
+    return panels[c / kPanelVectors] + offset + c % kPanelVectors * lanes_wide;
+  }
+  MW_INLINE_MEMBER void prefetch_line(int64_t offset) const {
+    for (int i = 0; i < kNumPanels; i++) prefetch(panels[i] + offset);
+  }
+};
+
 template <int M, int C>
-MW_INLINE void add_group(const PanelProduct& p, int g, int column, const Tile<M, C>& group,
+MW_INLINE void add_group(const PanelProduct& p, int g, int64_t column, const Tile<M, C>& group,
                          Tile<M, C>& total) {
   for (int c = 0; c < C; c++) {
     const F8 scale = load(p.scales + g * p.scale_stride + column + c * kLanes);
@@ -31,9 +53,10 @@ MW_INLINE void add_group(const PanelProduct& p, int g, int column, const Tile<M,
 }
 
 template <int M, int C>
-MW_INLINE void write_tile(const PanelProduct& p, int row, int column, const Tile<M, C>& total) {
-  const int num_left = p.num_columns - column;
-  const int num_here = num_left < C * kLanes ? num_left : C * kLanes;
+MW_INLINE void write_tile(const PanelProduct& p, int row, int64_t column,
+                          const Tile<M, C>& total) {
+  const int64_t num_left = p.num_columns - column;
+  const int64_t num_here = num_left < C * kLanes ? num_left : C * kLanes;
   if (num_here <= 0) return;
   for (int m = 0; m < M; m++) {
     float line[C * kLanes];
@@ -47,27 +70,27 @@ struct Exact {
   static constexpr int kMaxWideRows = 3;
 
   template <int M, int C>
-  static void run(const PanelProduct& p, int row, int column) {
+  static void run(const PanelProduct& p, int row, int64_t column) {
     const float* rows[M];
     for (int m = 0; m < M; m++) rows[m] = static_cast<const float*>(p.rows[row + m]);
-    const W* weights = static_cast<const W*>(p.panel) + column;
+    const TileWeights<W, C> weights(p, column, 1);
     Tile<M, C> total;
     int64_t k = 0;
     for (int g = 0; g < p.num_groups; g++) {
       Tile<M, C> acc;
       for (const int64_t end = k + p.group_rows; k < end; k++) {
-        const W* line = weights + k * kPanelColumns;
-        prefetch(line);
+        const int64_t line = k * kPanelColumns;
+        weights.prefetch_line(line);
         if constexpr (C > 2) {
           F8 x[M];
           for (int m = 0; m < M; m++) x[m] = broadcast(rows[m][k]);
           for (int c = 0; c < C; c++) {
-            const F8 w = widen(line + c * kLanes);
+            const F8 w = widen(weights.line(line, c, kLanes));
             for (int m = 0; m < M; m++) acc.at[m][c] = fma(w, x[m], acc.at[m][c]);
           }
         } else {
           F8 w[C];
-          for (int c = 0; c < C; c++) w[c] = widen(line + c * kLanes);
+          for (int c = 0; c < C; c++) w[c] = widen(weights.line(line, c, kLanes));
           for (int m = 0; m < M; m++) {
             const F8 x = broadcast(rows[m][k]);
             for (int c = 0; c < C; c++) acc.at[m][c] = fma(w[c], x, acc.at[m][c]);
@@ -84,11 +107,11 @@ struct Pairs {
   static constexpr int kMaxWideRows = 2;
 
   template <int M, int C>
-  static void run(const PanelProduct& p, int row, int column) {
+  static void run(const PanelProduct& p, int row, int64_t column) {
     const int64_t group_pairs = (p.group_rows + 1) / 2;
     const int16_t* rows[M];
     for (int m = 0; m < M; m++) rows[m] = static_cast<const int16_t*>(p.rows[row + m]);
-    const int8_t* weights = static_cast<const int8_t*>(p.panel) + 2 * column;
+    const TileWeights<int8_t, C> weights(p, column, 2);
     Tile<M, C> total;
     int64_t pair = 0, block = 0;
     for (int g = 0; g < p.num_groups; g++) {
@@ -111,12 +134,20 @@ struct Pairs {
   }
 
   template <int M, int C>
-  MW_INLINE void add_pair(const int16_t* const* rows, const int8_t* weights, int64_t pair,
-                          I8 (&whole)[M][C]) {
-    const int8_t* line = weights + pair * 2 * kPanelColumns;
-    prefetch(line);
+  MW_INLINE void add_pair(const int16_t* const* rows, const TileWeights<int8_t, C>& weights,
+                          int64_t pair, I8 (&whole)[M][C]) {
+    const int64_t line = pair * 2 * kPanelColumns;
+    weights.prefetch_line(line);
+    if constexpr (M == 1) {
+      const Pairs8 x = broadcast_pair(rows[0] + 2 * pair);
+      for (int c = 0; c < C; c++) {
+        const Pairs8 w = load_pairs(weights.line(line, c, 2 * kLanes));
+        whole[0][c] = add_products(w, x, whole[0][c]);
+      }
+      return;
+    }
     Pairs8 w[C];
-    for (int c = 0; c < C; c++) w[c] = load_pairs(line + 2 * c * kLanes);
+    for (int c = 0; c < C; c++) w[c] = load_pairs(weights.line(line, c, 2 * kLanes));
     for (int m = 0; m < M; m++) {
       const Pairs8 x = broadcast_pair(rows[m] + 2 * pair);
       for (int c = 0; c < C; c++) whole[m][c] = add_products(w[c], x, whole[m][c]);
@@ -124,19 +155,19 @@ struct Pairs {
   }
 };
 
-// A few rows take the whole panel at once; more take it in halves, so that sums stay in registers.
+// A few rows take a whole panel at once; more take it in halves, so that sums stay in registers.
 template <typename Kind, int M>
-void run_rows(const PanelProduct& p, int row) {
+void run_rows(const PanelProduct& p, int row, int64_t column) {
   if constexpr (M <= Kind::kMaxWideRows) {
-    Kind::template run<M, 4>(p, row, 0);
+    Kind::template run<M, kPanelVectors>(p, row, column);
   } else {
-    Kind::template run<M, 2>(p, row, 0);
-    Kind::template run<M, 2>(p, row, kPanelColumns / 2);
+    Kind::template run<M, kPanelVectors / 2>(p, row, column);
+    Kind::template run<M, kPanelVectors / 2>(p, row, column + kPanelColumns / 2);
   }
 }
 
 template <typename Kind>
-void product_of(const PanelProduct& p) {
+void multiply_panel(const PanelProduct& p, int64_t column) {
   constexpr int kMaxRows = 6;
   int row = 0;
   while (row < p.num_rows) {
@@ -144,14 +175,26 @@ void product_of(const PanelProduct& p) {
     // Seven or eight rows as four and the rest: a lone row costs as much as three.
     const int now = left == 7 || left == 8 ? 4 : left < kMaxRows ? left : kMaxRows;
     switch (now) {
-      case 1: run_rows<Kind, 1>(p, row); break;
-      case 2: run_rows<Kind, 2>(p, row); break;
-      case 3: run_rows<Kind, 3>(p, row); break;
-      case 4: run_rows<Kind, 4>(p, row); break;
-      case 5: run_rows<Kind, 5>(p, row); break;
-      default: run_rows<Kind, 6>(p, row); break;
+      case 1: run_rows<Kind, 1>(p, row, column); break;
+      case 2: run_rows<Kind, 2>(p, row, column); break;
+      case 3: run_rows<Kind, 3>(p, row, column); break;
+      case 4: run_rows<Kind, 4>(p, row, column); break;
+      case 5: run_rows<Kind, 5>(p, row, column); break;
+      default: run_rows<Kind, 6>(p, row, column); break;
     }
     row += now;
+  }
+}
+
+template <typename Kind>
+void product_of(const PanelProduct& p) {
+  int panel = 0;
+  // A single row waits for memory: two sweeps at once keep more of it on its way.
+  for (; p.num_rows == 1 && panel + 1 < p.num_panels; panel += 2) {
+    Kind::template run<1, 2 * kPanelVectors>(p, 0, panel * int64_t{kPanelColumns});
+  }
+  for (; panel < p.num_panels; panel++) {
+    multiply_panel<Kind>(p, panel * int64_t{kPanelColumns});
   }
 }
 

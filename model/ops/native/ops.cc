@@ -130,17 +130,13 @@ const uint8_t* panels_of(const Matrix& m, const Piece& piece) {
 // column `origin` of the matrix goes.
 void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* const* out,
               int64_t origin) {
-  const uint8_t* weights = panels_of(m, piece);
-  for (int64_t panel = piece.first_panel; panel < piece.last_panel; panel++) {
-    const int64_t column = panel * kPanelColumns;
-    kernels().product(
-        m.kind,
-        {rows.in.data() + piece.first_row, rows.in_scales.data() + piece.first_row, out,
-         column - origin,
-         static_cast<int>(piece.last_row - piece.first_row), weights, m.group_rows(), m.num_groups, m.scales + column, m.scale_stride(),
-         static_cast<int>(std::min<int64_t>(kPanelColumns, m.num_out - column))});
-    weights += m.panel_bytes();
-  }
+  const int64_t column = piece.first_panel * kPanelColumns;
+  kernels().product(
+      m.kind,
+      {rows.in.data() + piece.first_row, rows.in_scales.data() + piece.first_row, out,
+       column - origin, static_cast<int>(piece.last_row - piece.first_row), panels_of(m, piece),
+       m.panel_bytes(), static_cast<int>(piece.last_panel - piece.first_panel), m.group_rows(),
+       m.num_groups, m.scales + column, m.scale_stride(), m.num_out - column});
 }
 
 void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& pieces) {

@@ -14,6 +14,7 @@
 #endif
 
 #define MW_INLINE static inline __attribute__((always_inline))
+#define MW_INLINE_MEMBER inline __attribute__((always_inline))
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
