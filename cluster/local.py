@@ -63,7 +63,7 @@ def cache_size_for(num_sequences: int, num_tokens_each: int) -> CacheSize:
     """Room for a request, rounded up so that similar requests share compiled programs."""
     blocks_each = -(-num_tokens_each // BLOCK_SIZE)
     return CacheSize(
-        num_blocks=_power_of_two(num_sequences * blocks_each, at_least=64),
+        num_blocks=_round_up(num_sequences * blocks_each),
         block_size=BLOCK_SIZE,
         max_slots=_power_of_two(num_sequences, at_least=8),
     )
@@ -83,6 +83,12 @@ def make_local_runner(model: LocalModel, cache_size: CacheSize) -> ModelRunner:
 def make_local_engine(model: LocalModel, cache_size: CacheSize) -> LocalEngine:
     """An engine that serves requests from this process alone."""
     return LocalEngine(make_local_runner(model, cache_size), model.tokenizer)
+
+
+def _round_up(num_blocks: int) -> int:
+    """Few different sizes, so few programs, and never more than a quarter too much from 256 on."""
+    step = max(64, _power_of_two(num_blocks, at_least=1) // 8)
+    return -(-num_blocks // step) * step
 
 
 def _power_of_two(count: int, *, at_least: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from cluster.commands.options import add_model_options, parse_token_ids
 from cluster.local import cache_size_for, load_local_model, make_local_runner, wanted_kernels
 from cluster.model_dir import resolve_model_dir
+from model.errors import InvalidRequestError
 from model.runner import ModelRunner, ScheduledTokens
 from router.request import GenerateRequest
 
@@ -24,6 +25,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Computes in chunks through the KV cache, as serving does."""
+    out = Path(options.out)
+    # Before minutes of loading and computing, not after.
+    if not out.parent.is_dir():
+        raise InvalidRequestError("out", str(out), "a file in a folder that exists")
     # Checked as a request would be, so that bad ids get the same clear answer.
     request = GenerateRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
     model_dir = resolve_model_dir(options.model)
@@ -31,7 +36,6 @@ def run(options: argparse.Namespace) -> None:
     request.check_fits(model.decoder.config)
     runner = make_local_runner(model, cache_size_for(1, len(request.prompt_ids)))
     logits_TV = compute_logits(runner, request.prompt_ids)
-    out = Path(options.out)
     with out.open("wb") as file:
         np.savez(file, logits=logits_TV)
     print(f"{out}: logits float32 {list(logits_TV.shape)}")

@@ -182,3 +182,24 @@ def test_inspect_needs_no_jax(golden_dir: Path) -> None:
         "sys.exit(code or ('jax' in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_logits_into_a_folder_that_is_not_there_are_refused_before_computing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "missing" / "logits.npz"
+    # A model that does not exist either: the file is looked at first.
+    arguments = ["logits", "--model", "nowhere", "--tokens", "1,2", "--out", str(out)]
+    assert cli.main(arguments) == 2
+    assert str(out) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_experts_left_in_their_files_give_the_same_tokens(
+    activations: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["Welcome to", "--seed", "3", "--max-tokens", "24", "--activations", activations]
+    loaded = generate_json(capsys, *arguments)
+    mapped = generate_json(capsys, *arguments, "--experts", "mapped")
+    assert mapped["choices"] == loaded["choices"]
+    assert loaded["usage"]["completion_tokens"] > 10

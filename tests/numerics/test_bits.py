@@ -43,7 +43,18 @@ def whole(runner: ModelRunner, tokens: list[int]) -> np.ndarray:
     return logits_of(runner, tokens)
 
 
-@pytest.mark.parametrize("chunks", [[30, 30], [7, 1, 1, 1, 50], [33, 27], [1] * NUM_TOKENS])
+def random_chunks(seed: int) -> list[int]:
+    """Lengths of pieces, so that every size of step comes by."""
+    rng = np.random.default_rng(seed)
+    cuts = np.sort(rng.choice(np.arange(1, NUM_TOKENS), rng.integers(1, 12), replace=False))
+    return np.diff([0, *cuts, NUM_TOKENS]).tolist()
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[30, 30], [7, 1, 1, 1, 50], [33, 27], [1] * NUM_TOKENS, *map(random_chunks, range(3))],
+    ids=str,
+)
 def test_any_chunking_gives_the_same_bits(
     runner: ModelRunner, tokens: list[int], whole: np.ndarray, chunks: list[int]
 ) -> None:
