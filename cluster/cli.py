@@ -3,6 +3,7 @@
     milliways generate PROMPT   continues a prompt, streaming
     milliways logits            writes the logits of given tokens, to compare implementations
     milliways inspect PATH      what a checkpoint holds, and what it needs
+    milliways plan              which worker would hold what
     milliways bench             how fast we are, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
@@ -18,6 +19,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import cast
 
+from cluster.errors import ClusterError
 from cluster.user_cache import user_cache_dir
 from model.errors import InvalidRequestError, ModelError
 
@@ -25,6 +27,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "logits": "write the logits of given tokens to a file",
     "inspect": "show tensors, parameters, bytes, and memory for N workers",
+    "plan": "show which worker would hold what, without starting anything",
     "bench": "measure speed, beside other engines and the limits of the machine",
 }
 
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except InvalidRequestError as error:
         return _fail(error, EXIT_BAD_REQUEST)
-    except (ModelError, OSError) as error:
+    except (ModelError, ClusterError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             return _abandon_stdout()
         return _fail(error, EXIT_UNUSABLE)

@@ -41,7 +41,8 @@ def quantise_head(
         scales = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(largest)
         # A row of zeros has any scale; a NaN stays one in the scale.
         scales = np.where(scales == 0, np.float32(1), scales)
-        whole = np.rint(np.nan_to_num(blocks / scales))
+        with np.errstate(invalid="ignore"):
+            whole = np.rint(np.nan_to_num(blocks / scales))
         weight_DV[:, start : start + len(rows)] = whole.reshape(len(rows), width).T
         scales_GV[:, start : start + len(rows)] = scales[:, :, 0].T
     return weight_DV, scales_GV

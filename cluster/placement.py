@@ -1,0 +1,385 @@
+"""Which worker holds what: a pure plan from sizes, memory, load and policy.
+
+`plan` decides in this order:
+
+1. Attention: all layers on every worker, or a run of layers on each (`AttentionCut`). What it and
+   its KV cache leave free is for experts.
+2. How many expert replicas each worker should hold: as even as their memory allows.
+3. Layer by layer, the replicas of each expert, most loaded first, on the workers with the most left
+   to hold: different workers, and not all on one node.
+
+A plan is data. Nothing here loads, starts or measures anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster.errors import PlacementError
+
+BYTES_PER_GB = 1e9
+DEFAULT_KV_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertId:
+    """One expert of one layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBytes:
+    """What the parts of a model take in memory.
+
+    `end_bytes` are the embedding, which also makes the logits, and the final norm.
+    """
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    attention_layer_bytes: int
+    end_bytes: int
+    kv_layer_bytes_per_token: int
+
+    @property
+    def attention_bytes(self) -> int:
+        return self.num_layers * self.attention_layer_bytes
+
+    @property
+    def all_experts_bytes(self) -> int:
+        return self.num_layers * self.num_experts * self.expert_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.all_experts_bytes + self.attention_bytes + self.end_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMemory:
+    """A worker to plan for: what it may use, and the node that it would die with."""
+
+    worker_id: str
+    node_id: str
+    memory_bytes: int
+
+
+class AttentionCut(Enum):
+    """REPLICATED spreads sequences over workers, LAYERS sends a sequence through all of them.
+
+    AUTO replicates where memory allows it.
+    """
+
+    AUTO = "auto"
+    REPLICATED = "replicated"
+    LAYERS = "layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementPolicy:
+    """How to place. `kv_tokens` are positions to keep room for on each attention shard.
+
+    `spread_nodes` refuses a plan in which one node holds all replicas of an expert, where there are
+    two nodes and two replicas.
+    """
+
+    expert_replicas: int = 1
+    attention: AttentionCut = AttentionCut.AUTO
+    kv_tokens: int = DEFAULT_KV_TOKENS
+    spread_nodes: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShard:
+    """A run of layers, and whether the embedding and the logits are here."""
+
+    first_layer: int
+    num_layers: int
+    has_ends: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """What one worker holds, and what that takes of its memory."""
+
+    worker: WorkerMemory
+    attention: AttentionShard
+    experts: tuple[ExpertId, ...]
+    attention_bytes: int
+    kv_bytes: int
+    end_bytes: int
+    expert_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.attention_bytes + self.kv_bytes + self.end_bytes + self.expert_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.worker.memory_bytes - self.used_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All workers' plans, in the order the workers were given, under one epoch."""
+
+    placement_epoch: int
+    workers: tuple[WorkerPlan, ...]
+
+    def replicas(self, expert_id: ExpertId) -> tuple[str, ...]:
+        """The workers that hold an expert."""
+        return tuple(w.worker.worker_id for w in self.workers if expert_id in w.experts)
+
+
+@dataclass(slots=True)
+class _Room:
+    """A worker while experts are dealt out."""
+
+    worker: WorkerMemory
+    num_left: int
+    load: float = 0.0
+    experts: list[ExpertId] = field(default_factory=list[ExpertId])
+
+    def take(self, expert_id: ExpertId, load: float) -> None:
+        self.num_left -= 1
+        self.load += load
+        self.experts.append(expert_id)
+
+
+def plan(
+    model: ModelBytes,
+    workers: Sequence[WorkerMemory],
+    policy: PlacementPolicy,
+    expert_load: Mapping[ExpertId, float] | None = None,
+    placement_epoch: int = 1,
+) -> Placement:
+    """Places a model on workers; equal inputs give equal plans.
+
+    Raises:
+        PlacementError: the workers cannot hold it; says what is needed, there, and short.
+    """
+    _check(model, workers, policy)
+    for shards in _attention_cuts(model, len(workers), policy.attention):
+        fixed = [_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
+        num_slots = _slots(model, workers, fixed)
+        needed = model.num_layers * model.num_experts * policy.expert_replicas
+        if num_slots is not None and sum(num_slots) >= needed:
+            counts = _counts(workers, num_slots, needed, policy)
+            rooms = _deal(model, workers, counts, policy, expert_load or {})
+            return Placement(
+                placement_epoch=placement_epoch,
+                workers=tuple(
+                    _worker_plan(model, room, shard, policy.kv_tokens)
+                    for room, shard in zip(rooms, shards, strict=True)
+                ),
+            )
+    raise PlacementError(_shortage(model, workers, policy))
+
+
+def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> None:
+    if not workers:
+        raise PlacementError("there are no workers")
+    ids = [worker.worker_id for worker in workers]
+    if len(set(ids)) < len(ids):
+        raise PlacementError("two workers have one worker_id")
+    if not 1 <= policy.expert_replicas <= len(workers):
+        raise PlacementError(
+            f"expert_replicas = {policy.expert_replicas}: between 1 and the number of workers,"
+            f" {len(workers)}; two replicas on one worker would die together"
+        )
+    if policy.kv_tokens < 1:
+        raise PlacementError(f"kv_tokens = {policy.kv_tokens}: at least 1")
+    if policy.attention is AttentionCut.LAYERS and len(workers) > model.num_layers:
+        raise PlacementError(
+            f"{model.num_layers} layers cannot be cut into {len(workers)} shards, one a worker"
+        )
+
+
+def _attention_cuts(
+    model: ModelBytes, num_workers: int, cut: AttentionCut
+) -> list[tuple[AttentionShard, ...]]:
+    """The cuts to try, the best first."""
+    whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
+    cuts: list[tuple[AttentionShard, ...]] = []
+    if cut is not AttentionCut.LAYERS:
+        cuts.append((whole,) * num_workers)
+    if cut is not AttentionCut.REPLICATED and num_workers <= model.num_layers:
+        cuts.append(_cut_layers(model.num_layers, num_workers))
+    return cuts
+
+
+def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
+    """Runs as even as can be; what leaves the last comes back to the first for its logits."""
+    shards: list[AttentionShard] = []
+    first = 0
+    for i in range(num_workers):
+        count = num_layers // num_workers + (i < num_layers % num_workers)
+        shards.append(AttentionShard(first_layer=first, num_layers=count, has_ends=i == 0))
+        first += count
+    return tuple(shards)
+
+
+def _fixed_bytes(model: ModelBytes, shard: AttentionShard, kv_tokens: int) -> int:
+    """What a worker needs before any expert."""
+    kv_bytes = shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens
+    ends = model.end_bytes if shard.has_ends else 0
+    return shard.num_layers * model.attention_layer_bytes + kv_bytes + ends
+
+
+def _slots(
+    model: ModelBytes, workers: Sequence[WorkerMemory], fixed: Sequence[int]
+) -> list[int] | None:
+    """How many experts fit beside the attention of each; None if one cannot even hold that.
+
+    No worker holds an expert twice.
+    """
+    left = [w.memory_bytes - taken for w, taken in zip(workers, fixed, strict=True)]
+    if min(left) < 0:
+        return None
+    most = model.num_layers * model.num_experts
+    return [min(most, space // model.expert_bytes) for space in left]
+
+
+def _counts(
+    workers: Sequence[WorkerMemory],
+    num_slots: Sequence[int],
+    needed: int,
+    policy: PlacementPolicy,
+) -> list[int]:
+    """How many experts each worker will hold: evenly, but for a node that would then hold too many.
+
+    Of R replicas a node may hold R - 1. At most one node can be above that.
+    """
+    counts = _level(num_slots, needed)
+    if not _must_spread(workers, policy):
+        return counts
+    most = needed // policy.expert_replicas * (policy.expert_replicas - 1)
+    for node_id in dict.fromkeys(worker.node_id for worker in workers):
+        here = [i for i, worker in enumerate(workers) if worker.node_id == node_id]
+        elsewhere = [i for i, worker in enumerate(workers) if worker.node_id != node_id]
+        if sum(counts[i] for i in here) <= most:
+            continue
+        if sum(num_slots[i] for i in elsewhere) < needed - most:
+            raise PlacementError(
+                f"node {node_id!r} would hold all replicas of an expert: the other nodes have room"
+                f" for {sum(num_slots[i] for i in elsewhere)} of {needed - most} experts"
+            )
+        for group, total in ((here, most), (elsewhere, needed - most)):
+            for i, count in zip(group, _level([num_slots[i] for i in group], total), strict=True):
+                counts[i] = count
+    return counts
+
+
+def _must_spread(workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> bool:
+    num_nodes = len({worker.node_id for worker in workers})
+    return policy.spread_nodes and policy.expert_replicas > 1 and num_nodes > 1
+
+
+def _level(num_slots: Sequence[int], needed: int) -> list[int]:
+    """Fills workers evenly until `needed` are placed, the small ones up to their brim."""
+    counts = [0] * len(num_slots)
+    # From the smallest worker up: it takes its share of the rest, or all it can.
+    for rank, i in enumerate(sorted(range(len(num_slots)), key=lambda i: num_slots[i])):
+        share = -(-needed // (len(num_slots) - rank))
+        counts[i] = min(num_slots[i], share)
+        needed -= counts[i]
+    assert needed == 0
+    return counts
+
+
+def _deal(
+    model: ModelBytes,
+    workers: Sequence[WorkerMemory],
+    counts: Sequence[int],
+    policy: PlacementPolicy,
+    load: Mapping[ExpertId, float],
+) -> list[_Room]:
+    rooms = [_Room(worker, count) for worker, count in zip(workers, counts, strict=True)]
+    for layer in range(model.num_layers):
+        layer_ids = [ExpertId(layer, expert) for expert in range(model.num_experts)]
+        for expert_id in sorted(layer_ids, key=lambda e: (-load.get(e, 0.0), e)):
+            share = load.get(expert_id, 0.0) / policy.expert_replicas
+            for room in _choose(rooms, policy):
+                room.take(expert_id, share)
+    return rooms
+
+
+def _choose(rooms: Sequence[_Room], policy: PlacementPolicy) -> list[_Room]:
+    """The workers with the most left to hold, the least loaded of equals; on two nodes at least.
+
+    Most left first is what never runs into a dead end: later experts need different workers too.
+    """
+    order = sorted(
+        (room for room in rooms if room.num_left > 0),
+        key=lambda room: (-room.num_left, room.load, room.worker.worker_id),
+    )
+    replicas = policy.expert_replicas
+    chosen = order[:replicas]
+    if _must_spread([room.worker for room in rooms], policy):
+        full = _full_node(rooms, replicas) or _only_node(chosen)
+        if full is not None:
+            inside = [room for room in order if room.worker.node_id == full]
+            outside = [room for room in order if room.worker.node_id != full]
+            chosen = inside[: replicas - 1] + outside[:1]
+    assert len(chosen) == replicas, "the counts left a dead end"
+    return chosen
+
+
+def _full_node(rooms: Sequence[_Room], replicas: int) -> str | None:
+    """The node that must take R - 1 replicas of every expert still to come, if there is one."""
+    num_to_come = sum(room.num_left for room in rooms) // replicas
+    for node_id in dict.fromkeys(room.worker.node_id for room in rooms):
+        left = sum(room.num_left for room in rooms if room.worker.node_id == node_id)
+        if left >= num_to_come * (replicas - 1) > 0:
+            return node_id
+    return None
+
+
+def _only_node(rooms: Sequence[_Room]) -> str | None:
+    nodes = {room.worker.node_id for room in rooms}
+    return nodes.pop() if len(nodes) == 1 else None
+
+
+def _worker_plan(
+    model: ModelBytes, room: _Room, shard: AttentionShard, kv_tokens: int
+) -> WorkerPlan:
+    return WorkerPlan(
+        worker=room.worker,
+        attention=shard,
+        experts=tuple(sorted(room.experts)),
+        attention_bytes=shard.num_layers * model.attention_layer_bytes,
+        kv_bytes=shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens,
+        end_bytes=model.end_bytes if shard.has_ends else 0,
+        expert_bytes=len(room.experts) * model.expert_bytes,
+    )
+
+
+def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> str:
+    """The arithmetic of a refusal: of the bare weights if they do not fit, else of the plan."""
+    has = sum(worker.memory_bytes for worker in workers)
+    if model.total_bytes > has:
+        return f"needs {_gb(model.total_bytes)}, has {_sizes(workers)}: " + (
+            f"{_gb(model.total_bytes - has)} short"
+        )
+    shards = _attention_cuts(model, len(workers), policy.attention)[-1]
+    fixed = sum(_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
+    experts = policy.expert_replicas * model.all_experts_bytes
+    sums = (
+        f"needs {_gb(fixed + experts)} ({policy.expert_replicas} x {_gb(model.all_experts_bytes)}"
+        f" of experts, {_gb(fixed)} of attention, embedding and KV cache), has {_sizes(workers)}"
+    )
+    if fixed + experts > has:
+        return f"{sums}: {_gb(fixed + experts - has)} short"
+    return f"{sums}: enough in all, but experts of {_gb(model.expert_bytes)} do not fit the gaps"
+
+
+def _sizes(workers: Sequence[WorkerMemory]) -> str:
+    """8 x 32 GB, or 4 x 80 GB + 4 x 40 GB."""
+    sizes = [worker.memory_bytes for worker in workers]
+    distinct = dict.fromkeys(sizes)
+    return " + ".join(f"{sizes.count(size)} x {size / BYTES_PER_GB:g} GB" for size in distinct)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / BYTES_PER_GB:.1f} GB"
