@@ -4,15 +4,15 @@
 
 1. Attention: all layers on every worker, or a run of layers on each (`AttentionCut`). What it and
    its KV cache leave free is for experts.
-2. How many expert replicas each worker should hold: as even as their memory allows.
-3. Layer by layer, the replicas of each expert, most loaded first, on the workers with the most left
-   to hold: different workers, and not all on one node.
+2. How many expert replicas each worker holds: as even as memory allows, and on no node so many that
+   it would have all replicas of an expert.
+3. Which: dealt out of a circle in which layers and loads alternate.
 
 A plan is data. Nothing here loads, starts or measures anything.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from cluster.errors import PlacementError
@@ -132,21 +132,6 @@ class Placement:
         return tuple(w.worker.worker_id for w in self.workers if expert_id in w.experts)
 
 
-@dataclass(slots=True)
-class _Room:
-    """A worker while experts are dealt out."""
-
-    worker: WorkerMemory
-    num_left: int
-    load: float = 0.0
-    experts: list[ExpertId] = field(default_factory=list[ExpertId])
-
-    def take(self, expert_id: ExpertId, load: float) -> None:
-        self.num_left -= 1
-        self.load += load
-        self.experts.append(expert_id)
-
-
 def plan(
     model: ModelBytes,
     workers: Sequence[WorkerMemory],
@@ -166,12 +151,12 @@ def plan(
         needed = model.num_layers * model.num_experts * policy.expert_replicas
         if num_slots is not None and sum(num_slots) >= needed:
             counts = _counts(workers, num_slots, needed, policy)
-            rooms = _deal(model, workers, counts, policy, expert_load or {})
+            held = _deal(model, workers, counts, expert_load or {})
             return Placement(
                 placement_epoch=placement_epoch,
                 workers=tuple(
-                    _worker_plan(model, room, shard, policy.kv_tokens)
-                    for room, shard in zip(rooms, shards, strict=True)
+                    _worker_plan(model, worker, shard, experts, policy.kv_tokens)
+                    for worker, shard, experts in zip(workers, shards, held, strict=True)
                 ),
             )
     raise PlacementError(_shortage(model, workers, policy))
@@ -292,66 +277,65 @@ def _deal(
     model: ModelBytes,
     workers: Sequence[WorkerMemory],
     counts: Sequence[int],
-    policy: PlacementPolicy,
     load: Mapping[ExpertId, float],
-) -> list[_Room]:
-    rooms = [_Room(worker, count) for worker, count in zip(workers, counts, strict=True)]
-    for layer in range(model.num_layers):
-        layer_ids = [ExpertId(layer, expert) for expert in range(model.num_experts)]
-        for expert_id in sorted(layer_ids, key=lambda e: (-load.get(e, 0.0), e)):
-            share = load.get(expert_id, 0.0) / policy.expert_replicas
-            for room in _choose(rooms, policy):
-                room.take(expert_id, share)
-    return rooms
+) -> list[list[ExpertId]]:
+    """Deals all experts in a circle, as often round as there are replicas, worker after worker.
 
-
-def _choose(rooms: Sequence[_Room], policy: PlacementPolicy) -> list[_Room]:
-    """The workers with the most left to hold, the least loaded of equals; on two nodes at least.
-
-    Most left first is what never runs into a dead end: later experts need different workers too.
+    Whoever takes at most one round takes no expert twice. The workers of a node follow one another,
+    so a node that takes at most R - 1 rounds never has all R replicas of an expert.
     """
-    order = sorted(
-        (room for room in rooms if room.num_left > 0),
-        key=lambda room: (-room.num_left, room.load, room.worker.worker_id),
-    )
-    replicas = policy.expert_replicas
-    chosen = order[:replicas]
-    if _must_spread([room.worker for room in rooms], policy):
-        full = _full_node(rooms, replicas) or _only_node(chosen)
-        if full is not None:
-            inside = [room for room in order if room.worker.node_id == full]
-            outside = [room for room in order if room.worker.node_id != full]
-            chosen = inside[: replicas - 1] + outside[:1]
-    assert len(chosen) == replicas, "the counts left a dead end"
-    return chosen
+    circle = _circle(model, load, experts_each=sum(counts) / len(workers))
+    held: list[list[ExpertId]] = [[] for _ in workers]
+    place = 0
+    for i in _node_after_node(workers):
+        held[i] = [circle[(place + j) % len(circle)] for j in range(counts[i])]
+        place += counts[i]
+    return held
 
 
-def _full_node(rooms: Sequence[_Room], replicas: int) -> str | None:
-    """The node that must take R - 1 replicas of every expert still to come, if there is one."""
-    num_to_come = sum(room.num_left for room in rooms) // replicas
-    for node_id in dict.fromkeys(room.worker.node_id for room in rooms):
-        left = sum(room.num_left for room in rooms if room.worker.node_id == node_id)
-        if left >= num_to_come * (replicas - 1) > 0:
-            return node_id
-    return None
+def _circle(
+    model: ModelBytes, load: Mapping[ExpertId, float], experts_each: float
+) -> list[ExpertId]:
+    """Every expert once, so that any run of them spreads over layers and over loads.
+
+    Neighbours are of different layers: whoever takes a run has as many experts of each layer as of
+    any other, but for one. A worker takes about `experts_each`; in each layer the hottest experts
+    lie that far apart.
+    """
+    layers = range(model.num_layers)
+    by_load = [
+        sorted(
+            (ExpertId(layer, expert) for expert in range(model.num_experts)),
+            key=lambda expert_id: (-load.get(expert_id, 0.0), expert_id),
+        )
+        for layer in layers
+    ]
+    step = max(1, round(model.num_layers * model.num_experts / experts_each))
+    ranks = [rank for first in range(step) for rank in range(first, model.num_experts, step)]
+    return [by_load[layer][rank] for rank in ranks for layer in layers]
 
 
-def _only_node(rooms: Sequence[_Room]) -> str | None:
-    nodes = {room.worker.node_id for room in rooms}
-    return nodes.pop() if len(nodes) == 1 else None
+def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
+    """The workers' places, those of one node together."""
+    nodes = list(dict.fromkeys(worker.node_id for worker in workers))
+    return sorted(range(len(workers)), key=lambda i: nodes.index(workers[i].node_id))
 
 
 def _worker_plan(
-    model: ModelBytes, room: _Room, shard: AttentionShard, kv_tokens: int
+    model: ModelBytes,
+    worker: WorkerMemory,
+    shard: AttentionShard,
+    experts: Sequence[ExpertId],
+    kv_tokens: int,
 ) -> WorkerPlan:
     return WorkerPlan(
-        worker=room.worker,
+        worker=worker,
         attention=shard,
-        experts=tuple(sorted(room.experts)),
+        experts=tuple(sorted(experts)),
         attention_bytes=shard.num_layers * model.attention_layer_bytes,
         kv_bytes=shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens,
         end_bytes=model.end_bytes if shard.has_ends else 0,
-        expert_bytes=len(room.experts) * model.expert_bytes,
+        expert_bytes=len(experts) * model.expert_bytes,
     )
 
 

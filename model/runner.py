@@ -19,7 +19,14 @@ from model.decoder import Decoder, DecoderParts, run_step
 from model.kv_cache import KVCache, StepBatch, make_kv_cache
 from model.ops import Ops
 from model.params import ModelParams
-from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
+from model.sampling import (
+    RowKernels,
+    SampledTokens,
+    SampleRow,
+    bucket_num_logprobs,
+    pack_rows,
+    sample,
+)
 from model.sharding import ShardingRules, shard_model
 
 
@@ -106,7 +113,9 @@ class ModelRunner:
         padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
         inputs = pack_rows(padded, self.config.vocab_size)
         num_logprobs = bucket_num_logprobs([row.params for row in rows])
-        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, noise=self._ops.gumbel)
+        ops = self._ops
+        kernels = RowKernels(noise=ops.gumbel, summarize=ops.summarize_rows)
+        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=kernels)
         sampled = jax.device_get(drawn)
         return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
 

@@ -44,8 +44,22 @@ _NUM_CANDIDATES = 1024
 _MIN_HISTORY = 256
 
 HostArray = Array | np.ndarray
-# The noise of a threefry key, for so many token ids.
-Noise = Callable[[Array, int], Array]
+
+
+class RowSummary(NamedTuple):
+    """What drawing needs to know of a whole row of logits."""
+
+    top: Float[HostArray, "*B"]  # NaN where the row holds one
+    best_id: Int[HostArray, "*B"]  # the lowest id with the highest logit
+    log_total: Float[HostArray, "*B"]  # log of the sum of exp(logit - top)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowKernels:
+    """Other means to compute the two functions of a whole row that cost most."""
+
+    noise: Callable[[Array, int], Array]  # as gumbel_noise
+    summarize: Callable[[Array], RowSummary]  # as summarize_rows
 
 
 @no_type_check  # it checks itself, and has to see the mistyped values that it refuses
@@ -175,23 +189,25 @@ def bucket_num_logprobs(all_params: Sequence[SamplingParams]) -> int:
     return MAX_LOGPROBS if any(params.num_logprobs for params in all_params) else 0
 
 
-@partial(jax.jit, static_argnames=("num_logprobs", "noise"))
+@partial(jax.jit, static_argnames=("num_logprobs", "kernels"))
 def sample(
     logits_BV: Float[Array, "B V"],
     inputs: SampleInputs,
     *,
     num_logprobs: int = 0,
-    noise: Noise | None = None,
+    kernels: RowKernels | None = None,
 ) -> SampledTokens:
     """Draws a token for each row. A row's result is the same bits in any batch.
 
-    `noise` computes `gumbel_noise` by other means.
+    `kernels` compute parts of it by other means than XLA's.
     """
+    kernels = kernels or RowKernels(noise=gumbel_noise, summarize=summarize_rows)
+    logits_BV = logits_BV.astype(jnp.float32)
 
-    def sample_one(row: tuple[Array, SampleInputs]) -> SampledTokens:
-        return _sample_row(row[0], row[1], num_logprobs, noise or gumbel_noise)
+    def sample_one(row: tuple[Array, RowSummary, SampleInputs]) -> SampledTokens:
+        return _sample_row(*row, num_logprobs, kernels)
 
-    return lax.map(sample_one, (logits_BV.astype(jnp.float32), inputs))
+    return lax.map(sample_one, (logits_BV, kernels.summarize(logits_BV), inputs))
 
 
 def choose(
@@ -231,46 +247,62 @@ def gumbel_noise(key_2: UInt32[HostArray, " 2"], vocab_size: int) -> Float[Array
     return -jnp.log(exponential_V)
 
 
+def summarize_rows(logits_BV: Float[Array, "B V"]) -> RowSummary:
+    """Highest logit, where it is, and the soft-max total of each row."""
+    return lax.map(_summarize_row, logits_BV)
+
+
+def _summarize_row(logits_V: Array) -> RowSummary:
+    top = jnp.max(logits_V)
+    log_total = jnp.log(jnp.sum(jnp.exp(logits_V - top)))
+    return RowSummary(top, _first_max(logits_V), log_total)
+
+
 def _sample_row(
-    logits_V: Array, row: SampleInputs, num_logprobs: int, noise: Noise
+    logits_V: Array,
+    summary: RowSummary,
+    row: SampleInputs,
+    num_logprobs: int,
+    kernels: RowKernels,
 ) -> SampledTokens:
     adjusted_V = _add_bias(_penalise(logits_V, row), row)
-    peak = jnp.max(jnp.where(jnp.isnan(adjusted_V), jnp.inf, adjusted_V))
-    is_valid = jnp.isfinite(peak)
-    token = lax.cond(row.temperature > 0, partial(_draw, noise=noise), _argmax, adjusted_V, row)
-    logprob_V = _log_softmax(logits_V)
-    top_logprobs_K, top_ids_K = _best_logprobs(logprob_V, min(num_logprobs, logits_V.size))
+    if adjusted_V is logits_V:
+        top, best_id = summary.top, summary.best_id
+    else:
+        top, best_id = jnp.max(adjusted_V), _first_max(adjusted_V)
+    # NaN compares false: a row with one is not valid either.
+    is_valid = jnp.isfinite(top)
+    token = lax.cond(
+        row.temperature > 0,
+        partial(_draw, noise=kernels.noise),
+        lambda logits_V, row: best_id,
+        adjusted_V,
+        row,
+    )
+    num_best = min(num_logprobs, logits_V.size)
+    top_logits_K, top_ids_K = _best_logits(logits_V, num_best)
     return SampledTokens(
         token_B=jnp.where(is_valid, token, INVALID_TOKEN),
-        logprob_B=logprob_V[token],
+        logprob_B=logits_V[token] - summary.top - summary.log_total,
         top_ids_BK=top_ids_K,
-        top_logprobs_BK=top_logprobs_K,
+        top_logprobs_BK=top_logits_K - summary.top - summary.log_total,
         is_valid_B=is_valid,
     )
 
 
-def _best_logprobs(logprob_V: Array, num_logprobs: int) -> tuple[Array, Array]:
-    if num_logprobs == 0:
+def _best_logits(logits_V: Array, num_best: int) -> tuple[Array, Array]:
+    if num_best == 0:
         return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32)
-    logprobs_K, ids_K = lax.top_k(logprob_V, num_logprobs)
-    return logprobs_K, ids_K
+    best_K, ids_K = lax.top_k(logits_V, num_best)
+    return best_K, ids_K
 
 
-def _draw(logits_V: Array, row: SampleInputs, noise: Noise) -> Array:
+def _draw(logits_V: Array, row: SampleInputs, noise: Callable[[Array, int], Array]) -> Array:
     return choose(logits_V, row, noise(noise_key(row), logits_V.size))
-
-
-def _argmax(logits_V: Array, row: SampleInputs) -> Array:
-    return _first_max(logits_V)
 
 
 def _first_max(values_V: Array) -> Array:
     return lax.argmax(values_V, 0, jnp.int32)
-
-
-def _log_softmax(logits_V: Array) -> Array:
-    shifted_V = logits_V - jnp.max(logits_V)
-    return shifted_V - jnp.log(jnp.sum(jnp.exp(shifted_V)))
 
 
 def _penalise(logits_V: Array, row: SampleInputs) -> Array:

@@ -21,7 +21,7 @@ from model.ops import gpu_attention, gpu_experts, gpu_matmul, gpu_rows
 from model.ops.gpu_tiles import choose_tile
 from model.ops.pure import RMS_EPSILON, rope_rows, weigh_rows
 from model.params import ExpertParams, Matrix
-from model.sampling import gumbel_noise
+from model.sampling import RowSummary, gumbel_noise, summarize_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,9 @@ class GpuOps:
 
     def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
         return gumbel_noise(key_2, num_places)
+
+    def summarize_rows(self, logits_BV: Float[Array, "B V"]) -> RowSummary:
+        return summarize_rows(logits_BV)
 
     def write_rows(
         self,

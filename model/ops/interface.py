@@ -5,6 +5,7 @@ from typing import Protocol
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from model.params import ExpertParams, Matrix
+from model.sampling import RowSummary
 
 
 class Ops(Protocol):
@@ -67,6 +68,10 @@ class Ops(Protocol):
 
     def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
         """Noise -log(-log(1 - u)); entry v is a function of the threefry key and v alone."""
+        ...
+
+    def summarize_rows(self, logits_BV: Float[Array, "B V"]) -> RowSummary:
+        """Highest logit, the lowest id that has it, and the soft-max total of each row."""
         ...
 
     def write_rows(

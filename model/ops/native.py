@@ -25,6 +25,7 @@ from model.activations import Activations
 from model.errors import KernelsMissingError
 from model.ops.pure import rope_frequencies
 from model.params import ExpertParams, HostMatrix, MappedMatrix, Matrix, PackedMatrix
+from model.sampling import RowSummary
 
 PANEL_COLUMNS = 32
 EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2
@@ -40,6 +41,7 @@ _TARGETS = (
     "weigh",
     "write_rows",
     "gumbel",
+    "summarize_rows",
 )
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
@@ -227,6 +229,11 @@ class NativeOps:
 
     def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
         return _call("gumbel", (num_places,), key_2)
+
+    def summarize_rows(self, logits_BV: Float[Array, "B V"]) -> RowSummary:
+        floats = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.float32)
+        ids = jax.ShapeDtypeStruct(logits_BV.shape[:1], jnp.int32)
+        return RowSummary(*_target("summarize_rows", (floats, ids, floats))(logits_BV))
 
     def write_rows(
         self,

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from model.activations import QUANT_BLOCK, Activations
 from model.kv_cache import scatter_rows
 from model.params import ExpertParams, Matrix, QuantizedMatrix
-from model.sampling import gumbel_noise
+from model.sampling import RowSummary, gumbel_noise, summarize_rows
 from model.tiles import TILE, map_tiles
 
 CHUNK = 64
@@ -74,6 +74,9 @@ class PureOps:
 
     def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
         return gumbel_noise(key_2, num_places)
+
+    def summarize_rows(self, logits_BV: Float[Array, "B V"]) -> RowSummary:
+        return summarize_rows(logits_BV)
 
     def write_rows(
         self,

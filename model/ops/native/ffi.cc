@@ -246,6 +246,17 @@ ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
   return ffi::Error::Success();
 }
 
+ffi::Error summarize_rows(F32 rows, OutF32 tops, OutS32 best_ids, OutF32 log_totals) {
+  const int64_t num_rows = extent(rows, 0);
+  if (extent(rows, 1) < 1 || extent(*tops, 0) != num_rows || extent(*best_ids, 0) != num_rows ||
+      extent(*log_totals, 0) != num_rows) {
+    return invalid("summarize_rows: the results do not fit the rows");
+  }
+  mw::summarize_rows(rows.typed_data(), num_rows, extent(rows, 1), tops->typed_data(),
+                     best_ids->typed_data(), log_totals->typed_data());
+  return ffi::Error::Success();
+}
+
 ffi::Error gumbel(ffi::Buffer<ffi::U32> key, OutF32 out) {
   if (key.element_count() != 2) return invalid("gumbel: a key has two words");
   mw::gumbel(key.typed_data(), static_cast<int64_t>(out->element_count()), out->typed_data());
@@ -330,6 +341,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gate, gate,
                               ffi::Ffi::Bind().Arg<F32>().Arg<F32>().Ret<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     mw_rope, rope, ffi::Ffi::Bind().Arg<F32>().Arg<S32>().Arg<F32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    mw_summarize_rows, summarize_rows,
+    ffi::Ffi::Bind().Arg<F32>().Ret<F32>().Ret<S32>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_gumbel, gumbel,
                               ffi::Ffi::Bind().Arg<ffi::Buffer<ffi::U32>>().Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_write_rows, write_rows,

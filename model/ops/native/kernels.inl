@@ -216,6 +216,14 @@ MW_INLINE F8 load_some(const float* from, int64_t count) {
   return lanes;
 }
 
+// As above, with another value in the lanes beyond.
+MW_INLINE F8 load_tail(const float* from, int64_t count, float beyond) {
+  if (count >= kLanes) return load(from);
+  F8 lanes = broadcast(beyond);
+  std::memcpy(&lanes, from, count * sizeof(float));
+  return lanes;
+}
+
 MW_INLINE void store_some(float* to, F8 lanes, int64_t count) {
   std::memcpy(to, &lanes, (count < kLanes ? count : kLanes) * sizeof(float));
 }
@@ -478,10 +486,34 @@ void attention(const AttentionRow& a) {
   return a.is_bfloat16 ? attend<uint16_t>(a) : attend<float>(a);
 }
 
-// ---- noise ----------------------------------------------------------------------------------
+// ---- sampling ----------------------------------------------------------------------------------
 
 MW_INLINE Words8 rotate_left(Words8 words, int count) {
   return words << count | words >> (32 - count);
+}
+
+void summarize(const float* row, int64_t count, float* top, int32_t* best, float* log_total) {
+  F8 tops = broadcast(row[0]), poison = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const F8 lanes = count - i >= kLanes ? load(row + i) : load_tail(row + i, count - i, row[0]);
+    tops = larger(lanes, tops);
+    // NaN wins no comparison, but does not leave a sum.
+    poison = poison + (lanes != lanes ? lanes : F8{});
+  }
+  *top = largest(tops) + sum(poison);
+  F8 totals = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const F8 lanes = load_tail(row + i, count - i, -HUGE_VALF);
+    totals = totals + (lanes == -HUGE_VALF ? F8{} : exp(lanes - *top));
+  }
+  *log_total = log(broadcast(sum(totals)))[0];
+  *best = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (row[i] == *top) {
+      *best = static_cast<int32_t>(i);
+      break;
+    }
+  }
 }
 
 // Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), both words xored:
@@ -516,7 +548,7 @@ void gumbel(const uint32_t* key, uint32_t first, int64_t count, float* out) {
 
 const Kernels* MILLIWAYS_KERNELS() {
   static const Kernels kernels = {MILLIWAYS_NAME, product, quantise, gelu_times, rms_norm,
-                                  gate,           rope,    weigh,    attention,  gumbel};
+                                  gate,           rope,    weigh,    attention,  summarize, gumbel};
   return &kernels;
 }
 

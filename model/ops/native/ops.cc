@@ -335,6 +335,13 @@ void weigh(const float* outputs, const float* weights, int64_t num_rows, int num
   });
 }
 
+void summarize_rows(const float* rows, int64_t num_rows, int64_t width, float* tops,
+                    int32_t* best_ids, float* log_totals) {
+  each_row(num_rows, width, [&](int64_t i) {
+    kernels().summarize(rows + i * width, width, tops + i, best_ids + i, log_totals + i);
+  });
+}
+
 void gumbel(const uint32_t* key, int64_t count, float* out) {
   constexpr int64_t kStep = 8 * 1024;
   run_tasks(static_cast<int>((count + kStep - 1) / kStep), [&](int task) {

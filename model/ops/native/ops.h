@@ -69,6 +69,9 @@ void rope(const float* heads, const int32_t* positions, const float* frequencies
 void weigh(const float* outputs, const float* weights, int64_t num_rows, int num_ranks,
            int64_t width, float* out);
 
+void summarize_rows(const float* rows, int64_t num_rows, int64_t width, float* tops,
+                    int32_t* best_ids, float* log_totals);
+
 // Gumbel noise of places 0 .. count - 1 under a threefry key of two words.
 void gumbel(const uint32_t* key, int64_t count, float* out);
 
