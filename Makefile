@@ -53,7 +53,7 @@ lock: $(READY)  ## Resolve all dependencies anew and write locks/ (ARGS=--upgrad
 	echo 'uv==$(UV_VERSION)' | $(LOCK) --output-file locks/bootstrap.txt -
 
 clean:  ## Remove the environment, caches and build products
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info model/ops/_kernels*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Wheels only: building a source distribution would fetch tools that no lock names.

@@ -1,25 +1,47 @@
 """Builds the CPU kernels. What the package is otherwise stands in pyproject.toml."""
 
+import hashlib
 from pathlib import Path
 
 import jax.ffi
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("model/ops/native")
 
+
+class BuildKernels(build_ext):
+    """Leaves no older library behind where compiling fails: it would be used in silence."""
+
+    def build_extension(self, ext: Extension) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().build_extension(ext)
+
+
+def digest_of_sources() -> str:
+    """Of names and contents, so that a library can say what it was compiled from."""
+    digest = hashlib.sha256()
+    for path in sorted(NATIVE.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 setup(
+    cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
             "model.ops._kernels",
             sources=sorted(str(path) for path in NATIVE.glob("*.cc")),
             depends=sorted(str(path) for path in NATIVE.glob("*.[hi]*")),
             language="c++",
+            define_macros=[("MILLIWAYS_SOURCES", f'"{digest_of_sources()}"')],
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
                 "-g0",
                 # A product and a sum become one rounding where the text says so, and nowhere else.
                 "-ffp-contract=off",
+                "-fno-fast-math",
                 "-fno-math-errno",
                 "-Wno-psabi",
                 # As system headers, whose warnings are not ours.
@@ -29,5 +51,5 @@ setup(
             # Without a compiler plain JAX computes: slower, and it says so.
             optional=True,
         )
-    ]
+    ],
 )

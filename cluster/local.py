@@ -10,8 +10,8 @@ from cluster.model_dir import load_tokenizer
 from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
-from model.ops import NativeOps
-from model.ops.select import Kernels, Residence, select_ops
+from model.errors import InvalidRequestError
+from model.ops.select import KernelChoice, Residence, select_ops
 from model.params import Loader, ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, StepMode, make_runner
 from model.tokenizer import Tokenizer
@@ -19,6 +19,7 @@ from router.engine import LocalEngine
 
 DTYPES = {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")}
 BLOCK_SIZE = 16
+MAX_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,23 +33,32 @@ class LocalModel:
     loader: Loader
 
 
-def wanted_kernels(options: Namespace) -> Kernels:
-    """What the model options of a command line ask of the kernels."""
-    return Kernels(
+def wanted_kernels(options: Namespace) -> KernelChoice:
+    """What the model options of a command line ask of the kernels.
+
+    Raises:
+        InvalidRequestError: the number of threads is out of range.
+    """
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise InvalidRequestError("threads", options.threads, f"between 1 and {MAX_THREADS}")
+    return KernelChoice(
         activations=Activations(options.activations),
         residence=Residence(options.experts),
         deterministic=options.deterministic,
+        num_threads=options.threads,
     )
 
 
-def load_local_model(model_dir: Path, dtype: str, kernels: Kernels | None = None) -> LocalModel:
+def load_local_model(
+    model_dir: Path, dtype: str, kernels: KernelChoice | None = None
+) -> LocalModel:
     """Opens, checks and loads a model directory for the best kernels there are here.
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: what is wrong with which file.
         KernelsMissingError: no kernels here can do what is wanted.
     """
-    ops, loader = select_ops(kernels or Kernels())
+    ops, loader = select_ops(kernels or KernelChoice())
     with Checkpoint.open(model_dir) as checkpoint:
         tokenizer = load_tokenizer(model_dir, checkpoint.config.vocab_size)
         return LocalModel(
@@ -75,9 +85,8 @@ def make_local_runner(model: LocalModel, cache_size: CacheSize) -> ModelRunner:
     With the kernels in plain JAX the step runs by halves, because one layer's program then serves
     all layers: fused, it takes the compiler longer with every layer. Both give the same bits.
     """
-    is_quick_to_compile = isinstance(model.decoder.ops, NativeOps)
-    mode = StepMode.FUSED if is_quick_to_compile else StepMode.HALVES
-    return make_runner(model.decoder, model.params, cache_size, mode)
+    mode = StepMode.FUSED if model.decoder.ops.fuses_steps else StepMode.HALVES
+    return make_runner(model.decoder, model.params, cache_size, mode, owner=model.loader)
 
 
 def make_local_engine(model: LocalModel, cache_size: CacheSize) -> LocalEngine:

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 QUANT_BLOCK = 32
+# A block whose largest input is below it counts as zeros: 127 over it would not be finite.
+LEAST_BLOCK = 1e-30
 _HEAD_CHUNK_ROWS = 4096
 
 

@@ -218,5 +218,8 @@ def run_step(
         outputs_TAD = parts.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
         hidden_TD = parts.combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
         layer_caches.append(result.cache)
-    logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
+    if batch.logits_rows_W.shape[0]:
+        logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
+    else:
+        logits_WV = jnp.zeros((0, params.ends.embedding_VD.shape[0]), jnp.float32)
     return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)

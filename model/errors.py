@@ -13,7 +13,7 @@ ModelError
 ├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
 ├── OutOfBlocksError       the KV block pool is empty
 ├── MeshError              a logical axis does not divide over the mesh
-└── KernelsMissingError    the compiled kernels are not here
+└── KernelsMissingError    no kernels here can compute what was asked for
 """
 
 from pathlib import Path
@@ -103,7 +103,4 @@ class MeshError(ModelError):
 
 
 class KernelsMissingError(ModelError):
-    """The compiled CPU kernels cannot be used here; says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the compiled CPU kernels are not available: {reason}")
+    """No kernels here can compute what was asked for; says why."""

@@ -19,14 +19,7 @@ from model.decoder import Decoder, DecoderParts, run_step
 from model.kv_cache import KVCache, StepBatch, make_kv_cache
 from model.ops import Ops
 from model.params import ModelParams
-from model.sampling import (
-    RowKernels,
-    SampledTokens,
-    SampleRow,
-    bucket_num_logprobs,
-    pack_rows,
-    sample,
-)
+from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
 from model.sharding import ShardingRules, shard_model
 
 
@@ -84,9 +77,12 @@ class ModelRunner:
         step: Step,
         cache_size: CacheSize,
         ops: Ops,
+        owner: object = None,
     ) -> None:
         self.config = config
         self._ops = ops
+        # Whatever must live as long as the parameters do.
+        self._owner = owner
         self.cache_size = cache_size
         self._params = params
         self._cache = cache
@@ -113,9 +109,7 @@ class ModelRunner:
         padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
         inputs = pack_rows(padded, self.config.vocab_size)
         num_logprobs = bucket_num_logprobs([row.params for row in rows])
-        ops = self._ops
-        kernels = RowKernels(noise=ops.gumbel, summarize=ops.summarize_rows)
-        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=kernels)
+        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=self._ops)
         sampled = jax.device_get(drawn)
         return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
 
@@ -136,7 +130,9 @@ class ModelRunner:
         positions_T = np.full(len(token_ids_T), -1, np.int32)
         slots_T = np.zeros(len(token_ids_T), np.int32)
         tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
-        logits_rows_W = np.zeros(bucket(max(num_logits, 1), self._ops.min_rows), np.int32)
+        # A prefill chunk that is not the last wants no logits, and then none are computed.
+        num_rows = bucket(num_logits, self._ops.min_rows) if num_logits else 0
+        logits_rows_W = np.zeros(num_rows, np.int32)
         first = first_row = 0
         for slot, entry in enumerate(scheduled):
             end = first + len(entry.token_ids)
@@ -174,14 +170,17 @@ def make_runner(
     params: ModelParams,
     cache_size: CacheSize,
     mode: StepMode = StepMode.FUSED,
+    owner: object = None,
 ) -> ModelRunner:
-    """A runner on the default device."""
+    """A runner on the default device; it keeps `owner` alive."""
     cache = _empty_cache(decoder, cache_size)
-    step = _halves_step(decoder)
+    parts = _jitted_parts(decoder)
     if mode is StepMode.FUSED:
         # The parts stay jitted inside: a layer is then traced once and not once for each layer.
-        step = jax.jit(step, donate_argnums=(2,))
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops)
+        step = jax.jit(partial(run_step, parts), donate_argnums=(2,))
+    else:
+        step = partial(_step_by_halves, parts)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, owner)
 
 
 def make_mesh_runner(
@@ -208,10 +207,10 @@ def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:
     )
 
 
-def _halves_step(decoder: Decoder) -> Step:
+def _jitted_parts(decoder: Decoder) -> DecoderParts:
     """Each part compiled for itself: what a cluster executes."""
     parts = decoder.parts()
-    compiled = DecoderParts(
+    return DecoderParts(
         mark_visible=jax.jit(parts.mark_visible),
         embed=jax.jit(parts.embed),
         # The layer's cache, fourth of the arguments, is updated in place.
@@ -220,4 +219,10 @@ def _halves_step(decoder: Decoder) -> Step:
         combine=jax.jit(parts.combine),
         unembed=jax.jit(parts.unembed),
     )
-    return partial(run_step, compiled)
+
+
+def _step_by_halves(
+    parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    # Once for all layers: each of them would put the host's arrays on the device again.
+    return run_step(parts, params, jax.device_put(batch), cache)

@@ -20,7 +20,7 @@ depend on the batch, which XLA's reductions over [B, V] do not grant.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple, Protocol, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +49,21 @@ HostArray = Array | np.ndarray
 class RowSummary(NamedTuple):
     """What drawing needs to know of a whole row of logits."""
 
-    top: Float[HostArray, "*B"]  # NaN where the row holds one
+    top: Float[HostArray, "*B"]  # +inf where the row holds a NaN
     best_id: Int[HostArray, "*B"]  # the lowest id with the highest logit
     log_total: Float[HostArray, "*B"]  # log of the sum of exp(logit - top)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowKernels:
-    """Other means to compute the two functions of a whole row that cost most."""
+class RowKernels(Protocol):
+    """Other means to compute the two functions of whole rows that cost most; hashable."""
 
-    noise: Callable[[Array, int], Array]  # as gumbel_noise
-    summarize: Callable[[Array], RowSummary]  # as summarize_rows
+    def gumbel(self, key_2: Array, num_places: int) -> Array:
+        """As `gumbel_noise`."""
+        ...
+
+    def summarize_rows(self, logits_BV: Array) -> RowSummary:
+        """As the function of that name."""
+        ...
 
 
 @no_type_check  # it checks itself, and has to see the mistyped values that it refuses
@@ -201,13 +205,14 @@ def sample(
 
     `kernels` compute parts of it by other means than XLA's.
     """
-    kernels = kernels or RowKernels(noise=gumbel_noise, summarize=summarize_rows)
     logits_BV = logits_BV.astype(jnp.float32)
+    summary_B = (kernels.summarize_rows if kernels else summarize_rows)(logits_BV)
+    noise = kernels.gumbel if kernels else gumbel_noise
 
     def sample_one(row: tuple[Array, RowSummary, SampleInputs]) -> SampledTokens:
-        return _sample_row(*row, num_logprobs, kernels)
+        return _sample_row(*row, num_logprobs, noise)
 
-    return lax.map(sample_one, (logits_BV, kernels.summarize(logits_BV), inputs))
+    return lax.map(sample_one, (logits_BV, summary_B, inputs))
 
 
 def choose(
@@ -253,7 +258,7 @@ def summarize_rows(logits_BV: Float[Array, "B V"]) -> RowSummary:
 
 
 def _summarize_row(logits_V: Array) -> RowSummary:
-    top = jnp.max(logits_V)
+    top = _highest(logits_V)
     log_total = jnp.log(jnp.sum(jnp.exp(logits_V - top)))
     return RowSummary(top, _first_max(logits_V), log_total)
 
@@ -263,18 +268,17 @@ def _sample_row(
     summary: RowSummary,
     row: SampleInputs,
     num_logprobs: int,
-    kernels: RowKernels,
+    noise: Callable[[Array, int], Array],
 ) -> SampledTokens:
     adjusted_V = _add_bias(_penalise(logits_V, row), row)
     if adjusted_V is logits_V:
         top, best_id = summary.top, summary.best_id
     else:
-        top, best_id = jnp.max(adjusted_V), _first_max(adjusted_V)
-    # NaN compares false: a row with one is not valid either.
+        top, best_id = _highest(adjusted_V), _first_max(adjusted_V)
     is_valid = jnp.isfinite(top)
     token = lax.cond(
         row.temperature > 0,
-        partial(_draw, noise=kernels.noise),
+        partial(_draw, noise=noise),
         lambda logits_V, row: best_id,
         adjusted_V,
         row,
@@ -299,6 +303,11 @@ def _best_logits(logits_V: Array, num_best: int) -> tuple[Array, Array]:
 
 def _draw(logits_V: Array, row: SampleInputs, noise: Callable[[Array, int], Array]) -> Array:
     return choose(logits_V, row, noise(noise_key(row), logits_V.size))
+
+
+def _highest(values_V: Array) -> Array:
+    # Asked for, since XLA's own maximum over a long row may pass a NaN by.
+    return jnp.max(jnp.where(jnp.isnan(values_V), jnp.inf, values_V))
 
 
 def _first_max(values_V: Array) -> Array:

@@ -45,6 +45,9 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
         action="store_true",
         help="on a GPU, keep a token's bits in any batch, at a price; on a CPU they always are",
     )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="that compute on a CPU [all that may be used]"
+    )
 
 
 def parse_token_ids(text: str) -> tuple[int, ...]:

@@ -44,6 +44,10 @@ class GpuOps:
     def min_rows(self) -> int:
         return 1
 
+    @property
+    def fuses_steps(self) -> bool:
+        return True
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:

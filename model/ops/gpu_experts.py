@@ -45,15 +45,27 @@ def expert_ffn(
     The product between the kernels is of the activation dtype, as is all that enters a product.
     """
     grouping = group_by_expert(expert_ids_TA, experts.num_experts, tile.rows)
-    hidden_CF = grouped_matmul(
-        hidden_TD[grouping.tokens_C],
-        grouping.tile_experts_I,
-        (plain(experts.gate_proj), plain(experts.up_proj)),
-        tile=tile,
-        epilogue=geglu,
-        out_dtype=hidden_TD.dtype,
-        interpret=interpret,
-    )
+    rows_CD = hidden_TD[grouping.tokens_C]
+    gate, up = plain(experts.gate_proj), plain(experts.up_proj)
+    if gate.num_scale_rows == up.num_scale_rows:
+        hidden_CF = grouped_matmul(
+            rows_CD,
+            grouping.tile_experts_I,
+            (gate, up),
+            tile=tile,
+            epilogue=geglu,
+            out_dtype=hidden_TD.dtype,
+            interpret=interpret,
+        )
+    else:
+        # No release has them unlike: two products, and the rest left to XLA.
+        gate_CF, up_CF = (
+            grouped_matmul(
+                rows_CD, grouping.tile_experts_I, (matrix,), tile=tile, interpret=interpret
+            )
+            for matrix in (gate, up)
+        )
+        hidden_CF = geglu(gate_CF, up_CF).astype(hidden_TD.dtype)
     outputs_CD = grouped_matmul(
         hidden_CF,
         grouping.tile_experts_I,

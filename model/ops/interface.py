@@ -19,6 +19,11 @@ class Ops(Protocol):
         """Fewer rows cost as much as these, so a step is padded to them; a power of two."""
         ...
 
+    @property
+    def fuses_steps(self) -> bool:
+        """Whether a whole step is quick to compile as one program."""
+        ...
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:

@@ -1,8 +1,8 @@
 """The kernels in C++ (model/ops/native/), behind XLA custom calls. For CPUs.
 
 A matrix is copied once, at loading, into panels that the kernels read in one sweep; JAX then holds
-that copy and there is no other. Every result element is summed in one fixed order, whatever the
-batch, the number of threads and the instruction set.
+that copy and there is no other. Experts may instead stay in their mapped files. Every element of a
+result is summed in one fixed order, whatever the batch, the threads and the instruction set.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import dataclasses
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -60,15 +61,19 @@ def library() -> ctypes.CDLL:
     paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise KernelsMissingError("they were not built (no C++ compiler at installation?)")
+        raise KernelsMissingError(
+            "the CPU kernels were not compiled (no C++ compiler at installation?)"
+        )
     try:
         loaded = ctypes.CDLL(str(path))
         _declare(loaded)
         handlers = {name: getattr(loaded, f"mw_{name}") for name in _TARGETS}
     except OSError as error:
-        raise KernelsMissingError(str(error)) from error
+        raise KernelsMissingError(f"the CPU kernels cannot be loaded: {error}") from error
     except AttributeError as error:
-        raise KernelsMissingError(f"built from other sources than these ({error})") from error
+        raise KernelsMissingError(
+            f"the CPU kernels were compiled from other sources than these: {error}"
+        ) from error
     for name, handler in handlers.items():
         capsule = jax.ffi.pycapsule(handler)
         jax.ffi.register_ffi_target(f"milliways_{name}", capsule, platform="cpu")
@@ -83,6 +88,11 @@ def set_num_threads(num_threads: int) -> None:
 def num_threads() -> int:
     """How many threads compute."""
     return library().mw_num_threads()
+
+
+def sources() -> str:
+    """A digest of the sources that the kernels were compiled from."""
+    return library().mw_sources().decode()
 
 
 def kernel_set() -> str:
@@ -170,6 +180,10 @@ class NativeOps:
     def min_rows(self) -> int:
         return 1
 
+    @property
+    def fuses_steps(self) -> bool:
+        return True
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
@@ -192,7 +206,8 @@ class NativeOps:
         self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
     ) -> Float[Array, "T H K"]:
         frequencies_K = jnp.asarray(rope_frequencies(heads_THK.shape[-1]))
-        return _call("rope", heads_THK.shape, heads_THK, positions_T, frequencies_K)
+        positions_T = positions_T.astype(jnp.int32)
+        return _call("rope", heads_THK.shape, _float32(heads_THK), positions_T, frequencies_K)
 
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
@@ -343,7 +358,9 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if num_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        # Advice: a kernel without such pages refuses it, and nothing is lost but speed.
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, dtype).reshape(shape)
     raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -367,5 +384,6 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.mw_set_num_threads.restype = None
     loaded.mw_set_num_threads.argtypes = (ctypes.c_int,)
     loaded.mw_kernels.restype = ctypes.c_char_p
+    loaded.mw_sources.restype = ctypes.c_char_p
     loaded.mw_use_kernels.restype = ctypes.c_int
     loaded.mw_use_kernels.argtypes = (ctypes.c_char_p,)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from model.activations import QUANT_BLOCK, Activations
+from model.activations import LEAST_BLOCK, QUANT_BLOCK, Activations
 from model.kv_cache import scatter_rows
 from model.params import ExpertParams, Matrix, QuantizedMatrix
 from model.sampling import RowSummary, gumbel_noise, summarize_rows
@@ -39,6 +39,10 @@ class PureOps:
     @property
     def min_rows(self) -> int:
         return TILE
+
+    @property
+    def fuses_steps(self) -> bool:
+        return False
 
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
@@ -178,12 +182,15 @@ def _int8_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
 def _round_blocks(blocks_TQK: Array) -> tuple[Array, Array]:
     """Whole numbers of at most 127, and what one is worth in each block.
 
-    A NaN or an infinity makes its block worth NaN.
+    A NaN or an infinity makes its block worth NaN; a block below `LEAST_BLOCK` is worth 0.
     """
     top_TQ1 = jnp.max(jnp.abs(blocks_TQK), axis=-1, keepdims=True)
-    inverse_TQ1 = jnp.where(top_TQ1 > 0, 127.0 / jnp.where(top_TQ1 > 0, top_TQ1, 1.0), 0.0)
-    worth_TQ1 = jnp.where(jnp.isfinite(top_TQ1), top_TQ1 * jnp.float32(1 / 127), jnp.nan)
-    return jnp.round(blocks_TQK * inverse_TQ1), worth_TQ1[..., 0]
+    is_sound_TQ1 = jnp.isfinite(top_TQ1) & (top_TQ1 >= LEAST_BLOCK)
+    inverse_TQ1 = jnp.where(is_sound_TQ1, 127.0 / jnp.where(is_sound_TQ1, top_TQ1, 1.0), 0.0)
+    worth_TQ1 = jnp.where(is_sound_TQ1, top_TQ1 * jnp.float32(1 / 127), 0.0)
+    worth_TQ1 = jnp.where(jnp.isfinite(top_TQ1), worth_TQ1, jnp.nan)
+    whole_TQK = jnp.where(is_sound_TQ1, jnp.round(blocks_TQK * inverse_TQ1), 0.0)
+    return whole_TQK, worth_TQ1[..., 0]
 
 
 def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Array, Array]:

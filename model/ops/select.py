@@ -9,6 +9,7 @@ import jax
 
 from model.activations import Activations
 from model.errors import KernelsMissingError
+from model.ops import native
 from model.ops.interface import Ops
 from model.ops.native import MappedLoader, NativeLoader, NativeOps
 from model.ops.pure import PureOps
@@ -25,19 +26,20 @@ class Residence(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kernels:
+class KernelChoice:
     """What is asked of the kernels.
 
     `deterministic` matters on a GPU, where a row's bits in any batch have a price; a CPU keeps them
-    always.
+    always. `num_threads` is for the compiled kernels; None leaves it to them.
     """
 
     activations: Activations = Activations.EXACT
     residence: Residence = Residence.LOADED
     deterministic: bool = False
+    num_threads: int | None = None
 
 
-def select_ops(wanted: Kernels) -> tuple[Ops, Loader]:
+def select_ops(wanted: KernelChoice) -> tuple[Ops, Loader]:
     """The kernels of the default device: compiled ones on a CPU, Pallas' on a GPU.
 
     Where the compiled ones are missing, plain JAX gives the same tokens, and a warning says once
@@ -48,7 +50,8 @@ def select_ops(wanted: Kernels) -> tuple[Ops, Loader]:
     """
     if jax.default_backend() == "cpu":
         return _cpu_ops(wanted)
-    if wanted != Kernels(deterministic=wanted.deterministic):
+    needs_cpu = (Activations.INT8, Residence.MAPPED)
+    if wanted.activations in needs_cpu or wanted.residence in needs_cpu:
         raise KernelsMissingError("int8 activations and mapped experts are computed on a CPU only")
     if jax.default_backend() == "gpu":
         # Pallas takes a second to import, and a CPU needs none of it.
@@ -58,10 +61,13 @@ def select_ops(wanted: Kernels) -> tuple[Ops, Loader]:
     return PureOps(), DeviceLoader()
 
 
-def _cpu_ops(wanted: Kernels) -> tuple[Ops, Loader]:
+def _cpu_ops(wanted: KernelChoice) -> tuple[Ops, Loader]:
     try:
-        loader = MappedLoader if wanted.residence is Residence.MAPPED else NativeLoader
-        return NativeOps(), loader(wanted.activations)
+        make = MappedLoader if wanted.residence is Residence.MAPPED else NativeLoader
+        loader = make(wanted.activations)
+        if wanted.num_threads is not None:
+            native.set_num_threads(wanted.num_threads)
+        return NativeOps(), loader
     except KernelsMissingError as error:
         if wanted.residence is Residence.MAPPED:
             raise

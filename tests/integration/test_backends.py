@@ -14,7 +14,7 @@ from cluster.model_dir import resolve_model_dir
 from model.activations import Activations
 from model.errors import KernelsMissingError
 from model.ops import PureOps, native, select
-from model.ops.select import Kernels, Residence, select_ops
+from model.ops.select import KernelChoice, Residence, select_ops
 from model.sampling import SamplingParams
 from router.request import GenerateRequest
 from tests.reference import small_config, write_random_model
@@ -29,7 +29,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if no compiler had been there at installation."""
 
     def missing() -> None:
-        raise KernelsMissingError("they were not built")
+        raise KernelsMissingError("they were not compiled")
 
     monkeypatch.setattr(native, "library", missing)
     select._warn_once.cache_clear()
@@ -65,16 +65,25 @@ def test_missing_kernels_are_said_once(
     without_kernels: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        ops, loader = select_ops(Kernels(activations=Activations.INT8))
-        select_ops(Kernels())
+        ops, loader = select_ops(KernelChoice(activations=Activations.INT8))
+        select_ops(KernelChoice())
     assert ops == PureOps(Activations.INT8) and loader.activations is Activations.INT8
     (record,) = caplog.records
-    assert "not built" in record.message and "slower" in record.message
+    assert "not compiled" in record.message and "slower" in record.message
 
 
 def test_mapped_experts_need_the_compiled_kernels(without_kernels: None) -> None:
-    with pytest.raises(KernelsMissingError, match="not built"):
-        select_ops(Kernels(residence=Residence.MAPPED))
+    with pytest.raises(KernelsMissingError, match="not compiled"):
+        select_ops(KernelChoice(residence=Residence.MAPPED))
+
+
+def test_engine_keeps_mapped_experts_known_by_itself() -> None:
+    kernels = KernelChoice(residence=Residence.MAPPED)
+    engine = make_local_engine(
+        load_local_model(resolve_model_dir("demo"), "float32", kernels), cache_size_for(1, 16)
+    )
+    events = list(engine.generate(GenerateRequest(prompt_ids=(5, 9), max_tokens=4)))
+    assert events[-1].finish_reason is not None
 
 
 PEAK_MEMORY = """

@@ -12,6 +12,7 @@ import pytest
 
 from cluster import cli
 from model.checkpoint import write_plain
+from model.ops import native
 from tests.reference import small_config, write_random_model
 
 
@@ -203,3 +204,17 @@ def test_experts_left_in_their_files_give_the_same_tokens(
     mapped = generate_json(capsys, *arguments, "--experts", "mapped")
     assert mapped["choices"] == loaded["choices"]
     assert loaded["usage"]["completion_tokens"] > 10
+
+
+def test_number_of_threads_is_checked_and_changes_no_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["Welcome to", "--max-tokens", "12", "--temperature", "0"]
+    usual = native.num_threads()
+    try:
+        one, three = (generate_json(capsys, *arguments, "--threads", n) for n in ("1", "3"))
+    finally:
+        native.set_num_threads(usual)
+    assert one["choices"] == three["choices"]
+    assert cli.main(["generate", *arguments, "--threads", "0"]) == 2
+    assert "between 1 and 256" in capsys.readouterr().err

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from model.activations import Activations
-from model.ops import native
+from model.ops import NativeOps, native
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
 from tests.runners import Model, load, logits_of, runner_of
 
@@ -16,9 +17,11 @@ WAYS = [
     ("native", "float32", Activations.EXACT),
     ("native", "bfloat16", Activations.EXACT),
     ("native", "float32", Activations.INT8),
+    ("native", "bfloat16", Activations.INT8),
     ("pure", "float32", Activations.EXACT),
     ("pure", "bfloat16", Activations.EXACT),
     ("pure", "float32", Activations.INT8),
+    ("pure", "bfloat16", Activations.INT8),
 ]
 
 
@@ -142,3 +145,17 @@ def test_instruction_set_does_not_matter(
         np.testing.assert_array_equal(logits_of(runner, tokens), expected)
     finally:
         native.use_kernel_set(usual)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_numbers_too_small_to_be_normal_are_zero_on_every_thread(num_threads: int) -> None:
+    """XLA's threads flush them; were ours not to, bits would tell who computed a row."""
+    outputs_TAD = jnp.full((4096, 1, 8), 1e-20, jnp.float32)
+    weights_TA = jnp.full((4096, 1), 1e-20, jnp.float32)
+    usual = native.num_threads()
+    native.set_num_threads(num_threads)
+    try:
+        for _ in range(20):
+            assert not np.asarray(NativeOps().weigh(outputs_TAD, weights_TA)).any()
+    finally:
+        native.set_num_threads(usual)

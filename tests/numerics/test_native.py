@@ -11,8 +11,15 @@ import pytest
 from model.activations import Activations, quantise_head
 from model.checkpoint import Checkpoint
 from model.ops import NativeOps, PureOps
-from model.ops.native import MappedLoader, NativeLoader
-from model.params import DeviceLoader, ExpertParams, Loader, PackedMatrix, load_experts
+from model.ops.native import EXACT_INT16, MappedLoader, NativeLoader
+from model.params import (
+    DeviceLoader,
+    ExpertParams,
+    Loader,
+    MappedMatrix,
+    PackedMatrix,
+    load_experts,
+)
 from model.runner import StepMode
 from tests.runners import in_eights, load, logits_of, runner_of
 
@@ -169,6 +176,20 @@ def test_broken_number_is_never_lost(bad: float, activations: Activations) -> No
     assert np.isfinite(result[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("largest", [1e-37, 1e-31, 1e-29])
+def test_block_of_tiny_numbers_is_no_nan(largest: float) -> None:
+    """127 over its largest would be infinite, and infinity times zero NaN."""
+    matrix = random_matrix(np.random.default_rng(0), 64, 40, 1)
+    rows = np.zeros((2, 64), np.float32)
+    rows[:, 3] = largest
+    rows[1, 40] = 1.0
+    native, plain = (loader.matrix(*matrix) for loader in loaders(Activations.INT8))
+    result = np.asarray(NATIVE.linear(jnp.asarray(rows), native))
+    expected = np.asarray(PureOps(Activations.INT8).linear(jnp.asarray(rows), plain))
+    assert np.isfinite(result).all() and result[1].any()
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-36)
+
+
 def test_arrays_that_do_not_fit_are_an_error_of_the_call() -> None:
     rng = np.random.default_rng(0)
     matrix = NativeLoader().matrix(*random_matrix(rng, 16, 40, 1))
@@ -208,6 +229,21 @@ def test_mapped_experts_give_the_same_bits(
     np.testing.assert_array_equal(NATIVE.expert_ffn(rows_TD, ids_TA, mapped), expected)
 
 
+def test_mapped_experts_of_another_width_of_number_are_an_error(golden_dir: Path) -> None:
+    """Read as int16, a region would be read to twice its end."""
+    loader = MappedLoader()
+    with Checkpoint.open(golden_dir / "tiny") as checkpoint:
+        experts = load_experts(checkpoint, 0, loader)
+    wrong = jax.tree.map(
+        lambda matrix: dataclasses.replace(matrix, kind=EXACT_INT16),
+        experts,
+        is_leaf=lambda node: isinstance(node, MappedMatrix),
+    )
+    rows_TD, ids_TA = jnp.zeros((1, 128), jnp.float32), jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of another size"):
+        jax.block_until_ready(NATIVE.expert_ffn(rows_TD, ids_TA, wrong))
+
+
 def test_mapped_experts_that_are_gone_are_an_error_of_the_call(golden_dir: Path) -> None:
     loader = MappedLoader()
     with Checkpoint.open(golden_dir / "tiny") as checkpoint:
@@ -219,11 +255,12 @@ def test_mapped_experts_that_are_gone_are_an_error_of_the_call(golden_dir: Path)
 
 
 @pytest.mark.parametrize("activations", Activations)
-def test_head_keeps_the_embedding(activations: Activations) -> None:
-    embedding_VD = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+@pytest.mark.parametrize("width", [64, 45])
+def test_head_keeps_the_embedding(activations: Activations, width: int) -> None:
+    embedding_VD = np.random.default_rng(0).standard_normal((50, width)).astype(np.float32)
     embedding_VD[7] = 0
     weight_DV, scales_GV = quantise_head(embedding_VD, activations)
-    full_DV = weight_DV * np.repeat(scales_GV, 64 // len(scales_GV), axis=0)
+    full_DV = weight_DV * np.repeat(scales_GV, width // len(scales_GV), axis=0)
     largest = 32767 if activations is Activations.EXACT else 127
     assert np.abs(full_DV - embedding_VD.T).max() <= np.abs(embedding_VD).max() / largest * 0.51
 
@@ -253,3 +290,22 @@ def test_noise_equals_the_plain_kernels_to_the_last_digits(key: tuple[int, int])
         noise_V = NATIVE.gumbel(key_2, num_places)
         expected_V = PureOps().gumbel(key_2, num_places)
         np.testing.assert_allclose(noise_V, expected_V, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [1, 5, 8, 131072])
+def test_summary_of_a_row_equals_the_plain_kernels(width: int) -> None:
+    logits = np.random.default_rng(width).standard_normal((5, width)).astype(np.float32) * 5
+    logits[1, 0] = -np.inf if width > 1 else 0.0
+    logits[2, width // 2] = np.nan
+    logits[3, width - 1] = np.inf
+    logits[4] = logits[4, 0]
+    summary = NATIVE.summarize_rows(jnp.asarray(logits))
+    expected = PureOps().summarize_rows(jnp.asarray(logits))
+    np.testing.assert_array_equal(summary.top, expected.top)
+    sound = [0, 1, 4]
+    np.testing.assert_array_equal(
+        np.asarray(summary.best_id)[sound], np.asarray(expected.best_id)[sound]
+    )
+    np.testing.assert_allclose(
+        np.asarray(summary.log_total)[sound], np.asarray(expected.log_total)[sound], atol=1e-5
+    )

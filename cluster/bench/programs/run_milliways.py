@@ -13,7 +13,7 @@ import numpy as np
 from cluster.bench.programs.line_protocol import Measure, serve
 from cluster.local import BLOCK_SIZE, LocalModel, load_local_model, make_local_runner
 from model.activations import Activations
-from model.ops.select import Kernels
+from model.ops.select import KernelChoice
 from model.runner import CacheSize, ModelRunner, ScheduledTokens
 from model.sampling import SampleRow, SamplingParams
 from router.scheduler import SchedulerLimits
@@ -106,7 +106,7 @@ class Bench:
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
     """Loads the model; its description names what the figures depend on."""
-    wanted = Kernels(activations=Activations(options.activations))
+    wanted = KernelChoice(activations=Activations(options.activations))
     model = load_local_model(options.model_dir, options.dtype, wanted)
     kernels = type(model.decoder.ops).__name__
     about = (

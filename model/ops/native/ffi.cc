@@ -4,8 +4,8 @@
 // A matrix comes as panels uint8 [*stack, panels, bytes of a panel], scales float32
 // [*stack, groups, padded columns], and attributes for the rest. Buffers of the wrong size are an
 // error of the call, never an access out of bounds.
-#include <algorithm>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -29,10 +29,15 @@ using OutS32 = ffi::Result<S32>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
 
-int64_t size_of(const ffi::AnyBuffer& buffer) {
-  int64_t size = 1;
-  for (const int64_t extent : buffer.dimensions()) size *= extent;
-  return size;
+// No exception may pass XLA's C interface: memory that is not there fails the call.
+template <typename Body>
+ffi::Error guarded(const Body& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
+  }
 }
 
 template <typename B>
@@ -101,6 +106,8 @@ MappedRegions& mapped_regions() {
 bool make_mapped(const S32& numbers, const F32& scales, int64_t kind, int64_t num_in,
                  int64_t num_out, int64_t stack, std::vector<const uint8_t*>& places,
                  mw::Matrix& matrix) {
+  // Files hold int8 only.
+  if (kind == static_cast<int64_t>(mw::Weights::kExactInt16)) return false;
   if (!make_shape(scales, kind, num_in, num_out, stack, matrix)) return false;
   if (static_cast<int64_t>(numbers.element_count()) != stack) return false;
   for (int64_t i = 0; i < stack; i++) {
@@ -121,8 +128,9 @@ ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int
   if (extent(rows, 1) != num_in || extent(*out, 0) != num_rows || extent(*out, 1) != num_out) {
     return invalid("linear: rows do not fit the matrix");
   }
-  mw::linear(rows.typed_data(), num_rows, matrix, out->typed_data());
-  return ffi::Error::Success();
+  return guarded([&] {
+    mw::linear(rows.typed_data(), num_rows, matrix, out->typed_data());
+  });
 }
 
 bool fits(const F32& rows, const S32& ids, OutF32& out) {
@@ -132,9 +140,10 @@ bool fits(const F32& rows, const S32& ids, OutF32& out) {
 
 ffi::Error run_experts(const F32& rows, const S32& ids, const mw::Experts& experts, OutF32& out) {
   if (!fits(rows, ids, out)) return invalid("expert_ffn: ids or outputs do not fit the rows");
-  mw::expert_ffn(rows.typed_data(), ids.typed_data(), extent(rows, 0),
+  return guarded([&] {
+    mw::expert_ffn(rows.typed_data(), ids.typed_data(), extent(rows, 0),
                  static_cast<int>(extent(ids, 1)), experts, out->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error expert_ffn(F32 rows, S32 ids, U8 gate, F32 gate_scales, U8 up, F32 up_scales, U8 down,
@@ -183,7 +192,7 @@ ffi::Error attention(F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
   a.block_size = static_cast<int>(extent(keys, 1));
   a.num_kv_heads = static_cast<int>(extent(keys, 2));
   a.table_size = extent(tables, 1);
-  if (extent(keys, 3) != a.key_size || size_of(keys) != size_of(values) || a.num_kv_heads < 1 ||
+  if (extent(keys, 3) != a.key_size || keys.element_count() != values.element_count() || a.num_kv_heads < 1 ||
       a.num_heads % a.num_kv_heads || extent(visible, 0) != a.num_blocks ||
       extent(visible, 1) != a.block_size || extent(tables, 0) != a.num_rows ||
       extent(positions, 0) != a.num_rows ||
@@ -198,17 +207,19 @@ ffi::Error attention(F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
   a.tables = tables.typed_data();
   a.positions = positions.typed_data();
   a.logit_scale = logit_scale;
-  mw::attention(a, out->typed_data());
-  return ffi::Error::Success();
+  return guarded([&] {
+    mw::attention(a, out->typed_data());
+  });
 }
 
 ffi::Error rms_norm(F32 rows, F32 scale, OutF32 out) {
   if (extent(rows, 1) != extent(scale, 0) || out->element_count() != rows.element_count()) {
     return invalid("rms_norm: the scale does not fit the rows");
   }
-  mw::rms_norm(rows.typed_data(), scale.typed_data(), extent(rows, 0), extent(rows, 1),
+  return guarded([&] {
+    mw::rms_norm(rows.typed_data(), scale.typed_data(), extent(rows, 0), extent(rows, 1),
                out->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error gate(F32 rows, F32 gate, OutS32 ids, OutF32 weights) {
@@ -218,10 +229,11 @@ ffi::Error gate(F32 rows, F32 gate, OutS32 ids, OutF32 weights) {
       num_selected > extent(gate, 1)) {
     return invalid("gate: the arrays do not fit each other");
   }
-  mw::gate(rows.typed_data(), gate.typed_data(), num_rows, extent(rows, 1),
+  return guarded([&] {
+    mw::gate(rows.typed_data(), gate.typed_data(), num_rows, extent(rows, 1),
            static_cast<int>(extent(gate, 1)), static_cast<int>(num_selected), ids->typed_data(),
            weights->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error rope(F32 heads, S32 positions, F32 frequencies, OutF32 out) {
@@ -230,9 +242,10 @@ ffi::Error rope(F32 heads, S32 positions, F32 frequencies, OutF32 out) {
       out->element_count() != heads.element_count()) {
     return invalid("rope: the arrays do not fit each other");
   }
-  mw::rope(heads.typed_data(), positions.typed_data(), frequencies.typed_data(), num_rows,
+  return guarded([&] {
+    mw::rope(heads.typed_data(), positions.typed_data(), frequencies.typed_data(), num_rows,
            static_cast<int>(extent(heads, 1)), static_cast<int>(key_size), out->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
@@ -241,9 +254,10 @@ ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
       extent(*out, 0) != num_rows || extent(*out, 1) != extent(outputs, 2)) {
     return invalid("weigh: the arrays do not fit each other");
   }
-  mw::weigh(outputs.typed_data(), weights.typed_data(), num_rows, static_cast<int>(ranks),
+  return guarded([&] {
+    mw::weigh(outputs.typed_data(), weights.typed_data(), num_rows, static_cast<int>(ranks),
             extent(outputs, 2), out->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error summarize_rows(F32 rows, OutF32 tops, OutS32 best_ids, OutF32 log_totals) {
@@ -252,15 +266,17 @@ ffi::Error summarize_rows(F32 rows, OutF32 tops, OutS32 best_ids, OutF32 log_tot
       extent(*log_totals, 0) != num_rows) {
     return invalid("summarize_rows: the results do not fit the rows");
   }
-  mw::summarize_rows(rows.typed_data(), num_rows, extent(rows, 1), tops->typed_data(),
+  return guarded([&] {
+    mw::summarize_rows(rows.typed_data(), num_rows, extent(rows, 1), tops->typed_data(),
                      best_ids->typed_data(), log_totals->typed_data());
-  return ffi::Error::Success();
+  });
 }
 
 ffi::Error gumbel(ffi::Buffer<ffi::U32> key, OutF32 out) {
   if (key.element_count() != 2) return invalid("gumbel: a key has two words");
-  mw::gumbel(key.typed_data(), static_cast<int64_t>(out->element_count()), out->typed_data());
-  return ffi::Error::Success();
+  return guarded([&] {
+    mw::gumbel(key.typed_data(), static_cast<int64_t>(out->element_count()), out->typed_data());
+  });
 }
 
 // The result is the first argument's own memory.
@@ -377,10 +393,10 @@ void mw_pack(const void* matrix, int64_t kind, int64_t num_in, int64_t num_out,
   mw::pack(matrix, shape, panels);
 }
 
-void mw_set_num_threads(int num_threads) {
-  mw::set_num_threads(std::clamp(num_threads, 1, 256));
-}
+void mw_set_num_threads(int num_threads) { mw::set_num_threads(num_threads); }
 int mw_num_threads() { return mw::num_threads(); }
+// Which sources this was built from; setup.py says how it is counted.
+const char* mw_sources() { return MILLIWAYS_SOURCES; }
 const char* mw_kernels() { return mw::kernels().name; }
 int mw_use_kernels(const char* name) { return mw::use_kernels(name); }
 

@@ -72,7 +72,8 @@ struct Kernels {
   void (*weigh)(const float* outputs, const float* weights, int num_ranks, int64_t count,
                 float* out);
   void (*attention)(const AttentionRow&);
-  // The highest of a row, its first place, and log(sum of exp(value - highest)); NaN if one is there.
+  // The highest of a row (infinity if a NaN is there), its first place, and log(sum of exp(value -
+  // highest)).
   void (*summarize)(const float* row, int64_t count, float* top, int32_t* best, float* log_total);
   // Gumbel noise of places first .. first + count - 1 under a threefry key; see sampling.py.
   void (*gumbel)(const uint32_t* key, uint32_t first, int64_t count, float* out);

@@ -228,6 +228,9 @@ MW_INLINE void store_some(float* to, F8 lanes, int64_t count) {
   std::memcpy(to, &lanes, (count < kLanes ? count : kLanes) * sizeof(float));
 }
 
+// A block below it counts as zeros: 127 over its largest would not be finite.
+constexpr float kLeastBlock = 1e-30f;
+
 void quantise_block(const float* from, int count, int16_t* out, float* scale) {
   float top = 0.0f;
   for (int i = 0; i < count; i++) {
@@ -237,11 +240,12 @@ void quantise_block(const float* from, int count, int16_t* out, float* scale) {
   // NaN and infinity must not become an innocent number.
   float poison = 0.0f;
   for (int i = 0; i < count; i++) poison += from[i] * 0.0f;
-  *scale = top * (1.0f / 127.0f) + poison;
-  const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+  const bool is_sound = poison == 0.0f && top >= kLeastBlock;
+  *scale = (top >= kLeastBlock ? top * (1.0f / 127.0f) : 0.0f) + poison;
+  const float inverse = is_sound ? 127.0f / top : 0.0f;
   for (int i = 0; i < count; i += kLanes) {
     const F8 lanes = load_some(from + i, count - i);
-    const I8 whole = to_int(round_even(lanes * inverse));
+    const I8 whole = is_sound ? to_int(round_even(lanes * inverse)) : I8{};
     for (int j = 0; j < kLanes && i + j < count; j++) {
       out[i + j] = static_cast<int16_t>(whole[j]);
     }
@@ -369,180 +373,8 @@ void weigh(const float* outputs, const float* weights, int num_ranks, int64_t co
   }
 }
 
-// ---- attention ------------------------------------------------------------------------------
-
-MW_INLINE F8 load_cached(const float* from, int64_t count) { return load_some(from, count); }
-
-MW_INLINE F8 load_cached(const uint16_t* from, int64_t count) {
-  if (count >= kLanes) return widen(from);
-  uint16_t lanes[kLanes] = {};
-  std::memcpy(lanes, from, count * sizeof(uint16_t));
-  return widen(lanes);
-}
-
-// Calls visit(position, place) for every position that can be seen, in order; `place` counts
-// positions of the whole cache.
-template <typename Visit>
-MW_INLINE void each_visible(const AttentionRow& a, Visit visit) {
-  for (int64_t first = 0, entry = 0; first < a.num_keys; first += a.block_size, entry++) {
-    const int64_t block = a.table[entry];
-    if (block < 0 || block >= a.num_blocks) continue;
-    const int64_t left = a.num_keys - first;
-    const int64_t count = left < a.block_size ? left : a.block_size;
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t place = block * a.block_size + i;
-      if (a.visible[place]) visit(first + i, place);
-    }
-  }
-}
-
-template <typename T>
-MW_INLINE const T* cached_row(const AttentionRow& a, const void* blocks, int64_t place) {
-  return static_cast<const T*>(blocks) + (place * a.num_kv_heads + a.kv_head) * a.key_size;
-}
-
-// Two chains, so that an addition need not wait for the one before.
-template <typename T>
-MW_INLINE float dot(const float* query, const T* key, int64_t count) {
-  F8 even = {}, odd = {};
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    even = fma(load_some(query + i, count - i), load_cached(key + i, count - i), even);
-    const int64_t next = i + kLanes;
-    if (next >= count) break;
-    odd = fma(load_some(query + next, count - next), load_cached(key + next, count - next), odd);
-  }
-  return sum(even + odd);
-}
-
-// Positions that cannot be seen score this, and weigh exactly 0.
-constexpr float kUnseen = -1e30f;
-
-template <typename T>
-void score_keys(const AttentionRow& a, int64_t stride) {
-  for (int64_t i = 0; i < a.num_heads * stride; i++) a.scores[i] = kUnseen;
-  each_visible(a, [&](int64_t position, int64_t place) {
-    const T* key = cached_row<T>(a, a.keys, place);
-    for (int h = 0; h < a.num_heads; h++) {
-      const float raw = dot(a.queries + h * a.key_size, key, a.key_size);
-      a.scores[h * stride + position] = raw * a.logit_scale;
-    }
-  });
-}
-
-// Caps the scores and makes weights of them; returns the weights' sum.
-float weigh_keys(float* scores, int64_t stride) {
-  F8 tops = broadcast(kUnseen);
-  for (int64_t s = 0; s < stride; s += kLanes) {
-    const F8 raw = load(scores + s);
-    const F8 capped = raw == kUnseen ? raw : 30.0f * tanh(raw * (1.0f / 30.0f));
-    store(scores + s, capped);
-    tops = larger(capped, tops);
-  }
-  const float top = largest(tops);
-  F8 totals = {};
-  for (int64_t s = 0; s < stride; s += kLanes) {
-    const F8 score = load(scores + s);
-    const F8 weights = score == kUnseen ? F8{} : exp(score - top);
-    store(scores + s, weights);
-    totals = totals + weights;
-  }
-  return sum(totals);
-}
-
-template <typename T>
-void mix_values(const AttentionRow& a, const float* weights, float total, float* out) {
-  constexpr int kColumns = 4;
-  for (int64_t column = 0; column < a.key_size; column += kColumns * kLanes) {
-    F8 acc[kColumns] = {};
-    each_visible(a, [&](int64_t position, int64_t place) {
-      const T* value = cached_row<T>(a, a.values, place) + column;
-      const F8 weight = broadcast(weights[position]);
-      for (int64_t c = 0; c < kColumns; c++) {
-        const int64_t left = a.key_size - column - c * kLanes;
-        if (left > 0) acc[c] = fma(load_cached(value + c * kLanes, left), weight, acc[c]);
-      }
-    });
-    for (int64_t c = 0; c < kColumns; c++) {
-      const int64_t left = a.key_size - column - c * kLanes;
-      // Not `> 0`: a NaN must stay one.
-      const F8 mixed = total == 0.0f ? F8{} : acc[c] / total;
-      if (left > 0) store_some(out + column + c * kLanes, mixed, left);
-    }
-  }
-}
-
-template <typename T>
-void attend(const AttentionRow& a) {
-  const int64_t stride = (a.num_keys + kLanes - 1) / kLanes * kLanes;
-  score_keys<T>(a, stride);
-  for (int h = 0; h < a.num_heads; h++) {
-    float* weights = a.scores + h * stride;
-    const float total = weigh_keys(weights, stride);
-    mix_values<T>(a, weights, total, a.out + h * a.key_size);
-  }
-}
-
-void attention(const AttentionRow& a) {
-  return a.is_bfloat16 ? attend<uint16_t>(a) : attend<float>(a);
-}
-
-// ---- sampling ----------------------------------------------------------------------------------
-
-MW_INLINE Words8 rotate_left(Words8 words, int count) {
-  return words << count | words >> (32 - count);
-}
-
-void summarize(const float* row, int64_t count, float* top, int32_t* best, float* log_total) {
-  F8 tops = broadcast(row[0]), poison = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F8 lanes = count - i >= kLanes ? load(row + i) : load_tail(row + i, count - i, row[0]);
-    tops = larger(lanes, tops);
-    // NaN wins no comparison, but does not leave a sum.
-    poison = poison + (lanes != lanes ? lanes : F8{});
-  }
-  *top = largest(tops) + sum(poison);
-  F8 totals = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F8 lanes = load_tail(row + i, count - i, -HUGE_VALF);
-    totals = totals + (lanes == -HUGE_VALF ? F8{} : exp(lanes - *top));
-  }
-  *log_total = log(broadcast(sum(totals)))[0];
-  *best = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (row[i] == *top) {
-      *best = static_cast<int32_t>(i);
-      break;
-    }
-  }
-}
-
-// Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), both words xored:
-// what jax.random.bits gives where threefry is partitionable.
-MW_INLINE Words8 random_words(const uint32_t* key, Words8 places) {
-  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-  const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
-  Words8 x = Words8{} + keys[0], y = places + keys[1];
-  for (int round = 0; round < 5; round++) {
-    for (const int rotation : kRotations[round % 2]) {
-      x += y;
-      y = rotate_left(y, rotation) ^ x;
-    }
-    x += keys[(round + 1) % 3];
-    y += keys[(round + 2) % 3] + static_cast<uint32_t>(round + 1);
-  }
-  return x ^ y;
-}
-
-void gumbel(const uint32_t* key, uint32_t first, int64_t count, float* out) {
-  const Words8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
-  const F8 largest = broadcast(0x1.fffffep-1f);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Words8 words = random_words(key, lanes + (first + static_cast<uint32_t>(i)));
-    const F8 uniform = (to_float_unsigned(words) + 0.5f) * 0x1p-32f;
-    const F8 exponential = minus_log1m(uniform < largest ? uniform : largest);
-    store_some(out + i, -log(exponential), count - i);
-  }
-}
+#include "attention.inl"
+#include "sampling.inl"
 
 }  // namespace
 

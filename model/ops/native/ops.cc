@@ -27,9 +27,7 @@ constexpr int64_t kPassRows = 512;
 
 const Kernels* best_kernels() {
 #if defined(__x86_64__)
-  if (avx2_kernels() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return avx2_kernels();
-  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
 #endif
   return portable_kernels();
 }
@@ -39,8 +37,7 @@ std::atomic<const Kernels*>& chosen_kernels() {
   return chosen;
 }
 
-// Rows as a matrix's kernels want them: as they are, or quantised. `of` caches nothing: it is made
-// once for an operation and handed to every panel.
+// Rows as a matrix's kernels want them: as they are, or quantised once for all its panels.
 class Activations {
  public:
   Activations(const float* rows, int64_t num_rows, const Matrix& m)
@@ -99,7 +96,9 @@ void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t
                  uint8_t* to) {
   const int64_t item = shape.kind == Weights::kExactInt16 ? 2 : 1;
   const int64_t group_rows = shape.group_rows(), padded_rows = (group_rows + 1) / 2 * 2;
-  std::memset(to, 0, (last - first) * shape.panel_bytes());
+  // Padding is zero: of the last panel's columns, and of a group with an odd number of rows.
+  const bool is_padded = last * kPanelColumns > shape.num_out || padded_rows != group_rows;
+  if (is_padded) std::memset(to, 0, (last - first) * shape.panel_bytes());
   for (int64_t k = 0; k < shape.num_in; k++) {
     const auto* row = static_cast<const uint8_t*>(matrix) + k * shape.num_out * item;
     const int64_t place = k / group_rows * padded_rows + k % group_rows;
@@ -107,6 +106,11 @@ void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t
       const int64_t column = panel * kPanelColumns;
       const int64_t count = std::min<int64_t>(kPanelColumns, shape.num_out - column);
       uint8_t* const start = to + (panel - first) * shape.panel_bytes();
+      if (shape.kind == Weights::kExactInt8 && count == kPanelColumns) {
+        // A copy of a size that the compiler knows: this is most of what a mapped expert costs.
+        std::memcpy(start + k * kPanelColumns, row + column, kPanelColumns);
+        continue;
+      }
       if (shape.kind != Weights::kPairs) {
         std::memcpy(start + k * kPanelColumns * item, row + column * item, count * item);
         continue;
@@ -276,7 +280,7 @@ void expert_ffn(const float* rows, const int32_t* ids, int64_t num_rows, int num
                 const Experts& experts, float* out) {
   const int64_t width = experts.down.num_out;
   // Assignments to experts that are not here stay zero.
-  std::memset(out, 0, num_rows * num_selected * width * sizeof(float));
+  std::fill_n(out, num_rows * num_selected * width, 0.0f);
   for (int64_t first = 0; first < num_rows; first += kPassRows) {
     const int64_t count = std::min(kPassRows, num_rows - first);
     expert_pass(rows + first * experts.gate.num_in, ids + first * num_selected, count,

@@ -13,8 +13,15 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __FAST_MATH__
+#error "fast-math would change the bits"
+#endif
+
 #define MW_INLINE static inline __attribute__((always_inline))
 #define MW_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace milliways {
+namespace {
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
@@ -231,3 +238,6 @@ MW_INLINE F8 to_float_unsigned(Words8 words) {
   const F8 high = to_float((I8)(words >> 16)) * 65536.0f;
   return high + to_float((I8)(words & 0xffff));
 }
+
+}  // namespace
+}  // namespace milliways

@@ -2,13 +2,22 @@
 
 #include <pthread.h>
 #include <sched.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
+#include <fstream>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace milliways {
@@ -17,6 +26,7 @@ namespace {
 // About 50 microseconds: longer than the pauses within a step, shorter than those between steps.
 constexpr int kSpins = 1500;
 constexpr int kMaxTasks = (1 << 20) - 1024;
+constexpr int kMaxThreads = 256;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -26,12 +36,42 @@ inline void pause() {
 #endif
 }
 
+// Whole processors of a control group's quota, rounded up; a large number where there is none.
+int num_processors_of_quota() {
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  double quota_us, period_us;
+  if (!(file >> quota_us >> period_us) || period_us <= 0) return kMaxThreads;
+  return static_cast<int>(std::ceil(quota_us / period_us));
+}
+
 int num_usable_processors() {
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) > 0) return CPU_COUNT(&set);
-  const unsigned all = std::thread::hardware_concurrency();
-  return all > 0 ? static_cast<int>(all) : 1;
+  const bool is_known = sched_getaffinity(0, sizeof set, &set) == 0;
+  const int count = is_known ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
+  return std::clamp(std::min(count, num_processors_of_quota()), 1, kMaxThreads);
 }
+
+// Numbers too small to be normal count as zero while a task runs. XLA has its threads compute so and
+// ours would not by themselves: which thread took a task must not show in its bits.
+class FlushTinyNumbers {
+ public:
+#if defined(__x86_64__)
+  FlushTinyNumbers() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushTinyNumbers() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#elif defined(__aarch64__)
+  FlushTinyNumbers() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | uint64_t{1} << 24));
+  }
+  ~FlushTinyNumbers() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
 
 // The state of a region in one word, so that a claim is one addition and can never be mistaken for
 // a claim on another region: its number, how many tasks it has, the next one to take.
@@ -48,7 +88,11 @@ struct Ticket {
 class Pool {
  public:
   explicit Pool(int num_threads) {
-    for (int i = 1; i < num_threads; i++) threads_.emplace_back([this] { serve(); });
+    try {
+      for (int i = 1; i < num_threads; i++) threads_.emplace_back([this] { serve(); });
+    } catch (const std::system_error&) {
+      // The system grants no more threads: those there are do the work.
+    }
   }
 
   ~Pool() {
@@ -77,6 +121,7 @@ class Pool {
       if (spins < kSpins) pause();
       else sched_yield();
     }
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
@@ -85,12 +130,18 @@ class Pool {
     for (;;) {
       const Ticket ticket{ticket_.fetch_add(1, std::memory_order_acq_rel)};
       if (ticket.next() >= ticket.num_tasks()) return;
-      (*task_)(ticket.next());
+      try {
+        (*task_)(ticket.next());
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(failure_mutex_);
+        failure_ = std::current_exception();
+      }
       num_done_.fetch_add(1, std::memory_order_release);
     }
   }
 
   void serve() {
+    const FlushTinyNumbers flush;
     uint64_t seen = Ticket{ticket_.load()}.region();
     while (!stopping_.load(std::memory_order_relaxed)) {
       for (int i = 0; i < kSpins && region() == seen; i++) pause();
@@ -113,6 +164,9 @@ class Pool {
   std::atomic<int> num_done_{0};
   const std::function<void(int)>* task_ = nullptr;
   uint64_t region_ = 0;
+  // Why a task failed; the last one's reason, where several did.
+  std::mutex failure_mutex_;
+  std::exception_ptr failure_;
 
   std::mutex sleep_mutex_;
   std::condition_variable awake_;
@@ -125,7 +179,7 @@ class Pool {
 struct Shared {
   std::mutex mutex;
   std::unique_ptr<Pool> pool;
-  int wanted = num_usable_processors();
+  std::atomic<int> wanted{num_usable_processors()};
 };
 
 Shared& shared() {
@@ -149,6 +203,7 @@ void run_alone(int num_tasks, const std::function<void(int)>& task) {
 }  // namespace
 
 void run_tasks(int num_tasks, const std::function<void(int)>& task) {
+  const FlushTinyNumbers flush;
   Shared& s = shared();
   if (num_tasks < 2 || s.wanted < 2) return run_alone(num_tasks, task);
   std::unique_lock<std::mutex> lock(s.mutex, std::try_to_lock);
@@ -161,7 +216,7 @@ void set_num_threads(int num_threads) {
   Shared& s = shared();
   std::lock_guard<std::mutex> lock(s.mutex);
   s.pool.reset();
-  s.wanted = num_threads;
+  s.wanted = std::clamp(num_threads, 1, kMaxThreads);
 }
 
 int num_threads() { return shared().wanted; }

@@ -1,0 +1,63 @@
+// What sampling needs of a whole row of logits; part of kernels.inl.
+
+MW_INLINE Words8 rotate_left(Words8 words, int count) {
+  return words << count | words >> (32 - count);
+}
+
+void summarize(const float* row, int64_t count, float* top, int32_t* best, float* log_total) {
+  F8 tops = broadcast(row[0]), poison = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const F8 lanes = count - i >= kLanes ? load(row + i) : load_tail(row + i, count - i, row[0]);
+    tops = larger(lanes, tops);
+    // NaN wins no comparison, but does not leave a sum.
+    poison = poison + (lanes != lanes ? lanes : F8{});
+  }
+  *top = sum(poison) == 0.0f ? largest(tops) : HUGE_VALF;
+  // In two levels: a single sum over a vocabulary would lose four of its seven digits.
+  constexpr int64_t kRun = 64 * kLanes;
+  F8 totals = {};
+  for (int64_t first = 0; first < count; first += kRun) {
+    F8 run = {};
+    for (int64_t i = first; i < count && i < first + kRun; i += kLanes) {
+      const F8 lanes = load_tail(row + i, count - i, -HUGE_VALF);
+      run = run + (lanes == -HUGE_VALF ? F8{} : exp(lanes - *top));
+    }
+    totals = totals + run;
+  }
+  *log_total = log(broadcast(sum(totals)))[0];
+  *best = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (row[i] == *top) {
+      *best = static_cast<int32_t>(i);
+      break;
+    }
+  }
+}
+
+// Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), both words xored:
+// what jax.random.bits gives where threefry is partitionable.
+MW_INLINE Words8 random_words(const uint32_t* key, Words8 places) {
+  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};
+  Words8 x = Words8{} + keys[0], y = places + keys[1];
+  for (int round = 0; round < 5; round++) {
+    for (const int rotation : kRotations[round % 2]) {
+      x += y;
+      y = rotate_left(y, rotation) ^ x;
+    }
+    x += keys[(round + 1) % 3];
+    y += keys[(round + 2) % 3] + static_cast<uint32_t>(round + 1);
+  }
+  return x ^ y;
+}
+
+void gumbel(const uint32_t* key, uint32_t first, int64_t count, float* out) {
+  const Words8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+  const F8 largest = broadcast(0x1.fffffep-1f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Words8 words = random_words(key, lanes + (first + static_cast<uint32_t>(i)));
+    const F8 uniform = (to_float_unsigned(words) + 0.5f) * 0x1p-32f;
+    const F8 exponential = minus_log1m(uniform < largest ? uniform : largest);
+    store_some(out + i, -log(exponential), count - i);
+  }
+}
