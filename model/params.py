@@ -2,7 +2,8 @@
 
 A worker holds `AttentionParams` of some layers, `ExpertParams` of some experts of some layers, or
 both; the ends of the chain hold `EndParams`. Loading copies each array once, from the mapped file
-to where a `Loader` puts it, and touches nothing that the shard does not need.
+to where a `Loader` puts it (or leaves experts there, if it is that kind of loader), and touches
+nothing that the shard does not need.
 """
 
 from collections.abc import Callable, Sequence

@@ -50,7 +50,7 @@ def runner_of(
 
 
 def in_eights(num_tokens: int) -> list[int]:
-    """Chunk lengths of 8: the smallest bucket, so that one set of programs serves all prompts."""
+    """Chunk lengths of 8, a bucket of its own, so that few programs serve all prompts."""
     return [8] * (num_tokens // 8) + [num_tokens % 8] * (num_tokens % 8 > 0)
 
 
