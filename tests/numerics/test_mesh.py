@@ -36,13 +36,14 @@ def test_mesh_gives_the_tokens_of_one_device(
             make_mesh(num_tensor, num_expert),
             ShardingRules(),
         )
-    with np.load(golden_dir / name / "golden" / "forward_f32.npz") as recorded:
-        tokens = recorded["p2_tokens"].tolist()
-        expected = recorded["p2_logits"]
-    chunks = in_eights(len(tokens))
-    logits = logits_of(mesh_runner, tokens, chunks)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-3)
-    assert (logits.argmax(1) == logits_of(single, tokens, chunks).argmax(1)).all()
+    with np.load(golden_dir / name / "golden" / "forward_f32.npz") as file:
+        recorded = dict(file)
+    for prompt in ("p0", "p1", "p3", "p4", "p2"):
+        tokens = recorded[f"{prompt}_tokens"].tolist()
+        chunks = in_eights(len(tokens))
+        logits = logits_of(mesh_runner, tokens, chunks)
+        np.testing.assert_allclose(logits, recorded[f"{prompt}_logits"], rtol=0, atol=2e-3)
+        assert (logits.argmax(1) == logits_of(single, tokens, chunks).argmax(1)).all()
     for _ in range(NUM_DECODED):
         step = ScheduledTokens(
             token_ids=[int(logits[-1].argmax())],
