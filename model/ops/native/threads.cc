@@ -104,8 +104,6 @@ class Pool {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
-
   void run(int num_tasks, const std::function<void(int)>& task) {
     task_ = &task;
     num_done_.store(0, std::memory_order_relaxed);
