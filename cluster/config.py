@@ -1,4 +1,4 @@
-"""How a cluster is set up: one frozen tree, read from a TOML file, from Serve's arguments, or built.
+"""How a cluster is set up: one frozen tree, from a TOML file, from Serve's arguments, or built.
 
     [model]      which model, in what numbers
     [workers]    how many, what each may use, how experts and attention are spread
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from cluster.errors import ConfigError
 
@@ -61,7 +61,7 @@ class WorkerSettings:
     # Compute threads of a worker on a CPU; 0: as many as it has CPUs.
     threads_each: int = 0
     # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
-    resources: Mapping[str, float] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
     load_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
@@ -184,7 +184,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
             raise ConfigError(name, values, f"one of the tables {', '.join(tables)}")
         if not isinstance(values, Mapping):
             raise ConfigError(name, values, "a table")
-        settings[name] = _build(make, name, values)
+        settings[name] = _build(make, name, cast("Mapping[str, Any]", values))
     return ClusterConfig(**settings)
 
 
@@ -212,7 +212,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(name, value, "a table")
-    return dict(value)
+    return dict(cast("Mapping[str, Any]", value))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -17,7 +17,20 @@ FOLDERS = ("model", "workers", "router", "cluster")
 
 # A name stands for itself and all below it.
 OURS = (*FOLDERS, "milliways")
-KERNEL = ("cluster.ids", "cluster.errors", "cluster.clock", "cluster.config", "cluster.placement")
+KERNEL = (
+    "cluster.ids",
+    "cluster.errors",
+    "cluster.clock",
+    "cluster.config",
+    "cluster.placement",
+    "cluster.view",
+    "cluster.tasks",
+    "cluster.calls",
+    "cluster.links",
+    "cluster.codec",
+    "cluster.reactor",
+    "cluster.shm",
+)
 COMPOSITION_ROOTS = (
     "cluster.cli",
     "cluster.commands",
@@ -55,7 +68,14 @@ LAYERS = (
     Layer(members=("model",), may_import=("model",), never=("ray", *GRPC, "asyncio")),
     Layer(
         members=KERNEL,
-        may_import=(*KERNEL, "model.config", "model.errors"),
+        may_import=(
+            *KERNEL,
+            "milliways",
+            "model.config",
+            "model.errors",
+            "model.runner",
+            "model.sampling",
+        ),
         never=(*JAX, "asyncio"),
     ),
     Layer(members=("workers",), may_import=("workers", "model", "milliways", *KERNEL)),
