@@ -92,7 +92,7 @@ class PlacementPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShard:
-    """A run of layers, and whether the embedding and the logits are here."""
+    """A run of layers, perhaps none, and whether the embedding and the logits are here."""
 
     first_layer: int
     num_layers: int
@@ -175,10 +175,6 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
         )
     if policy.kv_tokens < 1:
         raise PlacementError(f"kv_tokens = {policy.kv_tokens}: at least 1")
-    if policy.attention is AttentionCut.LAYERS and len(workers) > model.num_layers:
-        raise PlacementError(
-            f"{model.num_layers} layers cannot be cut into {len(workers)} shards, one a worker"
-        )
 
 
 def _attention_cuts(
@@ -189,13 +185,16 @@ def _attention_cuts(
     cuts: list[tuple[AttentionShard, ...]] = []
     if cut is not AttentionCut.LAYERS:
         cuts.append((whole,) * num_workers)
-    if cut is not AttentionCut.REPLICATED and num_workers <= model.num_layers:
+    if cut is not AttentionCut.REPLICATED:
         cuts.append(_cut_layers(model.num_layers, num_workers))
     return cuts
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
-    """Runs as even as can be; what leaves the last comes back to the first for its logits."""
+    """Runs as even as can be; what leaves the last comes back to the first for its logits.
+
+    Workers beyond the number of layers have only experts.
+    """
     shards: list[AttentionShard] = []
     first = 0
     for i in range(num_workers):
