@@ -320,8 +320,8 @@ def _pass_through(decoder: Decoder) -> Callable[..., tuple[jax.Array, tuple[Laye
         visible_NP: jax.Array,
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         kept: list[LayerCache] = []
-        for params, experts, cache in zip(attention_L, experts_L, caches_L, strict=True):
-            result = parts.attention_half(params, hidden_TD, step, cache, visible_NP)
+        for params, experts, layer_cache in zip(attention_L, experts_L, caches_L, strict=True):
+            result = parts.attention_half(params, hidden_TD, step, layer_cache, visible_NP)
             outputs_TAD = parts.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
             hidden_TD = parts.combine(params, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
             kept.append(result.cache)
