@@ -28,6 +28,8 @@ KERNEL = (
     "cluster.calls",
     "cluster.links",
     "cluster.codec",
+    "cluster.wire_sampling",
+    "cluster.wire_tensors",
     "cluster.reactor",
     "cluster.shm",
 )
