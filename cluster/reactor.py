@@ -9,8 +9,8 @@ Each turn: calls that were posted, then tasks and timers that are due, then slee
 ready. Everything runs in the reactor's thread; so links, tasks and the worker's core need no locks.
 
 A reactor may host an event loop, which is how gRPC's asyncio lives in the same thread: the loop is
-made with the reactor's `selector`, and its wait is a turn. What gRPC resolves then wakes a task, and
-what a task asks goes to gRPC, without another thread between them.
+made with the reactor's selector, and its wait is a turn. What gRPC resolves then wakes a task, and
+what a task asks goes to gRPC, with no other thread between them.
 """
 
 import logging
@@ -18,7 +18,7 @@ import os
 import selectors
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from selectors import EVENT_READ, BaseSelector, SelectorKey
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +38,8 @@ class HostedLoop(Protocol):
     def stop(self) -> None:
         """Has `run_forever` return; called in its thread."""
         ...
+
+    def create_task(self, coro: Coroutine[Any, Any, Any]) -> Any: ...
 
     def finish(self) -> None:
         """Ends what still runs, and closes the loop."""
@@ -66,9 +68,11 @@ class Reactor:
     ) -> None:
         """`on_fault` hears of errors that a callback let out, after they are logged."""
         self.tasks = Tasks(clock)
-        self.loop: Any = None
+        self.loop: HostedLoop | None = None
         self._clock = clock
         self._on_fault = on_fault
+        # Event loops hold their tasks weakly.
+        self._loop_tasks: set[Any] = set()
         self._posted: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -124,6 +128,23 @@ class Reactor:
             return pending
 
         return self.ask(make, timeout_s)
+
+    def run_in_loop(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
+        """Has the hosted loop run a coroutine of its own kind; in the reactor's thread."""
+        assert self.loop is not None, "this reactor hosts no event loop"
+        pending = Pending[T]()
+
+        def settle(task: Any) -> None:
+            self._loop_tasks.discard(task)
+            try:
+                pending.resolve(task.result())
+            except BaseException as error:
+                pending.fail(error)
+
+        task = self.loop.create_task(coroutine)
+        self._loop_tasks.add(task)
+        task.add_done_callback(settle)
+        return pending
 
     def register(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Has `callback` called with the events (EVENT_READ, EVENT_WRITE) that a file is ready for.
