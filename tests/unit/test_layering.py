@@ -28,6 +28,9 @@ KERNEL = (
     "cluster.calls",
     "cluster.links",
     "cluster.codec",
+    "cluster.link_limits",
+    "cluster.wire_sampling",
+    "cluster.wire_tensors",
     "cluster.reactor",
     "cluster.shm",
 )
@@ -37,12 +40,17 @@ COMPOSITION_ROOTS = (
     "cluster.app",
     "cluster.local",
     "cluster.bench.programs",
+    "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.
 RAY_FILES: tuple[str, ...] = ()
-GRPC_FILES: tuple[str, ...] = ()
+GRPC_FILES: tuple[str, ...] = (
+    "workers.grpc_server",
+    "router.grpc_link",
+    "cluster.bench.dataplane",
+)
 
 
 @dataclass(frozen=True, slots=True)
