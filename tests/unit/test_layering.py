@@ -36,7 +36,13 @@ JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.
 RAY_FILES: tuple[str, ...] = ()
-GRPC_FILES: tuple[str, ...] = ()
+GRPC_FILES: tuple[str, ...] = (
+    "cluster.ingress.channels",
+    "cluster.ingress.grpc_service",
+    "cluster.ingress.health",
+    "cluster.ingress.router_source",
+    "cluster.ingress.server",
+)
 
 
 @dataclass(frozen=True, slots=True)
