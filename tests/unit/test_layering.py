@@ -33,6 +33,7 @@ KERNEL = (
     "cluster.wire_tensors",
     "cluster.reactor",
     "cluster.shm",
+    "cluster.status_codes",
 )
 COMPOSITION_ROOTS = (
     "cluster.cli",
@@ -50,6 +51,11 @@ GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
     "cluster.bench.dataplane",
+    "cluster.ingress.channels",
+    "cluster.ingress.grpc_service",
+    "cluster.ingress.health",
+    "cluster.ingress.router_source",
+    "cluster.ingress.server",
 )
 
 
@@ -88,6 +94,20 @@ LAYERS = (
     ),
     Layer(members=("workers",), may_import=("workers", "model", "milliways", *KERNEL)),
     Layer(members=("router",), may_import=("router", "model", "milliways", *KERNEL), never=JAX),
+    # It knows what a request is and what a token is, and no router's inside.
+    Layer(
+        members=("cluster.ingress",),
+        may_import=(
+            "cluster.ingress",
+            "cluster.model_dir",
+            *KERNEL,
+            "router.request",
+            "router.sequence",
+            "model",
+            "milliways",
+        ),
+        never=("ray", *JAX),
+    ),
     Layer(members=("cluster",), may_import=("cluster", "model", "milliways"), never=JAX),
 )
 
@@ -176,6 +196,9 @@ def test_every_module_keeps_to_its_layer() -> None:
         ("cluster.membership", "from workers.core import Worker"),
         ("cluster.membership", "import jax.numpy as jnp"),
         ("cluster.cli", "import ray"),
+        ("cluster.ingress.http", "from router.engine import LocalEngine"),
+        ("cluster.ingress.http", "from ray import serve"),
+        ("cluster.ingress.http", "import grpc"),
         ("workers.core", "from router.sequence import Sequence"),
         ("workers.core", "import cluster.membership"),
         ("workers.core", "from grpc import aio"),
@@ -199,6 +222,7 @@ def test_import_against_the_direction_is_caught(importer: str, statement: str) -
         ("cluster.errors", "from model.errors import ModelError"),
         ("cluster.membership", "from cluster.clock import Clock"),
         ("cluster.cli", "import jax, model.runner, workers.core, router.step"),
+        ("cluster.ingress.source", "from router.request import GenerateRequest"),
         ("workers.core", "from milliways.v1 import worker_pb2"),
         ("workers.core", "from cluster.ids import WorkerId"),
         ("router.step", "from model.sampling import SamplingParams"),
