@@ -121,6 +121,31 @@ class WorkerPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """What a worker shall load: a plan without its arithmetic."""
+
+    first_layer: int
+    num_layers: int
+    has_ends: bool
+    experts: frozenset[ExpertId]
+
+    @classmethod
+    def of(cls, worker: WorkerPlan) -> "ShardPlan":
+        """The shards of a worker's plan."""
+        shard = worker.attention
+        return cls(
+            first_layer=shard.first_layer,
+            num_layers=shard.num_layers,
+            has_ends=shard.has_ends,
+            experts=frozenset(worker.experts),
+        )
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_layers > 0 or self.has_ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """All workers' plans, in the order the workers were given, under one epoch."""
 
@@ -138,14 +163,18 @@ def plan(
     policy: PlacementPolicy,
     expert_load: Mapping[ExpertId, float] | None = None,
     placement_epoch: int = 1,
+    attention: Sequence[AttentionShard] | None = None,
 ) -> Placement:
     """Places a model on workers; equal inputs give equal plans.
+
+    `attention` are shards that stay as they are, one for each worker.
 
     Raises:
         PlacementError: the workers cannot hold it; says what is needed, there, and short.
     """
     _check(model, workers, policy)
-    for shards in _attention_cuts(model, len(workers), policy.attention):
+    cuts = [attention] if attention else _attention_cuts(model, len(workers), policy.attention)
+    for shards in cuts:
         fixed = [_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
         num_slots = _slots(model, workers, fixed)
         needed = model.num_layers * model.num_experts * policy.expert_replicas
@@ -179,10 +208,10 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
 
 def _attention_cuts(
     model: ModelBytes, num_workers: int, cut: AttentionCut
-) -> list[tuple[AttentionShard, ...]]:
+) -> list[Sequence[AttentionShard]]:
     """The cuts to try, the best first."""
     whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
-    cuts: list[tuple[AttentionShard, ...]] = []
+    cuts: list[Sequence[AttentionShard]] = []
     if cut is not AttentionCut.LAYERS:
         cuts.append((whole,) * num_workers)
     if cut is not AttentionCut.REPLICATED:

@@ -61,6 +61,14 @@ class Dispatcher:
         self.num_hedged = 0
         self.num_parked = 0
 
+    def figures(self) -> dict[str, int]:
+        """Counts since the start, for status and metrics."""
+        return {
+            "resent_rows": self.num_resent,
+            "hedged_calls": self.num_hedged,
+            "parked": self.num_parked,
+        }
+
     async def run_experts(self, step: int, given: ExpertInput) -> np.ndarray:
         """Outputs [T, A, D] of a layer's experts, unweighted; zeros where the id is -1.
 

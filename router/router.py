@@ -168,6 +168,12 @@ class Router:
         if active is not None:
             self._drop(active)
 
+    def cancel_listener(self, request_id: str, listener: Listener) -> None:
+        """As `cancel`, unless the request goes on with another listener."""
+        active = self._active.get(request_id)
+        if active is not None and active.listener is listener:
+            self._drop(active)
+
     def drain(self) -> None:
         """Takes no more requests, and has those there are carried on elsewhere."""
         self._is_draining = True

@@ -5,7 +5,14 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cluster.model_bytes import checkpoint_bytes
-from cluster.placement import AttentionCut, Placement, PlacementPolicy, WorkerMemory, plan
+from cluster.placement import (
+    AttentionCut,
+    Placement,
+    PlacementPolicy,
+    ShardPlan,
+    WorkerMemory,
+    plan,
+)
 from cluster.tasks import Tasks
 from cluster.view import ClusterView, Member, WorkerState, chains_of
 from model.checkpoint import Checkpoint
@@ -14,7 +21,7 @@ from model.runner import CacheSize
 from tests.runners import kernels_of
 from workers.core import WorkerCore
 from workers.experts import ExpertShard
-from workers.loading import ShardLoader, ShardPlan
+from workers.loading import ShardLoader
 
 PLENTY_BYTES = 1 << 40
 
@@ -34,7 +41,8 @@ def view_of(placement: Placement, epoch: int = 1) -> ClusterView:
         )
         for worker in placement.workers
     }
-    return ClusterView(placement_epoch=epoch, members=members, chains=chains_of(placement))
+    shards = {worker.worker.worker_id: worker.attention for worker in placement.workers}
+    return ClusterView(placement_epoch=epoch, members=members, chains=chains_of(shards))
 
 
 def place(

@@ -123,6 +123,10 @@ class WorkerCore:
         assert to in WORKER_MOVES[self.state], f"{self.state} -> {to}"
         self.state = to
 
+    def attach(self, attention: AttentionRunner | None) -> None:
+        """Takes in the attention shard, which is there only after loading."""
+        self._attention = attention
+
     def raise_epoch(self, placement_epoch: int) -> None:
         """From now on refuses callers that act on an older placement."""
         self.placement_epoch = max(self.placement_epoch, placement_epoch)

@@ -2,29 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from cluster.placement import ExpertId
+from cluster.placement import ExpertId, ShardPlan
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
 from model.runner import CacheSize
 from workers.attention import AttentionShard
 from workers.experts import ExpertGroup, ExpertShard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardPlan:
-    """What a worker shall hold."""
-
-    first_layer: int
-    num_layers: int
-    has_ends: bool
-    experts: frozenset[ExpertId]
-
-    @property
-    def has_attention(self) -> bool:
-        return self.num_layers > 0 or self.has_ends
 
 
 class ShardLoader:
