@@ -30,6 +30,9 @@ _INLINE_BYTES = 8192
 # Tokens of several prompts that wait for a slow client before the prompts wait themselves.
 _MAX_MERGED_EVENTS = 64
 
+# Tokens handed out before the event loop gets a turn.
+_EVENTS_PER_TURN = 8
+
 Result = TypeVar("Result")
 
 
@@ -99,8 +102,14 @@ class Ingress:
         limit_s = self.request_timeout_s
         deadline_s = time.monotonic() + min(limit_s, limit_s if timeout_s is None else timeout_s)
         watch = self.metrics.watch(sum(len(request.prompt_ids) for request in requests))
+        num_given = 0
         async with aclosing(self._events(requests, request_id, deadline_s)) as events:
             async for event in events:
+                num_given += 1
+                if num_given % _EVENTS_PER_TURN == 0:
+                    # Tokens that are there already are no reason to wait: others would starve,
+                    # and that the client has gone would not be seen.
+                    await asyncio.sleep(0)
                 if event.event.finish_reason is FinishReason.ERROR:
                     raise ModelFaultError("the model computed logits that are not finite")
                 watch.note(event.choice_index, event.event)

@@ -39,13 +39,13 @@ class ServedModel:
         if name != self.name:
             raise UnknownModelError(name if len(name) < 100 else abridged(name), self.name)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, field_name: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text.
 
         Raises:
             InvalidRequestError: the model has no tokenizer, or the text is no Unicode.
         """
-        return tuple(self._text_model("prompt", text).encode(text))
+        return tuple(self._text_model(field_name, text).encode(text))
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of a whole sequence.

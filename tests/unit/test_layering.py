@@ -54,6 +54,7 @@ GRPC_FILES: tuple[str, ...] = (
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
     "cluster.ingress.health",
+    "cluster.ingress.malformed",
     "cluster.ingress.router_source",
     "cluster.ingress.server",
 )
