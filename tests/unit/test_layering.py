@@ -40,16 +40,28 @@ COMPOSITION_ROOTS = (
     "cluster.commands",
     "cluster.app",
     "cluster.local",
+    "cluster.router_door",
+    "cluster.worker_actor",
+    "cluster.worker_process",
     "cluster.bench.programs",
     "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.
-RAY_FILES: tuple[str, ...] = ()
+RAY_FILES: tuple[str, ...] = (
+    "cluster.app",
+    "cluster.controller_actor",
+    "cluster.ray_cluster",
+    "cluster.ray_fleet",
+    "cluster.worker_actor",
+    "cluster.commands.serve",
+    "cluster.commands.status",
+)
 GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
+    "cluster.router_door",
     "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
