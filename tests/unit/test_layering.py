@@ -28,6 +28,7 @@ KERNEL = (
     "cluster.calls",
     "cluster.links",
     "cluster.codec",
+    "cluster.frames",
     "cluster.link_limits",
     "cluster.wire_sampling",
     "cluster.wire_tensors",
