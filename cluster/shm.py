@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cluster.wire_tensors import MalformedMessageError, aligned
+from cluster.wire_tensors import ALIGNMENT, MalformedMessageError, Payload, aligned
 
 # Neither side can shrink the file below what the other has mapped, which would kill it (SIGBUS).
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -38,24 +38,13 @@ class Segment:
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self._mapping = mmap.mmap(fd, num_bytes)
+        self.buffer = mmap.mmap(fd, num_bytes)
 
-    def view(self, offset: int, num_bytes: int) -> np.ndarray:
-        """Bytes of it as an array that no other array's life depends on."""
-        if not num_bytes:
-            return np.empty(0, np.uint8)
-        return np.frombuffer(self._mapping, np.uint8, num_bytes, offset)
-
-    def room(self, offset: int, num_bytes: int) -> np.ndarray:
-        """As `view`, for what a peer asks for.
-
-        Raises:
-            MalformedMessageError: it does not lie inside, or not at an alignment.
-        """
-        if aligned(offset) != offset or offset + num_bytes > self.num_bytes:
+    def check(self, offset: int, num_bytes: int) -> None:
+        """Raises MalformedMessageError where a peer's region is not inside, or not aligned."""
+        if offset % ALIGNMENT or offset + num_bytes > self.num_bytes:
             text = f"a region of {num_bytes} bytes at {offset} of a segment of {self.num_bytes}"
             raise MalformedMessageError(text)
-        return self.view(offset, num_bytes)
 
 
 def make_segment(num_bytes: int) -> tuple[Segment, int]:
@@ -189,21 +178,21 @@ class SharedMemory:
         self._next_bytes = 2 * size
         return len(self._segments) - 1, size, fd
 
-    def request_room(self, region: Region) -> np.ndarray:
-        """Where the request's payload is written."""
+    def write_request(self, region: Region, payload: Payload) -> None:
+        """Copies a call's payload to its region."""
         segment, _ = self._segments[region.segment_id]
-        return segment.view(region.offset, region.num_request_bytes)
+        payload.write_to(segment.buffer, region.offset)
 
     def response(self, region: Region, num_bytes: int) -> np.ndarray:
         """The response's payload; the region is free again when no view of it is left."""
         segment, _ = self._segments[region.segment_id]
-        payload = segment.view(region.response_offset, num_bytes)
-        returned, watchers = self._returned, self._watchers
+        payload = np.ndarray((num_bytes,), np.uint8, segment.buffer, region.response_offset)
+        returned = self._returned
 
         def give_back(_: Any) -> None:
             returned.append(region)
 
-        watchers[region] = weakref.ref(payload, give_back)
+        self._watchers[region] = weakref.ref(payload, give_back)
         return payload
 
     def free(self, region: Region) -> None:

@@ -92,7 +92,7 @@ class ShmLink:
             self._frames.send(FrameKind.CALL_INLINE, codec.join(parts))
             return
         self._regions[call_id] = region
-        parts.payload.write_to(self._memory.request_room(region))
+        self._memory.write_request(region, parts.payload)
         frame = CallFrame(
             region.segment_id,
             region.offset,
@@ -138,12 +138,7 @@ class ShmLink:
         elif kind == FrameKind.RESULT:
             self._take_result(ResultFrame.unpack(body))
         elif kind == FrameKind.RESULT_INLINE:
-            header, payload = codec.split(body)
-            message = codec.parse_response(header)
-            region = self._regions.pop(message.call_id, None)
-            if region is not None:
-                self._memory.free(region)
-            self._settle(*codec.decode_response(message, PayloadReader(payload)))
+            self._take_inline(body)
         else:
             raise MalformedMessageError(f"a frame of kind {kind}")
 
@@ -154,15 +149,22 @@ class ShmLink:
         self.opened.resolve(None)
 
     def _take_result(self, frame: ResultFrame) -> None:
-        message = codec.parse_response(frame.header)
-        region = self._regions.pop(message.call_id, None)
+        fields = codec.split_response(frame.header)
+        region = self._regions.pop(fields.call_id, None)
         limit = region.num_response_bytes if region else 0
         if frame.num_bytes > limit:
             raise MalformedMessageError(f"a result of {frame.num_bytes} bytes in room for {limit}")
-        payload = (
-            memoryview(b"") if region is None else self._memory.response(region, frame.num_bytes)
-        )
-        self._settle(*codec.decode_response(message, PayloadReader(payload)))
+        data = b"" if region is None else self._memory.response(region, frame.num_bytes)
+        reader = PayloadReader(data, 0, frame.num_bytes)
+        self._settle(fields.call_id, codec.decode_response(fields, reader))
+
+    def _take_inline(self, body: bytes) -> None:
+        fields = codec.split_response(body)
+        region = self._regions.pop(fields.call_id, None)
+        if region is not None:
+            self._memory.free(region)
+        reader = PayloadReader(body, fields.payload_start, fields.num_payload_bytes)
+        self._settle(fields.call_id, codec.decode_response(fields, reader))
 
     def _settle(self, call_id: int, result: Result) -> None:
         if isinstance(result, ExpertInput):

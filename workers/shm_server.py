@@ -11,8 +11,7 @@ import secrets
 import socket
 import struct
 from selectors import EVENT_READ
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from cluster import codec
 from cluster.calls import Refusal, Result
@@ -112,7 +111,7 @@ class _Connection:
         self._limits = limits
         self._intake = Intake(presence, self._send)
         self._segments: dict[int, Segment] = {}
-        self._rooms: dict[int, np.ndarray] = {}
+        self._rooms: dict[int, _Room] = {}
         self._is_greeted = False
         self._frames = FrameSocket(
             reactor,
@@ -138,8 +137,9 @@ class _Connection:
         elif kind == FrameKind.CALL:
             self._take_call(CallFrame.unpack(body))
         elif kind == FrameKind.CALL_INLINE:
-            header, payload = codec.split(body)
-            self._submit(header, PayloadReader(payload), np.empty(0, np.uint8))
+            fields = codec.split_request(body)
+            payload = PayloadReader(body, fields.payload_start, fields.num_payload_bytes)
+            self._submit(fields, payload, _NO_ROOM)
         elif kind == FrameKind.SEGMENT:
             self._attach(SegmentFrame.unpack(body))
         else:
@@ -176,30 +176,45 @@ class _Connection:
         segment = self._segments.get(frame.segment_id)
         if segment is None:
             raise MalformedMessageError(f"segment {frame.segment_id} is not there")
-        payload = segment.room(frame.offset, frame.num_request_bytes)
-        room = segment.room(frame.response_offset, frame.num_response_bytes)
-        self._submit(frame.header, PayloadReader(payload, is_shared=True), room)
+        segment.check(frame.offset, frame.num_request_bytes)
+        segment.check(frame.response_offset, frame.num_response_bytes)
+        payload = PayloadReader(
+            segment.buffer, frame.offset, frame.num_request_bytes, is_shared=True
+        )
+        room = _Room(segment.buffer, frame.response_offset, frame.num_response_bytes)
+        self._submit(codec.split_request(frame.header), payload, room)
 
-    def _submit(self, header: bytes, payload: PayloadReader, room: np.ndarray) -> None:
-        message = codec.parse_request(header)
-        if message.call_id in self._rooms:
-            raise MalformedMessageError(f"call {message.call_id} is open already")
-        self._rooms[message.call_id] = room
+    def _submit(self, fields: codec.Fields, payload: PayloadReader, room: "_Room") -> None:
+        call_id = fields.call_id
+        if call_id in self._rooms:
+            raise MalformedMessageError(f"call {call_id} is open already")
+        self._rooms[call_id] = room
         if len(self._rooms) > self._limits.max_calls_in_flight:
             text = f"more than {self._limits.max_calls_in_flight} calls"
-            self._send(message.call_id, Refusal(RefusalReason.OVERLOADED, text))
+            self._send(call_id, Refusal(RefusalReason.OVERLOADED, text))
             return
-        self._intake.take(message, payload)
+        self._intake.take(fields, payload)
 
     def _send(self, call_id: int, result: Result) -> None:
         room = self._rooms.pop(call_id)
         parts = codec.encode_response(call_id, result)
         num_bytes = parts.payload.num_bytes
-        if num_bytes > room.nbytes:
+        if num_bytes > room.num_bytes:
             self._frames.send(FrameKind.RESULT_INLINE, codec.join(parts))
             return
-        parts.payload.write_to(room)
+        parts.payload.write_to(room.buffer, room.offset)
         self._frames.send(FrameKind.RESULT, ResultFrame(num_bytes, parts.header).pack())
+
+
+class _Room(NamedTuple):
+    """Where a router wants a response's payload."""
+
+    buffer: Any
+    offset: int
+    num_bytes: int
+
+
+_NO_ROOM = _Room(b"", 0, 0)
 
 
 def _peer_uid(connection: socket.socket) -> int:

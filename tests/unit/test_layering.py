@@ -41,7 +41,6 @@ COMPOSITION_ROOTS = (
     "cluster.app",
     "cluster.local",
     "cluster.bench.programs",
-    "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
@@ -50,7 +49,7 @@ RAY_FILES: tuple[str, ...] = ()
 GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
-    "cluster.bench.dataplane",
+    "cluster.bench.programs.run_hop",
 )
 
 
