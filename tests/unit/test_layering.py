@@ -28,6 +28,7 @@ KERNEL = (
     "cluster.calls",
     "cluster.links",
     "cluster.codec",
+    "cluster.frames",
     "cluster.link_limits",
     "cluster.wire_sampling",
     "cluster.wire_tensors",
@@ -44,7 +45,6 @@ COMPOSITION_ROOTS = (
     "cluster.worker_actor",
     "cluster.worker_process",
     "cluster.bench.programs",
-    "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
@@ -69,6 +69,7 @@ GRPC_FILES: tuple[str, ...] = (
     "cluster.ingress.malformed",
     "cluster.ingress.router_source",
     "cluster.ingress.server",
+    "cluster.bench.programs.run_hop",
 )
 
 
