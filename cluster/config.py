@@ -1,4 +1,4 @@
-"""How a cluster is set up: one frozen tree, read from a TOML file, from Serve's arguments, or built.
+"""How a cluster is set up: one frozen tree, from a TOML file, from Serve's arguments, or built.
 
     [model]      which model, in what numbers
     [workers]    how many, what each may use, how experts and attention are spread
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from cluster.errors import ConfigError
 
@@ -61,7 +61,7 @@ class WorkerSettings:
     # Compute threads of a worker on a CPU; 0: as many as it has CPUs.
     threads_each: int = 0
     # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
-    resources: Mapping[str, float] = field(default_factory=dict)
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
     load_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
@@ -88,6 +88,8 @@ class RouterSettings:
     max_waiting: int = 256
     max_step_tokens: int = 128
     max_micro_batches: int = 2
+    # Fewer tokens than this are not worth another sweep through the weights.
+    min_micro_batch_tokens: int = 16
     # A reply that takes longer is asked of another replica as well.
     hedge_after_s: float = 1.0
     # A reply that takes longer than this counts as lost.
@@ -99,6 +101,7 @@ class RouterSettings:
         _between("router.max_waiting", self.max_waiting, 0, 10**6)
         _between("router.max_step_tokens", self.max_step_tokens, 1, 65536)
         _between("router.max_micro_batches", self.max_micro_batches, 1, 8)
+        _between("router.min_micro_batch_tokens", self.min_micro_batch_tokens, 1, 65536)
         _between("router.hedge_after_s", self.hedge_after_s, 0.001, 3600)
         _between("router.step_timeout_s", self.step_timeout_s, 0.01, 3600)
         _between("router.request_timeout_s", self.request_timeout_s, 0.1, 1e6)
@@ -184,7 +187,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
             raise ConfigError(name, values, f"one of the tables {', '.join(tables)}")
         if not isinstance(values, Mapping):
             raise ConfigError(name, values, "a table")
-        settings[name] = _build(make, name, values)
+        settings[name] = _build(make, name, cast("Mapping[str, Any]", values))
     return ClusterConfig(**settings)
 
 
@@ -212,7 +215,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(name, value, "a table")
-    return dict(value)
+    return dict(cast("Mapping[str, Any]", value))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

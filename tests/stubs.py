@@ -1,4 +1,4 @@
-"""Generates the stubs of every .proto into a folder: `make proto`, and the check that none drifted."""
+"""Generates the stubs of every .proto into a folder, for `make proto` and for its test."""
 
 import sys
 from importlib.resources import files

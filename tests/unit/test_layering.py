@@ -23,6 +23,16 @@ KERNEL = (
     "cluster.clock",
     "cluster.config",
     "cluster.placement",
+    "cluster.view",
+    "cluster.tasks",
+    "cluster.calls",
+    "cluster.links",
+    "cluster.codec",
+    "cluster.link_limits",
+    "cluster.wire_sampling",
+    "cluster.wire_tensors",
+    "cluster.reactor",
+    "cluster.shm",
     "cluster.status_codes",
 )
 COMPOSITION_ROOTS = (
@@ -31,12 +41,16 @@ COMPOSITION_ROOTS = (
     "cluster.app",
     "cluster.local",
     "cluster.bench.programs",
+    "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.
 RAY_FILES: tuple[str, ...] = ()
 GRPC_FILES: tuple[str, ...] = (
+    "workers.grpc_server",
+    "router.grpc_link",
+    "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
     "cluster.ingress.health",
@@ -69,7 +83,14 @@ LAYERS = (
     Layer(members=("model",), may_import=("model",), never=("ray", *GRPC, "asyncio")),
     Layer(
         members=KERNEL,
-        may_import=(*KERNEL, "model.config", "model.errors"),
+        may_import=(
+            *KERNEL,
+            "milliways",
+            "model.config",
+            "model.errors",
+            "model.runner",
+            "model.sampling",
+        ),
         never=(*JAX, "asyncio"),
     ),
     Layer(members=("workers",), may_import=("workers", "model", "milliways", *KERNEL)),

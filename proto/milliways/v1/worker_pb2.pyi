@@ -80,13 +80,14 @@ class Fence(_message.Message):
     def __init__(self, placement_epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ...) -> None: ...
 
 class ExchangeRequest(_message.Message):
-    __slots__ = ("call_id", "fence", "run_experts", "begin_batch", "advance_batch", "abandon_batch", "payload")
+    __slots__ = ("call_id", "fence", "run_experts", "begin_batch", "advance_batch", "abandon_batch", "padding", "payload")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     RUN_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     BEGIN_BATCH_FIELD_NUMBER: _ClassVar[int]
     ADVANCE_BATCH_FIELD_NUMBER: _ClassVar[int]
     ABANDON_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     fence: Fence
@@ -94,8 +95,9 @@ class ExchangeRequest(_message.Message):
     begin_batch: BeginBatchCall
     advance_batch: AdvanceBatchCall
     abandon_batch: AbandonBatchCall
+    padding: bytes
     payload: bytes
-    def __init__(self, call_id: _Optional[int] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., run_experts: _Optional[_Union[RunExpertsCall, _Mapping]] = ..., begin_batch: _Optional[_Union[BeginBatchCall, _Mapping]] = ..., advance_batch: _Optional[_Union[AdvanceBatchCall, _Mapping]] = ..., abandon_batch: _Optional[_Union[AbandonBatchCall, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., run_experts: _Optional[_Union[RunExpertsCall, _Mapping]] = ..., begin_batch: _Optional[_Union[BeginBatchCall, _Mapping]] = ..., advance_batch: _Optional[_Union[AdvanceBatchCall, _Mapping]] = ..., abandon_batch: _Optional[_Union[AbandonBatchCall, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class RunExpertsCall(_message.Message):
     __slots__ = ("layer", "rows", "expert_ids")
@@ -160,7 +162,7 @@ class AbandonBatchCall(_message.Message):
     def __init__(self, batch_id: _Optional[int] = ...) -> None: ...
 
 class ExchangeResponse(_message.Message):
-    __slots__ = ("call_id", "expert_outputs", "expert_input", "departure", "drawn_tokens", "refusal", "abandoned", "payload")
+    __slots__ = ("call_id", "expert_outputs", "expert_input", "departure", "drawn_tokens", "refusal", "abandoned", "padding", "payload")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     EXPERT_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class ExchangeResponse(_message.Message):
     DRAWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ABANDONED_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     expert_outputs: ExpertOutputs
@@ -176,8 +179,9 @@ class ExchangeResponse(_message.Message):
     drawn_tokens: DrawnTokens
     refusal: Refusal
     abandoned: Abandoned
+    padding: bytes
     payload: bytes
-    def __init__(self, call_id: _Optional[int] = ..., expert_outputs: _Optional[_Union[ExpertOutputs, _Mapping]] = ..., expert_input: _Optional[_Union[ExpertInput, _Mapping]] = ..., departure: _Optional[_Union[Departure, _Mapping]] = ..., drawn_tokens: _Optional[_Union[DrawnTokens, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abandoned: _Optional[_Union[Abandoned, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., expert_outputs: _Optional[_Union[ExpertOutputs, _Mapping]] = ..., expert_input: _Optional[_Union[ExpertInput, _Mapping]] = ..., departure: _Optional[_Union[Departure, _Mapping]] = ..., drawn_tokens: _Optional[_Union[DrawnTokens, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abandoned: _Optional[_Union[Abandoned, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class ExpertOutputs(_message.Message):
     __slots__ = ("rows",)

@@ -1,0 +1,157 @@
+"""A worker without a model, served over every transport, in a thread or a process of its own.
+
+Its answers can be checked by hand. An expert e returns its row times e + 1. A batch begins at the
+experts of its layer, with its tokens and positions as rows, and departs with the sum of their
+outputs; at `LOGITS_LAYER` the number of tokens so far is drawn.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from cluster.calls import (
+    AbandonBatch,
+    Abandoned,
+    AdvanceBatch,
+    BeginBatch,
+    Call,
+    Departure,
+    Drawn,
+    ExpertInput,
+    ExpertOutputs,
+    Fence,
+    Refusal,
+    Result,
+    RunExperts,
+)
+from cluster.clock import SystemClock
+from cluster.config import TlsSettings
+from cluster.errors import RefusalReason
+from cluster.hosted_loop import AsyncioLoop
+from cluster.link_limits import LinkLimits
+from cluster.reactor import Reactor
+from cluster.view import Member, WorkerState
+from model.runner import SampledToken
+from workers.grpc_server import DoorPlate, GrpcServer
+from workers.intake import Presence
+
+WORKER_ID = "echo"
+INCARNATION = 7
+LOGITS_LAYER = 64
+# The core keeps a call of this layer until the next one comes; of the other, for ever.
+HELD_LAYER = 1000
+LOST_LAYER = 1001
+FAULTY_LAYER = 1002
+
+
+class EchoCore:
+    """A hand-computable worker core."""
+
+    def __init__(self) -> None:
+        self.routers_gone: list[str] = []
+        self._held: list[Callable[[], None]] = []
+        self._num_tokens: dict[int, int] = {}
+
+    def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        layer = getattr(call, "layer", 0)
+        if layer == LOST_LAYER:
+            return
+        if layer == FAULTY_LAYER:
+            raise RuntimeError("a fault of the core")
+        if layer == HELD_LAYER:
+            self._held.append(lambda: reply(self._compute(call, fence)))
+            return
+        reply(self._compute(call, fence))
+        held, self._held = self._held, []
+        for answer in held:
+            answer()
+
+    def router_gone(self, router_id: str) -> None:
+        self.routers_gone.append(router_id)
+
+    def _compute(self, call: Call, fence: Fence) -> Result:
+        if fence.incarnation != INCARNATION:
+            return Refusal(RefusalReason.STALE_INCARNATION, "another life", fence.placement_epoch)
+        match call:
+            case RunExperts():
+                return ExpertOutputs(expert_outputs(call.rows_TD, call.expert_ids_TA))
+            case BeginBatch():
+                self._num_tokens[call.batch_id] = call.tokens.num_rows
+                return self._begin(call)
+            case AdvanceBatch():
+                if call.batch_id not in self._num_tokens:
+                    return Refusal(RefusalReason.UNKNOWN_BATCH, str(call.batch_id))
+                return Departure(np.sum(call.outputs_TAD.astype(np.float32), axis=1))
+            case AbandonBatch():
+                self._num_tokens.pop(call.batch_id, None)
+                return Abandoned()
+
+    def _begin(self, call: BeginBatch) -> Result:
+        tokens = call.tokens
+        if call.layer == LOGITS_LAYER:
+            return Drawn(tuple(drawn_token(len(row.token_ids)) for row in tokens.samples))
+        rows_TD = np.stack([tokens.token_ids_T, tokens.positions_T], axis=1).astype(np.float32)
+        ids_TA = np.stack([tokens.slots_T, tokens.slots_T + 1], axis=1)
+        return ExpertInput(call.layer, rows_TD, ids_TA)
+
+
+def drawn_token(token_id: int) -> SampledToken:
+    """What the core draws, with that id."""
+    return SampledToken(
+        token_id=token_id, logprob=-0.5, top_logprobs=((3, -1.5), (4, -2.5)), is_valid=True
+    )
+
+
+def expert_outputs(rows_TD: np.ndarray, expert_ids_TA: np.ndarray) -> np.ndarray:
+    """A row for each id that is not -1: the token's, times the id plus 1."""
+    rows_T, chosen_A = np.nonzero(expert_ids_TA >= 0)
+    factors_N = (expert_ids_TA[rows_T, chosen_A] + 1).astype(rows_TD.dtype)
+    return rows_TD[rows_T] * factors_N[:, None]
+
+
+class EchoServer:
+    """The core behind all transports, in the thread of a reactor."""
+
+    def __init__(self, *, tls: TlsSettings | None = None, limits: LinkLimits | None = None) -> None:
+        self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
+        self.core = EchoCore()
+        self.host_id = "here"
+        presence = Presence(self.core)
+        plate = DoorPlate(worker_id=WORKER_ID, incarnation=INCARNATION, host_id=self.host_id)
+        self._grpc = GrpcServer(self.reactor, presence, plate, tls=tls, limits=limits)
+
+    def start(self, host: str = "127.0.0.1") -> str:
+        """Serves from a thread of its own; returns the address."""
+        self.reactor.start()
+        return self.reactor.ask(lambda: self._grpc.start(f"{host}:0"), 10.0)
+
+    def close(self) -> None:
+        self.reactor.ask(self._grpc.stop, 10.0)
+        self.reactor.close()
+
+
+def member_at(address: str) -> Member:
+    return Member(
+        worker_id=WORKER_ID, incarnation=INCARNATION, address=address, state=WorkerState.READY
+    )
+
+
+@contextmanager
+def serving(
+    *, tls: TlsSettings | None = None, limits: LinkLimits | None = None
+) -> Iterator[tuple[EchoServer, Member]]:
+    """A server in a thread, and what a router has to know to reach it."""
+    server = EchoServer(tls=tls, limits=limits)
+    host = "localhost" if tls else "127.0.0.1"
+    try:
+        yield server, member_at(server.start(host))
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    server = EchoServer()
+    print(server.start(), server.host_id, flush=True)
+    sys.stdin.read()

@@ -1,0 +1,358 @@
+"""Every way to a worker gives the same results, and says so when there is none any more."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cluster.calls import (
+    AbandonBatch,
+    Abandoned,
+    AdvanceBatch,
+    BeginBatch,
+    Call,
+    Departure,
+    Drawn,
+    ExpertInput,
+    ExpertOutputs,
+    Fence,
+    Refusal,
+    Result,
+    RunExperts,
+    TokenRows,
+)
+from cluster.clock import SystemClock
+from cluster.errors import PeerLostError, RefusalReason
+from cluster.hosted_loop import AsyncioLoop
+from cluster.link_limits import LinkLimits
+from cluster.links import WorkerLink
+from cluster.reactor import Reactor
+from cluster.tasks import Pending
+from cluster.view import Member
+from model.sampling import SampleRow, SamplingParams
+from router.connect import Connector
+from router.direct_link import DirectLink
+from tests.echo_worker import (
+    FAULTY_LAYER,
+    HELD_LAYER,
+    INCARNATION,
+    LOGITS_LAYER,
+    LOST_LAYER,
+    WORKER_ID,
+    EchoCore,
+    drawn_token,
+    expert_outputs,
+    member_at,
+    serving,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROUTER_ID = "router-1"
+FENCE = Fence(
+    placement_epoch=5,
+    incarnation=INCARNATION,
+    step=9,
+    timeout_s=30.0,
+    router_id=ROUTER_ID,
+    router_incarnation=2,
+)
+REMOTE = ("grpc",)
+ALL = ("direct", *REMOTE)
+TIMEOUT_S = 20.0
+
+
+@dataclass
+class Router:
+    """A router's reactor, as the thread of a test uses it."""
+
+    reactor: Reactor
+
+    def connect(
+        self, member: Member, wanted: str, limits: LinkLimits | None = None, host_id: str = ""
+    ) -> WorkerLink:
+        connector = Connector(
+            self.reactor,
+            router_id=ROUTER_ID,
+            host_id=host_id,
+            wanted=wanted,
+            limits=limits,
+        )
+        return self.reactor.ask(lambda: connector.connect(member), TIMEOUT_S)
+
+    def ask(self, link: WorkerLink, call: Call, fence: Fence = FENCE) -> Result:
+        return self.reactor.ask(lambda: link.ask(call, fence), TIMEOUT_S)
+
+    def ask_all(self, link: WorkerLink, calls: list[Call]) -> list[Result]:
+        """All at once; their results in order."""
+
+        async def one(call: Call) -> Result:
+            return await link.ask(call, FENCE)
+
+        tasks = self.reactor.tasks
+        return self.reactor.ask(
+            lambda: tasks.start(tasks.gather(one(call) for call in calls)), TIMEOUT_S
+        )
+
+    def begin_ask(self, link: WorkerLink, call: Call) -> Pending[Result]:
+        return self.reactor.call(lambda: link.ask(call, FENCE))
+
+    def close(self, link: WorkerLink) -> None:
+        self.reactor.call(link.close)
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="router")
+    reactor.start()
+    yield Router(reactor)
+    reactor.close()
+    assert reactor.tasks.num_alive == 0
+
+
+@contextmanager
+def linked(
+    router: Router, wanted: str, limits: LinkLimits | None = None
+) -> Iterator[tuple[WorkerLink, EchoCore]]:
+    """A link to a worker in another thread, or to a core without any."""
+    if wanted == "direct":
+        core = EchoCore()
+        yield DirectLink(WORKER_ID, core, ROUTER_ID), core
+        return
+    with serving(limits=limits) as (server, member):
+        link = router.connect(member, wanted, limits, server.host_id)
+        assert link.transport == wanted
+        yield link, server.core
+        router.close(link)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it does not happen"
+        time.sleep(0.005)
+
+
+def random_call(seed: int, num_rows: int, width: int = 64, dtype: type = np.float32) -> RunExperts:
+    rng = np.random.default_rng(seed)
+    rows_TD = rng.standard_normal((num_rows, width)).astype(np.float32).astype(dtype)
+    ids_TA = rng.integers(-1, 8, (num_rows, 2), dtype=np.int32)
+    return RunExperts(seed % 64, rows_TD, ids_TA)
+
+
+def assert_outputs(result: Result, call: RunExperts) -> None:
+    assert isinstance(result, ExpertOutputs)
+    expected_ND = expert_outputs(call.rows_TD, call.expert_ids_TA)
+    assert result.rows_ND.dtype == expected_ND.dtype
+    assert result.rows_ND.tobytes() == expected_ND.tobytes()
+
+
+def tokens_of(num_rows: int) -> TokenRows:
+    ids_T = np.arange(num_rows, dtype=np.int32)
+    params = SamplingParams(temperature=0.3, presence_penalty=0.5)
+    return TokenRows(
+        token_ids_T=ids_T,
+        positions_T=ids_T + 100,
+        slots_T=ids_T % 2,
+        block_tables_BM=np.zeros((2, 3), np.int32),
+        logits_rows_W=ids_T[-1:],
+        samples=(SampleRow(params=params, token_ids=(5, 6, 7), num_prompt_tokens=2),),
+    )
+
+
+@pytest.mark.parametrize("wanted", ALL)
+def test_experts_answer_alike_over_every_transport(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        for seed, num_rows in enumerate((1, 32, 0, 256, 3)):
+            for dtype in (np.float32, ml_dtypes.bfloat16):
+                call = random_call(seed, num_rows, dtype=dtype)
+                assert_outputs(router.ask(link, call), call)
+
+
+@pytest.mark.parametrize("wanted", ALL)
+def test_batch_takes_its_turns_over_every_transport(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        begun = router.ask(link, BeginBatch(3, 0, tokens_of(4), np.ones((4, 8), np.float32)))
+        assert isinstance(begun, ExpertInput)
+        np.testing.assert_array_equal(begun.rows_TD[:, 1], [100, 101, 102, 103])
+        np.testing.assert_array_equal(begun.expert_ids_TA[:, 1], [1, 2, 1, 2])
+        outputs_TAD = np.arange(16, dtype=np.float32).reshape(4, 2, 2)
+        departed = router.ask(link, AdvanceBatch(3, 0, outputs_TAD))
+        assert isinstance(departed, Departure)
+        np.testing.assert_array_equal(departed.hidden_TD, outputs_TAD.sum(1))
+        assert router.ask(link, AbandonBatch(3)) == Abandoned()
+        refused = router.ask(link, AdvanceBatch(3, 1, outputs_TAD))
+        assert refused == Refusal(RefusalReason.UNKNOWN_BATCH, "3")
+        drawn = router.ask(link, BeginBatch(4, LOGITS_LAYER, tokens_of(1)))
+        assert drawn == Drawn((drawn_token(3),))
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_results_stay_what_they_are_while_calls_go_on(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        calls = [random_call(seed, 16) for seed in range(20)]
+        results = [router.ask(link, call) for call in calls]
+        for call, result in zip(calls, results, strict=True):
+            assert_outputs(result, call)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_many_small_calls_at_once_come_back_each_to_its_own(router: Router, wanted: str) -> None:
+    limits = LinkLimits(max_calls_in_flight=8)
+    with linked(router, wanted, limits) as (link, _):
+        calls = [random_call(seed, seed % 5) for seed in range(500)]
+        for call, result in zip(calls, router.ask_all(link, calls), strict=True):
+            assert_outputs(result, call)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_big_calls_at_once_come_back(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        calls = [random_call(seed, 427, width=6144) for seed in range(3)]
+        assert calls[0].rows_TD.nbytes > 10 << 20
+        for call, result in zip(calls, router.ask_all(link, calls), strict=True):
+            assert_outputs(result, call)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_results_may_come_in_another_order(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        held_call = replace(random_call(1, 2), layer=HELD_LAYER)
+        held = router.begin_ask(link, held_call)
+        call = random_call(2, 2)
+        assert_outputs(router.ask(link, call), call)
+        wait_until(lambda: held.is_done)
+        assert_outputs(held.result(), held_call)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_fault_of_the_core_is_a_refusal(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        result = router.ask(link, replace(random_call(1, 2), layer=FAULTY_LAYER))
+        assert isinstance(result, Refusal) and result.reason is RefusalReason.FAULT
+        call = random_call(1, 2)
+        assert_outputs(router.ask(link, call), call)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_call_that_does_not_fit_together_is_refused(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, _):
+        rows_TD, ids_TA = np.zeros((3, 4), np.float32), np.zeros((2, 2), np.int32)
+        result = router.ask(link, RunExperts(0, rows_TD, ids_TA))
+        assert isinstance(result, Refusal) and result.reason is RefusalReason.MALFORMED
+        foreign = replace(FENCE, router_id="router-2")
+        router.ask(link, random_call(1, 2))
+        result = router.ask(link, random_call(1, 2), foreign)
+        assert isinstance(result, Refusal) and result.reason is RefusalReason.MALFORMED
+        call = random_call(1, 2)
+        assert_outputs(router.ask(link, call), call)
+
+
+@pytest.mark.parametrize("wanted", ALL)
+def test_closing_fails_what_is_out_and_tells_the_worker(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, core):
+        router.ask(link, random_call(1, 1))
+        lost = router.begin_ask(link, replace(random_call(1, 2), layer=LOST_LAYER))
+        router.close(link)
+        assert isinstance(lost.error, PeerLostError) and lost.error.worker_id == WORKER_ID
+        with pytest.raises(PeerLostError):
+            router.ask(link, random_call(1, 1))
+        wait_until(lambda: core.routers_gone == [ROUTER_ID])
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_second_way_of_a_router_outlives_the_first(router: Router, wanted: str) -> None:
+    with serving() as (server, member):
+        links = [router.connect(member, wanted, host_id=server.host_id) for _ in range(2)]
+        for link in links:
+            router.ask(link, random_call(1, 1))
+        router.close(links[0])
+        call = random_call(2, 3)
+        assert_outputs(router.ask(links[1], call), call)
+        assert server.core.routers_gone == []
+        router.close(links[1])
+        wait_until(lambda: server.core.routers_gone == [ROUTER_ID])
+
+
+@contextmanager
+def serving_child() -> Iterator[tuple[subprocess.Popen[str], Member, str]]:
+    """A worker in a process of its own; what it says when it is ready."""
+    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tests.echo_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"},
+    )
+    assert child.stdin and child.stdout
+    try:
+        address, host_id = child.stdout.readline().split()
+        yield child, member_at(address), host_id
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_killed_worker_is_noticed_at_once(router: Router, wanted: str) -> None:
+    with serving_child() as (child, member, host_id):
+        link = router.connect(member, wanted, host_id=host_id)
+        calls = [random_call(seed, 200) for seed in range(8)]
+        for call, result in zip(calls, router.ask_all(link, calls), strict=True):
+            assert_outputs(result, call)
+        lost = router.begin_ask(link, replace(random_call(1, 2), layer=LOST_LAYER))
+        killed_s = time.monotonic()
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: lost.is_done)
+        # The keepalive alone would take longer: the break itself has to be seen.
+        assert time.monotonic() - killed_s < 1.0
+        assert isinstance(lost.error, PeerLostError)
+        router.close(link)
+        with pytest.raises(PeerLostError):
+            router.connect(member, wanted, host_id=host_id)
+
+
+def test_another_life_of_the_worker_is_not_taken_for_it(router: Router) -> None:
+    with serving() as (_, member), pytest.raises(PeerLostError, match="life 6 is gone"):
+        router.connect(replace(member, incarnation=6), "grpc")
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_nothing_is_left_open(wanted: str) -> None:
+    def one_life() -> None:
+        reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="router")
+        reactor.start()
+        router = Router(reactor)
+        with linked(router, wanted) as (link, _):
+            router.ask(link, random_call(1, 5))
+            router.begin_ask(link, replace(random_call(1, 2), layer=LOST_LAYER))
+        reactor.close()
+
+    # gRPC opens files of its own when it is first used, and keeps them.
+    one_life()
+    wait_until(lambda: threads_of_ours() == [])
+    num_files = open_files()
+    for _ in range(3):
+        one_life()
+    assert threads_of_ours() == []
+    wait_until(lambda: open_files() <= num_files)
+
+
+def threads_of_ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("router", "worker")]
