@@ -10,8 +10,9 @@ import grpc
 from grpc import aio
 from milliways.v1 import router_pb2, router_pb2_grpc
 
+from cluster.config import TlsSettings
 from cluster.errors import OverloadedError
-from cluster.ingress.channels import SERVER_OPTIONS
+from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
 from cluster.ingress.codec import event_to_wire, sampling_from_wire
 from cluster.ingress.router_choice import RouterInfo
 from cluster.status_codes import ACCEPTED_KEY, status_of
@@ -32,6 +33,7 @@ class Fault(Enum):
     REPEATS = "repeats the token before"
     SKIPS = "leaves a token out"
     DIES = "the server stops"
+    STALLS = "nothing more comes"
 
 
 STATUSES = {
@@ -122,6 +124,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
             # Not by this call, which is among those that stopping cancels.
             self.stopping = asyncio.create_task(self.server.stop(None))
             await asyncio.Event().wait()
+        elif self.fault is Fault.STALLS:
+            await asyncio.Event().wait()
 
 
 def remaining_events(request: router_pb2.RouteRequest) -> list[router_pb2.TokenEvent]:
@@ -167,11 +171,15 @@ async def running(*routers: FakeRouter) -> AsyncIterator[Directory]:
         assert [router.num_running for router in routers] == [0] * len(routers)
 
 
-async def start(router: FakeRouter, worker_id: str) -> None:
+async def start(router: FakeRouter, worker_id: str, tls: TlsSettings | None = None) -> None:
     """Serves a router on a port of its own, again if it had stopped."""
     server = aio.server(options=list(SERVER_OPTIONS))
     router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if tls is not None:
+        credentials = server_credentials(tls, wants_client=True)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     router.server = server
     router.info = RouterInfo(worker_id, f"127.0.0.1:{port}")
@@ -179,3 +187,15 @@ async def start(router: FakeRouter, worker_id: str) -> None:
 
 def full(message: str = "no room") -> OverloadedError:
     return OverloadedError(message, retry_after_s=1.5)
+
+
+async def serve_stalling(num_before_stall: int) -> None:
+    """A process of its own for a router that stalls; prints its port."""
+    router = FakeRouter(fault=Fault.STALLS, num_before_fault=num_before_stall)
+    await start(router, "own process")
+    print(router.info.address, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_stalling(2))

@@ -12,6 +12,9 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
+    # A frozen process's kernel still acknowledges bytes, which is all that the timeout above looks
+    # at: that no ping is answered counts only after a minute, unless this says otherwise.
+    ("grpc.http2.ping_timeout_ms", 1000),
     # A router that was started again is found soon, one that does not answer is given up soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),

@@ -1,10 +1,10 @@
 """The HTTP surface: one FastAPI application, whose every answer has OpenAI's shape."""
 
+import logging
 import re
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -16,6 +16,8 @@ from cluster.ingress.openai import openai_routes
 from cluster.ingress.openai_errors import error_response, http_status
 from cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
 from model.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 MoreMetrics = Callable[[], Awaitable[str]]
 
@@ -31,7 +33,7 @@ def make_http_app(ingress: Ingress, more_metrics: MoreMetrics | None = None) -> 
     )
     app.include_router(openai_routes(ingress))
     _add_operations(app, ingress, more_metrics)
-    for kind in (HTTPException, RequestValidationError, InvalidRequestError, ClusterError):
+    for kind in (HTTPException, InvalidRequestError, ClusterError):
         app.add_exception_handler(kind, _answer_error)
     # Inside Starlette's own catch-all, which would answer in another shape.
     app.add_middleware(_Recorder, ingress=ingress)
@@ -52,11 +54,20 @@ def _add_operations(app: FastAPI, ingress: Ingress, more_metrics: MoreMetrics | 
     async def metrics() -> Response:
         text = ingress.metrics.text()
         if more_metrics is not None:
-            text += await more_metrics()
+            text += await _more_text(more_metrics)
         return PlainTextResponse(text, media_type=METRICS_TYPE)
 
     for route in (health, ready, metrics):
         assert callable(route)
+
+
+async def _more_text(more_metrics: MoreMetrics) -> str:
+    """What others count; that they cannot say it hides nothing of ours."""
+    try:
+        return await more_metrics()
+    except Exception:
+        logger.exception("the metrics of others are missing")
+        return ""
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -153,10 +153,10 @@ class CompletionAnswer(Answer):
             text_offset += len(event.text)
         return {
             "tokens": [name(event.token_id) for event in events],
-            "token_logprobs": [event.logprob for event in events],
+            "token_logprobs": [_finite(event.logprob) for event in events],
             # Best last, so that of two tokens that look alike the better one stays.
             "top_logprobs": [
-                {name(token_id): logprob for token_id, logprob in reversed(event.top_logprobs)}
+                {name(token_id): _finite(lp) for token_id, lp in reversed(event.top_logprobs)}
                 for event in events
             ],
             "text_offset": offsets,
@@ -207,7 +207,7 @@ class ChatAnswer(Answer):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": self.model.token_name(token_id),
-            "logprob": logprob,
+            "logprob": _finite(logprob),
             "bytes": self.model.token_bytes(token_id),
         }
 
@@ -225,6 +225,11 @@ def model_object(model: ServedModel) -> dict[str, Any]:
 
 def _text(events: Sequence[TokenEvent]) -> str:
     return "".join(event.text for event in events)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's stand-in for it."""
+    return max(logprob, -9999.0)
 
 
 def _finish_reason(events: Sequence[TokenEvent]) -> str | None:

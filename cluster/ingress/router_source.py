@@ -87,6 +87,7 @@ class RouterSource:
         # By worker and address: a worker that comes back elsewhere is another connection.
         self._connections: dict[tuple[str, str], Connection] = {}
         self._token_at_s = float("-inf")
+        self._is_closed = False
 
     async def generate(
         self, request: GenerateRequest, *, request_id: str, deadline_s: float
@@ -137,7 +138,8 @@ class RouterSource:
             raise UnavailableError(str(error)) from error
 
     async def close(self) -> None:
-        """Closes all channels; streams still open are cancelled."""
+        """Closes all channels; streams still open end with UnavailableError."""
+        self._is_closed = True
         connections = list(self._connections.values())
         self._connections.clear()
         await asyncio.gather(*(connection.channel.close(None) for connection in connections))
@@ -150,6 +152,8 @@ class RouterSource:
             UnavailableError: none came until the deadline.
         """
         while True:
+            if self._is_closed:
+                raise UnavailableError("the ingress is stopping")
             routers = self._directory.routers()
             await self._close_unlisted(routers)
             untried = [router for router in routers if router.worker_id not in retries.avoided]
@@ -193,6 +197,12 @@ class RouterSource:
                 if response.has_moved:
                     raise RouterMovedError
             raise StreamBrokenError("the stream ended before the request")
+        except asyncio.CancelledError:
+            # Of this task, or of the call under it because its channel was closed?
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise StreamBrokenError("the channel was closed") from None
         finally:
             call.cancel()
             self._choice.end(router.worker_id)

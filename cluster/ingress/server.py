@@ -16,6 +16,7 @@ _OWN_KEEPALIVE: tuple[tuple[str, int], ...] = (
     # A client that is gone without a word frees what it holds within ten seconds.
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
 )
 _MAX_STREAMS_PER_CONNECTION = 1024
 
@@ -38,7 +39,9 @@ class GrpcServer:
         """
         self._ingress = ingress
         self._server = _make_server(ingress)
-        self.port = _bind(self._server, f"{host}:{port}", tls or TlsSettings())
+        # An address of IPv6 has colons of its own.
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.port = _bind(self._server, address, tls or TlsSettings())
 
     async def start(self) -> None:
         """Takes calls from now on."""

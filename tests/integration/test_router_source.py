@@ -66,7 +66,10 @@ def run(
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.name)
+BREAKS = [fault for fault in Fault if fault is not Fault.STALLS]
+
+
+@pytest.mark.parametrize("fault", BREAKS, ids=lambda fault: fault.name)
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_stream_that_breaks_anywhere_goes_on_elsewhere(fault: Fault, num_samples: int) -> None:
     request = request_for(num_samples)
