@@ -30,6 +30,7 @@ from cluster.model_dir import load_tokenizer, resolve_model_dir
 from cluster.placement import ExpertId, ShardPlan
 from cluster.reactor import Reactor
 from cluster.router_door import RouterDoor
+from cluster.shm import local_host_id
 from cluster.tasks import Pending
 from cluster.view import ClusterView, Member, WorkerState
 from model.activations import Activations
@@ -55,6 +56,7 @@ from workers.experts import ExpertShard
 from workers.grpc_server import DoorPlate, GrpcServer
 from workers.intake import Presence
 from workers.loading import ShardLoader
+from workers.shm_server import ShmServer
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +268,20 @@ class WorkerProcess:
 
     def _open_doors(self) -> tuple[str, str]:
         tls = self._config.tls
-        plate = DoorPlate(worker_id=self.worker_id, incarnation=self.incarnation)
-        self._server = GrpcServer(self._compute, Presence(self._core), plate, tls=tls)
+        presence = Presence(self._core)
+        self._memory_server = ShmServer(
+            self._compute, presence, worker_id=self.worker_id, incarnation=self.incarnation
+        )
+        shares = self._config.workers.transport != "grpc"
+        if shares:
+            self._compute.call(self._memory_server.start)
+        plate = DoorPlate(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            host_id=local_host_id() if shares else "",
+            socket_name=self._memory_server.socket_name if shares else "",
+        )
+        self._server = GrpcServer(self._compute, presence, plate, tls=tls)
         self._door = RouterDoor(
             self._routing,
             self._router,
@@ -286,6 +300,7 @@ class WorkerProcess:
         connector = Connector(
             self._routing,
             router_id=self.worker_id,
+            host_id=local_host_id(),
             wanted=self._config.workers.transport,
             tls=self._config.tls,
             limits=LinkLimits(),

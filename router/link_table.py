@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.calls import Call, Fence, Result
-from cluster.errors import PeerLostError
+from cluster.errors import ConfigError, PeerLostError
 from cluster.links import WorkerLink
 from cluster.placement import ExpertId
 from cluster.tasks import Cancelled, Pending, Signal, Task, Tasks
@@ -27,6 +27,7 @@ class _Way:
     link: WorkerLink | None = None
     opening: Task[None] | None = None
     num_rows_out: int = 0
+    problem: str = ""
 
 
 class LinkTable:
@@ -72,11 +73,10 @@ class LinkTable:
         return way is not None and way.link is not None
 
     def transports(self) -> dict[str, str]:
-        """What carries the bytes to each worker that can be asked."""
+        """What carries the bytes to each worker, or why nothing does."""
         return {
-            worker_id: way.link.transport
+            worker_id: way.link.transport if way.link else f"none: {way.problem or 'opening'}"
             for worker_id, way in sorted(self._ways.items())
-            if way.link is not None
         }
 
     def holders(self, expert_id: ExpertId) -> list[str]:
@@ -145,8 +145,10 @@ class LinkTable:
         while True:
             try:
                 way.link = await self._connect(way.member)
+                way.problem = ""
                 break
-            except PeerLostError:
+            except (PeerLostError, ConfigError) as error:
+                way.problem = str(error)
                 await self._tasks.sleep(delay_s)
                 delay_s = min(2 * delay_s, RECONNECT_AFTER_S_MAX)
             except Cancelled:

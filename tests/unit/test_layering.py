@@ -54,6 +54,7 @@ RAY_FILES: tuple[str, ...] = (
     "cluster.controller_actor",
     "cluster.ray_cluster",
     "cluster.ray_fleet",
+    "cluster.serve_loopback",
     "cluster.worker_actor",
     "cluster.commands.serve",
     "cluster.commands.status",
