@@ -1,22 +1,27 @@
 """Calls and results as messages of the wire: a small protobuf header and a payload of tensors.
 
-    Call, Fence -> encode_request  -> Parts -> decode_request  -> Request
-    Result      -> encode_response -> Parts -> decode_response -> Response
+    Call, Fence -> encode_request  -> Parts ~> split_request  -> decode_request  -> Request
+    Result      -> encode_response -> Parts ~> split_response -> decode_response -> Result
 
 The tensors of a message lie one after another in its payload, each at a multiple of 64 bytes,
 row-major and little-endian. In shared memory the payload travels beside the header. On gRPC both
-are one protobuf message, but the payload does not go through protobuf, which would copy it three
-times: `join` appends it as its field's tag, length and bytes, and `split` walks the top-level
-fields to take it out again.
+are one protobuf message (`join`).
+
+What goes over the wire is what protobuf would write, but protobuf itself sees little of it. The
+payload would be copied three times, so its field is appended and cut out by hand, and with it the
+other fields of the top level. Their contents repeat from call to call (a fence for all layers of a
+step, a layer's call for all steps of a size), so what they decode to and encode to is kept.
 
 What comes in is checked here as far as reading it needs: types, ranks, sizes, places. Whether ids
 and positions can be computed is for the worker's core to say. Arrays that come out are views.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from google.protobuf.message import DecodeError
+import numpy as np
+from google.protobuf.message import DecodeError, Message
 from milliways.v1 import worker_pb2 as pb
 
 from cluster.calls import (
@@ -41,19 +46,42 @@ from cluster.wire_tensors import (
     ACTIVATIONS,
     FLOAT32,
     INT32,
+    NO_PAYLOAD,
+    NUM_FORMS,
+    Layout,
     MalformedMessageError,
     Payload,
     PayloadReader,
+    Place,
+    Shape,
+    lay_out,
+    place_of,
 )
 
-_PADDING_FIELD = 14
-_PAYLOAD_FIELD = 15
+_VARINT = 0
 _LENGTH_DELIMITED = 2
-_PADDING_TAG = bytes([_PADDING_FIELD << 3 | _LENGTH_DELIMITED])
-_PAYLOAD_TAG = bytes([_PAYLOAD_FIELD << 3 | _LENGTH_DELIMITED])
+# Numbers of fields that both top-level messages have.
+_CALL_ID = 1
+_FENCE = 2
+_PADDING = 14
+_PAYLOAD = 15
 # What `bytes` objects begin at a multiple of.
 _JOIN_ALIGNMENT = 16
+# Numbers of a request's calls and of a response's results.
+_RUN_EXPERTS = _FIRST_CALL = 3
+_BEGIN_BATCH = 4
+_ADVANCE_BATCH = 5
+_ABANDON_BATCH = _LAST_CALL = 6
+_EXPERT_OUTPUTS = _FIRST_RESULT = 2
+_EXPERT_INPUT = 3
+_DEPARTURE = 4
+_DRAWN_TOKENS = 5
+_REFUSAL = 6
+_ABANDONED = _LAST_RESULT = 7
+# Wire types 1 and 5.
+_FIXED_BYTES = {1: 8, 5: 4}
 _MAX_TIMEOUT_MS = 2**32 - 1
+_NUM_FENCES = 64
 _REASONS = {reason.value: reason for reason in RefusalReason}
 
 
@@ -64,72 +92,59 @@ class Parts(NamedTuple):
     payload: Payload
 
 
+class Fields(NamedTuple):
+    """The top level of a message that came in: contents still serialised."""
+
+    call_id: int
+    fence: bytes
+    # The number of the call's or result's field; 0: there is none.
+    number: int
+    body: bytes
+    payload_start: int
+    num_payload_bytes: int
+
+
 class Request(NamedTuple):
     """A call that came in."""
 
-    call_id: int
     fence: Fence
     call: Call
 
 
-class Response(NamedTuple):
-    """A result that came in."""
-
-    call_id: int
-    result: Result
-
-
 def encode_request(call_id: int, call: Call, fence: Fence) -> Parts:
     """A call as a message."""
-    payload = Payload()
-    field, encode = _CALL_ENCODERS[type(call)]
-    message = pb.ExchangeRequest(
-        call_id=call_id, fence=_encode_fence(fence), **{field: encode(call, payload)}
-    )
-    return Parts(message.SerializeToString(), payload)
+    body, payload = _CALL_ENCODERS[type(call)](call)
+    return Parts(b"\x08" + _varint(call_id) + _fence_field(fence) + body, payload)
 
 
 def encode_response(call_id: int, result: Result) -> Parts:
     """A result as a message."""
-    payload = Payload()
-    field, encode = _RESULT_ENCODERS[type(result)]
-    message = pb.ExchangeResponse(call_id=call_id, **{field: encode(result, payload)})
-    return Parts(message.SerializeToString(), payload)
+    body, payload = _RESULT_ENCODERS[type(result)](result)
+    return Parts(b"\x08" + _varint(call_id) + body, payload)
 
 
-def parse_request(header: bytes) -> pb.ExchangeRequest:
-    """A request's header; raises MalformedMessageError."""
-    return _parse(pb.ExchangeRequest(), header)
-
-
-def parse_response(header: bytes) -> pb.ExchangeResponse:
-    """A response's header; raises MalformedMessageError."""
-    return _parse(pb.ExchangeResponse(), header)
-
-
-def decode_request(message: pb.ExchangeRequest, payload: PayloadReader) -> Request:
-    """The call of a header and its payload.
+def decode_request(fields: Fields, payload: PayloadReader) -> Request:
+    """The call of a message and its payload.
 
     Raises:
         MalformedMessageError: it is none.
     """
-    field = message.WhichOneof("call")
-    if field is None:
+    decode = _CALL_DECODERS.get(fields.number)
+    if decode is None:
         raise MalformedMessageError("a request without a call")
-    call = _CALL_DECODERS[field](getattr(message, field), payload)
-    return Request(message.call_id, _decode_fence(message.fence), call)
+    return Request(_decode_fence(fields.fence), decode(fields.body, payload))
 
 
-def decode_response(message: pb.ExchangeResponse, payload: PayloadReader) -> Response:
-    """The result of a header and its payload.
+def decode_response(fields: Fields, payload: PayloadReader) -> Result:
+    """The result of a message and its payload.
 
     Raises:
         MalformedMessageError: it is none.
     """
-    field = message.WhichOneof("result")
-    if field is None:
+    decode = _RESULT_DECODERS.get(fields.number)
+    if decode is None:
         raise MalformedMessageError("a response without a result")
-    return Response(message.call_id, _RESULT_DECODERS[field](getattr(message, field), payload))
+    return decode(fields.body, payload)
 
 
 def join(parts: Parts) -> bytes:
@@ -139,55 +154,70 @@ def join(parts: Parts) -> bytes:
         return header
     length = _varint(payload.num_bytes)
     # Two bytes of padding's tag and length, one of the payload's tag.
-    num_before = len(header) + 3 + len(length)
-    num_padding = -num_before % _JOIN_ALIGNMENT
-    padding = bytes([*_PADDING_TAG, num_padding]) + bytes(num_padding)
-    return b"".join([header, padding, _PAYLOAD_TAG, length, *payload.pieces()])
+    num_padding = -(len(header) + 3 + len(length)) % _JOIN_ALIGNMENT
+    return b"".join([header, _PADDINGS[num_padding], length, *payload.pieces()])
 
 
-def split(data: bytes) -> tuple[bytes, memoryview]:
-    """Header, and payload as a view, of what `join` or any other protobuf writer put together.
+def split_request(data: bytes) -> Fields:
+    """The top level of a request, written by `join` or by any other protobuf writer.
 
     Raises:
         MalformedMessageError: the fields do not fit into the bytes.
     """
-    view = memoryview(data)
-    payload = view[:0]
-    kept_from = 0
-    kept: list[memoryview] = []
-    end = len(data)
-    at = 0
+    return _split(data, _FIRST_CALL, _LAST_CALL)
+
+
+def split_response(data: bytes) -> Fields:
+    """As `split_request`, of a response."""
+    return _split(data, _FIRST_RESULT, _LAST_RESULT)
+
+
+def _split(data: bytes, first: int, last: int) -> Fields:
+    call_id = number = payload_start = payload_end = 0
+    fence = body = b""
+    at, end = 0, len(data)
     while at < end:
-        start = at
-        tag, at = _read_varint(data, at, end)
-        field, kind = tag >> 3, tag & 7
-        first = at
-        at, first = _skip_value(data, at, end, kind)
-        if field in (_PAYLOAD_FIELD, _PADDING_FIELD) and kind == _LENGTH_DELIMITED:
-            kept.append(view[kept_from:start])
-            kept_from = at
-            if field == _PAYLOAD_FIELD:
-                # The last one counts, as with any field of protobuf.
-                payload = view[first:at]
-    if not kept:
-        return data, payload
-    return b"".join([*kept, view[kept_from:]]), payload
+        field, kind, start, at = _next_field(data, at, end)
+        if kind == _LENGTH_DELIMITED:
+            if first <= field <= last:
+                # Of a message that comes twice, parts are merged; of two calls, the last counts.
+                body = body + data[start:at] if field == number else data[start:at]
+                number = field
+            elif field == _FENCE:
+                fence += data[start:at]
+            elif field == _PAYLOAD:
+                payload_start, payload_end = start, at
+        elif field == _CALL_ID and kind == _VARINT:
+            call_id, _ = _read_varint(data, start, end)
+    return Fields(call_id, fence, number, body, payload_start, payload_end - payload_start)
 
 
-def _parse(message: Any, header: bytes) -> Any:
-    try:
-        message.ParseFromString(header)
-    except DecodeError as error:
-        raise MalformedMessageError(str(error)) from error
-    return message
+def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
+    """A field's number and wire type, and where its content begins and ends."""
+    tag, at = _read_varint(data, at, end)
+    kind = tag & 7
+    start = at
+    if kind == _LENGTH_DELIMITED:
+        length, start = _read_varint(data, at, end)
+        at = start + length
+    elif kind == _VARINT:
+        _, at = _read_varint(data, at, end)
+    elif kind in _FIXED_BYTES:
+        at += _FIXED_BYTES[kind]
+    else:
+        raise MalformedMessageError(f"a field of wire type {kind}")
+    if at > end or tag < 8:
+        raise MalformedMessageError("a field that is longer than its message, or has no number")
+    return tag >> 3, kind, start, at
 
 
-def _encode_fence(fence: Fence) -> pb.Fence:
+@lru_cache(maxsize=_NUM_FENCES)
+def _fence_field(fence: Fence) -> bytes:
     timeout_ms = 0
     if fence.timeout_s:
         # Never 0, which is no limit.
         timeout_ms = min(max(round(fence.timeout_s * 1000), 1), _MAX_TIMEOUT_MS)
-    return pb.Fence(
+    message = pb.Fence(
         placement_epoch=fence.placement_epoch,
         incarnation=fence.incarnation,
         step=fence.step,
@@ -195,9 +225,12 @@ def _encode_fence(fence: Fence) -> pb.Fence:
         router_id=fence.router_id,
         router_incarnation=fence.router_incarnation,
     )
+    return _field(_FENCE, message)
 
 
-def _decode_fence(fence: pb.Fence) -> Fence:
+@lru_cache(maxsize=_NUM_FENCES)
+def _decode_fence(data: bytes) -> Fence:
+    fence = _parse(pb.Fence(), data)
     return Fence(
         placement_epoch=fence.placement_epoch,
         incarnation=fence.incarnation,
@@ -208,165 +241,237 @@ def _decode_fence(fence: pb.Fence) -> Fence:
     )
 
 
-def _encode_run_experts(call: RunExperts, payload: Payload) -> pb.RunExpertsCall:
-    rows = payload.add(call.rows_TD)
-    return pb.RunExpertsCall(
-        layer=call.layer, rows=rows, expert_ids=payload.add(call.expert_ids_TA)
+class _RowsPlan(NamedTuple):
+    """Of a message with rows, and maybe ids of a layer's experts: what its bytes say."""
+
+    layer: int
+    rows: Place
+    expert_ids: Place
+
+
+def _run_experts_field(call: RunExperts) -> tuple[bytes, Payload]:
+    rows_TD, ids_TA = call.rows_TD, call.expert_ids_TA
+    field, layout = _rows_form(
+        _RUN_EXPERTS, call.layer, rows_TD.dtype, rows_TD.shape, ids_TA.dtype, ids_TA.shape
     )
+    return field, Payload((rows_TD, ids_TA), layout.offsets, layout.num_bytes)
 
 
-def _decode_run_experts(message: pb.RunExpertsCall, payload: PayloadReader) -> RunExperts:
-    rows_TD = payload.read(message.rows, ACTIVATIONS, 2)
-    expert_ids_TA = payload.read_to_keep(message.expert_ids, INT32, 2)
-    _check_equal("rows and expert_ids", len(rows_TD), len(expert_ids_TA))
-    return RunExperts(message.layer, rows_TD, expert_ids_TA)
+def _expert_input_field(result: ExpertInput) -> tuple[bytes, Payload]:
+    rows_TD, ids_TA = result.rows_TD, result.expert_ids_TA
+    field, layout = _rows_form(
+        _EXPERT_INPUT, result.layer, rows_TD.dtype, rows_TD.shape, ids_TA.dtype, ids_TA.shape
+    )
+    return field, Payload((rows_TD, ids_TA), layout.offsets, layout.num_bytes)
 
 
-def _encode_begin_batch(call: BeginBatch, payload: Payload) -> pb.BeginBatchCall:
+@lru_cache(maxsize=NUM_FORMS)
+def _rows_form(
+    number: int,
+    layer: int,
+    rows_dtype: np.dtype[Any],
+    rows_shape: Shape,
+    ids_dtype: np.dtype[Any],
+    ids_shape: Shape,
+) -> tuple[bytes, Layout]:
+    layout = lay_out((rows_dtype, rows_shape), (ids_dtype, ids_shape))
+    rows, expert_ids = layout.specs
+    make = pb.RunExpertsCall if number == _RUN_EXPERTS else pb.ExpertInput
+    return _field(number, make(layer=layer, rows=rows, expert_ids=expert_ids)), layout
+
+
+@lru_cache(maxsize=NUM_FORMS)
+def _rows_plan(data: bytes) -> _RowsPlan:
+    """Of both messages: their fields are the same."""
+    message = _parse(pb.RunExpertsCall(), data)
+    rows = place_of(message.rows, ACTIVATIONS, 2)
+    expert_ids = place_of(message.expert_ids, INT32, 2)
+    _check_equal("rows and expert_ids", rows.shape[0], expert_ids.shape[0])
+    return _RowsPlan(message.layer, rows, expert_ids)
+
+
+def _decode_run_experts(data: bytes, payload: PayloadReader) -> RunExperts:
+    layer, rows, expert_ids = _rows_plan(data)
+    return RunExperts(layer, payload.read(rows), payload.read_to_keep(expert_ids))
+
+
+def _decode_expert_input(data: bytes, payload: PayloadReader) -> ExpertInput:
+    layer, rows, expert_ids = _rows_plan(data)
+    return ExpertInput(layer, payload.read(rows), payload.read(expert_ids))
+
+
+def _expert_outputs_field(result: ExpertOutputs) -> tuple[bytes, Payload]:
+    rows_ND = result.rows_ND
+    field, num_bytes = _expert_outputs_form(rows_ND.dtype, rows_ND.shape)
+    return field, Payload((rows_ND,), (0,), num_bytes)
+
+
+@lru_cache(maxsize=NUM_FORMS)
+def _expert_outputs_form(dtype: np.dtype[Any], shape: Shape) -> tuple[bytes, int]:
+    layout = lay_out((dtype, shape))
+    return _field(_EXPERT_OUTPUTS, pb.ExpertOutputs(rows=layout.specs[0])), layout.num_bytes
+
+
+@lru_cache(maxsize=NUM_FORMS)
+def _expert_outputs_place(data: bytes) -> Place:
+    return place_of(_parse(pb.ExpertOutputs(), data).rows, ACTIVATIONS, 2)
+
+
+def _decode_expert_outputs(data: bytes, payload: PayloadReader) -> ExpertOutputs:
+    return ExpertOutputs(payload.read(_expert_outputs_place(data)))
+
+
+def _begin_batch_field(call: BeginBatch) -> tuple[bytes, Payload]:
     tokens = call.tokens
-    return pb.BeginBatchCall(
+    arrays = [
+        tokens.token_ids_T,
+        tokens.positions_T,
+        tokens.slots_T,
+        tokens.block_tables_BM,
+        tokens.logits_rows_W,
+        *([] if call.hidden_TD is None else [call.hidden_TD]),
+    ]
+    payload, specs = _laid_out(arrays)
+    message = pb.BeginBatchCall(
         batch_id=call.batch_id,
         layer=call.layer,
-        token_ids=payload.add(tokens.token_ids_T),
-        positions=payload.add(tokens.positions_T),
-        slots=payload.add(tokens.slots_T),
-        block_tables=payload.add(tokens.block_tables_BM),
-        logits_rows=payload.add(tokens.logits_rows_W),
-        hidden=None if call.hidden_TD is None else payload.add(call.hidden_TD),
+        token_ids=specs[0],
+        positions=specs[1],
+        slots=specs[2],
+        block_tables=specs[3],
+        logits_rows=specs[4],
+        hidden=None if call.hidden_TD is None else specs[5],
         samples=[encode_sample(row) for row in tokens.samples],
     )
+    return _field(_BEGIN_BATCH, message), payload
 
 
-def _decode_begin_batch(message: pb.BeginBatchCall, payload: PayloadReader) -> BeginBatch:
+def _decode_begin_batch(data: bytes, payload: PayloadReader) -> BeginBatch:
+    message = _parse(pb.BeginBatchCall(), data)
+
     # A shard keeps the tokens, and maybe the residual stream, for the turns that follow.
-    token_ids_T = payload.read_to_keep(message.token_ids, INT32, 1)
+    def ints(spec: Any, rank: int) -> np.ndarray:
+        return payload.read_to_keep(place_of(spec, INT32, rank))
+
     tokens = TokenRows(
-        token_ids_T=token_ids_T,
-        positions_T=payload.read_to_keep(message.positions, INT32, 1),
-        slots_T=payload.read_to_keep(message.slots, INT32, 1),
-        block_tables_BM=payload.read_to_keep(message.block_tables, INT32, 2),
-        logits_rows_W=payload.read_to_keep(message.logits_rows, INT32, 1),
+        token_ids_T=ints(message.token_ids, 1),
+        positions_T=ints(message.positions, 1),
+        slots_T=ints(message.slots, 1),
+        block_tables_BM=ints(message.block_tables, 2),
+        logits_rows_W=ints(message.logits_rows, 1),
         samples=decode_samples(message.samples),
     )
-    _check_equal("token_ids and positions", len(token_ids_T), len(tokens.positions_T))
-    _check_equal("token_ids and slots", len(token_ids_T), len(tokens.slots_T))
+    _check_equal("token_ids and positions", tokens.num_rows, len(tokens.positions_T))
+    _check_equal("token_ids and slots", tokens.num_rows, len(tokens.slots_T))
     hidden_TD = None
     if message.HasField("hidden"):
-        hidden_TD = payload.read_to_keep(message.hidden, FLOAT32, 2)
-        _check_equal("token_ids and hidden", len(token_ids_T), len(hidden_TD))
+        hidden_TD = payload.read_to_keep(place_of(message.hidden, FLOAT32, 2))
+        _check_equal("token_ids and hidden", tokens.num_rows, len(hidden_TD))
     return BeginBatch(message.batch_id, message.layer, tokens, hidden_TD)
 
 
-def _encode_advance_batch(call: AdvanceBatch, payload: Payload) -> pb.AdvanceBatchCall:
-    return pb.AdvanceBatchCall(
-        batch_id=call.batch_id, layer=call.layer, outputs=payload.add(call.outputs_TAD)
-    )
+def _advance_batch_field(call: AdvanceBatch) -> tuple[bytes, Payload]:
+    payload, (outputs,) = _laid_out([call.outputs_TAD])
+    message = pb.AdvanceBatchCall(batch_id=call.batch_id, layer=call.layer, outputs=outputs)
+    return _field(_ADVANCE_BATCH, message), payload
 
 
-def _decode_advance_batch(message: pb.AdvanceBatchCall, payload: PayloadReader) -> AdvanceBatch:
-    outputs_TAD = payload.read(message.outputs, ACTIVATIONS, 3)
+def _decode_advance_batch(data: bytes, payload: PayloadReader) -> AdvanceBatch:
+    message = _parse(pb.AdvanceBatchCall(), data)
+    outputs_TAD = payload.read(place_of(message.outputs, ACTIVATIONS, 3))
     return AdvanceBatch(message.batch_id, message.layer, outputs_TAD)
 
 
-def _encode_abandon_batch(call: AbandonBatch, payload: Payload) -> pb.AbandonBatchCall:
-    return pb.AbandonBatchCall(batch_id=call.batch_id)
+def _abandon_batch_field(call: AbandonBatch) -> tuple[bytes, Payload]:
+    return _field(_ABANDON_BATCH, pb.AbandonBatchCall(batch_id=call.batch_id)), NO_PAYLOAD
 
 
-def _decode_abandon_batch(message: pb.AbandonBatchCall, payload: PayloadReader) -> AbandonBatch:
-    return AbandonBatch(message.batch_id)
+def _decode_abandon_batch(data: bytes, payload: PayloadReader) -> AbandonBatch:
+    return AbandonBatch(_parse(pb.AbandonBatchCall(), data).batch_id)
 
 
-def _encode_expert_outputs(result: ExpertOutputs, payload: Payload) -> pb.ExpertOutputs:
-    return pb.ExpertOutputs(rows=payload.add(result.rows_ND))
+def _departure_field(result: Departure) -> tuple[bytes, Payload]:
+    payload, (hidden,) = _laid_out([result.hidden_TD])
+    return _field(_DEPARTURE, pb.Departure(hidden=hidden)), payload
 
 
-def _decode_expert_outputs(message: pb.ExpertOutputs, payload: PayloadReader) -> ExpertOutputs:
-    return ExpertOutputs(payload.read(message.rows, ACTIVATIONS, 2))
+def _decode_departure(data: bytes, payload: PayloadReader) -> Departure:
+    return Departure(payload.read(place_of(_parse(pb.Departure(), data).hidden, FLOAT32, 2)))
 
 
-def _encode_expert_input(result: ExpertInput, payload: Payload) -> pb.ExpertInput:
-    rows = payload.add(result.rows_TD)
-    return pb.ExpertInput(
-        layer=result.layer, rows=rows, expert_ids=payload.add(result.expert_ids_TA)
-    )
+def _drawn_tokens_field(result: Drawn) -> tuple[bytes, Payload]:
+    return _field(_DRAWN_TOKENS, pb.DrawnTokens(tokens=encode_drawn(result.tokens))), NO_PAYLOAD
 
 
-def _decode_expert_input(message: pb.ExpertInput, payload: PayloadReader) -> ExpertInput:
-    rows_TD = payload.read(message.rows, ACTIVATIONS, 2)
-    expert_ids_TA = payload.read(message.expert_ids, INT32, 2)
-    _check_equal("rows and expert_ids", len(rows_TD), len(expert_ids_TA))
-    return ExpertInput(message.layer, rows_TD, expert_ids_TA)
+def _decode_drawn_tokens(data: bytes, payload: PayloadReader) -> Drawn:
+    return Drawn(decode_drawn(_parse(pb.DrawnTokens(), data).tokens))
 
 
-def _encode_departure(result: Departure, payload: Payload) -> pb.Departure:
-    return pb.Departure(hidden=payload.add(result.hidden_TD))
+def _abandoned_field(result: Abandoned) -> tuple[bytes, Payload]:
+    return _field(_ABANDONED, pb.Abandoned()), NO_PAYLOAD
 
 
-def _decode_departure(message: pb.Departure, payload: PayloadReader) -> Departure:
-    return Departure(payload.read(message.hidden, FLOAT32, 2))
-
-
-def _encode_drawn_tokens(result: Drawn, payload: Payload) -> pb.DrawnTokens:
-    return pb.DrawnTokens(tokens=encode_drawn(result.tokens))
-
-
-def _decode_drawn_tokens(message: pb.DrawnTokens, payload: PayloadReader) -> Drawn:
-    return Drawn(decode_drawn(message.tokens))
-
-
-def _encode_abandoned(result: Abandoned, payload: Payload) -> pb.Abandoned:
-    return pb.Abandoned()
-
-
-def _decode_abandoned(message: pb.Abandoned, payload: PayloadReader) -> Abandoned:
+def _decode_abandoned(data: bytes, payload: PayloadReader) -> Abandoned:
     return Abandoned()
 
 
-def _encode_refusal(result: Refusal, payload: Payload) -> pb.Refusal:
-    return pb.Refusal(
+def _refusal_field(result: Refusal) -> tuple[bytes, Payload]:
+    message = pb.Refusal(
         reason=pb.RefusalReason.Name(result.reason.value),
         message=result.message,
         placement_epoch=result.placement_epoch,
     )
+    return _field(_REFUSAL, message), NO_PAYLOAD
 
 
-def _decode_refusal(message: pb.Refusal, payload: PayloadReader) -> Refusal:
+def _decode_refusal(data: bytes, payload: PayloadReader) -> Refusal:
+    message = _parse(pb.Refusal(), data)
     # A reason that is news to this side is a fault of the other to it.
     reason = _REASONS.get(message.reason, RefusalReason.FAULT)
     return Refusal(reason, message.message, message.placement_epoch)
 
 
-_Encoders = dict[type[Any], tuple[str, Callable[[Any, Payload], Any]]]
-_Decoders = dict[str, Callable[[Any, PayloadReader], Any]]
+_CALL_ENCODERS: dict[type[Any], Callable[[Any], tuple[bytes, Payload]]] = {
+    RunExperts: _run_experts_field,
+    BeginBatch: _begin_batch_field,
+    AdvanceBatch: _advance_batch_field,
+    AbandonBatch: _abandon_batch_field,
+}
+_CALL_DECODERS: dict[int, Callable[[bytes, PayloadReader], Call]] = {
+    _RUN_EXPERTS: _decode_run_experts,
+    _BEGIN_BATCH: _decode_begin_batch,
+    _ADVANCE_BATCH: _decode_advance_batch,
+    _ABANDON_BATCH: _decode_abandon_batch,
+}
+_RESULT_ENCODERS: dict[type[Any], Callable[[Any], tuple[bytes, Payload]]] = {
+    ExpertOutputs: _expert_outputs_field,
+    ExpertInput: _expert_input_field,
+    Departure: _departure_field,
+    Drawn: _drawn_tokens_field,
+    Refusal: _refusal_field,
+    Abandoned: _abandoned_field,
+}
+_RESULT_DECODERS: dict[int, Callable[[bytes, PayloadReader], Result]] = {
+    _EXPERT_OUTPUTS: _decode_expert_outputs,
+    _EXPERT_INPUT: _decode_expert_input,
+    _DEPARTURE: _decode_departure,
+    _DRAWN_TOKENS: _decode_drawn_tokens,
+    _REFUSAL: _decode_refusal,
+    _ABANDONED: _decode_abandoned,
+}
 
-_CALL_ENCODERS: _Encoders = {
-    RunExperts: ("run_experts", _encode_run_experts),
-    BeginBatch: ("begin_batch", _encode_begin_batch),
-    AdvanceBatch: ("advance_batch", _encode_advance_batch),
-    AbandonBatch: ("abandon_batch", _encode_abandon_batch),
-}
-_CALL_DECODERS: _Decoders = {
-    "run_experts": _decode_run_experts,
-    "begin_batch": _decode_begin_batch,
-    "advance_batch": _decode_advance_batch,
-    "abandon_batch": _decode_abandon_batch,
-}
-_RESULT_ENCODERS: _Encoders = {
-    ExpertOutputs: ("expert_outputs", _encode_expert_outputs),
-    ExpertInput: ("expert_input", _encode_expert_input),
-    Departure: ("departure", _encode_departure),
-    Drawn: ("drawn_tokens", _encode_drawn_tokens),
-    Refusal: ("refusal", _encode_refusal),
-    Abandoned: ("abandoned", _encode_abandoned),
-}
-_RESULT_DECODERS: _Decoders = {
-    "expert_outputs": _decode_expert_outputs,
-    "expert_input": _decode_expert_input,
-    "departure": _decode_departure,
-    "drawn_tokens": _decode_drawn_tokens,
-    "refusal": _decode_refusal,
-    "abandoned": _decode_abandoned,
-}
+
+def _laid_out(arrays: list[np.ndarray]) -> tuple[Payload, tuple[Any, ...]]:
+    layout = lay_out(*((array.dtype, array.shape) for array in arrays))
+    return Payload(arrays, layout.offsets, layout.num_bytes), layout.specs
+
+
+def _parse(message: Any, data: bytes) -> Any:
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise MalformedMessageError(str(error)) from error
+    return message
 
 
 def _check_equal(names: str, one: int, other: int) -> None:
@@ -374,13 +479,17 @@ def _check_equal(names: str, one: int, other: int) -> None:
         raise MalformedMessageError(f"{names} have {one} and {other} rows")
 
 
+def _field(number: int, message: Message) -> bytes:
+    content = message.SerializeToString()
+    return bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(content)) + content
+
+
 def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    if value < 0x80:
+        return bytes((value,))
+    if value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
 
 
 def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
@@ -396,18 +505,8 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     raise MalformedMessageError("a number without an end")
 
 
-def _skip_value(data: bytes, at: int, end: int, kind: int) -> tuple[int, int]:
-    """Where a field's value ends, and where its content begins."""
-    first = at
-    if kind == _LENGTH_DELIMITED:
-        length, first = _read_varint(data, at, end)
-        at = first + length
-    elif kind == 0:
-        _, at = _read_varint(data, at, end)
-    elif kind in (1, 5):
-        at += 8 if kind == 1 else 4
-    else:
-        raise MalformedMessageError(f"a field of wire type {kind}")
-    if at > end:
-        raise MalformedMessageError("a field that is longer than its message")
-    return at, first
+_PADDINGS = [
+    bytes([_PADDING << 3 | _LENGTH_DELIMITED, num_bytes, *bytes(num_bytes)])
+    + bytes([_PAYLOAD << 3 | _LENGTH_DELIMITED])
+    for num_bytes in range(_JOIN_ALIGNMENT)
+]

@@ -12,6 +12,7 @@ from cluster.reactor import Reactor
 from cluster.tasks import Pending
 from cluster.view import Member
 from router.grpc_link import GrpcDoor
+from router.shm_link import ShmLink
 
 _WANTED: Mapping[str, pb.Transport] = {
     "auto": pb.TRANSPORT_UNSPECIFIED,
@@ -58,12 +59,43 @@ class Connector:
         try:
             response = await door.hello(self._greeting)
             self._check(member, response)
-            link = door.exchange()
-            is_handed_over = True
+            link = await self._try_share(member, response)
+            if link is None:
+                link = door.exchange()
+                is_handed_over = True
             return link
         finally:
             if not is_handed_over:
                 door.close()
+
+    async def _try_share(self, member: Member, response: pb.HelloResponse) -> ShmLink | None:
+        """A link by shared memory; None where it is not settled, or not to be had after all."""
+        if response.transport != pb.TRANSPORT_SHM:
+            return None
+        link = None
+        is_open = False
+        try:
+            link = ShmLink(
+                self._reactor,
+                member.worker_id,
+                member.incarnation,
+                socket_name=response.socket_name,
+                router_id=self._greeting.router_id,
+                limits=self._limits,
+            )
+            tasks = self._reactor.tasks
+            if not await tasks.wait_for(link.opened, self._limits.connect_timeout_s):
+                raise PeerLostError(member.worker_id, "no welcome in time")
+            link.opened.result()
+            is_open = True
+            return link
+        except PeerLostError:
+            if self._wanted == "shm":
+                raise
+            return None
+        finally:
+            if link is not None and not is_open:
+                link.close()
 
     def _check(self, member: Member, response: pb.HelloResponse) -> None:
         met = (response.worker_id, response.incarnation)

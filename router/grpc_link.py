@@ -133,10 +133,9 @@ class GrpcLink:
             self._lose("the stream broke")
 
     def _settle(self, data: bytes) -> None:
-        header, payload = codec.split(data)
-        message = codec.parse_response(header)
-        response = codec.decode_response(message, PayloadReader(payload))
-        self._out.settle(response.call_id, response.result)
+        fields = codec.split_response(data)
+        payload = PayloadReader(data, fields.payload_start, fields.num_payload_bytes)
+        self._out.settle(fields.call_id, codec.decode_response(fields, payload))
         while self._waiting and len(self._out) < self._max_calls_in_flight:
             self._send(*self._waiting.popleft())
 

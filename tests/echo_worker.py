@@ -32,10 +32,12 @@ from cluster.errors import RefusalReason
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.reactor import Reactor
+from cluster.shm import local_host_id
 from cluster.view import Member, WorkerState
 from model.runner import SampledToken
 from workers.grpc_server import DoorPlate, GrpcServer
 from workers.intake import Presence
+from workers.shm_server import ShmServer
 
 WORKER_ID = "echo"
 INCARNATION = 7
@@ -117,17 +119,31 @@ class EchoServer:
     def __init__(self, *, tls: TlsSettings | None = None, limits: LinkLimits | None = None) -> None:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
-        self.host_id = "here"
+        self.host_id = local_host_id()
         presence = Presence(self.core)
-        plate = DoorPlate(worker_id=WORKER_ID, incarnation=INCARNATION, host_id=self.host_id)
+        self.shm = ShmServer(
+            self.reactor,
+            presence,
+            worker_id=WORKER_ID,
+            incarnation=INCARNATION,
+            limits=limits,
+        )
+        plate = DoorPlate(
+            worker_id=WORKER_ID,
+            incarnation=INCARNATION,
+            host_id=self.host_id,
+            socket_name=self.shm.socket_name,
+        )
         self._grpc = GrpcServer(self.reactor, presence, plate, tls=tls, limits=limits)
 
     def start(self, host: str = "127.0.0.1") -> str:
         """Serves from a thread of its own; returns the address."""
         self.reactor.start()
+        self.reactor.call(self.shm.start)
         return self.reactor.ask(lambda: self._grpc.start(f"{host}:0"), 10.0)
 
     def close(self) -> None:
+        self.reactor.call(self.shm.stop)
         self.reactor.ask(self._grpc.stop, 10.0)
         self.reactor.close()
 

@@ -145,11 +145,11 @@ class _Stream:
             self._intake.close()
 
     def _take(self, data: bytes) -> None:
-        header, payload = codec.split(data)
-        message = codec.parse_request(header)
+        fields = codec.split_request(data)
+        payload = PayloadReader(data, fields.payload_start, fields.num_payload_bytes)
         self._is_taking = True
         try:
-            self._intake.take(message, PayloadReader(payload))
+            self._intake.take(fields, payload)
         finally:
             self._is_taking = False
 

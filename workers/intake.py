@@ -4,8 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from milliways.v1 import worker_pb2 as pb
-
 from cluster import codec
 from cluster.calls import Refusal, Result
 from cluster.errors import RefusalReason
@@ -49,12 +47,12 @@ class Intake:
         self._router_id = router_id
         self._presence.arrived(router_id)
 
-    def take(self, message: pb.ExchangeRequest, payload: PayloadReader) -> None:
+    def take(self, fields: codec.Fields, payload: PayloadReader) -> None:
         """Submits a call; what cannot be read, or comes in another's name, is refused."""
-        reply = _Reply(self, message.call_id)
+        reply = _Reply(self, fields.call_id)
         self.num_open += 1
         try:
-            _, fence, call = codec.decode_request(message, payload)
+            fence, call = codec.decode_request(fields, payload)
         except MalformedMessageError as error:
             reply(Refusal(RefusalReason.MALFORMED, str(error)))
             return

@@ -32,7 +32,7 @@ from cluster.calls import (
     TokenRows,
 )
 from cluster.clock import SystemClock
-from cluster.errors import PeerLostError, RefusalReason
+from cluster.errors import ConfigError, PeerLostError, RefusalReason
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
@@ -66,7 +66,7 @@ FENCE = Fence(
     router_id=ROUTER_ID,
     router_incarnation=2,
 )
-REMOTE = ("grpc",)
+REMOTE = ("grpc", "shm")
 ALL = ("direct", *REMOTE)
 TIMEOUT_S = 20.0
 
@@ -327,6 +327,16 @@ def test_killed_worker_is_noticed_at_once(router: Router, wanted: str) -> None:
 def test_another_life_of_the_worker_is_not_taken_for_it(router: Router) -> None:
     with serving() as (_, member), pytest.raises(PeerLostError, match="life 6 is gone"):
         router.connect(replace(member, incarnation=6), "grpc")
+
+
+def test_memory_is_shared_on_one_host_only(router: Router) -> None:
+    with serving() as (server, member):
+        with pytest.raises(ConfigError, match="shares no memory"):
+            router.connect(member, "shm", host_id="another")
+        for host_id, expected in ((server.host_id, "shm"), ("another", "grpc"), ("", "grpc")):
+            link = router.connect(member, "auto", host_id=host_id)
+            assert link.transport == expected
+            router.close(link)
 
 
 def open_files() -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +31,15 @@ from cluster.calls import (
 )
 from cluster.errors import RefusalReason
 from cluster.wire_sampling import decode_samples, encode_sample
-from cluster.wire_tensors import ALIGNMENT, INT32, MalformedMessageError, Payload, PayloadReader
+from cluster.wire_tensors import (
+    ALIGNMENT,
+    INT32,
+    MalformedMessageError,
+    Payload,
+    PayloadReader,
+    lay_out,
+    place_of,
+)
 from model.runner import SampledToken
 from model.sampling import SampleRow, SamplingParams, pack_rows
 
@@ -192,14 +200,22 @@ def assert_same_draws(row: SampleRow, other: SampleRow) -> None:
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
 
 
-def decode_request(data: bytes) -> codec.Request:
-    header, payload = codec.split(data)
-    return codec.decode_request(codec.parse_request(header), PayloadReader(payload))
+class CallIn(NamedTuple):
+    call_id: int
+    fence: Fence
+    call: Call
 
 
-def decode_response(data: bytes) -> codec.Response:
-    header, payload = codec.split(data)
-    return codec.decode_response(codec.parse_response(header), PayloadReader(payload))
+def decode_request(data: bytes) -> CallIn:
+    fields = codec.split_request(data)
+    reader = PayloadReader(data, fields.payload_start, fields.num_payload_bytes)
+    return CallIn(fields.call_id, *codec.decode_request(fields, reader))
+
+
+def decode_response(data: bytes) -> tuple[int, Result]:
+    fields = codec.split_response(data)
+    reader = PayloadReader(data, fields.payload_start, fields.num_payload_bytes)
+    return fields.call_id, codec.decode_response(fields, reader)
 
 
 @quick
@@ -213,19 +229,19 @@ def test_call_crosses_the_wire(call_id: int, call: Call, fence: Fence) -> None:
 @quick
 @given(UINT64, results())
 def test_result_crosses_the_wire(call_id: int, result: Result) -> None:
-    response = decode_response(codec.join(codec.encode_response(call_id, result)))
-    assert response.call_id == call_id
-    assert_same(result, response.result)
+    got_id, got = decode_response(codec.join(codec.encode_response(call_id, result)))
+    assert got_id == call_id
+    assert_same(result, got)
 
 
 @quick
 @given(calls(), FENCES, st.booleans())
 def test_payload_travels_beside_its_header(call: Call, fence: Fence, is_shared: bool) -> None:
     header, payload = codec.encode_request(7, call, fence)
-    room = np.empty(payload.num_bytes, np.uint8)
-    payload.write_to(room)
-    reader = PayloadReader(room, is_shared=is_shared)
-    assert_same(call, codec.decode_request(codec.parse_request(header), reader).call)
+    room = bytearray(payload.num_bytes + 64)
+    payload.write_to(room, 64)
+    reader = PayloadReader(room, 64, payload.num_bytes, is_shared=is_shared)
+    assert_same(call, codec.decode_request(codec.split_request(header), reader).call)
 
 
 @quick
@@ -305,7 +321,7 @@ def test_timeout_never_becomes_none() -> None:
 def test_strided_and_shared_arrays_are_sent_row_major() -> None:
     rows_TD = np.arange(12, dtype=np.float32).reshape(4, 3).T
     data = codec.join(codec.encode_response(1, Departure(rows_TD)))
-    result = decode_response(data).result
+    _, result = decode_response(data)
     assert isinstance(result, Departure)
     np.testing.assert_array_equal(result.hidden_TD, rows_TD)
 
@@ -389,13 +405,11 @@ def test_noise_is_refused(noise: bytes) -> None:
     ],
 )
 def test_tensor_that_cannot_be_is_refused(spec: dict[str, Any]) -> None:
-    reader = PayloadReader(memoryview(bytes(32)))
-    assert reader.read(tensor_pb2.TensorSpec(element_type=3, shape=[2, 4]), INT32, 2).shape == (
-        2,
-        4,
-    )
+    reader = PayloadReader(bytes(32), 0, 32)
+    fits = tensor_pb2.TensorSpec(element_type=3, shape=[2, 4])
+    assert reader.read(place_of(fits, INT32, 2)).shape == (2, 4)
     with pytest.raises(MalformedMessageError):
-        reader.read(tensor_pb2.TensorSpec(**spec), INT32, 2)
+        reader.read(place_of(tensor_pb2.TensorSpec(**spec), INT32, 2))
 
 
 def test_rows_of_different_number_are_refused() -> None:
@@ -407,14 +421,15 @@ def test_rows_of_different_number_are_refused() -> None:
 
 def test_unknown_reason_of_a_refusal_counts_as_a_fault() -> None:
     message = pb.ExchangeResponse(refusal=pb.Refusal(reason=77, message="new"))  # pyright: ignore[reportArgumentType]
-    result = decode_response(message.SerializeToString()).result
+    _, result = decode_response(message.SerializeToString())
     assert result == Refusal(RefusalReason.FAULT, "new")
 
 
 @quick
 @given(st.lists(SIZES, max_size=4))
 def test_arrays_lie_at_multiples_of_the_alignment(sizes: list[int]) -> None:
-    payload = Payload()
-    offsets = [payload.add(np.ones(size, np.int32)).offset_bytes for size in sizes]
-    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+    layout = lay_out(*((np.dtype(np.int32), (size,)) for size in sizes))
+    assert all(offset % ALIGNMENT == 0 for offset in layout.offsets)
+    arrays = [np.ones(size, np.int32) for size in sizes]
+    payload = Payload(arrays, layout.offsets, layout.num_bytes)
     assert len(b"".join(payload.pieces())) == payload.num_bytes

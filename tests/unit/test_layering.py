@@ -28,6 +28,7 @@ KERNEL = (
     "cluster.calls",
     "cluster.links",
     "cluster.codec",
+    "cluster.frames",
     "cluster.link_limits",
     "cluster.wire_sampling",
     "cluster.wire_tensors",
@@ -40,16 +41,27 @@ COMPOSITION_ROOTS = (
     "cluster.commands",
     "cluster.app",
     "cluster.local",
+    "cluster.router_door",
+    "cluster.worker_actor",
+    "cluster.worker_process",
     "cluster.bench.programs",
-    "cluster.bench.dataplane",
 )
 JAX = ("jax", "jaxlib", "flax", "optax")
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 # Adapters, each named here when it is written: a short list is a promise.
-RAY_FILES: tuple[str, ...] = ()
+RAY_FILES: tuple[str, ...] = (
+    "cluster.app",
+    "cluster.controller_actor",
+    "cluster.ray_cluster",
+    "cluster.ray_fleet",
+    "cluster.worker_actor",
+    "cluster.commands.serve",
+    "cluster.commands.status",
+)
 GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
+    "cluster.router_door",
     "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
@@ -57,6 +69,7 @@ GRPC_FILES: tuple[str, ...] = (
     "cluster.ingress.malformed",
     "cluster.ingress.router_source",
     "cluster.ingress.server",
+    "cluster.bench.programs.run_hop",
 )
 
 
