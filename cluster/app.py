@@ -100,7 +100,8 @@ class IngressReplica:
         self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_http_app(self._ingress, self._metrics_of_workers)
+        # Serve itself echoes request ids.
+        return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
         """Serve replaces a replica that raises here."""

@@ -16,13 +16,15 @@ from ray.serve._private import replica
 
 logger = logging.getLogger(__name__)
 
+_NAME = "add_port_to_grpc_server"
 _ANY_ADDRESS = "[::]:0"
 _LOOPBACK_ADDRESS = "127.0.0.1:0"
 
 
 def bind_replicas_to_loopback() -> None:
     """In a replica's process, before it opens its server; without effect on other nodes."""
-    original: Any = getattr(replica, "add_port_to_grpc_server", None)
+    module: Any = replica
+    original: Any = getattr(module, _NAME, None)
     if original is None or getattr(original, "is_ours", False):
         return
 
