@@ -177,8 +177,17 @@ def _split(data: bytes, first: int, last: int) -> Fields:
     fence = body = b""
     at, end = 0, len(data)
     while at < end:
-        field, kind, start, at = _next_field(data, at, end)
-        if kind == _LENGTH_DELIMITED:
+        tag = data[at]
+        # Tags and lengths of one byte, which most are, are read here: this is every call's path.
+        if tag & 7 == _LENGTH_DELIMITED and at + 1 < end and (data[at + 1] | tag) < 0x80:
+            start = at + 2
+            at = start + data[at + 1]
+        else:
+            tag, start, at = _next_field(data, at, end)
+        field = tag >> 3
+        if at > end or not field:
+            raise MalformedMessageError("a field that is longer than its message, or has no number")
+        if tag & 7 == _LENGTH_DELIMITED:
             if first <= field <= last:
                 # Of a message that comes twice, parts are merged; of two calls, the last counts.
                 body = body + data[start:at] if field == number else data[start:at]
@@ -187,13 +196,13 @@ def _split(data: bytes, first: int, last: int) -> Fields:
                 fence += data[start:at]
             elif field == _PAYLOAD:
                 payload_start, payload_end = start, at
-        elif field == _CALL_ID and kind == _VARINT:
+        elif tag == _CALL_ID << 3 | _VARINT:
             call_id, _ = _read_varint(data, start, end)
     return Fields(call_id, fence, number, body, payload_start, payload_end - payload_start)
 
 
-def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
-    """A field's number and wire type, and where its content begins and ends."""
+def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
+    """A field's tag, and where its content begins and ends."""
     tag, at = _read_varint(data, at, end)
     kind = tag & 7
     start = at
@@ -206,9 +215,7 @@ def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
         at += _FIXED_BYTES[kind]
     else:
         raise MalformedMessageError(f"a field of wire type {kind}")
-    if at > end or tag < 8:
-        raise MalformedMessageError("a field that is longer than its message, or has no number")
-    return tag >> 3, kind, start, at
+    return tag, start, at
 
 
 @lru_cache(maxsize=_NUM_FENCES)

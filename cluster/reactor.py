@@ -146,6 +146,10 @@ class Reactor:
         task.add_done_callback(settle)
         return pending
 
+    def run_due(self) -> None:
+        """Runs what a callback or the hosted loop has just made ready, instead of next turn."""
+        self._run_due()
+
     def register(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Has `callback` called with the events (EVENT_READ, EVENT_WRITE) that a file is ready for.
 
