@@ -29,6 +29,7 @@ from cluster.frames import (
 from cluster.link_limits import LinkLimits
 from cluster.reactor import Reactor
 from cluster.shm import Segment, attach_segment
+from cluster.wire_fields import Fields
 from cluster.wire_tensors import MalformedMessageError, PayloadReader
 from workers.intake import Intake, Presence
 
@@ -184,7 +185,7 @@ class _Connection:
         room = _Room(segment.buffer, frame.response_offset, frame.num_response_bytes)
         self._submit(codec.split_request(frame.header), payload, room)
 
-    def _submit(self, fields: codec.Fields, payload: PayloadReader, room: "_Room") -> None:
+    def _submit(self, fields: Fields, payload: PayloadReader, room: "_Room") -> None:
         call_id = fields.call_id
         if call_id in self._rooms:
             raise MalformedMessageError(f"call {call_id} is open already")
