@@ -16,6 +16,7 @@ router on one host speak:
 import os
 import socket
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
@@ -29,7 +30,8 @@ PROTOCOL_VERSION = 1
 
 _PREFIX = struct.Struct("<IB")
 _RECEIVE_BYTES = 64 << 10
-_MAX_FILES = 4
+# Room for four files.
+_ANCILLARY_BYTES = socket.CMSG_LEN(4 * 4)
 
 _HELLO = struct.Struct("<I")
 _WELCOME = struct.Struct("<IQ")
@@ -153,10 +155,22 @@ class FrameSocket:
             if file is not None:
                 os.close(file)
             return
-        frame = memoryview(_PREFIX.pack(len(body), kind) + body)
-        self._unsent.append((frame, file))
+        frame = _PREFIX.pack(len(body), kind) + body
+        if file is None and not self._unsent:
+            frame = self._try_send(frame)
+            if not frame:
+                return
+        self._unsent.append((memoryview(frame), file))
         if len(self._unsent) == 1:
             self._send_on()
+
+    def _try_send(self, frame: bytes) -> bytes:
+        """What is left to send; nothing, nearly always."""
+        try:
+            return frame[self._socket.send(frame) :]
+        except OSError:
+            # Whatever is wrong, `_send_on` meets it too.
+            return frame
 
     def close(self) -> None:
         """Without a last word to anybody."""
@@ -202,13 +216,14 @@ class FrameSocket:
 
     def _receive(self) -> None:
         try:
-            data, files, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, _MAX_FILES)
+            data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
             self._lose(str(error))
             return
-        self.files.extend(files)
+        if ancillary:
+            self.files.extend(_files_of(ancillary))
         if not data:
             self._lose("it closed the connection")
             return
@@ -242,6 +257,14 @@ class FrameSocket:
         if self._is_open:
             self.close()
             self._on_lost(reason)
+
+
+def _files_of(ancillary: list[tuple[int, int, bytes]]) -> "array[int]":
+    files = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            files.frombytes(data[: len(data) // files.itemsize * files.itemsize])
+    return files
 
 
 def _unpack(form: struct.Struct, body: bytes) -> tuple[tuple[int, ...], bytes]:
