@@ -148,6 +148,7 @@ class FrameSocket:
         self._is_open = True
         self._waits_to_send = False
         reactor.register(connection.fileno(), EVENT_READ, self._on_ready)
+        reactor.add_closer(self._on_reactor_stop)
 
     def send(self, kind: int, body: bytes, file: int | None = None) -> None:
         """Sends a frame, the rest of it later where the peer is slow; takes over the file."""
@@ -177,6 +178,7 @@ class FrameSocket:
         if not self._is_open:
             return
         self._is_open = False
+        self._reactor.remove_closer(self._on_reactor_stop)
         self._reactor.unregister(self._socket.fileno())
         self._socket.close()
         files = [*self.files, *(file for _, file in self._unsent if file is not None)]
@@ -252,6 +254,9 @@ class FrameSocket:
             del self._received[:at]
         elif at < end:
             self._received += data[at:]
+
+    def _on_reactor_stop(self) -> None:
+        self._lose("this side stops")
 
     def _lose(self, reason: str) -> None:
         if self._is_open:

@@ -73,6 +73,7 @@ class Reactor:
         self._on_fault = on_fault
         # Event loops hold their tasks weakly.
         self._loop_tasks: set[Any] = set()
+        self._closers: set[Callable[[], None]] = set()
         self._posted: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -170,6 +171,14 @@ class Reactor:
         self._thread = threading.Thread(target=self.run, name=self._name, daemon=True)
         self._thread.start()
 
+    def add_closer(self, close: Callable[[], None]) -> None:
+        """Has `close` called when the reactor stops, unless it is removed before."""
+        self._closers.add(close)
+
+    def remove_closer(self, close: Callable[[], None]) -> None:
+        """What it would close is closed already."""
+        self._closers.discard(close)
+
     def run(self) -> None:
         """Runs in the calling thread until `stop`."""
         if self.loop is not None:
@@ -199,6 +208,8 @@ class Reactor:
 
     def _stop(self) -> None:
         self._is_stopping = True
+        for close in tuple(self._closers):
+            self._guarded(close)
         if self.loop is not None:
             self.loop.stop()
 

@@ -88,6 +88,7 @@ class GrpcLink:
         # Kept, as event loops hold their tasks weakly.
         self._writer: Any = None
         self._reader = self._loop.create_task(self._read())
+        reactor.add_closer(self.close)
 
     @property
     def transport(self) -> str:
@@ -151,6 +152,7 @@ class GrpcLink:
         if self._is_closed:
             return
         self._is_closed = True
+        self._reactor.remove_closer(self.close)
         self._out.lose(message)
         self._outbox.clear()
         waiting, self._waiting = self._waiting, deque()

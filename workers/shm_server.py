@@ -68,11 +68,13 @@ class ShmServer:
         self._listener.bind(f"\0{self.socket_name}")
         self._listener.listen(_BACKLOG)
         self._reactor.register(self._listener.fileno(), EVENT_READ, self._on_ready)
+        self._reactor.add_closer(self.stop)
 
     def stop(self) -> None:
         """Takes nobody any more and breaks all connections."""
         if self._listener is None:
             return
+        self._reactor.remove_closer(self.stop)
         self._reactor.unregister(self._listener.fileno())
         self._listener.close()
         self._listener = None

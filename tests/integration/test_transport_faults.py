@@ -5,14 +5,16 @@ import socket
 import struct
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import which
 
 import grpc
 import pytest
 
+from cluster.calls import Refusal, Result
 from cluster.config import TlsSettings
-from cluster.errors import PeerLostError
+from cluster.errors import PeerLostError, RefusalReason
 from cluster.frames import (
     PROTOCOL_VERSION,
     CallFrame,
@@ -23,8 +25,9 @@ from cluster.frames import (
 )
 from cluster.link_limits import LinkLimits
 from cluster.shm import make_segment
+from cluster.tasks import Pending
 from router.connect import Connector
-from tests.echo_worker import INCARNATION, WORKER_ID, EchoServer, member_at, serving
+from tests.echo_worker import INCARNATION, LOST_LAYER, WORKER_ID, EchoServer, member_at, serving
 from tests.router_side import (
     ROUTER_ID,
     TIMEOUT_S,
@@ -194,3 +197,25 @@ def test_server_that_stops_takes_its_links_with_it(router: Router) -> None:
         wait_until(lambda link=link: router.begin_ask(link, random_call(1, 1)).is_done)
         with pytest.raises(PeerLostError):
             router.ask(link, random_call(1, 1))
+
+
+def test_router_that_just_ends_leaves_nothing_behind() -> None:
+    losts: list[Pending[Result]] = []
+    with serving() as (server, member):
+        with running_router() as router:
+            for wanted in ("grpc", "shm"):
+                link = router.connect(member, wanted, host_id=server.host_id)
+                router.ask(link, random_call(1, 1))
+                lost = router.begin_ask(link, replace(random_call(1, 2), layer=LOST_LAYER))
+                losts.append(lost)
+        assert all(isinstance(lost.error, PeerLostError) for lost in losts)
+        wait_until(lambda: server.core.routers_gone == [ROUTER_ID])
+
+
+def test_more_calls_than_a_worker_takes_are_refused_by_it(router: Router) -> None:
+    with serving(limits=LinkLimits(max_calls_in_flight=1)) as (server, member):
+        link = router.connect(member, "shm", host_id=server.host_id)
+        router.begin_ask(link, replace(random_call(1, 2), layer=LOST_LAYER))
+        result = router.ask(link, random_call(1, 2))
+        assert isinstance(result, Refusal) and result.reason is RefusalReason.OVERLOADED
+        router.close(link)

@@ -162,7 +162,7 @@ def test_results_may_come_in_another_order(router: Router, wanted: str) -> None:
         assert_outputs(held.result(), held_call)
 
 
-@pytest.mark.parametrize("wanted", REMOTE)
+@pytest.mark.parametrize("wanted", ALL)
 def test_fault_of_the_core_is_a_refusal(router: Router, wanted: str) -> None:
     with linked(router, wanted) as (link, _):
         result = router.ask(link, replace(random_call(1, 2), layer=FAULTY_LAYER))
