@@ -6,7 +6,7 @@
 A batch goes through attention shards in turns: `BeginBatch` takes it in at a layer, each
 `ExpertInput` asks for the outputs of that layer's experts, `AdvanceBatch` brings them, and the turn
 ends with a `Departure` to another shard or with the tokens `Drawn`. Arrays are NumPy's, rows
-unpadded. Their legend is that of `model.shapes`.
+unpadded; what holds some is equal to itself only. Their legend is that of `model.shapes`.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Fence:
     router_incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RunExperts:
     """Chosen experts of one layer: rows [T, D] of the activation type, ids [T, A] int32 or -1."""
 
@@ -45,7 +45,7 @@ class RunExperts:
         return int(np.count_nonzero(self.expert_ids_TA >= 0))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenRows:
     """The tokens of a micro-batch, where their KV lies, and who wants a token drawn; all int32."""
 
@@ -61,7 +61,7 @@ class TokenRows:
         return len(self.token_ids_T)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BeginBatch:
     """Takes a batch into a shard before `layer`; the number of layers asks for logits only.
 
@@ -74,7 +74,7 @@ class BeginBatch:
     hidden_TD: np.ndarray | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdvanceBatch:
     """Outputs [T, A, D] of a layer's experts, unweighted, in the gate's ranking."""
 
@@ -93,14 +93,14 @@ class AbandonBatch:
 Call = RunExperts | BeginBatch | AdvanceBatch | AbandonBatch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertOutputs:
     """[N, D]: a row for each expert id of the call that is not -1, in row-major order."""
 
     rows_ND: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ExpertInput:
     """A batch waits for the experts of a layer: rows [T, D], ids [T, A] best first."""
 
@@ -109,7 +109,7 @@ class ExpertInput:
     expert_ids_TA: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Departure:
     """The residual stream [T, D] float32 of a batch that leaves the shard."""
 

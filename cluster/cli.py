@@ -4,6 +4,9 @@
     milliways logits            writes the logits of given tokens, to compare implementations
     milliways inspect PATH      what a checkpoint holds, and what it needs
     milliways plan              which worker would hold what
+    milliways serve             starts a cluster and its endpoint
+    milliways status            who is in the cluster, what each holds and does
+    milliways scale             grows or shrinks a running cluster
     milliways bench             how fast we are, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
@@ -28,6 +31,9 @@ COMMANDS = {
     "logits": "write the logits of given tokens to a file",
     "inspect": "show tensors, parameters, bytes, and memory for N workers",
     "plan": "show which worker would hold what, without starting anything",
+    "serve": "start a cluster and its HTTP and gRPC endpoint",
+    "status": "show the workers of a running cluster",
+    "scale": "grow or shrink a running cluster",
     "bench": "measure speed, beside other engines and the limits of the machine",
 }
 

@@ -88,6 +88,8 @@ class RouterSettings:
     max_waiting: int = 256
     max_step_tokens: int = 128
     max_micro_batches: int = 2
+    # Fewer tokens than this are not worth another sweep through the weights.
+    min_micro_batch_tokens: int = 16
     # A reply that takes longer is asked of another replica as well.
     hedge_after_s: float = 1.0
     # A reply that takes longer than this counts as lost.
@@ -99,6 +101,7 @@ class RouterSettings:
         _between("router.max_waiting", self.max_waiting, 0, 10**6)
         _between("router.max_step_tokens", self.max_step_tokens, 1, 65536)
         _between("router.max_micro_batches", self.max_micro_batches, 1, 8)
+        _between("router.min_micro_batch_tokens", self.min_micro_batch_tokens, 1, 65536)
         _between("router.hedge_after_s", self.hedge_after_s, 0.001, 3600)
         _between("router.step_timeout_s", self.step_timeout_s, 0.01, 3600)
         _between("router.request_timeout_s", self.request_timeout_s, 0.1, 1e6)

@@ -92,7 +92,7 @@ class PlacementPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShard:
-    """A run of layers, and whether the embedding and the logits are here."""
+    """A run of layers, perhaps none, and whether the embedding and the logits are here."""
 
     first_layer: int
     num_layers: int
@@ -121,6 +121,31 @@ class WorkerPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """What a worker shall load: a plan without its arithmetic."""
+
+    first_layer: int
+    num_layers: int
+    has_ends: bool
+    experts: frozenset[ExpertId]
+
+    @classmethod
+    def of(cls, worker: WorkerPlan) -> "ShardPlan":
+        """The shards of a worker's plan."""
+        shard = worker.attention
+        return cls(
+            first_layer=shard.first_layer,
+            num_layers=shard.num_layers,
+            has_ends=shard.has_ends,
+            experts=frozenset(worker.experts),
+        )
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_layers > 0 or self.has_ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """All workers' plans, in the order the workers were given, under one epoch."""
 
@@ -138,14 +163,18 @@ def plan(
     policy: PlacementPolicy,
     expert_load: Mapping[ExpertId, float] | None = None,
     placement_epoch: int = 1,
+    attention: Sequence[AttentionShard] | None = None,
 ) -> Placement:
     """Places a model on workers; equal inputs give equal plans.
+
+    `attention` are shards that stay as they are, one for each worker.
 
     Raises:
         PlacementError: the workers cannot hold it; says what is needed, there, and short.
     """
     _check(model, workers, policy)
-    for shards in _attention_cuts(model, len(workers), policy.attention):
+    cuts = [attention] if attention else _attention_cuts(model, len(workers), policy.attention)
+    for shards in cuts:
         fixed = [_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
         num_slots = _slots(model, workers, fixed)
         needed = model.num_layers * model.num_experts * policy.expert_replicas
@@ -175,27 +204,26 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
         )
     if policy.kv_tokens < 1:
         raise PlacementError(f"kv_tokens = {policy.kv_tokens}: at least 1")
-    if policy.attention is AttentionCut.LAYERS and len(workers) > model.num_layers:
-        raise PlacementError(
-            f"{model.num_layers} layers cannot be cut into {len(workers)} shards, one a worker"
-        )
 
 
 def _attention_cuts(
     model: ModelBytes, num_workers: int, cut: AttentionCut
-) -> list[tuple[AttentionShard, ...]]:
+) -> list[Sequence[AttentionShard]]:
     """The cuts to try, the best first."""
     whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
-    cuts: list[tuple[AttentionShard, ...]] = []
+    cuts: list[Sequence[AttentionShard]] = []
     if cut is not AttentionCut.LAYERS:
         cuts.append((whole,) * num_workers)
-    if cut is not AttentionCut.REPLICATED and num_workers <= model.num_layers:
+    if cut is not AttentionCut.REPLICATED:
         cuts.append(_cut_layers(model.num_layers, num_workers))
     return cuts
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
-    """Runs as even as can be; what leaves the last comes back to the first for its logits."""
+    """Runs as even as can be; what leaves the last comes back to the first for its logits.
+
+    Workers beyond the number of layers have only experts.
+    """
     shards: list[AttentionShard] = []
     first = 0
     for i in range(num_workers):

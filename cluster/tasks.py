@@ -152,6 +152,7 @@ class Tasks:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = count()
         self._alive: set[Task[Any]] = set()
+        self._faults: list[BaseException] = []
 
     @property
     def num_alive(self) -> int:
@@ -165,12 +166,34 @@ class Tasks:
         task.when_done(lambda: self._alive.discard(task))
         return task
 
+    def start_service(self, coroutine: Coroutine[Any, Any, None]) -> Task[None]:
+        """Has a coroutine run that must not fail: its error leaves `run_ready`."""
+        task = self.start(coroutine)
+
+        def look() -> None:
+            if task.error is not None and not isinstance(task.error, Cancelled):
+                self._faults.append(task.error)
+
+        task.when_done(look)
+        return task
+
+    def close(self) -> None:
+        """Cancels all tasks and forgets all timers."""
+        for task in list(self._alive):
+            task.cancel()
+        while self._ready:
+            self._ready.popleft().go_on()
+        self._timers.clear()
+        self._faults.clear()
+
     def run_ready(self) -> bool:
         """Fires timers that are due, runs all tasks as far as they go; whether anything ran."""
         has_run = self._fire_timers()
         while self._ready:
             has_run = True
             self._ready.popleft().go_on()
+            if self._faults:
+                raise self._faults.pop()
         return has_run
 
     def next_timer_s(self) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from cluster.placement import ExpertId
+from cluster.placement import AttentionShard, ExpertId
 
 
 class WorkerState(Enum):
@@ -38,6 +38,8 @@ class Member:
     incarnation: int
     address: str
     state: WorkerState
+    # Where its router takes requests; empty without one.
+    router_address: str = ""
     node_id: str = ""
     pid: int = 0
     # The layers of its attention shard; empty where it has none.
@@ -83,3 +85,15 @@ class ClusterView:
 
 
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
+
+
+def chains_of(shards: Mapping[str, AttentionShard]) -> dict[str, tuple[str, ...]]:
+    """The routers of a placement: one on each worker with all of attention, else one for the chain.
+
+    It sits with the output head, where tokens enter and leave. `shards` go by worker_id.
+    """
+    with_layers = {name: shard for name, shard in shards.items() if shard.num_layers}
+    if len({shard.first_layer for shard in with_layers.values()}) <= 1:
+        return {name: (name,) for name in with_layers}
+    chain = tuple(sorted(with_layers, key=lambda name: with_layers[name].first_layer))
+    return {name: chain for name, shard in with_layers.items() if shard.has_ends}

@@ -90,6 +90,13 @@ class BlockPool:
                 self._published[digest] = block_id
                 self._digests[block_id] = digest
 
+    def forget(self) -> None:
+        """Takes back all offers: the contents of the blocks are lost."""
+        self._published.clear()
+        self._digests.clear()
+        self._free.extend(reversed(self._idle))
+        self._idle.clear()
+
     def check_integrity(self) -> None:
         """Asserts that every block is in exactly one state; call it when nothing runs."""
         free, idle = set(self._free), set(self._idle)

@@ -8,7 +8,7 @@ and expert half as a cluster of workers would.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from typing import cast
 
 import jax
@@ -103,15 +103,8 @@ class ModelRunner:
     ) -> list[SampledToken]:
         """Computes all scheduled tokens and draws one token for each wanted logits row."""
         logits_WV = self._compute(scheduled)
-        if not rows:
-            return []
         assert len(rows) == sum(entry.num_logits for entry in scheduled)
-        padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
-        inputs = pack_rows(padded, self.config.vocab_size)
-        num_logprobs = bucket_num_logprobs([row.params for row in rows])
-        drawn = sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=self._ops)
-        sampled = jax.device_get(drawn)
-        return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
+        return draw_tokens(logits_WV, rows, self._ops)
 
     def _compute(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
         assert 0 < len(scheduled) <= self.cache_size.max_slots
@@ -148,6 +141,17 @@ class ModelRunner:
         return StepBatch(*(cast(jax.Array, array) for array in arrays))
 
 
+def draw_tokens(logits_WV: jax.Array, rows: Sequence[SampleRow], ops: Ops) -> list[SampledToken]:
+    """Draws one token for each row; logits beyond the rows are padding."""
+    if not rows:
+        return []
+    padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
+    inputs = pack_rows(padded, logits_WV.shape[1])
+    num_logprobs = bucket_num_logprobs([row.params for row in rows])
+    sampled = jax.device_get(sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=ops))
+    return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
+
+
 def _sampled_token(sampled: SampledTokens, i: int, row: SampleRow) -> SampledToken:
     num_logprobs = row.params.num_logprobs
     top_ids = sampled.top_ids_BK[i][:num_logprobs].tolist()
@@ -174,7 +178,7 @@ def make_runner(
 ) -> ModelRunner:
     """A runner on the default device; it keeps `owner` alive."""
     cache = _empty_cache(decoder, cache_size)
-    parts = _jitted_parts(decoder)
+    parts = jitted_parts(decoder)
     if mode is StepMode.FUSED:
         # The parts stay jitted inside: a layer is then traced once and not once for each layer.
         step = jax.jit(partial(run_step, parts), donate_argnums=(2,))
@@ -207,8 +211,9 @@ def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:
     )
 
 
-def _jitted_parts(decoder: Decoder) -> DecoderParts:
-    """Each part compiled for itself: what a cluster executes."""
+@cache
+def jitted_parts(decoder: Decoder) -> DecoderParts:
+    """Each part compiled for itself, once for all who compute with equal decoders."""
     parts = decoder.parts()
     return DecoderParts(
         mark_visible=jax.jit(parts.mark_visible),

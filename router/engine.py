@@ -16,6 +16,7 @@ from model.detokenizer import IncrementalDetokenizer
 from model.runner import ModelRunner, ScheduledTokens
 from model.sampling import SampleRow
 from model.tokenizer import Tokenizer
+from router.admission import RoutedRequest, make_sequences, max_completion_tokens
 from router.request import GenerateRequest
 from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from router.sequence import (
@@ -60,24 +61,12 @@ class LocalEngine:
         Raises:
             InvalidRequestError: it does not fit the model or the KV cache.
         """
-        request.check_fits(self._config)
-        room = self._config.sequence_len - len(request.prompt_ids)
-        # A prompt that fills the context still has logits, and so one token.
-        max_completion_tokens = min(request.max_tokens, max(1, room))
-        sequences = [
-            Sequence(
-                request,
-                i,
-                self._detokenizer(request),
-                max_completion_tokens,
-                self._config.eos_token,
-            )
-            for i in range(request.num_samples)
-        ]
+        routed = RoutedRequest(request_id="", request=request, timeout_s=0.0)
+        sequences = make_sequences(routed, self._config, self._detokenizer)
+        num_tokens = len(request.prompt_ids) + max_completion_tokens(request, self._config)
         for sequence in sequences:
             # The last token drawn is never computed, so it takes no place.
-            max_tokens = len(request.prompt_ids) + max_completion_tokens - 1
-            self._scheduler.add(sequence, max_tokens)
+            self._scheduler.add(sequence, num_tokens - 1)
         return sequences
 
     def step(self) -> list[tuple[Sequence, TokenEvent]]:

@@ -17,10 +17,11 @@ from router.sequence import Sequence, SequenceStatus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Bounds of a step and of the queue."""
+    """Bounds of a step and of the queue; `max_waiting` is None where the caller has bounds."""
 
     max_running: int = 32
     max_step_tokens: int = 128
+    max_waiting: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +50,36 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def can_queue(self, num_sequences: int) -> bool:
+        """Whether so many more may wait. Those that will be admitted at once count as well."""
+        if self.limits.max_waiting is None:
+            return True
+        num_free_slots = self.limits.max_running - len(self._running)
+        return len(self._waiting) + num_sequences <= self.limits.max_waiting + num_free_slots
+
     def add(self, sequence: Sequence, max_tokens: int) -> None:
         """Queues a sequence that will hold at most `max_tokens` tokens.
 
         Raises:
             InvalidRequestError: it could never run, even alone.
         """
+        self.check_capacity(max_tokens)
+        self._waiting.append(sequence)
+
+    def check_capacity(self, max_tokens: int) -> None:
+        """Raises InvalidRequestError for a sequence that could never run, even alone."""
         capacity_tokens = self.pool.num_blocks * self.pool.block_size
         if max_tokens > capacity_tokens:
             limit = f"at most {capacity_tokens} (the KV cache)"
             raise InvalidRequestError("prompt and completion tokens", max_tokens, limit)
-        self._waiting.append(sequence)
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next step's work; empty only when nothing is left."""
@@ -91,6 +111,12 @@ class Scheduler:
             self._waiting.remove(sequence)
         sequence.move(status)
         self._let_go(sequence)
+
+    def start_over(self) -> None:
+        """All keys and values are lost: everything that runs is computed anew, in its order."""
+        for sequence in reversed(self._running[:]):
+            self._preempt(sequence)
+        self.pool.forget()
 
     def _admit(self, budget: int) -> list[ScheduledSequence]:
         admitted: list[ScheduledSequence] = []

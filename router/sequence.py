@@ -99,6 +99,10 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
         return len(self.token_ids) - self.num_computed
@@ -125,6 +129,12 @@ class Sequence:
         if len(self.token_ids) >= self._max_tokens:
             return self._event(sampled, text + self._flush(), FinishReason.LENGTH)
         return self._event(sampled, text, None)
+
+    def replay(self, token_ids: TokenIds[int]) -> None:
+        """Takes in tokens drawn elsewhere, whose text the client has: goes on as if drawn here."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self._stop_matcher.push(self._detokenizer.push(token_id))
 
     def _flush(self) -> str:
         """The text still held back: an unfinished character, the beginning of a stop string."""

@@ -150,7 +150,8 @@ def format_placement(model: ModelBytes, placement: Placement) -> str:
 
 def _worker_line(worker: WorkerPlan) -> str:
     shard = worker.attention
-    layers = f"{shard.first_layer}-{shard.first_layer + shard.num_layers - 1}"
+    last = shard.first_layer + shard.num_layers - 1
+    layers = f"{shard.first_layer}-{last}" if shard.num_layers else "-"
     sizes = (
         worker.attention_bytes,
         worker.kv_bytes,

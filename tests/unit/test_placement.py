@@ -156,7 +156,6 @@ def test_refusal_of_replicas_says_what_takes_how_much() -> None:
         (workers_of(1000, 1000), policy(3), "expert_replicas = 3"),
         (workers_of(1000), policy(0), "expert_replicas = 0"),
         (workers_of(1000), policy(kv_tokens=0), "kv_tokens = 0"),
-        (workers_of(*[1000] * 5), policy(cut="layers"), "4 layers cannot be cut into 5"),
         (workers_of(1000) * 2, policy(), "one worker_id"),
     ],
 )

@@ -1,0 +1,157 @@
+"""The Ray Serve application: `serve run cluster.app:app`, `serve build`, `serve deploy`.
+
+Arguments are the tables of `cluster.config`, as in `serve run cluster.app:app 'workers={count: 3}'`
+or a file's `args`. The first replica brings up the controller, which brings up the workers; all
+replicas follow its view, and go on with the last one while it is away.
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import serve
+from ray.exceptions import RayError
+
+from cluster.config import ClusterConfig, config_from_tree, read_config
+from cluster.controller_actor import find_or_make_controller
+from cluster.errors import ConfigError
+from cluster.ingress.http import make_http_app
+from cluster.ingress.ingress import Ingress
+from cluster.ingress.router_choice import RouterInfo
+from cluster.ingress.router_source import RouterSource
+from cluster.ingress.served_model import load_served_model
+from cluster.ingress.server import GrpcServer
+from cluster.serve_loopback import bind_replicas_to_loopback
+from cluster.view import EMPTY_VIEW, ClusterView
+from cluster.worker_metrics import render_metrics
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "milliways"
+VIEW_TIMEOUT_S = 10.0
+RETRY_S = 0.5
+
+
+class Directory:
+    """A `RouterDirectory` that follows the controller's view."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._view: ClusterView = EMPTY_VIEW
+        self._changed = asyncio.Event()
+
+    @property
+    def view(self) -> ClusterView:
+        return self._view
+
+    def routers(self) -> Sequence[RouterInfo]:
+        return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    async def follow(self) -> None:
+        """Asks for newer views, for ever; a controller that is gone is made anew."""
+        while True:
+            try:
+                controller = find_or_make_controller(self._config)
+                await controller.begin.remote()
+                while True:
+                    known_epoch = self._view.placement_epoch
+                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))
+            except RayError as error:
+                logger.warning("the controller does not answer: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _take(self, view: ClusterView) -> None:
+        if view.placement_epoch > self._view.placement_epoch:
+            self._view = view
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+
+
+@serve.deployment(name="Ingress", max_ongoing_requests=512)
+@serve.ingress()
+class IngressReplica:
+    """A replica: HTTP through Serve's proxy, gRPC on a port that all replicas of a node share."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        bind_replicas_to_loopback()
+        self._config = config
+        self._directory = Directory(config)
+        self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
+        self._source = RouterSource(self._directory, tls=config.tls)
+        self._ingress = Ingress(
+            load_served_model(config.model),
+            self._source,
+            config.ingress,
+            request_timeout_s=config.router.request_timeout_s,
+        )
+        settings = config.ingress
+        self._grpc = GrpcServer(
+            self._ingress, host=settings.host, port=settings.grpc_port, tls=config.tls
+        )
+        self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        # Serve itself echoes request ids.
+        return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that raises here."""
+        if self._follower.done():
+            self._follower.result()
+
+    async def _metrics_of_workers(self) -> str:
+        try:
+            status = await find_or_make_controller(self._config).status.remote()
+        except RayError as error:
+            logger.warning("no metrics of workers: %s", error)
+            return ""
+        return render_metrics(status)
+
+
+def make_app(config: ClusterConfig) -> serve.Application:
+    """The application of some settings."""
+    settings = config.ingress
+    # Serve's own classes have no types.
+    deployment: Any = IngressReplica
+    return deployment.options(
+        max_ongoing_requests=2 * settings.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0.1},
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests,
+        },
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.5,
+    ).bind(config)
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """The builder that Serve calls with its arguments.
+
+    Raises:
+        ConfigError: names the table, field, value and limit that do not fit.
+    """
+    return make_app(config_from_args(args))
+
+
+def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:
+    """Settings from Serve's arguments: tables, or text of YAML where a command line gave them."""
+    tree: dict[str, Any] = {}
+    for name, value in args.items():
+        if name == "config":
+            if len(args) > 1:
+                raise ConfigError("config", value, "the only argument, the path of a TOML file")
+            return read_config(Path(str(value)))
+        tree[name] = yaml.safe_load(value) if isinstance(value, str) else value
+    return config_from_tree(tree)

@@ -1,0 +1,88 @@
+"""`milliways status`: who is in the cluster, what each holds and does."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import argparse
+import json
+from typing import Any
+
+from cluster.errors import StartupError
+from cluster.ray_settings import be_quiet, enter, find_running
+
+ANSWER_TIMEOUT_S = 30.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--address", metavar="RAY", help="Ray cluster [the one you started last]")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every expert")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Asks the controller, and prints."""
+    status = ask_controller(options.address, "status")
+    print(json.dumps(status, indent=2) if options.json else format_status(status))
+
+
+def ask_controller(
+    address: str | None, method: str, *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Any:
+    """What the running cluster's controller answers.
+
+    Raises:
+        StartupError: no cluster runs, it has no controller, or that does not answer.
+    """
+    be_quiet()
+    if address is None:
+        running = find_running()
+        if running is None:
+            raise StartupError("no cluster of yours runs here; `milliways serve` starts one")
+        enter(running)
+        address = running.address
+    # Not before: Ray reads its settings when it is imported.
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    from cluster.controller_actor import find_controller
+    from cluster.ray_cluster import join
+
+    join(address)
+    try:
+        reference = getattr(find_controller(), method).remote(*arguments)
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise StartupError(f"the controller does not answer within {timeout_s:g} s") from error
+    except (ValueError, RayActorError) as error:
+        raise StartupError("the Ray cluster runs, but no Milliways controller in it") from error
+    finally:
+        ray.shutdown()
+
+
+def format_status(status: dict[str, Any]) -> str:
+    """A table for a terminal, one line a worker."""
+    health = "complete" if status["is_complete"] else "INCOMPLETE"
+    lines = [
+        f"model {status['model']}, placement epoch {status['placement_epoch']}, {health},"
+        f" up {status['uptime_s']:.0f} s, {status['deaths']} deaths",
+        "",
+        f"{'worker':<11} {'life':>4} {'pid':>8} {'node':<9} {'state':<9} {'role':<25}"
+        f" {'layers':>7} {'experts':>7} {'kv':>11} {'tok/s':>7}  transports",
+    ]
+    return "\n".join([*lines, *(_line(worker) for worker in status["workers"])])
+
+
+def _line(worker: dict[str, Any]) -> str:
+    first, count = worker.get("layers", [0, 0])
+    layers = f"{first}-{first + count - 1}" if count else "-"
+    router = worker.get("router", {})
+    kv = f"{router['kv_blocks_used']}/{router['kv_blocks_total']}" if router else "-"
+    rate = f"{router['tokens_per_s']:.1f}" if router else "-"
+    ways = router.get("transports", {})
+    transports = ", ".join(f"{name} {way}" for name, way in ways.items())
+    note = f"  waits for {worker['waits_for']}" if worker["waits_for"] else ""
+    return (
+        f"{worker['worker_id']:<11} {worker['incarnation']:>4} {worker['pid']:>8}"
+        f" {worker['node'][:8]:<9} {worker['state']:<9} {worker['role']:<25}"
+        f" {layers:>7} {len(worker['experts']):>7} {kv:>11} {rate:>7}  {transports}{note}"
+    )

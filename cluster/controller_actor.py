@@ -1,0 +1,191 @@
+"""The controller as a Ray actor: one for the cluster, detached, off the path of every token."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+
+from cluster.async_tasks import AsyncTasks
+from cluster.config import ClusterConfig
+from cluster.controller import Controller, make_settings
+from cluster.fleet import WorkerRecord
+from cluster.model_bytes import checkpoint_bytes
+from cluster.model_dir import resolve_model_dir
+from cluster.ray_fleet import NAMESPACE, RayFleet
+from cluster.view import ClusterView, WorkerState
+from model.checkpoint import Checkpoint
+
+CONTROLLER_NAME = "controller"
+CONTEXTS_BY_DEFAULT = 8
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class ControllerActor:
+    """What commands and the ingress ask; the decisions are `Controller`'s."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._started_at_s = time.time()
+        self._shell: AsyncTasks | None = None
+
+    async def begin(self) -> None:
+        """Brings the cluster up; without effect the second time."""
+        if self._shell is not None:
+            return
+        self._shell = AsyncTasks()
+        config = self._config
+        with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
+            model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
+            sequence_len = checkpoint.config.sequence_len
+        workers = config.workers
+        kv_tokens = workers.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
+        settings = make_settings(
+            workers.count, workers.expert_replicas, workers.attention, kv_tokens
+        )
+        self._fleet = RayFleet(config, model, self._shell, None)
+        self._controller = Controller(model, settings, self._fleet, self._shell.tasks)
+        self._controller.start()
+        self._shell.kick()
+
+    async def config(self) -> ClusterConfig:
+        return self._config
+
+    async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
+        """The view, as soon as it is newer than the known one, or when the time is over."""
+        assert self._shell is not None
+        until_s = time.monotonic() + timeout_s
+        while self._controller.view.placement_epoch <= known_epoch:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not await self._changed(left_s):
+                break
+        return self._controller.view
+
+    async def progress(self) -> dict[str, Any]:
+        """How far the start is: for each worker what it waits for, and bytes read of how many."""
+        controller = self._controller
+        workers = await asyncio.gather(
+            *(self._progress_of(record) for record in controller.workers.values())
+        )
+        failure = controller.failure
+        return {
+            "is_complete": controller.is_complete
+            and all(r.state is WorkerState.READY for r in controller.workers.values()),
+            "failure": str(failure) if failure else "",
+            "workers": workers,
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that `milliways status` shows."""
+        controller = self._controller
+        workers = await asyncio.gather(
+            *(self._status_of(record) for record in controller.workers.values())
+        )
+        return {
+            "model": self._config.model.path,
+            "placement_epoch": controller.view.placement_epoch,
+            "is_complete": controller.is_complete,
+            "uptime_s": round(time.time() - self._started_at_s, 1),
+            "deaths": controller.figures.num_deaths,
+            "workers": workers,
+        }
+
+    async def scale(self, num_workers: int) -> None:
+        """Grows or shrinks; returns when the new placement is served."""
+        assert self._shell is not None
+        await self._shell.wait(self._controller.scale(num_workers))
+
+    async def drain(self, worker_id: str) -> None:
+        assert self._shell is not None
+        await self._shell.wait(self._controller.drain(worker_id))
+
+    async def stop(self) -> None:
+        """Kills all workers; the cluster ends."""
+        if self._shell is not None:
+            self._controller.close()
+            self._fleet.stop_all()
+
+    async def _changed(self, timeout_s: float) -> bool:
+        assert self._shell is not None
+        changed = asyncio.Event()
+        self._controller.changed.wait().when_done(changed.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _progress_of(self, record: WorkerRecord) -> dict[str, Any]:
+        bytes_read = bytes_wanted = 0
+        if record.spawned is not None and record.state is not WorkerState.LOST:
+            try:
+                async with asyncio.timeout(2.0):
+                    bytes_read, bytes_wanted = await self._fleet.progress(record.worker_id)
+            except Exception:
+                # It may die while it is asked; the next look tells.
+                pass
+        return {
+            "worker_id": record.worker_id,
+            "state": record.state.value,
+            "waits_for": record.waits_for,
+            "bytes_read": bytes_read,
+            "bytes_wanted": bytes_wanted,
+            "last_error": record.last_error,
+        }
+
+    async def _status_of(self, record: WorkerRecord) -> dict[str, Any]:
+        member = record.member()
+        known: dict[str, Any] = {
+            "worker_id": record.worker_id,
+            "role": _role(record),
+            "state": record.state.value,
+            "incarnation": record.incarnation,
+            "node": record.spawned.node_id if record.spawned else "",
+            "pid": record.spawned.pid if record.spawned else 0,
+            "address": member.address if member else "",
+            "waits_for": record.waits_for,
+            "last_error": record.last_error,
+            "quick_deaths": record.num_quick_deaths,
+            "experts": sorted([e.layer, e.expert] for e in record.held),
+        }
+        if record.state in (WorkerState.READY, WorkerState.DRAINING):
+            try:
+                async with asyncio.timeout(5.0):
+                    told = await self._fleet.status(record.worker_id)
+                return told | known
+            except Exception as error:
+                known["last_error"] = f"it does not answer: {error}"
+        return known
+
+
+def _role(record: WorkerRecord) -> str:
+    if record.shards is None:
+        return "none yet"
+    parts = ["attention"] if record.shards.num_layers else []
+    parts += ["router"] if record.shards.has_ends else []
+    parts += ["experts"] if record.held else []
+    return "+".join(parts) or "spare"
+
+
+def find_controller() -> Any:
+    """The running controller. Raises ValueError where there is none."""
+    return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+
+
+def find_or_make_controller(config: ClusterConfig) -> Any:
+    """The controller of the cluster, with its own settings if it is there already."""
+    remote: Any = ray.remote(ControllerActor)
+    controller = remote.options(
+        name=CONTROLLER_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=0,
+        max_concurrency=1000,
+        num_cpus=0,
+    ).remote(config)
+    return controller

@@ -1,0 +1,95 @@
+"""What the controller commands: processes, and what is known of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.errors import ClusterError
+from cluster.placement import ExpertId, ShardPlan
+from cluster.tasks import Pending, Task
+from cluster.view import ClusterView, Member, WorkerState
+
+
+class WorkerDiedError(ClusterError):
+    """A process is gone, or could not do what it was asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawned:
+    """Where a process came up."""
+
+    address: str
+    router_address: str
+    node_id: str
+    pid: int
+    memory_bytes: int
+
+
+class Fleet(Protocol):
+    """Starts processes and talks to them. Every pending value fails with WorkerDiedError."""
+
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]: ...
+
+    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+        """Has it read its shards; what it holds already stays."""
+        ...
+
+    def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]: ...
+
+    def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
+        """Gives its router a view."""
+        ...
+
+    def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
+        """Has it refuse older views from now on."""
+        ...
+
+    def drain(self, worker_id: str) -> Pending[None]:
+        """Has its router hand its requests over to others."""
+        ...
+
+    def stop(self, worker_id: str) -> Pending[None]: ...
+
+    def death(self, worker_id: str) -> Pending[None]:
+        """Done when the process is gone."""
+        ...
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keeps what a restarted controller needs."""
+        ...
+
+
+@dataclass(slots=True)
+class WorkerRecord:
+    """What is known of a worker; `waits_for` is for people."""
+
+    worker_id: str
+    incarnation: int = 0
+    state: WorkerState = WorkerState.LOADING
+    spawned: Spawned | None = None
+    shards: ShardPlan | None = None
+    held: frozenset[ExpertId] = frozenset()
+    waits_for: str = "its turn"
+    num_quick_deaths: int = 0
+    ready_at_s: float | None = None
+    task: Task[None] | None = None
+    is_leaving: bool = False
+    last_error: str = ""
+
+    def member(self) -> Member | None:
+        """How others see it; None before it has a process."""
+        if self.spawned is None or self.shards is None:
+            return None
+        return Member(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            address=self.spawned.address,
+            router_address=self.spawned.router_address,
+            state=self.state,
+            node_id=self.spawned.node_id,
+            pid=self.spawned.pid,
+            first_layer=self.shards.first_layer,
+            num_layers=self.shards.num_layers,
+            has_ends=self.shards.has_ends,
+            experts=self.held,
+        )

@@ -1,0 +1,139 @@
+"""Turns a conversation into a prompt, as the model directory declares it: data, never code.
+
+A base model has no notion of turns, so the default is plain: contents joined by newlines, and the
+completion follows right behind. A model directory may say more in `chat_template.json`:
+
+    {
+      "roles": {
+        "system":    {"prefix": "",             "suffix": "\\n\\n"},
+        "user":      {"prefix": "Human: ",      "suffix": "\\n"},
+        "assistant": {"prefix": "Assistant: ",  "suffix": "\\n"}
+      },
+      "generation_prefix": "Assistant: ",
+      "stop": ["\\nHuman:"]
+    }
+
+The prompt is then prefix + content + suffix of every message, and `generation_prefix` at the end.
+`stop` joins the request's own stop strings.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.errors import ConfigError
+from model.errors import InvalidRequestError
+
+TEMPLATE_FILE = "chat_template.json"
+PLAIN = "plain"
+ROLES = ("system", "user", "assistant")
+# OpenAI's newer name of the same role.
+_ALIASES = {"developer": "system"}
+_MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleAffixes:
+    """What stands around a role's contents."""
+
+    prefix: str = ""
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """How turns become one text; without roles, plain."""
+
+    roles: Mapping[str, RoleAffixes] = field(default_factory=dict[str, RoleAffixes])
+    generation_prefix: str = ""
+    stop: tuple[str, ...] = ()
+
+    def render(self, messages: Iterable[ChatMessage]) -> str:
+        """The prompt of a conversation.
+
+        Raises:
+            InvalidRequestError: the template has no such role.
+        """
+        if not self.roles:
+            return "\n".join(message.content for message in messages) + self.generation_prefix
+        return "".join(map(self._turn, messages)) + self.generation_prefix
+
+    def _turn(self, message: ChatMessage) -> str:
+        affixes = self.roles.get(_ALIASES.get(message.role, message.role))
+        if affixes is None:
+            raise InvalidRequestError("role", message.role, f"one of {', '.join(self.roles)}")
+        return affixes.prefix + message.content + affixes.suffix
+
+
+def load_chat_template(model_dir: Path, setting: str = PLAIN) -> ChatTemplate:
+    """The template that the model declares, or the plain one.
+
+    Raises:
+        ConfigError: the file is wrong, or absent though the setting asks for one.
+    """
+    path = model_dir / TEMPLATE_FILE
+    if path.is_file():
+        return parse_chat_template(_read_json(path))
+    if setting != PLAIN:
+        raise ConfigError("model.chat_template", setting, f"{PLAIN!r}: there is no {path}")
+    return ChatTemplate()
+
+
+def parse_chat_template(tree: object) -> ChatTemplate:
+    """The template of a parsed file.
+
+    Raises:
+        ConfigError: names the field, value and limit that do not fit.
+    """
+    fields = _table("the template", tree, ("roles", "generation_prefix", "stop"))
+    roles = _table("roles", fields.get("roles", {}), ROLES)
+    stop = fields.get("stop", [])
+    if not isinstance(stop, list):
+        raise ConfigError(f"{TEMPLATE_FILE}: stop", stop, "a list of strings")
+    return ChatTemplate(
+        roles={role: _affixes(role, affixes) for role, affixes in roles.items()},
+        generation_prefix=_text("generation_prefix", fields.get("generation_prefix", "")),
+        stop=tuple(_text("stop", text) for text in cast(list[object], stop)),
+    )
+
+
+def _affixes(role: str, tree: object) -> RoleAffixes:
+    fields = _table(f"roles.{role}", tree, ("prefix", "suffix"))
+    return RoleAffixes(
+        **{name: _text(f"roles.{role}.{name}", text) for name, text in fields.items()}
+    )
+
+
+def _read_json(path: Path) -> object:
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ConfigError(str(path), path.stat().st_size, f"at most {_MAX_FILE_BYTES} bytes")
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(str(path), "", f"a readable JSON file: {error}") from error
+
+
+def _table(name: str, tree: object, allowed: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{TEMPLATE_FILE}: {name}", tree, "an object")
+    table = cast(dict[str, Any], tree)
+    for key in table:
+        if key not in allowed:
+            raise ConfigError(f"{TEMPLATE_FILE}: {name}", key, f"one of {', '.join(allowed)}")
+    return table
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{TEMPLATE_FILE}: {name}", value, "a string")
+    return value

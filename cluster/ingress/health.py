@@ -1,0 +1,51 @@
+"""grpc.health.v1 over readiness: `Watch` tells of every change, as long as its client listens."""
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.errors import UnavailableError
+from cluster.ingress.readiness import CACHED_FOR_S, Readiness
+
+Context = aio.ServicerContext[Any, Any]
+Status = health_pb2.HealthCheckResponse
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """Serving means that a token can be made now, of the server as of each of its services."""
+
+    def __init__(
+        self, readiness: Readiness, services: tuple[str, ...], poll_s: float = CACHED_FOR_S
+    ) -> None:
+        self._readiness = readiness
+        self._services = ("", *services)
+        self._poll_s = poll_s
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
+        return Status(status=await self._status(request.service))
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        told: int | None = None
+        while True:
+            # All watchers together cost one probe a second, and none when nobody watches.
+            status = await self._status(request.service)
+            if status != told:
+                await context.write(Status(status=status))
+                told = status
+            await asyncio.sleep(self._poll_s)
+
+    async def _status(self, service: str) -> Status.ServingStatus:
+        if service not in self._services:
+            return Status.SERVICE_UNKNOWN
+        try:
+            await self._readiness.check()
+        except UnavailableError:
+            return Status.NOT_SERVING
+        return Status.SERVING

@@ -1,0 +1,181 @@
+"""What the HTTP and the gRPC surface share: one model, one source, one bound on what runs.
+
+The life of a request here:
+
+1. A surface admits it (`Ingress.admit`), before it spends anything on it.
+2. It reads and tokenises it, a long text on a thread.
+3. `Ingress.generate` runs its prompts beside each other and hands out their tokens as they come.
+4. Whoever stops listening closes the generator, and with it everything behind.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cluster.config import IngressSettings
+from cluster.errors import ModelFaultError, OverloadedError
+from cluster.ingress.metrics import IngressMetrics
+from cluster.ingress.readiness import Readiness
+from cluster.ingress.served_model import ServedModel
+from cluster.ingress.source import TokenSource
+from router.request import GenerateRequest
+from router.sequence import FinishReason, TokenEvent
+
+# Below it, text is tokenised in less time than a thread takes to start.
+_INLINE_BYTES = 8192
+# Tokens of several prompts that wait for a slow client before the prompts wait themselves.
+_MAX_MERGED_EVENTS = 64
+
+# Tokens handed out before the event loop gets a turn.
+_EVENTS_PER_TURN = 8
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEvent:
+    """A token of a choice: sample `i % n` of prompt `i // n`."""
+
+    choice_index: int
+    event: TokenEvent
+
+
+class Ingress:
+    """Runs requests against one source of tokens, within bounds."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        source: TokenSource,
+        settings: IngressSettings | None = None,
+        *,
+        request_timeout_s: float = 600.0,
+        metrics: IngressMetrics | None = None,
+        readiness: Readiness | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings or IngressSettings()
+        self.metrics = metrics or IngressMetrics()
+        self.readiness = readiness or Readiness(source)
+        self.request_timeout_s = request_timeout_s
+        self._source = source
+        self._num_ongoing = 0
+
+    @property
+    def num_ongoing(self) -> int:
+        return self._num_ongoing
+
+    @contextmanager
+    def admit(self) -> Generator[None]:
+        """Counts a request as running.
+
+        Raises:
+            OverloadedError: as many run as may.
+        """
+        limit = self.settings.max_ongoing_requests
+        if self._num_ongoing >= limit:
+            raise OverloadedError(f"{limit} requests are running here, as many as may")
+        self._num_ongoing += 1
+        self.metrics.ongoing.set(self._num_ongoing)
+        try:
+            yield
+        finally:
+            self._num_ongoing -= 1
+            self.metrics.ongoing.set(self._num_ongoing)
+
+    async def generate(
+        self,
+        requests: Sequence[GenerateRequest],
+        request_id: str,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[ChoiceEvent]:
+        """Streams the tokens of all prompts. Closing it cancels them.
+
+        Raises:
+            InvalidRequestError, ClusterError: as the source does.
+            ModelFaultError: the logits of a sample were not finite.
+        """
+        limit_s = self.request_timeout_s
+        deadline_s = time.monotonic() + min(limit_s, limit_s if timeout_s is None else timeout_s)
+        watch = self.metrics.watch(sum(len(request.prompt_ids) for request in requests))
+        num_given = 0
+        async with aclosing(self._events(requests, request_id, deadline_s)) as events:
+            async for event in events:
+                num_given += 1
+                if num_given % _EVENTS_PER_TURN == 0:
+                    # Tokens that are there already are no reason to wait: others would starve,
+                    # and that the client has gone would not be seen.
+                    await asyncio.sleep(0)
+                if event.event.finish_reason is FinishReason.ERROR:
+                    raise ModelFaultError("the model computed logits that are not finite")
+                watch.note(event.choice_index, event.event)
+                yield event
+
+    def _events(
+        self, requests: Sequence[GenerateRequest], request_id: str, deadline_s: float
+    ) -> AsyncGenerator[ChoiceEvent]:
+        if len(requests) == 1:
+            return self._one(requests[0], 0, request_id, deadline_s)
+        return merged(
+            [
+                self._one(request, i * request.num_samples, f"{request_id}-{i}", deadline_s)
+                for i, request in enumerate(requests)
+            ]
+        )
+
+    async def _one(
+        self, request: GenerateRequest, first_choice: int, request_id: str, deadline_s: float
+    ) -> AsyncGenerator[ChoiceEvent]:
+        stream = self._source.generate(request, request_id=request_id, deadline_s=deadline_s)
+        async with aclosing(stream) as events:
+            async for event in events:
+                yield ChoiceEvent(first_choice + event.sample_index, event)
+
+
+async def merged(
+    streams: Sequence[AsyncGenerator[ChoiceEvent]],
+) -> AsyncGenerator[ChoiceEvent]:
+    """Events of all streams as they come; the first error ends them all."""
+    queue: asyncio.Queue[ChoiceEvent | Exception | None] = asyncio.Queue(_MAX_MERGED_EVENTS)
+
+    async def pump(stream: AsyncGenerator[ChoiceEvent]) -> None:
+        try:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    await queue.put(event)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    # No TaskGroup: one must not be left open across a yield.
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    num_running = len(tasks)
+    try:
+        while num_running:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                num_running -= 1
+            else:
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def new_request_id() -> str:
+    """Unique, and short enough for logs."""
+    return uuid.uuid4().hex
+
+
+async def off_loop(function: Callable[[], Result], num_bytes: int) -> Result:
+    """Runs what takes time with the size of its input: on a thread where that is large."""
+    if num_bytes <= _INLINE_BYTES:
+        return function()
+    return await asyncio.to_thread(function)

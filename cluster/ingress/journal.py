@@ -1,0 +1,74 @@
+"""The journal of a request: what was asked, and every token that its client has had.
+
+With it any router can carry the request on, because all that a router knows of a sequence is a
+function of its tokens. A pure object: no clock, no network.
+"""
+
+from dataclasses import dataclass
+
+from router.request import GenerateRequest
+
+
+class OutOfOrderError(Exception):
+    """A router's stream does not follow on what was delivered: a gap, or another token."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveredSample:
+    """What a client has had of one sample."""
+
+    sample_index: int
+    token_ids: tuple[int, ...]
+    is_finished: bool
+
+
+class Journal:
+    """Grows by one token at a time, never twice by the same, never past a missing one."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request = request
+        self._token_ids: list[list[int]] = [[] for _ in range(request.num_samples)]
+        self._is_finished = [False] * request.num_samples
+        self._num_delivered = 0
+
+    @property
+    def num_delivered(self) -> int:
+        """Events handed on, of all samples."""
+        return self._num_delivered
+
+    @property
+    def is_complete(self) -> bool:
+        return all(self._is_finished)
+
+    def try_deliver(
+        self, sample_index: int, index: int, token_id: int, *, is_finished: bool
+    ) -> bool:
+        """Writes a token down; False if the client has had it.
+
+        Raises:
+            OutOfOrderError: tokens between are missing, or the client has had another one.
+        """
+        if not 0 <= sample_index < self.request.num_samples:
+            raise OutOfOrderError(f"there is no sample {sample_index}")
+        token_ids = self._token_ids[sample_index]
+        if index < len(token_ids):
+            if token_ids[index] != token_id:
+                had = token_ids[index]
+                raise OutOfOrderError(f"token {index} is {token_id}, and was {had} before")
+            return False
+        if self._is_finished[sample_index]:
+            raise OutOfOrderError(f"sample {sample_index} had ended before token {index}")
+        if index > len(token_ids):
+            raise OutOfOrderError(f"token {index} came, where {len(token_ids)} was to come")
+        token_ids.append(token_id)
+        self._is_finished[sample_index] = is_finished
+        self._num_delivered += 1
+        return True
+
+    def delivered(self) -> list[DeliveredSample]:
+        """What to tell the next router, samples without a token left out."""
+        return [
+            DeliveredSample(i, tuple(token_ids), self._is_finished[i])
+            for i, token_ids in enumerate(self._token_ids)
+            if token_ids or self._is_finished[i]
+        ]

@@ -1,0 +1,65 @@
+"""Bytes that are no message, answered as the client's fault: gRPC alone would say UNKNOWN."""
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from cluster.status_codes import status_of
+from model.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class MalformedInterceptor(aio.ServerInterceptor):
+    """Wraps the handlers of calls whose request is one message."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        # What a handler has depends on its kind, which its type does not say.
+        handler = cast(Any, await continuation(handler_call_details))
+        if handler is None or handler.request_streaming:
+            return handler
+        behavior = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        if inspect.isasyncgenfunction(behavior):
+            return handler
+        make = (
+            grpc.unary_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make(
+            _refusing(behavior),
+            request_deserializer=_lenient(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def message_or_error(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except DecodeError as error:
+            return error
+
+    return message_or_error
+
+
+def _refusing(behavior: Callable[..., Any]) -> Callable[..., Any]:
+    async def answer(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        if isinstance(request, DecodeError):
+            fault = InvalidRequestError("request", "malformed", "a message of the method's type")
+            status = status_of(fault)
+            await context.abort(
+                grpc.StatusCode[status.code], status.message, status.trailing_metadata
+            )
+        return await behavior(request, context)
+
+    return answer

@@ -1,0 +1,122 @@
+"""The routes of OpenAI's API: completions, chat completions, models."""
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
+from cluster.ingress.ingress import ChoiceEvent, Ingress, new_request_id, off_loop
+from cluster.ingress.openai_errors import error_body, http_status
+from cluster.ingress.openai_requests import (
+    Ask,
+    ChatBody,
+    CompletionBody,
+    chat_ask,
+    completion_ask,
+)
+from cluster.ingress.openai_responses import (
+    Answer,
+    ChatAnswer,
+    CompletionAnswer,
+    model_object,
+)
+from cluster.ingress.outcome import Outcome, outcome_of
+from cluster.ingress.served_model import ServedModel
+
+ReadAsk = Callable[[bytes, ServedModel], Ask]
+
+
+def openai_routes(ingress: Ingress) -> APIRouter:
+    """The routes, bound to an ingress."""
+    router = APIRouter(prefix="/v1")
+
+    @router.post("/completions", openapi_extra=_documented(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return _exchange(ingress, request, completion_ask, CompletionAnswer)
+
+    @router.post("/chat/completions", openapi_extra=_documented(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return _exchange(ingress, request, chat_ask, ChatAnswer)
+
+    @router.get("/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model_object(ingress.model)]})
+
+    # A name may hold a slash.
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> Response:
+        ingress.model.check_name(name)
+        return JSONResponse(model_object(ingress.model))
+
+    for route in (completions, chat_completions, models, model):
+        assert callable(route)
+    return router
+
+
+def _exchange(
+    ingress: Ingress, request: Request, read_ask: ReadAsk, make_answer: type[Answer]
+) -> Exchange:
+    outcome = outcome_of(request.scope)
+
+    async def work(body: bytes, sender: Sender) -> None:
+        with ingress.admit():
+            ask = await off_loop(lambda: read_ask(body, ingress.model), len(body))
+            outcome.model = ingress.model.name
+            request_id = new_request_id()
+            answer = make_answer(ask, ingress.model, request_id)
+            async with aclosing(ingress.generate(ask.requests, request_id)) as events:
+                if ask.stream:
+                    await _stream(events, answer, sender, request_id, outcome)
+                else:
+                    async for event in events:
+                        answer.keep(event)
+                    await sender.respond(JSONResponse(answer.whole()))
+
+    def when_gone() -> None:
+        outcome.code = CLIENT_GONE
+
+    return Exchange(work, ingress.settings.max_body_bytes, when_gone)
+
+
+async def _stream(
+    events: AsyncGenerator[ChoiceEvent],
+    answer: Answer,
+    sender: Sender,
+    request_id: str,
+    outcome: Outcome,
+) -> None:
+    """Sends chunks, then [DONE]: a stream without it was cut off, and may be asked for again.
+
+    Until the first token, an error is still an error of HTTP.
+    """
+    try:
+        async for event in events:
+            chunk = answer.chunk(event)
+            if chunk is not None:
+                if not sender.has_begun:
+                    await sender.begin_events()
+                await sender.send_piece(_sse(chunk, f"{request_id}/{answer.num_events}"))
+        if answer.ask.include_usage:
+            await sender.send_piece(_sse(answer.usage_chunk()))
+    except Exception as error:
+        if not sender.has_begun:
+            raise
+        outcome.fail(error, http_status(error))
+        await sender.send_piece(_sse(error_body(error)))
+    await sender.send_piece("data: [DONE]\n\n", is_last=True)
+
+
+def _sse(data: dict[str, Any], event_id: str = "") -> str:
+    """One server-sent event; its id says how many tokens a client has had with it."""
+    head = f"id: {event_id}\n" if event_id else ""
+    return f"{head}data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"
+
+
+def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
+    """Bodies are read by hand, so their schema has to be told."""
+    content = {"application/json": {"schema": body.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}

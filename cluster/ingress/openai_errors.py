@@ -1,0 +1,57 @@
+"""Errors in OpenAI's shape, whatever was wrong and wherever it was noticed."""
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from cluster.errors import RetryLaterError, UnknownModelError, code_of
+from cluster.status_codes import describe
+from model.errors import InvalidRequestError, PromptTooLongError
+
+# OpenAI's `error.code`, where it has one that clients know.
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (PromptTooLongError, "context_length_exceeded"),
+    (InvalidRequestError, "invalid_value"),
+    (UnknownModelError, "model_not_found"),
+)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """The object that clients of OpenAI look for."""
+    if isinstance(error, HTTPException):
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return _body(str(error.detail), kind, None, None)
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+    field = getattr(error, "field", None)
+    return _body(describe(error), code_of(error).kind, field, code)
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The whole answer."""
+    return JSONResponse(error_body(error), http_status(error), headers=_headers(error))
+
+
+def http_status(error: Exception) -> int:
+    return error.status_code if isinstance(error, HTTPException) else code_of(error).http
+
+
+def refusal(status: HTTPStatus, message: str) -> HTTPException:
+    """For what never becomes a request: wrong path, method, size or type."""
+    return HTTPException(status.value, message)
+
+
+def _headers(error: Exception) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    elif isinstance(error, RetryLaterError):
+        # Whole seconds, and never 0: it would ask for a storm.
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return headers
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,72 @@
+"""Fields of OpenAI's API that are not ours: which may be ignored, and which change the output.
+
+A field that changes the output is refused by name, unless it asks for what happens anyway; silence
+would give a client something else than it asked for. A field that changes nothing is ignored.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.status_codes import abridged
+from model.errors import InvalidRequestError
+
+# They name, bill, store or speed up; the tokens are the same.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "moderation",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """What a field may still say, besides null."""
+
+    accepted: tuple[Any, ...] = ()
+    why: str = "it is not supported"
+
+
+REFUSED: Mapping[str, Unsupported] = {
+    "suffix": Unsupported(("",), "the model only continues a text"),
+    "tools": Unsupported(([],), "tools are not supported"),
+    "tool_choice": Unsupported(("none", "auto"), "tools are not supported"),
+    "functions": Unsupported(([],), "functions are not supported"),
+    "function_call": Unsupported(("none", "auto"), "functions are not supported"),
+    "response_format": Unsupported(({"type": "text"},), "only text is supported"),
+    "modalities": Unsupported((["text"],), "only text is supported"),
+    "audio": Unsupported((), "only text is supported"),
+    "web_search_options": Unsupported(),
+    "reasoning_effort": Unsupported(("none",), "the model does not reason apart"),
+    "verbosity": Unsupported(),
+}
+
+
+def drop_foreign_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without the fields above.
+
+    Raises:
+        InvalidRequestError: a field asks for what we cannot do.
+    """
+    kept: dict[str, Any] = {}
+    for name, value in body.items():
+        if name in REFUSED:
+            _check_harmless(name, value, REFUSED[name])
+        elif name not in IGNORED:
+            kept[name] = value
+    return kept
+
+
+def _check_harmless(name: str, value: object, unsupported: Unsupported) -> None:
+    if value is not None and value not in unsupported.accepted:
+        raise InvalidRequestError(name, abridged(value), f"left out: {unsupported.why}")

@@ -1,0 +1,237 @@
+"""Tokens into OpenAI's objects: whole answers, or the chunks of a stream.
+
+A token is one chunk: text, log-probabilities and finish reason of the same token never part, so
+that whoever has had N tokens can say so with one number. Tokens without anything to show (a
+character that is not complete yet) are left out of a stream, but counted.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.ingress.ingress import ChoiceEvent
+from cluster.ingress.openai_requests import Ask
+from cluster.ingress.served_model import ServedModel
+from router.sequence import TokenEvent
+
+
+@dataclass(slots=True)
+class ChoiceProgress:
+    """What was given of one choice so far."""
+
+    events: list[TokenEvent] = field(default_factory=list[TokenEvent])
+    num_events: int = 0
+    num_chars: int = 0
+
+
+class Answer:
+    """Grows with a request's tokens; knows what is the same for completions and chat."""
+
+    object_name = ""
+    chunk_name = ""
+    id_prefix = ""
+
+    def __init__(self, ask: Ask, model: ServedModel, request_id: str) -> None:
+        self.ask = ask
+        self.model = model
+        self._request_id = request_id
+        self._created_s = int(time.time())
+        num_choices = len(ask.requests) * ask.num_samples
+        self._choices = [ChoiceProgress() for _ in range(num_choices)]
+
+    @property
+    def num_events(self) -> int:
+        return sum(choice.num_events for choice in self._choices)
+
+    def usage(self) -> dict[str, int]:
+        """Exact counts: every prompt once, every token drawn, the end-of-sequence token too."""
+        num_prompt, num_completion = self.ask.num_prompt_tokens, self.num_events
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        }
+
+    def keep(self, event: ChoiceEvent) -> None:
+        """Adds a token to the whole answer."""
+        self._choices[event.choice_index].events.append(event.event)
+        self._choices[event.choice_index].num_events += 1
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [self._whole_choice(i, c.events) for i, c in enumerate(self._choices)]
+        return self._object(self.object_name, choices) | {"usage": self.usage()}
+
+    def chunk(self, event: ChoiceEvent) -> dict[str, Any] | None:
+        """The piece of a stream that a token makes; None if it shows nothing."""
+        progress = self._choices[event.choice_index]
+        is_first = progress.num_events == 0
+        progress.num_events += 1
+        choice = self._piece(event.choice_index, progress, event.event, is_first=is_first)
+        return None if choice is None else self._chunk([choice])
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last piece, where a client asked for it."""
+        return self._chunk([]) | {"usage": self.usage()}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._object(self.chunk_name, choices)
+        return chunk | {"usage": None} if self.ask.include_usage else chunk
+
+    def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.id_prefix}-{self._request_id}",
+            "object": name,
+            "created": self._created_s,
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
+            "choices": choices,
+        }
+
+    def _shows(self, event: TokenEvent) -> bool:
+        """Whether a token makes a piece of its own."""
+        wanted = self.ask.wants_logprobs or self.ask.wants_token_ids
+        return bool(event.text) or wanted or event.finish_reason is not None
+
+    def _token_ids(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        if not self.ask.wants_token_ids:
+            return {}
+        return {"token_ids": [event.token_id for event in events]}
+
+    def _whole_choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _piece(
+        self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    """/v1/completions."""
+
+    object_name = "text_completion"
+    chunk_name = "text_completion"
+    id_prefix = "cmpl"
+
+    def _whole_choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        echo = self._echo(index)
+        return {
+            "index": index,
+            "text": echo + _text(events),
+            "logprobs": self._logprobs(events, len(echo)),
+            "finish_reason": _finish_reason(events),
+        } | self._token_ids(events)
+
+    def _piece(
+        self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        echo = self._echo(index) if is_first else ""
+        progress.num_chars += len(echo)
+        offset = progress.num_chars
+        progress.num_chars += len(event.text)
+        if not echo and not self._shows(event):
+            return None
+        return {
+            "index": index,
+            "text": echo + event.text,
+            "logprobs": self._logprobs([event], offset),
+            "finish_reason": _finish_reason([event]),
+        } | self._token_ids([event])
+
+    def _echo(self, index: int) -> str:
+        return self.ask.echoes[index // self.ask.num_samples]
+
+    def _logprobs(self, events: Sequence[TokenEvent], text_offset: int) -> dict[str, Any] | None:
+        if not self.ask.wants_logprobs:
+            return None
+        name = self.model.token_name
+        offsets: list[int] = []
+        for event in events:
+            offsets.append(text_offset)
+            text_offset += len(event.text)
+        return {
+            "tokens": [name(event.token_id) for event in events],
+            "token_logprobs": [_finite(event.logprob) for event in events],
+            # Best last, so that of two tokens that look alike the better one stays.
+            "top_logprobs": [
+                {name(token_id): _finite(lp) for token_id, lp in reversed(event.top_logprobs)}
+                for event in events
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswer(Answer):
+    """/v1/chat/completions."""
+
+    object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def _whole_choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": _text(events), "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(events),
+            "finish_reason": _finish_reason(events),
+        } | self._token_ids(events)
+
+    def _piece(
+        self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        if not is_first and not self._shows(event):
+            return None
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if is_first or event.text:
+            delta["content"] = event.text
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs([event]),
+            "finish_reason": _finish_reason([event]),
+        } | self._token_ids([event])
+
+    def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        if not self.ask.wants_logprobs:
+            return None
+        content = [
+            self._token(event.token_id, event.logprob)
+            | {"top_logprobs": [self._token(*top) for top in event.top_logprobs]}
+            for event in events
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self.model.token_name(token_id),
+            "logprob": _finite(logprob),
+            "bytes": self.model.token_bytes(token_id),
+        }
+
+
+def model_object(model: ServedModel) -> dict[str, Any]:
+    """What /v1/models says of a model."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_s,
+        "owned_by": "milliways",
+        "max_model_len": model.config.sequence_len,
+    }
+
+
+def _text(events: Sequence[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's stand-in for it."""
+    return max(logprob, -9999.0)
+
+
+def _finish_reason(events: Sequence[TokenEvent]) -> str | None:
+    reason = events[-1].finish_reason if events else None
+    return reason.value if reason else None

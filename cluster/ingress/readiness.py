@@ -1,0 +1,73 @@
+"""Whether a token can be made now: one probe for all who ask, its answer good for a second."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from cluster.errors import ClusterError, UnavailableError
+from cluster.ingress.source import TokenSource
+
+logger = logging.getLogger(__name__)
+
+CACHED_FOR_S = 1.0
+# A probe that takes longer says no: a token cannot be made now.
+PROBE_TIMEOUT_S = 10.0
+
+
+class Readiness:
+    """Probes the source of tokens when asked, at most once a second, never twice at a time."""
+
+    def __init__(
+        self,
+        source: TokenSource,
+        clock: Callable[[], float] = time.monotonic,
+        probe_timeout_s: float = PROBE_TIMEOUT_S,
+    ) -> None:
+        self._source = source
+        self._clock = clock
+        self._probe_timeout_s = probe_timeout_s
+        self._reason: str | None = None
+        self._good_until_s = float("-inf")
+        self._probe: asyncio.Task[str | None] | None = None
+        self._draining_reason: str | None = None
+
+    def drain(self, reason: str) -> None:
+        """No longer ready from now on, for good."""
+        self._draining_reason = reason
+
+    async def check(self) -> None:
+        """Returns if a token can be made.
+
+        Raises:
+            UnavailableError: none can, and why.
+        """
+        reason = self._draining_reason or await self._cached()
+        if reason is not None:
+            raise UnavailableError(reason)
+
+    async def _cached(self) -> str | None:
+        if self._clock() < self._good_until_s:
+            return self._reason
+        if self._probe is None:
+            self._probe = asyncio.create_task(self._ask(), name="readiness probe")
+        # Shielded: one who stops waiting leaves the probe to the others.
+        return await asyncio.shield(self._probe)
+
+    async def _ask(self) -> str | None:
+        try:
+            async with asyncio.timeout(self._probe_timeout_s):
+                await self._source.probe()
+            self._reason = None
+        except TimeoutError:
+            self._reason = f"no token within {self._probe_timeout_s:g} s"
+        except ClusterError as error:
+            self._reason = str(error)
+        except Exception:
+            # Supervises: whatever is wrong with the source, it makes no tokens.
+            logger.exception("readiness probe failed")
+            self._reason = "the probe failed"
+        finally:
+            self._good_until_s = self._clock() + CACHED_FOR_S
+            self._probe = None
+        return self._reason

@@ -1,0 +1,105 @@
+"""The model that clients ask for by name: its numbers and its text, none of its weights."""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from cluster.config import ModelSettings
+from cluster.errors import UnknownModelError
+from cluster.ingress.chat_template import ChatTemplate, load_chat_template
+from cluster.model_dir import load_tokenizer, resolve_model_dir
+from cluster.status_codes import abridged
+from model.config import ModelConfig, load_config
+from model.detokenizer import IncrementalDetokenizer
+from model.errors import InvalidRequestError
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """`revision` stands for whatever else decides which tokens come out: weights, numbers."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    chat_template: ChatTemplate = field(default_factory=ChatTemplate)
+    created_s: int = 0
+    revision: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal where the same request gives the same tokens."""
+        told = repr((self.name, self.config, self.revision))
+        return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+    def check_name(self, name: str) -> None:
+        """Raises UnknownModelError unless this is the model meant."""
+        if name != self.name:
+            raise UnknownModelError(name if len(name) < 100 else abridged(name), self.name)
+
+    def encode(self, text: str, field_name: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a text.
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer, or the text is no Unicode.
+        """
+        return tuple(self._text_model(field_name, text).encode(text))
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Text of a whole sequence.
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer, or an id is outside the vocabulary.
+        """
+        return self._text_model("token_ids", token_ids).decode(token_ids)
+
+    def echo(self, token_ids: tuple[int, ...]) -> str:
+        """Text of a prompt as far as its characters are complete; its completion goes on there."""
+        if self.tokenizer is None:
+            return ""
+        detokenizer = IncrementalDetokenizer(self.tokenizer, ())
+        return "".join(map(detokenizer.push, token_ids))
+
+    def token_name(self, token_id: int) -> str:
+        """What stands for a token in a list of tokens; its id, where there is no tokenizer."""
+        return self.tokenizer.name_of(token_id) if self.tokenizer else str(token_id)
+
+    def token_bytes(self, token_id: int) -> list[int] | None:
+        """The bytes that a token adds to a text; None where it shows nothing."""
+        if self.tokenizer is None:
+            return None
+        byte = self.tokenizer.byte_of(token_id)
+        if byte is not None:
+            return [byte]
+        return list(self.tokenizer.text_of(token_id).encode()) or None
+
+    def _text_model(self, field_name: str, value: object) -> Tokenizer:
+        if self.tokenizer is None:
+            limit = "made of token ids: the model has no tokenizer"
+            raise InvalidRequestError(field_name, abridged(value), limit)
+        return self.tokenizer
+
+
+def load_served_model(settings: ModelSettings) -> ServedModel:
+    """Reads what the ingress needs of a model directory.
+
+    Raises:
+        CheckpointError, ConfigError, TokenizerError: what is wrong with which file.
+    """
+    model_dir = resolve_model_dir(settings.path)
+    config = load_config(model_dir)
+    return ServedModel(
+        name=settings.name or _default_name(settings.path, model_dir),
+        config=config,
+        tokenizer=load_tokenizer(model_dir, config.vocab_size),
+        chat_template=load_chat_template(model_dir, settings.chat_template),
+        created_s=int(time.time()),
+        revision=f"{settings.dtype}/{settings.activations}",
+    )
+
+
+def _default_name(path: str, model_dir: Path) -> str:
+    # `demo` names a directory of this package; a client asks for it by the name it was given.
+    return path if path.isidentifier() else model_dir.name

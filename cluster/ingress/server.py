@@ -1,0 +1,91 @@
+"""The public gRPC server: GenerateService, health, reflection."""
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from milliways.v1 import generate_pb2_grpc
+
+from cluster.config import LOOPBACK, TlsSettings
+from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
+from cluster.ingress.grpc_service import SERVICE, GenerateServicer
+from cluster.ingress.health import HealthServicer
+from cluster.ingress.ingress import Ingress
+from cluster.ingress.malformed import MalformedInterceptor
+
+_OWN_KEEPALIVE: tuple[tuple[str, int], ...] = (
+    # A client that is gone without a word frees what it holds within ten seconds.
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
+)
+_MAX_STREAMS_PER_CONNECTION = 1024
+
+
+class GrpcServer:
+    """One listening server; `port` is known from the start."""
+
+    def __init__(
+        self,
+        ingress: Ingress,
+        *,
+        host: str = LOOPBACK,
+        port: int = 0,
+        tls: TlsSettings | None = None,
+    ) -> None:
+        """Binds the port; must be called with an event loop running.
+
+        Raises:
+            OSError: the port is taken, or a certificate file cannot be read.
+        """
+        self._ingress = ingress
+        self._server = _make_server(ingress)
+        # An address of IPv6 has colons of its own.
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.port = _bind(self._server, address, tls or TlsSettings())
+
+    async def start(self) -> None:
+        """Takes calls from now on."""
+        await self._server.start()
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Takes no new calls; those that run have so long to end."""
+        self._ingress.readiness.drain("the server is stopping")
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Returns when the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+def _make_server(ingress: Ingress) -> aio.Server:
+    max_message_bytes = ingress.settings.max_body_bytes
+    server = aio.server(
+        interceptors=[MalformedInterceptor()],
+        options=[
+            *SERVER_OPTIONS,
+            *_OWN_KEEPALIVE,
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION),
+        ],
+    )
+    # Generated code has no types.
+    generate_pb2_grpc.add_GenerateServiceServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
+        GenerateServicer(ingress), server
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
+        HealthServicer(ingress.readiness, (SERVICE,)), server
+    )
+    reflection.enable_server_reflection(
+        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    return server
+
+
+def _bind(server: aio.Server, address: str, tls: TlsSettings) -> int:
+    try:
+        if tls.is_on:
+            return server.add_secure_port(address, server_credentials(tls, wants_client=True))
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"gRPC cannot listen on {address}: {error}") from error

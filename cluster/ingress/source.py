@@ -1,0 +1,35 @@
+"""Where the ingress gets tokens from: an interface, so that both surfaces know no router."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+
+
+class TokenSource(Protocol):
+    """Makes the tokens of requests."""
+
+    def generate(
+        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+    ) -> AsyncGenerator[TokenEvent]:
+        """Streams the tokens of all samples, each sample's in order. Closing it cancels.
+
+        `deadline_s` is a time of `time.monotonic`. `request_id` is unique among those running.
+
+        Raises:
+            InvalidRequestError: the request cannot run, ever; names field, value and limit.
+            OverloadedError: a bounded queue is full.
+            UnavailableError: nothing could serve it until its deadline.
+            DeadlineError: its deadline passed.
+            ClusterError: any other of the tree in `cluster.errors`.
+        """
+        ...
+
+    async def probe(self) -> None:
+        """Returns if a token can be made now.
+
+        Raises:
+            UnavailableError: none can, and why.
+        """
+        ...

@@ -1,0 +1,74 @@
+"""Ray underneath: starts a lean local one, or joins one that runs.
+
+A local cluster listens on the loopback address only. Settings that Ray reads when it is imported
+are `ray_settings`' business.
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import tempfile
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import ray
+
+from cluster.config import LOOPBACK
+from cluster.errors import StartupError
+from cluster.ray_fleet import NAMESPACE
+
+# More than anything asks for: on one machine the operating system shares out the processors.
+LOCAL_CPUS = 1024
+OBJECT_STORE_BYTES = 100 << 20
+STOP_TIMEOUT_S = 5.0
+_HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 500,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 5,
+}
+
+
+class LocalRay:
+    """A Ray cluster of one node that this process started, and ends."""
+
+    def __init__(self) -> None:
+        # Names of Unix sockets may be 107 characters long, and Ray's session takes 60 of them.
+        self._temp_dir = tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True)
+        context: Any = ray.init(
+            address="local",
+            num_cpus=LOCAL_CPUS,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            namespace=NAMESPACE,
+            _temp_dir=self._temp_dir.name,
+            _node_ip_address=LOOPBACK,
+            _system_config=_HEALTH_CHECKS,
+        )
+        self.address: str = context.address_info["gcs_address"]
+
+    def stop(self) -> None:
+        """Ends every process of it."""
+        processes = psutil.Process().children(recursive=True)
+        # Its own way first; then by id whoever has not gone, such as workers whose raylet is dead.
+        ray.shutdown()
+        _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+        self._temp_dir.cleanup()
+
+
+def join(address: str) -> None:
+    """Joins a cluster that runs.
+
+    Raises:
+        StartupError: there is none at the address.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StartupError(f"no Ray cluster answers at {address}: {error}") from error

@@ -1,0 +1,169 @@
+"""The controller's fleet on Ray: a placement group and an actor for each worker.
+
+`max_restarts=0`: Ray tells of a death within 30 ms then, and the controller restarts. The placement
+group stays between two lives of a worker, so that nobody takes its GPUs meanwhile; where a node is
+missing for it, Ray's autoscaler has one brought up.
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import json
+import logging
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.async_tasks import AsyncTasks
+from cluster.config import ClusterConfig
+from cluster.fleet import Spawned, WorkerDiedError
+from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.tasks import Pending
+from cluster.view import ClusterView
+from cluster.worker_actor import make_worker_actor
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "milliways"
+T = TypeVar("T")
+
+
+class RayFleet:
+    """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`."""
+
+    def __init__(
+        self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks, state_file: Path | None
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._shell = shell
+        self._state_file = state_file
+        self._groups: dict[str, PlacementGroup] = {}
+        self._actors: dict[str, Any] = {}
+        self._deaths: dict[str, Pending[None]] = {}
+
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+        return self._shell.pending(self._spawn(worker_id, incarnation))
+
+    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+        actor = self._actors[worker_id]
+        return self._call(worker_id, actor.load.remote(shards, self.bytes_of(shards)))
+
+    def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].unload.remote(kept))
+
+    def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].publish.remote(view))
+
+    def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].fence.remote(placement_epoch))
+
+    def drain(self, worker_id: str) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].drain.remote())
+
+    def stop(self, worker_id: str) -> Pending[None]:
+        return self._shell.pending(self._stop(worker_id))
+
+    def death(self, worker_id: str) -> Pending[None]:
+        return self._deaths[worker_id]
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        if self._state_file is not None:
+            part = self._state_file.with_suffix(".part")
+            part.write_text(json.dumps(state), "utf-8")
+            part.replace(self._state_file)
+
+    async def progress(self, worker_id: str) -> tuple[int, int]:
+        """Bytes that a worker read, and bytes that it will."""
+        return await self._actors[worker_id].progress.remote()
+
+    async def status(self, worker_id: str) -> dict[str, Any]:
+        """What a worker says of itself."""
+        return await self._actors[worker_id].status.remote()
+
+    def stop_all(self) -> None:
+        """Kills all workers, at once."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        for group in self._groups.values():
+            remove_placement_group(group)
+
+    def bytes_of(self, shards: ShardPlan) -> int:
+        """What shards take of the checkpoint."""
+        model = self._model
+        return (
+            shards.num_layers * model.attention_layer_bytes
+            + len(shards.experts) * model.expert_bytes
+            + shards.has_ends * model.end_bytes
+        )
+
+    async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
+        if worker_id not in self._groups:
+            self._groups[worker_id] = placement_group(
+                [self._resources()], name=f"milliways-{worker_id}", lifetime="detached"
+            )
+        strategy = PlacementGroupSchedulingStrategy(
+            self._groups[worker_id], placement_group_bundle_index=0
+        )
+        settings = self._config.workers
+        options: dict[str, Any] = {
+            "name": f"{worker_id}-{incarnation}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "max_concurrency": 64,
+            "num_cpus": settings.cpus_each,
+            "num_gpus": settings.gpus_each,
+            "resources": dict(settings.resources),
+            "scheduling_strategy": strategy,
+        }
+        actor = make_worker_actor(self._config, worker_id, incarnation, options)
+        self._actors[worker_id] = actor
+        self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+        return await _answer(worker_id, actor.start.remote())
+
+    def _resources(self) -> dict[str, float]:
+        settings = self._config.workers
+        wanted = {"CPU": settings.cpus_each, "GPU": settings.gpus_each, **settings.resources}
+        return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
+
+    async def _stop(self, worker_id: str) -> None:
+        actor = self._actors.pop(worker_id, None)
+        if actor is not None:
+            ray.kill(actor)
+        group = self._groups.pop(worker_id, None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def _call(self, worker_id: str, reference: Any) -> Pending[None]:
+        return self._shell.pending(_answer(worker_id, reference))
+
+
+async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
+    """The answer of an actor.
+
+    Raises:
+        WorkerDiedError: it is dead, or could not do it.
+    """
+    try:
+        return await reference
+    except (RayActorError, RayTaskError) as error:
+        raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
+
+
+async def _gone(reference: Awaitable[None]) -> None:
+    try:
+        await reference
+    except (RayActorError, RayTaskError) as error:
+        logger.info("a worker is gone: %s", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__

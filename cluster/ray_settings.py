@@ -1,0 +1,95 @@
+"""What Ray reads from the environment when it is imported, and where a cluster of ours runs.
+
+Imports no Ray, so that there is a time to set it.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.config import LOOPBACK
+from cluster.user_cache import user_cache_dir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningCluster:
+    """Where a cluster of this user runs; what its commands need to join it."""
+
+    pid: int
+    address: str
+    token: str
+    http: str
+    grpc: str
+
+
+def be_quiet() -> None:
+    """No reports to anybody, and no advice on the terminal."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def stay_local() -> None:
+    """Has a cluster started from here listen on the loopback address only.
+
+    Ray puts the machine's address for it everywhere, unless it is told that this platform has no
+    clusters; then it takes what it is given.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def make_token() -> str:
+    """Has a cluster started from here ask for a token; empty where the user set other rules.
+
+    Without it Ray would write a token of its own to the user's home, for all clusters.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        use_token(secrets.token_hex(32))
+    return os.environ.get("RAY_AUTH_TOKEN", "")
+
+
+def enter(cluster: RunningCluster) -> None:
+    """Has Ray, once it is imported, join a cluster of this user."""
+    use_token(cluster.token)
+    if cluster.address.startswith(f"{LOOPBACK}:"):
+        stay_local()
+
+
+def use_token(token: str) -> None:
+    """Has Ray show a token to the cluster that it joins."""
+    if token:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = token
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+def remember(cluster: RunningCluster) -> Path:
+    """Writes down where a cluster runs; returns the file, to be deleted at its end."""
+    folder = user_cache_dir() / "running"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{cluster.pid}.json"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(asdict(cluster), file)
+    return path
+
+
+def find_running() -> RunningCluster | None:
+    """The cluster that this user started last and that still runs."""
+    folder = user_cache_dir() / "running"
+    found: list[tuple[float, RunningCluster]] = []
+    for path in folder.glob("*.json"):
+        try:
+            cluster = RunningCluster(**json.loads(path.read_text("utf-8")))
+            if psutil.pid_exists(cluster.pid):
+                found.append((path.stat().st_mtime, cluster))
+            else:
+                path.unlink(missing_ok=True)
+        except (OSError, ValueError, TypeError):
+            # Half written, or of another version.
+            continue
+    return max(found, key=lambda entry: entry[0])[1] if found else None

@@ -1,0 +1,356 @@
+"""Composition root of a worker: its core, shards, router and doors, on two threads.
+
+    compute thread   the core: experts and attention for other processes, gRPC, shared memory
+    router thread    sequences, steps, the shards of this process by direct call, gRPC
+
+Life: `start` opens the doors (the core refuses everything yet), `load` reads shards and makes it
+READY, `publish` gives the router a view, `fence` has the core refuse older ones. All of these are
+called from other threads, and go through the reactors.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cluster.calls import Call, Fence, Result
+from cluster.clock import SystemClock
+from cluster.config import ClusterConfig
+from cluster.fleet import Spawned
+from cluster.hosted_loop import AsyncioLoop
+from cluster.link_limits import LinkLimits
+from cluster.links import WorkerLink
+from cluster.model_dir import load_tokenizer, resolve_model_dir
+from cluster.placement import ExpertId, ShardPlan
+from cluster.reactor import Reactor
+from cluster.router_door import RouterDoor
+from cluster.shm import local_host_id
+from cluster.tasks import Pending
+from cluster.view import ClusterView, Member, WorkerState
+from model.activations import Activations
+from model.block_pool import BlockPool
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.detokenizer import IncrementalDetokenizer
+from model.ops.select import KernelChoice, Residence, select_ops
+from model.runner import CacheSize
+from model.tokenizer import Tokenizer
+from router.connect import Connector
+from router.direct_link import DirectLink
+from router.dispatch import Dispatcher, DispatchLimits
+from router.link_table import LinkTable
+from router.pipeline import Pipeline
+from router.request import GenerateRequest
+from router.router import Router, RouterLimits
+from router.scheduler import SchedulerLimits
+from router.sequence import Detokenizer, NoText
+from workers.core import WorkerCore
+from workers.experts import ExpertShard
+from workers.grpc_server import DoorPlate, GrpcServer
+from workers.intake import Presence
+from workers.loading import ShardLoader
+from workers.shm_server import ShmServer
+
+logger = logging.getLogger(__name__)
+
+CONTEXTS_BY_DEFAULT = 8
+START_TIMEOUT_S = 60.0
+Fault = Callable[[BaseException], None]
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """Bytes of the checkpoint read, of those that the shards take; for other threads to look at."""
+
+    bytes_read: int = 0
+    bytes_wanted: int = 0
+
+
+@dataclass(slots=True)
+class Rates:
+    """Tokens over the last seconds."""
+
+    window_s: float = 10.0
+    marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+    def per_s(self, num_tokens: int) -> float:
+        """Notes a count and returns its growth a second within the window."""
+        now_s = time.monotonic()
+        self.marks = [m for m in self.marks if now_s - m[0] <= self.window_s]
+        self.marks.append((now_s, num_tokens))
+        first_s, first = self.marks[0]
+        return (num_tokens - first) / (now_s - first_s) if now_s > first_s else 0.0
+
+
+def kv_tokens_of(config: ClusterConfig, model: ModelConfig) -> int:
+    """Positions of KV cache on an attention shard."""
+    return config.workers.kv_tokens or CONTEXTS_BY_DEFAULT * model.sequence_len
+
+
+def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
+    """The KV arrays of an attention shard."""
+    block_size = config.workers.block_size
+    return CacheSize(
+        num_blocks=-(-kv_tokens_of(config, model) // block_size),
+        block_size=block_size,
+        max_slots=config.router.max_running,
+    )
+
+
+class _OwnCore:
+    """The core of this process, as its router calls it: at once, past the queue."""
+
+    def __init__(self, core: WorkerCore) -> None:
+        self._core = core
+
+    def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        reply(self._core.compute_now(call, fence))
+
+    def router_gone(self, router_id: str) -> None:
+        self._core.router_gone(router_id)
+
+
+class WorkerProcess:
+    """Owns everything of one life of a worker. Methods may be called from any one thread."""
+
+    def __init__(
+        self, config: ClusterConfig, worker_id: str, incarnation: int, host: str, on_fault: Fault
+    ) -> None:
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.progress = LoadProgress()
+        self._config = config
+        self._host = host
+        # XLA would hand each small program to a thread of its own, and wait for it.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
+        self._model_dir = resolve_model_dir(config.model.path)
+        self._checkpoint = Checkpoint.open(self._model_dir)
+        model = self._checkpoint.config
+        self._tokenizer = load_tokenizer(self._model_dir, model.vocab_size)
+        self._cache_size = cache_size_of(config, model)
+        ops, loader = select_ops(_kernels(config))
+        self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
+        self._loader = ShardLoader(self._checkpoint, self._decoder, loader, self._note_read)
+        self._experts = ExpertShard(self._decoder)
+        self._has_attention = False
+        self._shards: ShardPlan | None = None
+        self._loading = threading.Lock()
+        self._rates = Rates()
+        clock = SystemClock()
+        self._compute = Reactor(
+            clock, make_loop=AsyncioLoop, on_fault=on_fault, name=f"{worker_id}-compute"
+        )
+        self._routing = Reactor(
+            clock, make_loop=AsyncioLoop, on_fault=on_fault, name=f"{worker_id}-router"
+        )
+        self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
+        self._router, self._links = self._make_router()
+
+    def start(self) -> Spawned:
+        """Opens the doors; says where they are."""
+        self._compute.start()
+        self._routing.start()
+        address, router_address = self._open_doors()
+        self._compute.call(lambda: self._compute.tasks.start_service(self._core.serve()))
+        self._routing.call(lambda: self._routing.tasks.start_service(self._router.serve()))
+        return Spawned(
+            address=address,
+            router_address=router_address,
+            node_id="",
+            pid=os.getpid(),
+            memory_bytes=0,
+        )
+
+    def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
+        """Reads what of the shards is not here yet, and is READY. Takes its time.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        with self._loading:
+            self.progress.bytes_wanted = bytes_wanted
+            if not self._has_attention:
+                attention = self._loader.load_attention(shards, self._experts, self._cache_size)
+                self._compute.call(lambda: self._core.attach(attention))
+                self._has_attention = True
+            groups = self._loader.load_experts(shards.experts - self._experts.held)
+            self._shards = shards
+
+            def take_in() -> None:
+                for layer, group in groups.items():
+                    self._experts.add(layer, group)
+                if self._core.state is WorkerState.LOADING:
+                    self._core.move(WorkerState.READY)
+
+            self._compute.call(take_in)
+
+    def unload(self, kept: frozenset[ExpertId]) -> None:
+        """Drops experts that nobody asks this worker for any more."""
+        self._compute.call(lambda: self._experts.keep_only(kept))
+
+    def publish(self, view: ClusterView) -> None:
+        """Gives the router a view."""
+
+        def take() -> None:
+            self._links.update(view)
+            self._router.chain_changed()
+
+        self._routing.call(take)
+
+    def fence(self, placement_epoch: int) -> None:
+        """Has the core refuse older views."""
+        self._compute.call(lambda: self._core.raise_epoch(placement_epoch))
+
+    def drain(self) -> None:
+        """Has the router hand its requests over."""
+        self._compute.call(self._begin_to_drain)
+        self._routing.call(self._router.drain)
+
+    def stop(self) -> None:
+        """Closes the doors and ends the threads."""
+        for reactor in (self._routing, self._compute):
+            reactor.close()
+        self._checkpoint.close()
+
+    def status(self) -> dict[str, Any]:
+        """What `milliways status` shows of this worker."""
+        status = self._compute.call(self._core_status)
+        return status | self._routing.call(self._router_status)
+
+    def _begin_to_drain(self) -> None:
+        if self._core.state is WorkerState.READY:
+            self._core.move(WorkerState.DRAINING)
+
+    def _core_status(self) -> dict[str, Any]:
+        shards, core = self._shards, self._core
+        return {
+            "worker_id": self.worker_id,
+            "incarnation": self.incarnation,
+            "pid": os.getpid(),
+            "state": core.state.value,
+            "placement_epoch": core.placement_epoch,
+            "layers": [shards.first_layer, shards.num_layers] if shards else [0, 0],
+            "has_ends": bool(shards and shards.has_ends),
+            "num_experts": len(self._experts.held),
+            "bytes_read": self._loader.bytes_read,
+            "calls": core.num_calls,
+            "merged_calls": core.num_merged_calls,
+            "rows": core.num_rows,
+            "waiting_calls": core.num_waiting,
+        }
+
+    def _router_status(self) -> dict[str, Any]:
+        router, pool = self._router, self._router.scheduler.pool
+        return {
+            "router": {
+                "requests": router.figures.num_requests,
+                "tokens": router.figures.num_tokens,
+                "tokens_per_s": round(self._rates.per_s(router.figures.num_tokens), 2),
+                "steps": router.figures.num_steps,
+                "replays": router.figures.num_replays,
+                "active_requests": router.num_active,
+                "running": router.scheduler.num_running,
+                "waiting": router.scheduler.num_waiting,
+                "placement_epoch": self._links.view.placement_epoch,
+                "kv_blocks_used": pool.num_held,
+                "kv_blocks_total": pool.num_blocks,
+                "transports": self._links.transports(),
+                "dispatch": self._dispatcher.figures(),
+            }
+        }
+
+    def _open_doors(self) -> tuple[str, str]:
+        tls = self._config.tls
+        presence = Presence(self._core)
+        self._memory_server = ShmServer(
+            self._compute, presence, worker_id=self.worker_id, incarnation=self.incarnation
+        )
+        shares = self._config.workers.transport != "grpc"
+        if shares:
+            self._compute.call(self._memory_server.start)
+        plate = DoorPlate(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            host_id=local_host_id() if shares else "",
+            socket_name=self._memory_server.socket_name if shares else "",
+        )
+        self._server = GrpcServer(self._compute, presence, plate, tls=tls)
+        self._door = RouterDoor(
+            self._routing,
+            self._router,
+            request_timeout_s=self._config.router.request_timeout_s,
+            tls=tls,
+        )
+        any_port = f"{self._host}:0"
+        return (
+            self._compute.ask(lambda: self._server.start(any_port), START_TIMEOUT_S),
+            self._routing.ask(lambda: self._door.start(any_port), START_TIMEOUT_S),
+        )
+
+    def _make_router(self) -> tuple[Router, LinkTable]:
+        settings, tasks = self._config.router, self._routing.tasks
+        model = self._checkpoint.config
+        connector = Connector(
+            self._routing,
+            router_id=self.worker_id,
+            host_id=local_host_id(),
+            wanted=self._config.workers.transport,
+            tls=self._config.tls,
+            limits=LinkLimits(),
+        )
+
+        def connect(member: Member) -> Pending[WorkerLink]:
+            if member.worker_id != self.worker_id:
+                return connector.connect(member)
+            way: Pending[WorkerLink] = Pending()
+            way.resolve(DirectLink(self.worker_id, _OwnCore(self._core), self.worker_id))
+            return way
+
+        links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
+        limits = DispatchLimits(
+            hedge_after_s=settings.hedge_after_s, timeout_s=settings.step_timeout_s
+        )
+        self._dispatcher = Dispatcher(links, limits, tasks)
+        pipeline = Pipeline(
+            model.num_layers, links, self._dispatcher, tasks, settings.step_timeout_s
+        )
+        router_limits = RouterLimits(
+            scheduler=SchedulerLimits(
+                max_running=settings.max_running,
+                max_step_tokens=settings.max_step_tokens,
+                max_waiting=settings.max_waiting,
+            ),
+            max_micro_batches=settings.max_micro_batches,
+            min_micro_batch_tokens=settings.min_micro_batch_tokens,
+        )
+        pool = BlockPool(self._cache_size.num_blocks, self._cache_size.block_size)
+        router = Router(model, pool, router_limits, links, pipeline, self._detokenizer_for, tasks)
+        return router, links
+
+    def _detokenizer_for(self, request: GenerateRequest) -> Detokenizer:
+        return detokenizer_for(self._tokenizer, request)
+
+    def _note_read(self, bytes_read: int) -> None:
+        self.progress.bytes_read = bytes_read
+
+
+def detokenizer_for(tokenizer: Tokenizer | None, request: GenerateRequest) -> Detokenizer:
+    """Text where the model has a tokenizer."""
+    return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
+
+
+def _kernels(config: ClusterConfig) -> KernelChoice:
+    threads = config.workers.threads_each or max(1, round(config.workers.cpus_each))
+    return KernelChoice(
+        activations=Activations(config.model.activations),
+        residence=Residence(config.model.experts),
+        deterministic=config.model.deterministic,
+        num_threads=threads,
+    )

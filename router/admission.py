@@ -1,0 +1,66 @@
+"""Turns a request into sequences: what fits, how long each may grow, what it already has."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from model.errors import InvalidRequestError
+from router.request import GenerateRequest
+from router.sequence import Detokenizer, Sequence
+
+DetokenizerFor = Callable[[GenerateRequest], Detokenizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRequest:
+    """A request on its way: who it is, until when it matters, and what its client has of it.
+
+    `delivered` are the tokens of each sample that another router drew; samples in `finished` had
+    come to their end.
+    """
+
+    request_id: str
+    request: GenerateRequest
+    timeout_s: float
+    delivered: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    finished: frozenset[int] = frozenset()
+
+
+def max_completion_tokens(request: GenerateRequest, config: ModelConfig) -> int:
+    """How many tokens may be drawn; a prompt that fills the context has logits, and so one."""
+    room = config.sequence_len - len(request.prompt_ids)
+    return min(request.max_tokens, max(1, room))
+
+
+def make_sequences(
+    routed: RoutedRequest, config: ModelConfig, detokenizer_for: DetokenizerFor
+) -> list[Sequence]:
+    """One sequence for each sample that has not ended.
+
+    Raises:
+        InvalidRequestError: the request does not fit the model, or what was delivered not the
+            request.
+    """
+    request = routed.request
+    request.check_fits(config)
+    num_tokens = max_completion_tokens(request, config)
+    sequences: list[Sequence] = []
+    for index in range(request.num_samples):
+        if index in routed.finished:
+            continue
+        sequence = Sequence(request, index, detokenizer_for(request), num_tokens, config.eos_token)
+        delivered = routed.delivered.get(index, ())
+        _check_delivered(delivered, num_tokens, config)
+        sequence.replay(delivered)
+        sequences.append(sequence)
+    return sequences
+
+
+def _check_delivered(delivered: tuple[int, ...], num_tokens: int, config: ModelConfig) -> None:
+    if len(delivered) >= num_tokens:
+        limit = f"fewer than {num_tokens} tokens, the most that the request has"
+        raise InvalidRequestError("delivered", f"{len(delivered)} tokens", limit)
+    for token_id in delivered:
+        if not 0 <= token_id < config.vocab_size:
+            limit = f"token ids in 0..{config.vocab_size - 1}"
+            raise InvalidRequestError("delivered", token_id, limit)

@@ -1,0 +1,164 @@
+"""The ways from one router to all workers: which are open, which are lost, how much is out on each.
+
+`update` takes a new view: ways to lives that ended are closed, ways to new ones are opened. A way
+that breaks is opened again while the view still has that life of the worker: a broken stream and a
+dead process look alike from here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.calls import Call, Fence, Result
+from cluster.errors import ConfigError, PeerLostError
+from cluster.links import WorkerLink
+from cluster.placement import ExpertId
+from cluster.tasks import Cancelled, Pending, Signal, Task, Tasks
+from cluster.view import EMPTY_VIEW, ClusterView, Member
+
+RECONNECT_AFTER_S = 0.05
+RECONNECT_AFTER_S_MAX = 1.0
+
+Connect = Callable[[Member], Pending[WorkerLink]]
+
+
+@dataclass(slots=True)
+class _Way:
+    member: Member
+    link: WorkerLink | None = None
+    opening: Task[None] | None = None
+    num_rows_out: int = 0
+    problem: str = ""
+
+
+class LinkTable:
+    """Owns the links of a router; `changed` tells of every new view, way opened, and way lost."""
+
+    def __init__(self, router_id: str, incarnation: int, connect: Connect, tasks: Tasks) -> None:
+        self.router_id = router_id
+        self.incarnation = incarnation
+        self.view: ClusterView = EMPTY_VIEW
+        self.changed = Signal()
+        self._connect = connect
+        self._tasks = tasks
+        self._ways: dict[str, _Way] = {}
+
+    def update(self, view: ClusterView) -> None:
+        """Takes a newer view; an older one changes nothing."""
+        if view.placement_epoch < self.view.placement_epoch:
+            return
+        self.view = view
+        for worker_id, way in list(self._ways.items()):
+            member = view.members.get(worker_id)
+            if (
+                member is not None
+                and member.can_compute
+                and member.incarnation == way.member.incarnation
+            ):
+                way.member = member
+            else:
+                self._close(worker_id)
+        for worker_id, member in view.members.items():
+            if member.can_compute and worker_id not in self._ways:
+                self._open(_Way(member))
+        self.changed.notify()
+
+    def close(self) -> None:
+        """Lets go of all ways."""
+        for worker_id in list(self._ways):
+            self._close(worker_id)
+
+    def is_open(self, worker_id: str) -> bool:
+        """Whether a worker can be asked now."""
+        way = self._ways.get(worker_id)
+        return way is not None and way.link is not None
+
+    def transports(self) -> dict[str, str]:
+        """What carries the bytes to each worker, or why nothing does."""
+        return {
+            worker_id: way.link.transport if way.link else f"none: {way.problem or 'opening'}"
+            for worker_id, way in sorted(self._ways.items())
+        }
+
+    def holders(self, expert_id: ExpertId) -> list[str]:
+        """Workers that have an expert and can be asked now."""
+        members = self.view.holders(expert_id)
+        return [member.worker_id for member in members if self.is_open(member.worker_id)]
+
+    def num_rows_out(self, worker_id: str) -> int:
+        """Rows that a worker was asked for and has not answered."""
+        return self._ways[worker_id].num_rows_out
+
+    def is_local(self, worker_id: str) -> bool:
+        """Whether a worker's core is in this process."""
+        way = self._ways[worker_id]
+        return way.link is not None and way.link.transport == "direct"
+
+    def ask(
+        self, worker_id: str, call: Call, *, step: int, timeout_s: float, num_rows: int = 0
+    ) -> Pending[Result]:
+        """Asks a worker; fails with PeerLostError where there is no way, or it breaks."""
+        way = self._ways.get(worker_id)
+        if way is None or way.link is None:
+            lost: Pending[Result] = Pending()
+            lost.fail(PeerLostError(worker_id, "no way there is open"))
+            return lost
+        fence = Fence(
+            placement_epoch=self.view.placement_epoch,
+            incarnation=way.member.incarnation,
+            step=step,
+            timeout_s=timeout_s,
+            router_id=self.router_id,
+            router_incarnation=self.incarnation,
+        )
+        link = way.link
+        way.num_rows_out += num_rows
+        pending = link.ask(call, fence)
+        pending.when_done(lambda: self._answered(way, link, pending, num_rows))
+        return pending
+
+    def give_up(self, worker_id: str) -> None:
+        """Breaks the way to a worker that does not answer, and tries for a new one."""
+        way = self._ways.get(worker_id)
+        if way is not None and way.link is not None:
+            self._lost(way)
+
+    def _answered(
+        self, way: _Way, link: WorkerLink, pending: Pending[Result], num_rows: int
+    ) -> None:
+        way.num_rows_out -= num_rows
+        if isinstance(pending.error, PeerLostError) and way.link is link:
+            self._lost(way)
+
+    def _lost(self, way: _Way) -> None:
+        worker_id = way.member.worker_id
+        if self._ways.get(worker_id) is way:
+            self._close(worker_id)
+            self._open(_Way(way.member))
+            self.changed.notify()
+
+    def _open(self, way: _Way) -> None:
+        self._ways[way.member.worker_id] = way
+        way.opening = self._tasks.start(self._keep_trying(way))
+
+    async def _keep_trying(self, way: _Way) -> None:
+        delay_s = RECONNECT_AFTER_S
+        while True:
+            try:
+                way.link = await self._connect(way.member)
+                way.problem = ""
+                break
+            except (PeerLostError, ConfigError) as error:
+                way.problem = str(error)
+                await self._tasks.sleep(delay_s)
+                delay_s = min(2 * delay_s, RECONNECT_AFTER_S_MAX)
+            except Cancelled:
+                return
+        self.changed.notify()
+
+    def _close(self, worker_id: str) -> None:
+        way = self._ways.pop(worker_id)
+        if way.opening is not None:
+            way.opening.cancel()
+        link, way.link = way.link, None
+        if link is not None:
+            link.close()

@@ -1,0 +1,23 @@
+"""Cuts a step into micro-batches of about equal size; a sequence stays whole."""
+
+from collections.abc import Sequence
+
+from router.scheduler import ScheduledSequence
+
+
+def split(
+    scheduled: Sequence[ScheduledSequence], max_batches: int, min_tokens: int
+) -> list[list[ScheduledSequence]]:
+    """At most `max_batches` runs, each of at least `min_tokens` tokens where it can be."""
+    num_tokens = sum(entry.num_tokens for entry in scheduled)
+    num_batches = max(1, min(max_batches, num_tokens // max(1, min_tokens), len(scheduled)))
+    batches: list[list[ScheduledSequence]] = [[]]
+    num_before = 0
+    for entry in scheduled:
+        # A run ends where its share of all tokens is reached.
+        is_full = num_before * num_batches >= len(batches) * num_tokens
+        if is_full and batches[-1] and len(batches) < num_batches:
+            batches.append([])
+        batches[-1].append(entry)
+        num_before += entry.num_tokens
+    return batches

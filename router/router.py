@@ -1,0 +1,368 @@
+"""A router: owns sequences, and steps them through the model.
+
+The life of a request here:
+
+1. `submit` admits it or refuses it at once: the queue is bounded.
+2. Each step the scheduler picks the running sequences' next tokens and chunks of prefill.
+3. The picked tokens go through the layers in micro-batches, several on their way at a time, so that
+   one is in attention while another waits for experts.
+4. Drawn tokens become text and go to the request's listener; ends free the blocks.
+5. When an attention shard is lost, everything that ran is computed anew: same bits, same tokens.
+
+No clock, no thread, no socket: `Tasks` runs it, in production and in simulation.
+"""
+
+import logging
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cluster.calls import TokenRows
+from cluster.errors import (
+    ClusterError,
+    DeadlineError,
+    ModelFaultError,
+    OverloadedError,
+    RefusalReason,
+    RefusedError,
+    UnavailableError,
+)
+from cluster.tasks import Signal, Tasks, Timer
+from model.block_pool import BlockPool
+from model.config import ModelConfig
+from model.runner import SampledToken
+from model.sampling import SampleRow
+from router.admission import (
+    DetokenizerFor,
+    RoutedRequest,
+    make_sequences,
+    max_completion_tokens,
+)
+from router.link_table import LinkTable
+from router.micro_batches import split
+from router.pipeline import Pipeline, ShardLostError
+from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from router.sequence import FinishReason, Sequence, SequenceStatus, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+MAX_FAULTS = 3
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterLimits:
+    """Bounds of the queue and of steps; see RouterSettings."""
+
+    scheduler: SchedulerLimits
+    max_micro_batches: int = 2
+    # A micro-batch smaller than this is not worth another sweep through the weights.
+    min_micro_batch_tokens: int = 16
+
+
+class Listener(Protocol):
+    """Who waits for a request. Called from the router's thread; must not block or raise."""
+
+    def tokens(self, events: Row[TokenEvent]) -> None:
+        """Tokens of a step, of any of its samples."""
+        ...
+
+    def ended(self, error: ClusterError | None) -> None:
+        """Nothing more comes: all samples ended, or the request failed."""
+        ...
+
+    def moved(self) -> None:
+        """Nothing more comes from here; another router can carry on."""
+        ...
+
+
+@dataclass(slots=True)
+class _Active:
+    routed: RoutedRequest
+    listener: Listener
+    sequences: list[Sequence]
+    timer: Timer | None = None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class RouterFigures:
+    """Counts since the start, for status and metrics."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_steps: int = 0
+    num_replays: int = 0
+    recent_steps: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+
+class Router:
+    """Owns the requests of one chain of attention shards."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        pool: BlockPool,
+        limits: RouterLimits,
+        links: LinkTable,
+        pipeline: Pipeline,
+        detokenizer_for: DetokenizerFor,
+        tasks: Tasks,
+    ) -> None:
+        self.figures = RouterFigures()
+        self.links = links
+        self.scheduler = Scheduler(pool, limits.scheduler)
+        self._config = config
+        self._limits = limits
+        self._pipeline = pipeline
+        self._detokenizer_for = detokenizer_for
+        self._tasks = tasks
+        self._active: dict[str, _Active] = {}
+        self._changed = Signal()
+        self._num_batches = 0
+        self._num_faults = 0
+        self._is_draining = False
+
+    @property
+    def num_active(self) -> int:
+        """Requests that have not ended."""
+        return len(self._active)
+
+    def submit(self, routed: RoutedRequest, listener: Listener) -> None:
+        """Admits a request.
+
+        Raises:
+            InvalidRequestError: it does not fit the model or the KV cache, or its id is taken.
+            OverloadedError: as many wait as may.
+            UnavailableError: the router drains.
+        """
+        if self._is_draining:
+            raise UnavailableError("the router drains", RETRY_AFTER_S)
+        if routed.request_id in self._active:
+            # The same request over a new stream: the old stream's client is gone.
+            self.cancel(routed.request_id)
+        sequences = make_sequences(routed, self._config, self._detokenizer_for)
+        if not self.scheduler.can_queue(len(sequences)):
+            waiting = f"{self.scheduler.num_waiting} sequences wait"
+            raise OverloadedError(f"the queue is full: {waiting}", RETRY_AFTER_S)
+        # The last token drawn is never computed, so it takes no place.
+        num_prompt_tokens = len(routed.request.prompt_ids)
+        max_tokens = num_prompt_tokens + max_completion_tokens(routed.request, self._config) - 1
+        self.scheduler.check_capacity(max_tokens)
+        for sequence in sequences:
+            self.scheduler.add(sequence, max_tokens)
+        active = _Active(routed, listener, sequences)
+        self._active[routed.request_id] = active
+        self.figures.num_requests += 1
+        if not sequences:
+            self._end(active, None)
+            return
+        active.timer = self._tasks.call_later(routed.timeout_s, lambda: self._expire(active))
+        self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request; its blocks are free before the next step is chosen."""
+        active = self._active.get(request_id)
+        if active is not None:
+            self._drop(active)
+
+    def cancel_listener(self, request_id: str, listener: Listener) -> None:
+        """As `cancel`, unless the request goes on with another listener."""
+        active = self._active.get(request_id)
+        if active is not None and active.listener is listener:
+            self._drop(active)
+
+    def drain(self) -> None:
+        """Takes no more requests, and has those there are carried on elsewhere."""
+        self._is_draining = True
+        for active in list(self._active.values()):
+            self._drop(active)
+            active.listener.moved()
+
+    def resume(self) -> None:
+        """Takes requests again."""
+        self._is_draining = False
+
+    def chain_changed(self) -> None:
+        """The view has another chain, or other lives of its shards: keys and values are lost."""
+        members = self.links.view.members
+        names = self.links.view.chains.get(self.links.router_id, ())
+        chain = tuple(members[name] for name in names if name in members)
+        before = [(m.worker_id, m.incarnation, m.first_layer) for m in self._pipeline.chain]
+        after = [(m.worker_id, m.incarnation, m.first_layer) for m in chain]
+        self._pipeline.chain = chain
+        if before and after != before:
+            self._replay()
+        self._changed.notify()
+
+    async def serve(self) -> None:
+        """Steps while there is work, for ever."""
+        while True:
+            while self.scheduler.has_work and self._has_whole_chain():
+                try:
+                    await self.step()
+                except ShardLostError as error:
+                    await self._recover(error)
+                except RefusedError as error:
+                    self._fail_running(error)
+                # Requests and cancellations that arrived meanwhile come before the next choice.
+                await self._tasks.sleep(0)
+            await self._tasks.first_done((self._changed.wait(), self.links.changed.wait()))
+
+    async def step(self) -> None:
+        """One step: schedule, compute, deliver."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return
+        self.figures.num_steps += 1
+        batches = split(
+            scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
+        )
+        drawn = await self._tasks.gather(self._compute(batch) for batch in batches)
+        self._num_faults = 0
+        for batch, tokens in zip(batches, drawn, strict=True):
+            self._deliver(batch, tokens)
+
+    async def _compute(self, batch: Row[ScheduledSequence]) -> Row[SampledToken]:
+        self._num_batches += 1
+        return await self._pipeline.run(self.figures.num_steps, self._num_batches, pack(batch))
+
+    def _deliver(self, batch: Row[ScheduledSequence], drawn: Row[SampledToken]) -> None:
+        tokens = iter(drawn)
+        events: dict[str, tuple[_Active, list[TokenEvent]]] = {}
+        for entry in batch:
+            sequence = entry.sequence
+            token = next(tokens) if entry.wants_token else None
+            # Cancelled while it was computed.
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            self.scheduler.computed(entry)
+            if token is None:
+                continue
+            active = self._active_of(sequence)
+            event = sequence.append(token)
+            events.setdefault(active.routed.request_id, (active, []))[1].append(event)
+            self._finish_sequence(active, sequence, event)
+        num_tokens = 0
+        for active, its_events in events.values():
+            num_tokens += len(its_events)
+            self._tell(active, its_events)
+        self.figures.num_tokens += num_tokens
+
+    def _finish_sequence(self, active: _Active, sequence: Sequence, event: TokenEvent) -> None:
+        if event.finish_reason is None:
+            return
+        is_fault = event.finish_reason is FinishReason.ERROR
+        status = SequenceStatus.FAILED if is_fault else SequenceStatus.FINISHED
+        self.scheduler.finish(sequence, status)
+        active.sequences.remove(sequence)
+
+    def _tell(self, active: _Active, events: list[TokenEvent]) -> None:
+        sound = [event for event in events if event.finish_reason is not FinishReason.ERROR]
+        if sound:
+            active.listener.tokens(sound)
+        if len(sound) < len(events):
+            self._fail(active, ModelFaultError("the model computed logits that are not finite"))
+        elif not active.sequences:
+            self._end(active, None)
+
+    def _active_of(self, sequence: Sequence) -> _Active:
+        return next(a for a in self._active.values() if sequence in a.sequences)
+
+    def _has_whole_chain(self) -> bool:
+        chain = self._pipeline.chain
+        return bool(chain) and all(self.links.is_open(member.worker_id) for member in chain)
+
+    async def _recover(self, error: ShardLostError) -> None:
+        """Starts over, when the chain is whole again; gives up on what is always refused."""
+        logger.warning("an attention shard was lost: %s", error)
+        cause = error.cause
+        if isinstance(cause, RefusedError) and cause.reason in (
+            RefusalReason.FAULT,
+            RefusalReason.MALFORMED,
+        ):
+            self._num_faults += 1
+            if self._num_faults >= MAX_FAULTS:
+                self._num_faults = 0
+                self._fail_running(cause)
+                return
+        self._replay()
+        if isinstance(cause, RefusedError):
+            # What it objects to is settled by a newer view, which is on its way.
+            await self._tasks.wait_for(self.links.changed.wait(), 0.05)
+
+    def _replay(self) -> None:
+        self.figures.num_replays += 1
+        self.scheduler.start_over()
+
+    def _fail_running(self, error: RefusedError) -> None:
+        logger.error("steps fail again and again: %s", error)
+        for active in list(self._active.values()):
+            if any(s.status is SequenceStatus.RUNNING for s in active.sequences):
+                self._fail(active, ClusterError(f"workers fail to compute it: {error}"))
+
+    def _expire(self, active: _Active) -> None:
+        timeout_s = active.routed.timeout_s
+        self._fail(active, DeadlineError(f"not done within {timeout_s:g} s"))
+
+    def _fail(self, active: _Active, error: ClusterError) -> None:
+        self._end(active, error)
+
+    def _end(self, active: _Active, error: ClusterError | None) -> None:
+        self._drop(active)
+        active.listener.ended(error)
+
+    def _drop(self, active: _Active) -> None:
+        """Frees what the request holds; without effect once it is dropped."""
+        if self._active.get(active.routed.request_id) is not active:
+            return
+        del self._active[active.routed.request_id]
+        if active.timer is not None:
+            active.timer.cancel()
+        for sequence in active.sequences:
+            self.scheduler.finish(sequence, SequenceStatus.FAILED)
+        active.sequences = []
+
+
+def pack(batch: Row[ScheduledSequence]) -> TokenRows:
+    """The rows of a micro-batch, in the order of its sequences, one slot for each."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logits_rows: list[int] = []
+    samples: list[SampleRow] = []
+    for slot, entry in enumerate(batch):
+        sequence = entry.sequence
+        start = sequence.num_computed
+        token_ids += sequence.next_tokens(entry.num_tokens)
+        positions += range(start, start + entry.num_tokens)
+        slots += [slot] * entry.num_tokens
+        if entry.wants_token:
+            logits_rows.append(len(token_ids) - 1)
+            samples.append(sample_row(sequence))
+    width = max(len(entry.sequence.block_table) for entry in batch)
+    tables_BM = np.zeros((len(batch), width), np.int32)
+    for slot, entry in enumerate(batch):
+        table = entry.sequence.block_table
+        tables_BM[slot, : len(table)] = table
+    return TokenRows(
+        token_ids_T=np.array(token_ids, np.int32),
+        positions_T=np.array(positions, np.int32),
+        slots_T=np.array(slots, np.int32),
+        block_tables_BM=tables_BM,
+        logits_rows_W=np.array(logits_rows, np.int32),
+        samples=tuple(samples),
+    )
+
+
+def sample_row(sequence: Sequence) -> SampleRow:
+    """What drawing the next token of a sequence needs."""
+    return SampleRow(
+        params=sequence.request.sampling,
+        # A copy: the sequence grows while a message with it may still be under way.
+        token_ids=tuple(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        sample_index=sequence.sample_index,
+    )

@@ -1,0 +1,201 @@
+"""Routers without a model behind them: servers of RouterService that count, and fail as told."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import grpc
+from grpc import aio
+from milliways.v1 import router_pb2, router_pb2_grpc
+
+from cluster.config import TlsSettings
+from cluster.errors import OverloadedError
+from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
+from cluster.ingress.codec import event_to_wire, sampling_from_wire
+from cluster.ingress.router_choice import RouterInfo
+from cluster.status_codes import ACCEPTED_KEY, status_of
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.sources import counted_events
+
+
+class Fault(Enum):
+    """One way for a stream to go wrong, after so many events."""
+
+    UNAVAILABLE = "unavailable"
+    CANCELLED = "cancelled"
+    INTERNAL = "internal"
+    UNKNOWN = "unknown"
+    ENDS_EARLY = "ends early"
+    MOVES = "moves"
+    REPEATS = "repeats the token before"
+    SKIPS = "leaves a token out"
+    DIES = "the server stops"
+    STALLS = "nothing more comes"
+
+
+STATUSES = {
+    Fault.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Fault.CANCELLED: grpc.StatusCode.CANCELLED,
+    Fault.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+@dataclass
+class Directory:
+    """A set of routers that tests change."""
+
+    infos: list[RouterInfo] = field(default_factory=list)
+    _event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def routers(self) -> Sequence[RouterInfo]:
+        return list(self.infos)
+
+    async def changed(self) -> None:
+        await self._event.wait()
+
+    def set(self, infos: Sequence[RouterInfo]) -> None:
+        self.infos = list(infos)
+        self._event.set()
+        self._event = asyncio.Event()
+
+
+@dataclass
+class FakeRouter(router_pb2_grpc.RouterServiceServicer):
+    """Counts for each request; the first `num_faults` streams go wrong."""
+
+    fault: Fault | None = None
+    num_before_fault: int = 0
+    num_faults: int = 1
+    refusal: Exception | None = None
+    # Streams wait before their first event until it is set.
+    gate: asyncio.Event | None = None
+    events_each: int = 1
+    info: RouterInfo = field(default_factory=lambda: RouterInfo("", ""))
+    server: aio.Server | None = None
+    stopping: asyncio.Task[None] | None = None
+    asked: list[router_pb2.RouteRequest] = field(default_factory=list)
+    num_running: int = 0
+
+    async def Route(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
+        self.asked.append(request)
+        if self.refusal is not None:
+            status = status_of(self.refusal)
+            code = grpc.StatusCode[status.code]
+            await context.abort(code, status.message, status.trailing_metadata)
+        await context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
+        self.num_running += 1
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            await self._stream(request, context)
+        finally:
+            self.num_running -= 1
+
+    async def _stream(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
+        events = remaining_events(request)
+        is_faulty = self.fault is not None and self.num_faults > 0
+        stop = self.num_before_fault if is_faulty else len(events)
+        for start in range(0, min(stop, len(events)), self.events_each):
+            some = events[start : min(start + self.events_each, stop)]
+            await context.write(router_pb2.RouteResponse(events=some))
+        if is_faulty and stop < len(events):
+            self.num_faults -= 1
+            await self._go_wrong(events, stop, context)
+
+    async def _go_wrong(
+        self, events: list[router_pb2.TokenEvent], at: int, context: aio.ServicerContext
+    ) -> None:
+        if self.fault in STATUSES:
+            await context.abort(STATUSES[self.fault], "RST_STREAM")
+        elif self.fault is Fault.UNKNOWN:
+            raise RuntimeError("a bug")
+        elif self.fault is Fault.MOVES:
+            await context.write(router_pb2.RouteResponse(has_moved=True))
+        elif self.fault is Fault.REPEATS:
+            again = [events[max(0, at - 1)], *events[at:]]
+            await context.write(router_pb2.RouteResponse(events=again))
+        elif self.fault is Fault.SKIPS:
+            await context.write(router_pb2.RouteResponse(events=events[at + 1 :]))
+        elif self.fault is Fault.DIES:
+            assert self.server is not None
+            # Not by this call, which is among those that stopping cancels.
+            self.stopping = asyncio.create_task(self.server.stop(None))
+            await asyncio.Event().wait()
+        elif self.fault is Fault.STALLS:
+            await asyncio.Event().wait()
+
+
+def remaining_events(request: router_pb2.RouteRequest) -> list[router_pb2.TokenEvent]:
+    """What an undisturbed run gives after what was delivered."""
+    done = {sample.sample_index: sample for sample in request.delivered}
+    counts: dict[int, int] = {}
+    remaining: list[router_pb2.TokenEvent] = []
+    for event in counted_events(request_of(request)):
+        index = counts.get(event.sample_index, 0)
+        counts[event.sample_index] = index + 1
+        had = done[event.sample_index].token_ids if event.sample_index in done else ()
+        if index < len(had):
+            assert had[index] == event.token_id
+        else:
+            remaining.append(event_to_wire(event, index))
+    return remaining
+
+
+def request_of(message: router_pb2.RouteRequest) -> GenerateRequest:
+    return GenerateRequest(
+        prompt_ids=tuple(message.prompt_token_ids),
+        max_tokens=message.max_tokens,
+        sampling=sampling_from_wire(message.sampling, message.sampling.seed),
+        num_samples=message.num_samples,
+        stop=tuple(message.stop),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def expected_events(request: GenerateRequest) -> list[TokenEvent]:
+    return [replace(event) for event in counted_events(request)]
+
+
+@asynccontextmanager
+async def running(*routers: FakeRouter) -> AsyncIterator[Directory]:
+    """Serves fake routers named r0, r1, ... ; nothing may be running there afterwards."""
+    for i, router in enumerate(routers):
+        await start(router, f"r{i}")
+    try:
+        yield Directory([router.info for router in routers])
+    finally:
+        await asyncio.gather(*(r.server.stop(None) for r in routers if r.server is not None))
+        assert [router.num_running for router in routers] == [0] * len(routers)
+
+
+async def start(router: FakeRouter, worker_id: str, tls: TlsSettings | None = None) -> None:
+    """Serves a router on a port of its own, again if it had stopped."""
+    server = aio.server(options=list(SERVER_OPTIONS))
+    router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
+    if tls is not None:
+        credentials = server_credentials(tls, wants_client=True)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    router.server = server
+    router.info = RouterInfo(worker_id, f"127.0.0.1:{port}")
+
+
+def full(message: str = "no room") -> OverloadedError:
+    return OverloadedError(message, retry_after_s=1.5)
+
+
+async def serve_stalling(num_before_stall: int) -> None:
+    """A process of its own for a router that stalls; prints its port."""
+    router = FakeRouter(fault=Fault.STALLS, num_before_fault=num_before_stall)
+    await start(router, "own process")
+    print(router.info.address, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_stalling(2))

@@ -1,0 +1,70 @@
+"""An ingress of the demo model for tests: over a counting source, or the real engine."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from cluster.config import IngressSettings, ModelSettings
+from cluster.ingress.ingress import Ingress
+from cluster.ingress.served_model import ServedModel, load_served_model
+from cluster.ingress.source import TokenSource
+from cluster.local import cache_size_for, load_local_model, make_local_engine
+from model.demo import DEMO_DIR
+from router.engine import LocalEngine
+from tests.sources import LocalSource
+
+
+def demo_model() -> ServedModel:
+    return load_served_model(ModelSettings())
+
+
+def make_ingress(source: TokenSource, model: ServedModel, **settings: int) -> Ingress:
+    return Ingress(model, source, IngressSettings(**settings))
+
+
+def demo_engine(num_sequences: int = 8) -> LocalEngine:
+    model = load_local_model(DEMO_DIR, "float32")
+    return make_local_engine(model, cache_size_for(num_sequences, 512))
+
+
+@contextmanager
+def local_source() -> Iterator[LocalSource]:
+    source = LocalSource(demo_engine())
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+@contextmanager
+def served(make_app: Callable[[], ASGIApp]) -> Iterator[str]:
+    """Runs an app on a real server of its own thread; gives its base URL."""
+    server: uvicorn.Server | None = None
+    started = threading.Event()
+    port: list[int] = []
+
+    async def serve() -> None:
+        nonlocal server
+        config = uvicorn.Config(make_app(), host="127.0.0.1", port=0, log_config=None)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve())
+        while not (server.started or task.done()):
+            await asyncio.sleep(0.005)
+        if server.started:
+            port.append(server.servers[0].sockets[0].getsockname()[1])
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="uvicorn", daemon=True)
+    thread.start()
+    started.wait(30)
+    assert port and server is not None, "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{port[0]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)

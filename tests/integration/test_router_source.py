@@ -1,0 +1,304 @@
+"""Streams that break, wherever they break: the client has the undisturbed run's tokens."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+import pytest
+
+from cluster.errors import (
+    DeadlineError,
+    ModelFaultError,
+    OverloadedError,
+    PoisonedRequestError,
+    UnavailableError,
+)
+from cluster.ingress.router_choice import RouterInfo
+from cluster.ingress.router_source import RouterSource
+from model.errors import InvalidRequestError, PromptTooLongError
+from model.sampling import SamplingParams
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, full, running, start
+
+NUM_TOKENS = 4
+
+
+def request_for(num_samples: int = 1, prompt: tuple[int, ...] = (100,)) -> GenerateRequest:
+    return GenerateRequest(
+        prompt_ids=prompt,
+        max_tokens=NUM_TOKENS,
+        num_samples=num_samples,
+        sampling=SamplingParams(temperature=0.7, num_logprobs=2, seed=5, logit_bias={3: 0.1}),
+        stop=("a", "b"),
+        ignore_eos=True,
+    )
+
+
+async def collect(
+    source: RouterSource, request: GenerateRequest, timeout_s: float = 20.0
+) -> list[TokenEvent]:
+    deadline_s = time.monotonic() + timeout_s
+    stream = source.generate(request, request_id="r", deadline_s=deadline_s)
+    async with aclosing(stream) as events:
+        return [event async for event in events]
+
+
+def by_sample(events: list[TokenEvent]) -> list[TokenEvent]:
+    return sorted(events, key=lambda event: event.sample_index)
+
+
+def run(
+    scenario: Callable[[RouterSource, Directory], Awaitable[None]],
+    *routers: FakeRouter,
+    max_attempts_without_progress: int = 8,
+) -> None:
+    async def main() -> None:
+        async with running(*routers) as directory:
+            limit = max_attempts_without_progress
+            source = RouterSource(directory, max_attempts_without_progress=limit)
+            try:
+                await scenario(source, directory)
+            finally:
+                await source.close()
+
+    asyncio.run(main())
+
+
+BREAKS = [fault for fault in Fault if fault is not Fault.STALLS]
+
+
+@pytest.mark.parametrize("fault", BREAKS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_stream_that_breaks_anywhere_goes_on_elsewhere(fault: Fault, num_samples: int) -> None:
+    request = request_for(num_samples)
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        given = await collect(source, request)
+        # Between samples there is no order.
+        assert by_sample(given) == by_sample(expected_events(request))
+
+    for at in range(num_samples * NUM_TOKENS):
+        # The first two to be asked go wrong, at different places.
+        routers = [
+            FakeRouter(fault=fault, num_before_fault=at),
+            FakeRouter(fault=fault, num_before_fault=(at * 7 + 3) % 5, events_each=2),
+            FakeRouter(events_each=3),
+        ]
+        run(scenario, *routers)
+        assert len(routers[0].asked) == 1
+
+
+def test_next_router_is_told_all_that_was_delivered() -> None:
+    request = request_for(num_samples=2)
+    routers = [FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=7), FakeRouter()]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        await collect(source, request)
+
+    run(scenario, *routers)
+    (first,), (second,) = routers[0].asked, routers[1].asked
+    assert list(first.delivered) == []
+    told = [(s.sample_index, list(s.token_ids), s.is_finished) for s in second.delivered]
+    assert told == [(0, [101, 102, 103, 104], True), (1, [102, 104, 106], False)]
+    assert list(second.prompt_token_ids) == [100]
+    assert (second.sampling.seed, second.sampling.num_logprobs) == (5, 2)
+    assert (list(second.stop), second.ignore_eos, second.request_id) == (["a", "b"], True, "r")
+    assert 0 < second.timeout_ms <= 20_000
+
+
+def test_only_router_is_asked_again_when_it_broke() -> None:
+    router = FakeRouter(fault=Fault.INTERNAL, num_before_fault=2, num_faults=1)
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        assert await collect(source, request_for()) == expected_events(request_for())
+
+    run(scenario, router)
+    assert len(router.asked) == 2
+
+
+def test_stream_waits_for_a_router_to_come() -> None:
+    dying, late = FakeRouter(fault=Fault.DIES, num_before_fault=2), FakeRouter()
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        task = asyncio.create_task(collect(source, request_for()))
+        while not dying.asked or dying.num_running:
+            await asyncio.sleep(0.01)
+        directory.set([])
+        await start(late, "late")
+        directory.set([late.info])
+        assert await task == expected_events(request_for())
+        assert late.server is not None
+        await late.server.stop(None)
+
+    run(scenario, dying)
+
+
+def test_without_routers_the_request_waits_until_its_deadline() -> None:
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        with pytest.raises(UnavailableError, match="no router is there"):
+            await collect(source, request_for(), timeout_s=0.2)
+        directory.set([RouterInfo("gone", "127.0.0.1:1")])
+        with pytest.raises(UnavailableError, match="router gone"):
+            await collect(source, request_for(), timeout_s=0.3)
+
+    run(scenario)
+
+
+def test_slow_router_meets_the_deadline() -> None:
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        with pytest.raises(DeadlineError):
+            await collect(source, request_for(), timeout_s=0.3)
+
+    run(scenario, FakeRouter(gate=asyncio.Event()))
+
+
+def test_full_router_sends_a_request_to_another() -> None:
+    routers = [FakeRouter(refusal=full()), FakeRouter()]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        assert await collect(source, request_for()) == expected_events(request_for())
+
+    run(scenario, *routers)
+    assert len(routers[0].asked) == 1
+
+
+def test_all_routers_full_is_an_error_at_once() -> None:
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        with pytest.raises(OverloadedError, match="no room") as caught:
+            await collect(source, request_for())
+        assert caught.value.retry_after_s == 1.5
+
+    run(scenario, FakeRouter(refusal=full()), FakeRouter(refusal=full()))
+
+
+def test_stream_that_has_begun_waits_for_room() -> None:
+    routers = [FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=2), FakeRouter(refusal=full())]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        directory.set([router.info for router in routers])
+        task = asyncio.create_task(collect(source, request_for()))
+        while not routers[1].asked:
+            await asyncio.sleep(0.01)
+        directory.set([routers[1].info])
+        while len(routers[1].asked) < 3:
+            await asyncio.sleep(0.01)
+        routers[1].refusal = None
+        assert await task == expected_events(request_for())
+
+    run(scenario, *routers)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError("logit_bias", 9999, "below 1280"),
+        PromptTooLongError(600, 512),
+        ModelFaultError("not finite"),
+        PoisonedRequestError("two workers died"),
+        DeadlineError("too late"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_error_of_the_request_is_told_and_not_tried_again(error: Exception) -> None:
+    routers = [FakeRouter(refusal=error), FakeRouter()]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        kind = InvalidRequestError if isinstance(error, PromptTooLongError) else type(error)
+        with pytest.raises(kind) as caught:
+            await collect(source, request_for())
+        assert str(caught.value) == str(error)
+        if isinstance(error, InvalidRequestError):
+            told = caught.value
+            assert isinstance(told, InvalidRequestError)
+            assert (told.field, repr(told.value)) == (error.field, repr(error.value))
+
+    run(scenario, *routers)
+    assert routers[1].asked == []
+
+
+def test_request_that_no_router_survives_is_given_up() -> None:
+    def deadly() -> FakeRouter:
+        return FakeRouter(fault=Fault.UNAVAILABLE, num_faults=99)
+
+    routers = [deadly(), deadly()]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        with pytest.raises(UnavailableError, match="3 routers broke off"):
+            await collect(source, request_for())
+
+    run(scenario, *routers, max_attempts_without_progress=3)
+    assert sum(len(router.asked) for router in routers) == 3
+
+
+def test_router_that_makes_progress_may_break_any_number_of_times() -> None:
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        assert await collect(source, request_for(4)) == expected_events(request_for(4))
+
+    router = FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=1, num_faults=99)
+    run(scenario, router, max_attempts_without_progress=2)
+    assert len(router.asked) == 4 * NUM_TOKENS
+
+
+@pytest.mark.parametrize("num_taken", [0, 1])
+def test_closing_the_stream_frees_it_at_the_router(num_taken: int) -> None:
+    router = FakeRouter(gate=asyncio.Event())
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        assert router.gate is not None
+        if num_taken:
+            router.gate.set()
+        stream = source.generate(request_for(), request_id="r", deadline_s=time.monotonic() + 20)
+        task = asyncio.ensure_future(anext(stream))
+        while not router.asked:
+            await asyncio.sleep(0.005)
+        if num_taken:
+            await task
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await stream.aclose()
+        async with asyncio.timeout(5):
+            while router.num_running:
+                await asyncio.sleep(0.005)
+
+    run(scenario, router)
+
+
+def test_requests_spread_by_load_and_follow_their_prefix() -> None:
+    gate = asyncio.Event()
+    routers = [FakeRouter(gate=gate), FakeRouter(gate=gate)]
+    prompts = [tuple(range(100)), tuple(range(100, 200))]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        requests = [request_for(prompt=prompt) for prompt in prompts]
+        first = []
+        for i, request in enumerate(requests):
+            first.append(asyncio.create_task(collect(source, request)))
+            while sum(len(router.asked) for router in routers) <= i:
+                await asyncio.sleep(0.005)
+        gate.set()
+        await asyncio.gather(*first)
+        assert [len(router.asked) for router in routers] == [1, 1]
+        for request in (requests[1], requests[1], requests[0]):
+            await collect(source, request)
+        assert [len(router.asked) for router in routers] == [2, 3]
+
+    run(scenario, *routers)
+
+
+def test_probe_makes_a_token_or_says_why_not() -> None:
+    router = FakeRouter(refusal=UnavailableError("all workers are gone"))
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        with pytest.raises(UnavailableError, match="all workers are gone"):
+            await source.probe()
+        num_failed = len(router.asked)
+        router.refusal = None
+        await source.probe()
+        assert len(router.asked) == num_failed + 1
+        # The token that just came is proof enough.
+        await source.probe()
+        assert len(router.asked) == num_failed + 1
+
+    run(scenario, router)

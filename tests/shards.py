@@ -1,0 +1,94 @@
+"""Worker cores over real shards of a model directory, placed by the planner."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from cluster.model_bytes import checkpoint_bytes
+from cluster.placement import (
+    AttentionCut,
+    Placement,
+    PlacementPolicy,
+    ShardPlan,
+    WorkerMemory,
+    plan,
+)
+from cluster.tasks import Tasks
+from cluster.view import ClusterView, Member, WorkerState, chains_of
+from model.checkpoint import Checkpoint
+from model.decoder import Decoder
+from model.runner import CacheSize
+from tests.runners import kernels_of
+from workers.core import WorkerCore
+from workers.experts import ExpertShard
+from workers.loading import ShardLoader
+
+PLENTY_BYTES = 1 << 40
+
+
+def view_of(placement: Placement, epoch: int = 1) -> ClusterView:
+    """Everybody ready, with what the placement gives them."""
+    members = {
+        worker.worker.worker_id: Member(
+            worker_id=worker.worker.worker_id,
+            incarnation=1,
+            address="",
+            state=WorkerState.READY,
+            first_layer=worker.attention.first_layer,
+            num_layers=worker.attention.num_layers,
+            has_ends=worker.attention.has_ends,
+            experts=frozenset(worker.experts),
+        )
+        for worker in placement.workers
+    }
+    shards = {worker.worker.worker_id: worker.attention for worker in placement.workers}
+    return ClusterView(placement_epoch=epoch, members=members, chains=chains_of(shards))
+
+
+def place(
+    model_dir: Path, num_workers: int, replicas: int, cut: AttentionCut, kv_value_bytes: int = 4
+) -> Placement:
+    """Spreads a model over equal workers with memory to spare."""
+    with Checkpoint.open(model_dir) as checkpoint:
+        sizes = checkpoint_bytes(checkpoint, kv_value_bytes)
+    workers = [
+        WorkerMemory(worker_id=f"w{i}", node_id=f"n{i}", memory_bytes=PLENTY_BYTES)
+        for i in range(num_workers)
+    ]
+    return plan(sizes, workers, PlacementPolicy(expert_replicas=replicas, attention=cut))
+
+
+class ShardFactory:
+    """Makes the core of each member, from one checkpoint; counts what each reads."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        cache_size: CacheSize,
+        dtype: str = "float32",
+        backend: str = "native",
+    ) -> None:
+        self.bytes_read: dict[str, int] = {}
+        self._model_dir = model_dir
+        self._cache_size = cache_size
+        self._dtype = jnp.dtype(dtype)
+        self._ops, self._kernels = kernels_of(backend)
+
+    def __call__(self, member: Member, tasks: Tasks) -> WorkerCore:
+        with Checkpoint.open(self._model_dir) as checkpoint:
+            decoder = Decoder(config=checkpoint.config, dtype=self._dtype, ops=self._ops)
+            shard_plan = ShardPlan(
+                first_layer=member.first_layer,
+                num_layers=member.num_layers,
+                has_ends=member.has_ends,
+                experts=member.experts,
+            )
+            loader = ShardLoader(checkpoint, decoder, self._kernels, lambda num_bytes: None)
+            experts = ExpertShard(decoder)
+            attention = loader.load_attention(shard_plan, experts, self._cache_size)
+            for layer, group in loader.load_experts(member.experts).items():
+                experts.add(layer, group)
+            self.bytes_read[member.worker_id] = loader.bytes_read
+        core = WorkerCore(member.worker_id, member.incarnation, experts, attention, tasks)
+        core.move(WorkerState.READY)
+        return core

@@ -1,0 +1,173 @@
+"""Sources of tokens for tests of the ingress: one to compute by hand, one over a real model."""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from cluster.errors import DeadlineError, UnavailableError
+from model.errors import InvalidRequestError
+from router.engine import LocalEngine
+from router.request import GenerateRequest
+from router.sequence import FinishReason, Sequence, SequenceStatus, TokenEvent
+
+EOS = 2
+
+
+def counted_events(request: GenerateRequest, vocab_size: int = 1280) -> list[TokenEvent]:
+    """Hand-computable: the next token is the last plus 1 plus the sample index.
+
+    Token t reads "t," and has log-probability -t. Samples take turns.
+    """
+    events: list[TokenEvent] = []
+    for index in range(request.max_tokens):
+        for sample in range(request.num_samples):
+            token = (request.prompt_ids[-1] + (1 + sample) * (1 + index)) % vocab_size
+            is_last = index == request.max_tokens - 1
+            events.append(
+                TokenEvent(
+                    sample_index=sample,
+                    token_id=token,
+                    text=f"{token},",
+                    logprob=-float(token),
+                    top_logprobs=((token, -float(token)),) * min(1, request.sampling.num_logprobs),
+                    finish_reason=FinishReason.LENGTH if is_last else None,
+                )
+            )
+    return events
+
+
+@dataclass
+class CountingSource:
+    """Counts, or fails as told; notes what it was asked and what was left early."""
+
+    error: Exception | None = None
+    # The error comes after so many events.
+    num_before_error: int = 0
+    # Events wait here until told to go on; None: they do not wait.
+    gate: asyncio.Semaphore | None = None
+    probe_error: Exception | None = None
+    make_events: Callable[[GenerateRequest], list[TokenEvent]] = counted_events
+    requests: list[GenerateRequest] = field(default_factory=list)
+    deadlines_s: list[float] = field(default_factory=list)
+    num_running: int = 0
+    num_closed_early: int = 0
+    num_probes: int = 0
+
+    async def generate(
+        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+    ) -> AsyncGenerator[TokenEvent]:
+        self.requests.append(request)
+        self.deadlines_s.append(deadline_s)
+        self.num_running += 1
+        is_done = False
+        try:
+            events = self.make_events(request)
+            for i, event in enumerate(events):
+                if self.error is not None and i == self.num_before_error:
+                    raise self.error
+                await self._wait(deadline_s)
+                yield event
+            is_done = True
+        except Exception:
+            is_done = True
+            raise
+        finally:
+            self.num_running -= 1
+            self.num_closed_early += not is_done
+
+    async def _wait(self, deadline_s: float) -> None:
+        if self.gate is None:
+            return
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                await self.gate.acquire()
+        except TimeoutError:
+            raise DeadlineError("the deadline passed") from None
+
+    async def probe(self) -> None:
+        self.num_probes += 1
+        if self.probe_error is not None:
+            raise self.probe_error
+
+
+class LocalSource:
+    """A real engine on a thread of its own. Requests join and leave between steps."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+        self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._streams: dict[Sequence, Callable[[TokenEvent], None]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._streams)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    async def probe(self) -> None:
+        if not self._thread.is_alive():
+            raise UnavailableError("the engine has stopped")
+
+    async def generate(
+        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+    ) -> AsyncGenerator[TokenEvent]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        sequences: list[Sequence] = []
+
+        def hand_over(event: TokenEvent | Exception) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def join() -> None:
+            try:
+                sequences.extend(self._engine.add(request))
+            except InvalidRequestError as error:
+                hand_over(error)
+            self._streams.update(dict.fromkeys(sequences, hand_over))
+
+        def leave() -> None:
+            for sequence in sequences:
+                if self._streams.pop(sequence, None) is not None:
+                    self._engine._scheduler.finish(sequence, SequenceStatus.FAILED)
+
+        self._inbox.put(join)
+        try:
+            num_unfinished = request.num_samples
+            while num_unfinished:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                num_unfinished -= event.finish_reason is not None
+                yield event
+        finally:
+            self._inbox.put(leave)
+
+    def _run(self) -> None:
+        while True:
+            while not (self._inbox.empty() and self._engine.has_work):
+                change = self._inbox.get()
+                if change is None:
+                    return
+                change()
+            for sequence, event in self._engine.step():
+                self._streams[sequence](event)
+                if event.finish_reason is not None:
+                    del self._streams[sequence]
+
+
+async def collect(
+    source: CountingSource | LocalSource, request: GenerateRequest
+) -> list[TokenEvent]:
+    """All events of a request."""
+    deadline_s = time.monotonic() + 60
+    stream = source.generate(request, request_id="test", deadline_s=deadline_s)
+    async with aclosing(stream) as events:
+        return [event async for event in events]

@@ -1,0 +1,86 @@
+"""Which router gets a request, and what becomes of one whose stream ended."""
+
+import pytest
+
+from cluster.errors import OverloadedError, UnavailableError
+from cluster.ingress.retries import Retries
+from cluster.ingress.router_choice import RouterChoice, RouterInfo
+
+A, B, C = (RouterInfo(name, f"{name}:1") for name in "abc")
+PROMPT = tuple(range(100))
+
+
+def picked(choice: RouterChoice, *routers: RouterInfo, now_s: float = 0.0) -> str | None:
+    router = choice.try_pick(routers, PROMPT, now_s)
+    return router.worker_id if router else None
+
+
+def test_there_may_be_none_or_one() -> None:
+    assert picked(RouterChoice()) is None
+    assert picked(RouterChoice(), B) == "b"
+
+
+def test_least_busy_is_picked_by_what_runs_here_and_elsewhere() -> None:
+    choice = RouterChoice()
+    choice.begin("a", PROMPT)
+    assert picked(choice, A, B) == "b"
+    assert picked(choice, A, B._replace(load_hint=2.0)) == "a"
+    choice.end("a")
+    assert choice.num_running("a") == 0
+
+
+def test_among_equals_the_longest_shared_prefix_is_picked() -> None:
+    choice = RouterChoice()
+    for worker_id, prompt in (("a", PROMPT[:40]), ("b", PROMPT[:70]), ("c", (9, *PROMPT))):
+        choice.begin(worker_id, prompt)
+        choice.end(worker_id)
+    assert picked(choice, A, B, C) == "b"
+    choice.forget("b")
+    assert picked(choice, A, B, C) == "a"
+
+
+def test_router_whose_stream_broke_comes_last_for_a_while() -> None:
+    choice = RouterChoice()
+    choice.suspect("a", until_s=5.0)
+    assert picked(choice, A, B, now_s=4.9) == "b"
+    assert picked(choice, A, now_s=4.9) == "a"
+    assert picked(choice, A, B, now_s=5.0) == "a"
+
+
+def test_memory_of_prefixes_is_bounded() -> None:
+    choice = RouterChoice()
+    for i in range(100):
+        choice.begin("a", tuple(range(i, i + 8192)))
+        choice.end("a")
+    assert len(choice._runs["a"]) <= 8192
+
+
+def test_attempts_without_progress_are_bounded() -> None:
+    retries = Retries(3)
+    for _ in range(10):
+        for _ in range(2):
+            retries.broke("a", "died", was_accepted=True)
+        retries.progressed()
+    retries.broke("a", "died", was_accepted=True)
+    retries.broke("b", "died", was_accepted=True)
+    with pytest.raises(UnavailableError, match=r"3 routers broke off.*router a: died"):
+        retries.broke("a", "died", was_accepted=True)
+
+
+def test_router_that_never_had_the_request_does_not_count() -> None:
+    retries = Retries(2)
+    for _ in range(100):
+        retries.broke("a", "refused", was_accepted=False)
+    assert retries.avoided == {"a"}
+
+
+def test_rounds_are_farther_and_farther_apart_until_a_token_comes() -> None:
+    retries = Retries(2)
+    retries.was_full("a", OverloadedError("full"))
+    assert retries.full is not None
+    waits_s = [retries.next_round() for _ in range(9)]
+    assert (retries.avoided, retries.full) == (set(), None)
+    assert waits_s == sorted(waits_s)
+    assert (waits_s[0], waits_s[-1]) == (0.02, 1.0)
+    retries.progressed()
+    assert retries.next_round() == 0.02

@@ -1,0 +1,282 @@
+"""A worker's decisions: which calls are valid, which wait, which are computed together.
+
+Life of a call:
+
+1. `submit` holds it against the fence, the state and the bound of the queue; what does not fit is
+   refused at once, with the reason.
+2. It waits. Experts of one layer that several routers ask for meanwhile become one batch.
+3. `serve` computes it, unless its deadline has passed, and replies.
+
+No clock, no thread, no socket: time comes from `Tasks`, calls from transports, arrays from shards.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cluster.calls import (
+    AbandonBatch,
+    Abandoned,
+    AdvanceBatch,
+    BeginBatch,
+    Call,
+    ExpertOutputs,
+    Fence,
+    Refusal,
+    Result,
+    RunExperts,
+    Turn,
+)
+from cluster.errors import RefusalReason
+from cluster.tasks import Signal, Tasks
+from cluster.view import WORKER_MOVES, WorkerState
+
+logger = logging.getLogger(__name__)
+
+Reply = Callable[[Result], None]
+
+
+class ExpertRunner(Protocol):
+    """Experts held here."""
+
+    def fault_of(self, call: RunExperts) -> Refusal | None:
+        """Why a call cannot be computed here, if it cannot."""
+        ...
+
+    def run(self, call: RunExperts) -> np.ndarray:
+        """Outputs [N, D], a row for each id that is not -1, in row-major order."""
+        ...
+
+
+class AttentionRunner(Protocol):
+    """An attention shard held here, with the KV blocks of one router's sequences at a time."""
+
+    def begin(self, owner: tuple[str, int], call: BeginBatch) -> Turn | Refusal: ...
+
+    def advance(self, owner: tuple[str, int], call: AdvanceBatch) -> Turn | Refusal: ...
+
+    def abandon(self, owner: tuple[str, int], batch_id: int) -> None: ...
+
+    def release(self, router_id: str) -> None:
+        """Forgets the batches of a router that is gone; its blocks mean nothing any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreLimits:
+    """Bounds of what waits, and of what is computed at once."""
+
+    max_waiting_calls: int = 256
+    max_waiting_rows: int = 16384
+    max_merged_rows: int = 1024
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    call: Call
+    fence: Fence
+    reply: Reply
+    deadline_s: float | None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.call.rows_TD) if isinstance(self.call, RunExperts) else 0
+
+
+class WorkerCore:
+    """Owns a worker's state, its fence and its queue."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        incarnation: int,
+        experts: ExpertRunner,
+        attention: AttentionRunner | None,
+        tasks: Tasks,
+        limits: CoreLimits | None = None,
+    ) -> None:
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.state = WorkerState.LOADING
+        self.placement_epoch = 0
+        self.num_calls = 0
+        self.num_rows = 0
+        self.num_merged_calls = 0
+        self._experts = experts
+        self._attention = attention
+        self._tasks = tasks
+        self._limits = limits or CoreLimits()
+        self._queue: deque[_Waiting] = deque()
+        self._num_waiting_rows = 0
+        self._arrived = Signal()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    def move(self, to: WorkerState) -> None:
+        """The one door between states."""
+        assert to in WORKER_MOVES[self.state], f"{self.state} -> {to}"
+        self.state = to
+
+    def attach(self, attention: AttentionRunner | None) -> None:
+        """Takes in the attention shard, which is there only after loading."""
+        self._attention = attention
+
+    def raise_epoch(self, placement_epoch: int) -> None:
+        """From now on refuses callers that act on an older placement."""
+        self.placement_epoch = max(self.placement_epoch, placement_epoch)
+
+    def submit(self, call: Call, fence: Fence, reply: Reply) -> None:
+        """Queues a call, or refuses it at once."""
+        refusal = self._fault_of(call, fence)
+        if refusal is not None:
+            reply(refusal)
+            return
+        now_s = self._tasks.clock.now_s()
+        deadline_s = now_s + fence.timeout_s if fence.timeout_s > 0 else None
+        waiting = _Waiting(call, fence, reply, deadline_s)
+        self._queue.append(waiting)
+        self._num_waiting_rows += waiting.num_rows
+        self._arrived.notify()
+
+    def compute_now(self, call: Call, fence: Fence) -> Result:
+        """Computes a call of this very process at once, past the queue; or refuses it."""
+        results: list[Result] = []
+        refusal = self._fault_of(call, fence)
+        if refusal is not None:
+            return refusal
+        self._compute([_Waiting(call, fence, results.append, None)])
+        return results[0]
+
+    def router_gone(self, router_id: str) -> None:
+        """Forgets the batches of a router whose stream broke.
+
+        Its calls stay in the queue: it may have come back by another stream, and what it asked for
+        by the old one is refused or computed in vain.
+        """
+        if self._attention is not None:
+            self._attention.release(router_id)
+
+    async def serve(self) -> None:
+        """Computes what waits, for ever."""
+        while True:
+            while self._queue:
+                self._compute_next()
+                # What arrived meanwhile comes in before the next choice, and may join it.
+                await self._tasks.sleep(0)
+            await self._arrived.wait()
+
+    def _compute_next(self) -> None:
+        first = self._queue.popleft()
+        batch = [first, *self._joining(first)]
+        self._num_waiting_rows -= sum(waiting.num_rows for waiting in batch)
+        now_s = self._tasks.clock.now_s()
+        alive: list[_Waiting] = []
+        for waiting in batch:
+            if waiting.deadline_s is None or waiting.deadline_s >= now_s:
+                alive.append(waiting)
+            else:
+                waiting.reply(self._refuse(RefusalReason.EXPIRED, "nobody waits any more"))
+        if alive:
+            self._compute(alive)
+
+    def _joining(self, first: _Waiting) -> list[_Waiting]:
+        """Calls to the experts of the same layer, taken out of the queue."""
+        if not isinstance(first.call, RunExperts):
+            return []
+        joining: list[_Waiting] = []
+        kept: deque[_Waiting] = deque()
+        num_rows = first.num_rows
+        for waiting in self._queue:
+            fits = num_rows + waiting.num_rows <= self._limits.max_merged_rows
+            if _can_join(first.call, waiting.call) and fits:
+                joining.append(waiting)
+                num_rows += waiting.num_rows
+            else:
+                kept.append(waiting)
+        self._queue = kept
+        return joining
+
+    def _compute(self, batch: Sequence[_Waiting]) -> None:
+        self.num_calls += len(batch)
+        self.num_merged_calls += len(batch) - 1
+        self.num_rows += sum(waiting.num_rows for waiting in batch)
+        try:
+            results = self._results(batch)
+        except Exception as error:
+            logger.exception("%s failed to compute", self.worker_id)
+            results = [self._refuse(RefusalReason.FAULT, repr(error))] * len(batch)
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.reply(result)
+
+    def _results(self, batch: Sequence[_Waiting]) -> list[Result]:
+        calls = [waiting.call for waiting in batch if isinstance(waiting.call, RunExperts)]
+        if calls:
+            return list(_run_merged(self._experts, calls))
+        assert self._attention is not None
+        call, fence = batch[0].call, batch[0].fence
+        owner = (fence.router_id, fence.router_incarnation)
+        match call:
+            case BeginBatch():
+                return [self._attention.begin(owner, call)]
+            case AdvanceBatch():
+                return [self._attention.advance(owner, call)]
+            case AbandonBatch():
+                self._attention.abandon(owner, call.batch_id)
+                return [Abandoned()]
+            case RunExperts():
+                raise AssertionError
+
+    def _fault_of(self, call: Call, fence: Fence) -> Refusal | None:
+        """Why a call is refused before it waits, if it is."""
+        if fence.incarnation != self.incarnation:
+            message = f"incarnation {fence.incarnation} is meant, this is {self.incarnation}"
+            return self._refuse(RefusalReason.STALE_INCARNATION, message)
+        if fence.placement_epoch < self.placement_epoch:
+            message = f"placement {fence.placement_epoch} is older than {self.placement_epoch}"
+            return self._refuse(RefusalReason.STALE_EPOCH, message)
+        if self.state not in (WorkerState.READY, WorkerState.DRAINING):
+            return self._refuse(RefusalReason.NOT_HELD, f"the worker is {self.state.value}")
+        num_rows = len(call.rows_TD) if isinstance(call, RunExperts) else 0
+        has_room = (
+            len(self._queue) < self._limits.max_waiting_calls
+            and self._num_waiting_rows + num_rows <= self._limits.max_waiting_rows
+        )
+        if not has_room:
+            message = f"{len(self._queue)} calls with {self._num_waiting_rows} rows wait"
+            return self._refuse(RefusalReason.OVERLOADED, message)
+        if isinstance(call, RunExperts):
+            return self._experts.fault_of(call)
+        if self._attention is None:
+            return self._refuse(RefusalReason.NOT_HELD, "no attention shard here")
+        return None
+
+    def _refuse(self, reason: RefusalReason, message: str) -> Refusal:
+        return Refusal(reason, message, self.placement_epoch)
+
+
+def _can_join(first: RunExperts, other: Call) -> bool:
+    return (
+        isinstance(other, RunExperts)
+        and other.layer == first.layer
+        and other.expert_ids_TA.shape[1] == first.expert_ids_TA.shape[1]
+    )
+
+
+def _run_merged(experts: ExpertRunner, calls: Sequence[RunExperts]) -> list[ExpertOutputs]:
+    """One computation for all calls; rows do not see each other, so each gets its own bits."""
+    if len(calls) == 1:
+        return [ExpertOutputs(experts.run(calls[0]))]
+    merged = RunExperts(
+        layer=calls[0].layer,
+        rows_TD=np.concatenate([call.rows_TD for call in calls]),
+        expert_ids_TA=np.concatenate([call.expert_ids_TA for call in calls]),
+    )
+    ends = np.cumsum([call.num_assignments for call in calls])
+    parts = np.split(experts.run(merged), ends[:-1])
+    return [ExpertOutputs(part) for part in parts]

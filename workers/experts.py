@@ -1,0 +1,134 @@
+"""The experts that a worker holds, and their computation.
+
+Experts come in groups, as they were loaded: what a placement gives at first, and what a later one
+adds. A group is a stack on the device; a call goes to each group that holds experts it wants.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.calls import Refusal, RunExperts
+from cluster.errors import RefusalReason
+from cluster.placement import ExpertId
+from model.decoder import Decoder
+from model.params import ExpertParams
+from model.runner import bucket, jitted_parts
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Some experts of one layer, in the order of their stack."""
+
+    expert_ids: tuple[int, ...]
+    params: ExpertParams
+
+
+class ExpertShard:
+    """Owns a worker's experts. Groups may be added and dropped between calls."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._config = decoder.config
+        self._groups: dict[int, list[ExpertGroup]] = {}
+        self._expert_half = jitted_parts(decoder).expert_half
+
+    @property
+    def held(self) -> frozenset[ExpertId]:
+        return frozenset(
+            ExpertId(layer, expert)
+            for layer, groups in self._groups.items()
+            for group in groups
+            for expert in group.expert_ids
+        )
+
+    def add(self, layer: int, group: ExpertGroup) -> None:
+        """Takes in experts that are not held yet."""
+        self._groups.setdefault(layer, []).append(group)
+
+    def keep_only(self, wanted: Iterable[ExpertId]) -> None:
+        """Drops groups of which nothing is wanted any more; a stack goes as a whole or not."""
+        wanted = frozenset(wanted)
+        for layer, groups in list(self._groups.items()):
+            kept = [
+                group
+                for group in groups
+                if any(ExpertId(layer, expert) in wanted for expert in group.expert_ids)
+            ]
+            if kept:
+                self._groups[layer] = kept
+            else:
+                del self._groups[layer]
+
+    def whole_layer(self, layer: int) -> ExpertParams | None:
+        """The parameters of a layer of which all experts are here, in order, as one stack."""
+        groups = self._groups.get(layer, [])
+        everything = tuple(range(self._config.num_experts))
+        return next((group.params for group in groups if group.expert_ids == everything), None)
+
+    def fault_of(self, call: RunExperts) -> Refusal | None:
+        """Why a call cannot be computed here, if it cannot."""
+        shapes = (call.rows_TD.shape, call.expert_ids_TA.shape)
+        width = self._config.emb_size
+        is_sound = (
+            call.rows_TD.ndim == 2
+            and call.expert_ids_TA.ndim == 2
+            and shapes[0][1] == width
+            and shapes[0][0] == shapes[1][0] > 0
+            and call.rows_TD.dtype == self._decoder.dtype
+        )
+        if not is_sound:
+            message = (
+                f"rows {shapes[0]} of {call.rows_TD.dtype} with ids {shapes[1]}: rows of width"
+            )
+            return Refusal(RefusalReason.MALFORMED, f"{message} {width} are computed here")
+        wanted = {int(expert) for expert in np.unique(call.expert_ids_TA)} - {-1}
+        missing = wanted - {
+            e for group in self._groups.get(call.layer, []) for e in group.expert_ids
+        }
+        if missing:
+            message = f"experts {sorted(missing)} of layer {call.layer} are not here"
+            return Refusal(RefusalReason.NOT_HELD, message)
+        return None
+
+    def run(self, call: RunExperts) -> np.ndarray:
+        """Outputs [N, D] of the activation type, a row for each id that is not -1."""
+        num_rows, num_selected = call.expert_ids_TA.shape
+        padded = bucket(num_rows, self._decoder.ops.min_rows)
+        rows_TD = _padded(call.rows_TD, padded, 0)
+        ids_TA = _padded(call.expert_ids_TA, padded, -1)
+        is_wanted = ids_TA >= 0
+        outputs_TAD: np.ndarray | None = None
+        for group in self._groups[call.layer]:
+            places_TA = _places_in(group.expert_ids, ids_TA, self._config.num_experts)
+            is_here = places_TA >= 0
+            if not is_here.any():
+                continue
+            computed = np.asarray(self._expert_half(group.params, rows_TD, places_TA))
+            if outputs_TAD is None and np.array_equal(is_here, is_wanted):
+                outputs_TAD = computed
+            else:
+                shape = (padded, num_selected, self._config.emb_size)
+                outputs_TAD = (
+                    np.zeros(shape, computed.dtype) if outputs_TAD is None else outputs_TAD
+                )
+                outputs_TAD[is_here] = computed[is_here]
+        assert outputs_TAD is not None
+        return outputs_TAD[is_wanted]
+
+
+def _places_in(expert_ids: Sequence[int], ids_TA: np.ndarray, num_experts: int) -> np.ndarray:
+    """Where in a stack the wanted experts lie; -1 for those elsewhere, and for padding."""
+    # The last entry answers for the id -1.
+    table = np.full(num_experts + 1, -1, np.int32)
+    table[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
+    return table[ids_TA]
+
+
+def _padded(array: np.ndarray, num_rows: int, value: int) -> np.ndarray:
+    if len(array) == num_rows:
+        return array
+    padded = np.full((num_rows, *array.shape[1:]), value, array.dtype)
+    padded[: len(array)] = array
+    return padded
