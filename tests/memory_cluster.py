@@ -143,6 +143,7 @@ class Network:
             if not client.is_alive:
                 return
             link = MemoryLink(client, server, router_id, there, back, self)
+            link.opening = way
             self.links.append(link)
             back.send(lambda: way.resolve(link))
 
@@ -159,7 +160,7 @@ class Network:
         for server, way in list(self._opening):
             if server is process:
                 lost = PeerLostError(process.name, "died while it was connected to")
-                self.tasks.call_later(self.detection_s(), lambda w=way: w.fail(lost))
+                self.tasks.call_later(self.detection_s(), lambda w=way, e=lost: w.fail(e))
 
 
 class MemoryLink:
@@ -180,6 +181,7 @@ class MemoryLink:
         self.server = server
         self.there = there
         self.back = back
+        self.opening: Pending[WorkerLink] = Pending()
         self._router_id = router_id
         self._network = network
         self._waiting: list[Pending[Result]] = []
@@ -226,6 +228,7 @@ class MemoryLink:
 
     def _break_off(self) -> None:
         self._is_closed = True
+        self.opening.fail(PeerLostError(self.server.name, "the stream broke at once"))
         if not self.server.is_alive:
             self._forget()
         self._fail_waiting("the stream broke")
@@ -421,28 +424,30 @@ class MemoryCluster:
 
     def close(self) -> None:
         """Closes all ways and ends all processes; asserts that nothing was left over."""
-        for router in self.routers.values():
-            router.links.close()
+        living = [process for process in self.processes if process.is_alive]
+        for process in living:
+            if process.router is not None:
+                process.router.links.close()
         self.settle()
         self.check_idle()
-        for process in self.processes:
-            if process.is_alive:
-                num_services = (process.core is not None) + (process.router is not None)
-                assert process.tasks.num_alive == num_services
+        for process in living:
+            num_services = (process.core is not None) + (process.router is not None)
+            assert process.tasks.num_alive == num_services, process.name
             process.tasks.close()
             assert process.tasks.num_alive == 0
-        assert self.network.links == []
+        open_links = [link for link in self.network.links if link.server.is_alive]
+        assert [link.server.name for link in open_links] == []
 
     def check_idle(self) -> None:
         """Asserts that no block, request, batch or call is left."""
         for router in self.routers.values():
-            assert router.num_active == 0
+            assert router.num_active == 0, router.links.router_id
             assert not router.scheduler.has_work
             assert router.scheduler.pool.num_held == 0
             router.scheduler.pool.check_integrity()
         for core in self.cores:
-            assert core.num_waiting == 0
-        assert [link for link in self.network.links if link.num_waiting] == []
+            assert core.num_waiting == 0, core.worker_id
+        assert not any(link.num_waiting and link.client.is_alive for link in self.network.links)
 
     def _run_ready(self) -> bool:
         has_run = self.world.run_ready()

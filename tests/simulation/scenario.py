@@ -97,14 +97,20 @@ def random_scenario(seed: int, num_faults: int = 0) -> Scenario:
             )
             for _ in range(random.choice((0, 0, 1, 2)))
         ),
-        strikes=tuple(
-            Strike(
-                random.uniform(0.0, end_s), random.choice(list(Fault)), random.randrange(1 << 30)
-            )
-            for _ in range(random.randint(1, num_faults) if num_faults else 0)
-        ),
+        strikes=random_strikes(random, num_faults, end_s),
         restart_s=random.choice((0.01, 0.2, 2.0)),
         has_takeover=random.random() < 0.5,
+    )
+
+
+def random_strikes(random: Random, num_max: int, end_s: float) -> tuple[Strike, ...]:
+    """Up to so many faults; few that fail a step, for a router gives one up after the third."""
+    faults = [random.choice(list(Fault)) for _ in range(random.randint(min(1, num_max), num_max))]
+    failures = [i for i, fault in enumerate(faults) if fault is Fault.FAIL_ONCE]
+    for i in failures[2:]:
+        faults[i] = Fault.KILL_EXPERTS
+    return tuple(
+        Strike(random.uniform(0.0, end_s), fault, random.randrange(1 << 30)) for fault in faults
     )
 
 

@@ -1,8 +1,8 @@
 """Stands in for the controller: notices deaths, brings workers back, and tells everybody.
 
-A worker that dies is LOST in a new view, and comes back after a while with a later incarnation, with
-the same shards. Where nobody is left who has an expert, survivors may take it over meanwhile. A view
-takes its own time to each process.
+A worker that dies is LOST in a new view, and comes back after a while with a later incarnation and
+the same shards. Where nobody is left who has an expert, survivors may take it over meanwhile. A
+view takes its own time to each process.
 """
 
 import dataclasses
