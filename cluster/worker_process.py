@@ -262,6 +262,7 @@ class WorkerProcess:
             "has_ends": bool(shards and shards.has_ends),
             "num_experts": len(self._experts.held),
             "bytes_read": self._loader.bytes_read,
+            "bytes_wanted": self.progress.bytes_wanted,
             "calls": core.num_calls,
             "merged_calls": core.num_merged_calls,
             "rows": core.num_rows,
