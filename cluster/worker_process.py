@@ -338,7 +338,9 @@ class WorkerProcess:
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
         limits = DispatchLimits(
-            hedge_after_s=settings.hedge_after_s, timeout_s=settings.step_timeout_s
+            hedge_after_s=settings.hedge_after_s,
+            hedge_after_s_min=settings.hedge_after_s_min,
+            timeout_s=settings.step_timeout_s,
         )
         self._dispatcher = Dispatcher(links, limits, tasks)
         pipeline = Pipeline(
