@@ -27,6 +27,7 @@ from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from cluster.ingress.served_model import load_served_model
 from cluster.ingress.server import GrpcServer
+from cluster.serve_loopback import bind_replicas_to_loopback
 from cluster.view import EMPTY_VIEW, ClusterView
 from cluster.worker_metrics import render_metrics
 
@@ -81,6 +82,7 @@ class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port that all replicas of a node share."""
 
     def __init__(self, config: ClusterConfig) -> None:
+        bind_replicas_to_loopback()
         self._config = config
         self._directory = Directory(config)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
@@ -98,7 +100,8 @@ class IngressReplica:
         self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_http_app(self._ingress, self._metrics_of_workers)
+        # Serve itself echoes request ids.
+        return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
         """Serve replaces a replica that raises here."""

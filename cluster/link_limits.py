@@ -25,6 +25,8 @@ class LinkLimits:
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", keepalive_ms),
             ("grpc.keepalive_timeout_ms", keepalive_ms),
+            # Without it a frozen process goes unnoticed: its kernel still acknowledges bytes.
+            ("grpc.http2.ping_timeout_ms", keepalive_ms),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # Servers count pings as abuse unless they are told otherwise.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.config import LOOPBACK
 from cluster.user_cache import user_cache_dir
 
 
@@ -49,6 +50,13 @@ def make_token() -> str:
     if "RAY_AUTH_MODE" not in os.environ:
         use_token(secrets.token_hex(32))
     return os.environ.get("RAY_AUTH_TOKEN", "")
+
+
+def enter(cluster: RunningCluster) -> None:
+    """Has Ray, once it is imported, join a cluster of this user."""
+    use_token(cluster.token)
+    if cluster.address.startswith(f"{LOOPBACK}:"):
+        stay_local()
 
 
 def use_token(token: str) -> None:

@@ -8,7 +8,9 @@ import json
 from typing import Any
 
 from cluster.errors import StartupError
-from cluster.ray_settings import be_quiet, find_running, use_token
+from cluster.ray_settings import be_quiet, enter, find_running
+
+ANSWER_TIMEOUT_S = 30.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,29 +25,34 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(status, indent=2) if options.json else format_status(status))
 
 
-def ask_controller(address: str | None, method: str, *arguments: Any) -> Any:
+def ask_controller(
+    address: str | None, method: str, *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Any:
     """What the running cluster's controller answers.
 
     Raises:
-        StartupError: no cluster runs, or it has no controller.
+        StartupError: no cluster runs, it has no controller, or that does not answer.
     """
     be_quiet()
     if address is None:
         running = find_running()
         if running is None:
             raise StartupError("no cluster of yours runs here; `milliways serve` starts one")
-        use_token(running.token)
+        enter(running)
         address = running.address
     # Not before: Ray reads its settings when it is imported.
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import GetTimeoutError, RayActorError
 
     from cluster.controller_actor import find_controller
     from cluster.ray_cluster import join
 
     join(address)
     try:
-        return ray.get(getattr(find_controller(), method).remote(*arguments))
+        reference = getattr(find_controller(), method).remote(*arguments)
+        return ray.get(reference, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise StartupError(f"the controller does not answer within {timeout_s:g} s") from error
     except (ValueError, RayActorError) as error:
         raise StartupError("the Ray cluster runs, but no Milliways controller in it") from error
     finally:

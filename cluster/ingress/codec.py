@@ -8,6 +8,7 @@ import numpy as np
 from milliways.v1 import router_pb2, sampling_pb2
 
 from cluster.ingress.journal import Journal
+from cluster.wire_sampling import encode_params
 from model.errors import InvalidRequestError
 from model.sampling import INVALID_TOKEN, SamplingParams
 from router.sequence import FinishReason, TokenEvent
@@ -18,22 +19,6 @@ _TO_WIRE = {
     FinishReason.ERROR: router_pb2.FINISH_REASON_ERROR,
 }
 _FROM_WIRE = {number: reason for reason, number in _TO_WIRE.items()}
-
-
-def sampling_to_wire(sampling: SamplingParams) -> sampling_pb2.SamplingParams:
-    """How tokens are drawn, for another process."""
-    return sampling_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=dict(sampling.logit_bias),
-        num_logprobs=sampling.num_logprobs,
-        seed=sampling.seed,
-    )
 
 
 def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> SamplingParams:
@@ -53,7 +38,8 @@ def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> Sampl
         min_p=_shortest(message.min_p),
         presence_penalty=_shortest(message.presence_penalty),
         frequency_penalty=_shortest(message.frequency_penalty),
-        logit_bias={token: _shortest(bias) for token, bias in message.logit_bias.items()},
+        # Sorted: a map of the wire has no order.
+        logit_bias={token: _shortest(b) for token, b in sorted(message.logit_bias.items())},
         num_logprobs=message.num_logprobs,
         seed=seed,
     )
@@ -66,7 +52,7 @@ def route_request(journal: Journal, request_id: str, timeout_s: float) -> router
         request_id=request_id,
         prompt_token_ids=request.prompt_ids,
         max_tokens=request.max_tokens,
-        sampling=sampling_to_wire(request.sampling),
+        sampling=encode_params(request.sampling),
         num_samples=request.num_samples,
         stop=request.stop,
         ignore_eos=request.ignore_eos,

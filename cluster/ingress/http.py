@@ -26,8 +26,17 @@ _MAX_REQUEST_ID_CHARS = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=-]")
 
 
-def make_http_app(ingress: Ingress, more_metrics: MoreMetrics | None = None) -> FastAPI:
-    """The application of one ingress; `more_metrics` gives text of others for /metrics."""
+def make_http_app(
+    ingress: Ingress,
+    more_metrics: MoreMetrics | None = None,
+    *,
+    echoes_request_id: bool = True,
+) -> FastAPI:
+    """The application of one ingress; `more_metrics` gives text of others for /metrics.
+
+    Whoever stands before it and answers with x-request-id already, as Ray Serve does, turns
+    `echoes_request_id` off.
+    """
     app = FastAPI(
         title="Milliways", docs_url=None, redoc_url=None, redirect_slashes=False, version="1"
     )
@@ -36,7 +45,7 @@ def make_http_app(ingress: Ingress, more_metrics: MoreMetrics | None = None) -> 
     for kind in (HTTPException, InvalidRequestError, ClusterError):
         app.add_exception_handler(kind, _answer_error)
     # Inside Starlette's own catch-all, which would answer in another shape.
-    app.add_middleware(_Recorder, ingress=ingress)
+    app.add_middleware(_Recorder, ingress=ingress, echoes_request_id=echoes_request_id)
     return app
 
 
@@ -78,9 +87,10 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 class _Recorder:
     """Names every request, answers what nobody caught, and counts what became of it."""
 
-    def __init__(self, app: ASGIApp, ingress: Ingress) -> None:
+    def __init__(self, app: ASGIApp, ingress: Ingress, echoes_request_id: bool) -> None:
         self._app = app
         self._ingress = ingress
+        self._echoes_request_id = echoes_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,7 +103,8 @@ class _Recorder:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
-                MutableHeaders(scope=message)["x-request-id"] = outcome.request_id
+                if self._echoes_request_id:
+                    MutableHeaders(scope=message)["x-request-id"] = outcome.request_id
             await send(message)
 
         try:

@@ -15,13 +15,14 @@ from cluster.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
+from cluster.ingress.http import MoreMetrics, make_http_app
 from cluster.ingress.ingress import Ingress
 from cluster.ingress.served_model import ServedModel
 from model.errors import InvalidRequestError
 from router.request import GenerateRequest
 from router.sequence import FinishReason, TokenEvent
 from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, post, run, sse_data
-from tests.ingresses import demo_model
+from tests.ingresses import demo_model, make_ingress
 from tests.sources import CountingSource, counted_events
 
 
@@ -276,3 +277,23 @@ def test_metrics_count_requests_and_tokens(model: ServedModel) -> None:
     assert 'milliways_tokens_total{kind="completion"} 6.0' in lines
     assert "milliways_time_to_first_token_seconds_count 1.0" in lines
     assert "milliways_time_per_output_token_seconds_count 2.0" in lines
+
+
+def test_others_may_name_requests_and_add_metrics(model: ServedModel) -> None:
+    async def more() -> str:
+        return "others_total 5\n"
+
+    async def broken() -> str:
+        raise RuntimeError("they are gone")
+
+    async def ask(more_metrics: MoreMetrics) -> httpx.Response:
+        ingress = make_ingress(CountingSource(), model)
+        app = make_http_app(ingress, more_metrics, echoes_request_id=False)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(ask(more))
+    assert "milliways_ongoing_requests 0.0\nothers_total 5\n" in answer.text
+    assert "x-request-id" not in answer.headers
+    assert "milliways_ongoing_requests 0.0" in asyncio.run(ask(broken)).text

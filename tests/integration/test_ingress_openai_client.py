@@ -15,21 +15,10 @@ from cluster.ingress.http import make_http_app
 from cluster.ingress.ingress import Ingress
 from cluster.ingress.served_model import ServedModel
 from cluster.ingress.server import GrpcServer
-from model.sampling import SamplingParams
-from router.request import GenerateRequest
 from router.sequence import TokenEvent
+from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource
-
-PROMPT = "The answer to life the universe and everything is of course"
-PARAMS: list[dict[str, Any]] = [
-    {"temperature": 0},
-    {"temperature": 0.8, "seed": 3, "top_p": 0.9},
-    {"temperature": 1.2, "seed": 0, "n": 3},
-    {"temperature": 1, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-    {"temperature": 0.7, "seed": 9, "stop": ["e", "42"], "logit_bias": {"5": 2}},
-]
-PROMPTS: list[Any] = [PROMPT, "Welcome to", [5, 60, 700]]
 
 
 @dataclass(frozen=True)
@@ -68,19 +57,6 @@ def alone(demo: Served) -> dict[tuple[int, int], list[list[TokenEvent]]]:
     return results
 
 
-def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> GenerateRequest:
-    given = dict(params)
-    num_samples, stop = given.pop("n", 1), tuple(given.pop("stop", ()))
-    bias = {int(key): float(value) for key, value in given.pop("logit_bias", {}).items()}
-    return GenerateRequest(
-        prompt_ids=model.encode(prompt) if isinstance(prompt, str) else tuple(prompt),
-        max_tokens=12,
-        sampling=SamplingParams(num_logprobs=3, logit_bias=bias, **given),
-        num_samples=num_samples,
-        stop=stop,
-    )
-
-
 CASES = [(i, j) for i in range(len(PROMPTS)) for j in range(len(PARAMS))]
 
 
@@ -102,27 +78,6 @@ def test_completion_has_the_engines_tokens_and_logprobs(
     assert sorted(choices) == list(range(len(samples)))
     for index, events in enumerate(samples):
         check_choice(choices[index], events, demo.model)
-
-
-def check_choice(pieces: list[Any], events: list[TokenEvent], model: ServedModel) -> None:
-    """The pieces of a choice say what the events do."""
-    assert "".join(piece.text for piece in pieces) == "".join(event.text for event in events)
-    ids = [token_id for piece in pieces for token_id in piece.token_ids]
-    assert ids == [event.token_id for event in events]
-    logprobs = [logprob for piece in pieces for logprob in piece.logprobs.token_logprobs]
-    assert logprobs == [event.logprob for event in events]
-    tops = [top for piece in pieces for top in piece.logprobs.top_logprobs]
-    wanted = [
-        {model.token_name(token_id): logprob for token_id, logprob in reversed(event.top_logprobs)}
-        for event in events
-    ]
-    assert tops == wanted
-    offsets = [offset for piece in pieces for offset in piece.logprobs.text_offset]
-    lengths = [len(event.text) for event in events]
-    assert offsets == [sum(lengths[:i]) for i in range(len(lengths))]
-    assert events[-1].finish_reason is not None
-    reasons = [piece.finish_reason for piece in pieces]
-    assert reasons == [None] * (len(pieces) - 1) + [events[-1].finish_reason.value]
 
 
 def test_concurrent_requests_get_what_they_get_alone(demo: Served, alone: dict[Any, Any]) -> None:

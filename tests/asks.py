@@ -1,0 +1,64 @@
+"""What clients of the demo model ask in tests, and what an engine of its own answers."""
+
+from typing import Any
+
+from cluster.ingress.served_model import ServedModel
+from model.sampling import SamplingParams
+from router.engine import LocalEngine
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+
+MAX_TOKENS = 12
+PROMPT = "The answer to life the universe and everything is of course"
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.8, "seed": 3, "top_p": 0.9},
+    {"temperature": 1.2, "seed": 0, "n": 3},
+    {"temperature": 1, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    {"temperature": 0.7, "seed": 9, "stop": ["e", "42"], "logit_bias": {"5": 2}},
+]
+PROMPTS: list[Any] = [PROMPT, "Welcome to", [5, 60, 700]]
+
+
+def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> GenerateRequest:
+    """What the engine is asked when a client asks this."""
+    given = dict(params)
+    num_samples, stop = given.pop("n", 1), tuple(given.pop("stop", ()))
+    bias = {int(key): float(value) for key, value in given.pop("logit_bias", {}).items()}
+    return GenerateRequest(
+        prompt_ids=model.encode(prompt) if isinstance(prompt, str) else tuple(prompt),
+        max_tokens=given.pop("max_tokens", MAX_TOKENS),
+        ignore_eos=given.pop("ignore_eos", False),
+        sampling=SamplingParams(num_logprobs=3, logit_bias=bias, **given),
+        num_samples=num_samples,
+        stop=stop,
+    )
+
+
+def alone(engine: LocalEngine, request: GenerateRequest) -> list[list[TokenEvent]]:
+    """What a request gets where there is no other, by sample."""
+    samples: list[list[TokenEvent]] = [[] for _ in range(request.num_samples)]
+    for event in engine.generate(request):
+        samples[event.sample_index].append(event)
+    return samples
+
+
+def check_choice(pieces: list[Any], events: list[TokenEvent], model: ServedModel) -> None:
+    """The pieces of a choice say what the events do."""
+    assert "".join(piece.text for piece in pieces) == "".join(event.text for event in events)
+    ids = [token_id for piece in pieces for token_id in piece.token_ids]
+    assert ids == [event.token_id for event in events]
+    logprobs = [logprob for piece in pieces for logprob in piece.logprobs.token_logprobs]
+    assert logprobs == [event.logprob for event in events]
+    tops = [top for piece in pieces for top in piece.logprobs.top_logprobs]
+    wanted = [
+        {model.token_name(token_id): logprob for token_id, logprob in reversed(event.top_logprobs)}
+        for event in events
+    ]
+    assert tops == wanted
+    offsets = [offset for piece in pieces for offset in piece.logprobs.text_offset]
+    lengths = [len(event.text) for event in events]
+    assert offsets == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert events[-1].finish_reason is not None
+    reasons = [piece.finish_reason for piece in pieces]
+    assert reasons == [None] * (len(pieces) - 1) + [events[-1].finish_reason.value]
