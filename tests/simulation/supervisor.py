@@ -31,6 +31,9 @@ class Supervisor:
         self._random = random
         self._channels: dict[Process, Channel] = {}
 
+    def close(self) -> None:
+        """Nothing more is started."""
+
     def kill(self, process: Process) -> None:
         """A process dies; somebody notices."""
         if not process.is_alive:
