@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from milliways.v1 import worker_pb2 as pb
 
 from cluster.calls import (
@@ -41,6 +41,16 @@ from cluster.calls import (
     TokenRows,
 )
 from cluster.errors import RefusalReason
+from cluster.wire_fields import (
+    FENCE,
+    LENGTH_DELIMITED,
+    PADDING,
+    PAYLOAD,
+    Fields,
+    pack_field,
+    split,
+    varint,
+)
 from cluster.wire_sampling import decode_drawn, decode_samples, encode_drawn, encode_sample
 from cluster.wire_tensors import (
     ACTIVATIONS,
@@ -58,13 +68,6 @@ from cluster.wire_tensors import (
     place_of,
 )
 
-_VARINT = 0
-_LENGTH_DELIMITED = 2
-# Numbers of fields that both top-level messages have.
-_CALL_ID = 1
-_FENCE = 2
-_PADDING = 14
-_PAYLOAD = 15
 # What `bytes` objects begin at a multiple of.
 _JOIN_ALIGNMENT = 16
 # Numbers of a request's calls and of a response's results.
@@ -78,8 +81,6 @@ _DEPARTURE = 4
 _DRAWN_TOKENS = 5
 _REFUSAL = 6
 _ABANDONED = _LAST_RESULT = 7
-# Wire types 1 and 5.
-_FIXED_BYTES = {1: 8, 5: 4}
 _MAX_TIMEOUT_MS = 2**32 - 1
 _NUM_FENCES = 64
 _REASONS = {reason.value: reason for reason in RefusalReason}
@@ -92,18 +93,6 @@ class Parts(NamedTuple):
     payload: Payload
 
 
-class Fields(NamedTuple):
-    """The top level of a message that came in: contents still serialised."""
-
-    call_id: int
-    fence: bytes
-    # The number of the call's or result's field; 0: there is none.
-    number: int
-    body: bytes
-    payload_start: int
-    num_payload_bytes: int
-
-
 class Request(NamedTuple):
     """A call that came in."""
 
@@ -114,13 +103,13 @@ class Request(NamedTuple):
 def encode_request(call_id: int, call: Call, fence: Fence) -> Parts:
     """A call as a message."""
     body, payload = _CALL_ENCODERS[type(call)](call)
-    return Parts(b"\x08" + _varint(call_id) + _fence_field(fence) + body, payload)
+    return Parts(b"\x08" + varint(call_id) + _fence_field(fence) + body, payload)
 
 
 def encode_response(call_id: int, result: Result) -> Parts:
     """A result as a message."""
     body, payload = _RESULT_ENCODERS[type(result)](result)
-    return Parts(b"\x08" + _varint(call_id) + body, payload)
+    return Parts(b"\x08" + varint(call_id) + body, payload)
 
 
 def decode_request(fields: Fields, payload: PayloadReader) -> Request:
@@ -152,7 +141,7 @@ def join(parts: Parts) -> bytes:
     header, payload = parts
     if not payload.num_bytes:
         return header
-    length = _varint(payload.num_bytes)
+    length = varint(payload.num_bytes)
     # Two bytes of padding's tag and length, one of the payload's tag.
     num_padding = -(len(header) + 3 + len(length)) % _JOIN_ALIGNMENT
     return b"".join([header, _PADDINGS[num_padding], length, *payload.pieces()])
@@ -164,51 +153,12 @@ def split_request(data: bytes) -> Fields:
     Raises:
         MalformedMessageError: the fields do not fit into the bytes.
     """
-    return _split(data, _FIRST_CALL, _LAST_CALL)
+    return split(data, _FIRST_CALL, _LAST_CALL)
 
 
 def split_response(data: bytes) -> Fields:
     """As `split_request`, of a response."""
-    return _split(data, _FIRST_RESULT, _LAST_RESULT)
-
-
-def _split(data: bytes, first: int, last: int) -> Fields:
-    call_id = number = payload_start = payload_end = 0
-    fence = body = b""
-    at, end = 0, len(data)
-    while at < end:
-        field, kind, start, at = _next_field(data, at, end)
-        if kind == _LENGTH_DELIMITED:
-            if first <= field <= last:
-                # Of a message that comes twice, parts are merged; of two calls, the last counts.
-                body = body + data[start:at] if field == number else data[start:at]
-                number = field
-            elif field == _FENCE:
-                fence += data[start:at]
-            elif field == _PAYLOAD:
-                payload_start, payload_end = start, at
-        elif field == _CALL_ID and kind == _VARINT:
-            call_id, _ = _read_varint(data, start, end)
-    return Fields(call_id, fence, number, body, payload_start, payload_end - payload_start)
-
-
-def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int, int]:
-    """A field's number and wire type, and where its content begins and ends."""
-    tag, at = _read_varint(data, at, end)
-    kind = tag & 7
-    start = at
-    if kind == _LENGTH_DELIMITED:
-        length, start = _read_varint(data, at, end)
-        at = start + length
-    elif kind == _VARINT:
-        _, at = _read_varint(data, at, end)
-    elif kind in _FIXED_BYTES:
-        at += _FIXED_BYTES[kind]
-    else:
-        raise MalformedMessageError(f"a field of wire type {kind}")
-    if at > end or tag < 8:
-        raise MalformedMessageError("a field that is longer than its message, or has no number")
-    return tag >> 3, kind, start, at
+    return split(data, _FIRST_RESULT, _LAST_RESULT)
 
 
 @lru_cache(maxsize=_NUM_FENCES)
@@ -225,7 +175,7 @@ def _fence_field(fence: Fence) -> bytes:
         router_id=fence.router_id,
         router_incarnation=fence.router_incarnation,
     )
-    return _field(_FENCE, message)
+    return pack_field(FENCE, message)
 
 
 @lru_cache(maxsize=_NUM_FENCES)
@@ -277,7 +227,7 @@ def _rows_form(
     layout = lay_out((rows_dtype, rows_shape), (ids_dtype, ids_shape))
     rows, expert_ids = layout.specs
     make = pb.RunExpertsCall if number == _RUN_EXPERTS else pb.ExpertInput
-    return _field(number, make(layer=layer, rows=rows, expert_ids=expert_ids)), layout
+    return pack_field(number, make(layer=layer, rows=rows, expert_ids=expert_ids)), layout
 
 
 @lru_cache(maxsize=NUM_FORMS)
@@ -309,7 +259,7 @@ def _expert_outputs_field(result: ExpertOutputs) -> tuple[bytes, Payload]:
 @lru_cache(maxsize=NUM_FORMS)
 def _expert_outputs_form(dtype: np.dtype[Any], shape: Shape) -> tuple[bytes, int]:
     layout = lay_out((dtype, shape))
-    return _field(_EXPERT_OUTPUTS, pb.ExpertOutputs(rows=layout.specs[0])), layout.num_bytes
+    return pack_field(_EXPERT_OUTPUTS, pb.ExpertOutputs(rows=layout.specs[0])), layout.num_bytes
 
 
 @lru_cache(maxsize=NUM_FORMS)
@@ -343,7 +293,7 @@ def _begin_batch_field(call: BeginBatch) -> tuple[bytes, Payload]:
         hidden=None if call.hidden_TD is None else specs[5],
         samples=[encode_sample(row) for row in tokens.samples],
     )
-    return _field(_BEGIN_BATCH, message), payload
+    return pack_field(_BEGIN_BATCH, message), payload
 
 
 def _decode_begin_batch(data: bytes, payload: PayloadReader) -> BeginBatch:
@@ -373,7 +323,7 @@ def _decode_begin_batch(data: bytes, payload: PayloadReader) -> BeginBatch:
 def _advance_batch_field(call: AdvanceBatch) -> tuple[bytes, Payload]:
     payload, (outputs,) = _laid_out([call.outputs_TAD])
     message = pb.AdvanceBatchCall(batch_id=call.batch_id, layer=call.layer, outputs=outputs)
-    return _field(_ADVANCE_BATCH, message), payload
+    return pack_field(_ADVANCE_BATCH, message), payload
 
 
 def _decode_advance_batch(data: bytes, payload: PayloadReader) -> AdvanceBatch:
@@ -383,7 +333,7 @@ def _decode_advance_batch(data: bytes, payload: PayloadReader) -> AdvanceBatch:
 
 
 def _abandon_batch_field(call: AbandonBatch) -> tuple[bytes, Payload]:
-    return _field(_ABANDON_BATCH, pb.AbandonBatchCall(batch_id=call.batch_id)), NO_PAYLOAD
+    return pack_field(_ABANDON_BATCH, pb.AbandonBatchCall(batch_id=call.batch_id)), NO_PAYLOAD
 
 
 def _decode_abandon_batch(data: bytes, payload: PayloadReader) -> AbandonBatch:
@@ -392,7 +342,7 @@ def _decode_abandon_batch(data: bytes, payload: PayloadReader) -> AbandonBatch:
 
 def _departure_field(result: Departure) -> tuple[bytes, Payload]:
     payload, (hidden,) = _laid_out([result.hidden_TD])
-    return _field(_DEPARTURE, pb.Departure(hidden=hidden)), payload
+    return pack_field(_DEPARTURE, pb.Departure(hidden=hidden)), payload
 
 
 def _decode_departure(data: bytes, payload: PayloadReader) -> Departure:
@@ -400,7 +350,7 @@ def _decode_departure(data: bytes, payload: PayloadReader) -> Departure:
 
 
 def _drawn_tokens_field(result: Drawn) -> tuple[bytes, Payload]:
-    return _field(_DRAWN_TOKENS, pb.DrawnTokens(tokens=encode_drawn(result.tokens))), NO_PAYLOAD
+    return pack_field(_DRAWN_TOKENS, pb.DrawnTokens(tokens=encode_drawn(result.tokens))), NO_PAYLOAD
 
 
 def _decode_drawn_tokens(data: bytes, payload: PayloadReader) -> Drawn:
@@ -408,7 +358,7 @@ def _decode_drawn_tokens(data: bytes, payload: PayloadReader) -> Drawn:
 
 
 def _abandoned_field(result: Abandoned) -> tuple[bytes, Payload]:
-    return _field(_ABANDONED, pb.Abandoned()), NO_PAYLOAD
+    return pack_field(_ABANDONED, pb.Abandoned()), NO_PAYLOAD
 
 
 def _decode_abandoned(data: bytes, payload: PayloadReader) -> Abandoned:
@@ -421,7 +371,7 @@ def _refusal_field(result: Refusal) -> tuple[bytes, Payload]:
         message=result.message,
         placement_epoch=result.placement_epoch,
     )
-    return _field(_REFUSAL, message), NO_PAYLOAD
+    return pack_field(_REFUSAL, message), NO_PAYLOAD
 
 
 def _decode_refusal(data: bytes, payload: PayloadReader) -> Refusal:
@@ -479,34 +429,8 @@ def _check_equal(names: str, one: int, other: int) -> None:
         raise MalformedMessageError(f"{names} have {one} and {other} rows")
 
 
-def _field(number: int, message: Message) -> bytes:
-    content = message.SerializeToString()
-    return bytes([number << 3 | _LENGTH_DELIMITED]) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    if value < 0x80:
-        return bytes((value,))
-    if value < 0x4000:
-        return bytes((value & 0x7F | 0x80, value >> 7))
-    return bytes((value & 0x7F | 0x80,)) + _varint(value >> 7)
-
-
-def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number, and where it ends."""
-    value = shift = 0
-    while at < end and shift < 64:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise MalformedMessageError("a number without an end")
-
-
 _PADDINGS = [
-    bytes([_PADDING << 3 | _LENGTH_DELIMITED, num_bytes, *bytes(num_bytes)])
-    + bytes([_PAYLOAD << 3 | _LENGTH_DELIMITED])
+    bytes([PADDING << 3 | LENGTH_DELIMITED, num_bytes, *bytes(num_bytes)])
+    + bytes([PAYLOAD << 3 | LENGTH_DELIMITED])
     for num_bytes in range(_JOIN_ALIGNMENT)
 ]

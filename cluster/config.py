@@ -62,6 +62,8 @@ class WorkerSettings:
     threads_each: int = 0
     # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
     resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    # Compile every size of a step before a worker counts as ready.
+    warm_up: bool = True
     load_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 

@@ -16,6 +16,7 @@ router on one host speak:
 import os
 import socket
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
@@ -29,7 +30,8 @@ PROTOCOL_VERSION = 1
 
 _PREFIX = struct.Struct("<IB")
 _RECEIVE_BYTES = 64 << 10
-_MAX_FILES = 4
+# Room for four files.
+_ANCILLARY_BYTES = socket.CMSG_LEN(4 * 4)
 
 _HELLO = struct.Struct("<I")
 _WELCOME = struct.Struct("<IQ")
@@ -146,6 +148,7 @@ class FrameSocket:
         self._is_open = True
         self._waits_to_send = False
         reactor.register(connection.fileno(), EVENT_READ, self._on_ready)
+        reactor.add_closer(self._on_reactor_stop)
 
     def send(self, kind: int, body: bytes, file: int | None = None) -> None:
         """Sends a frame, the rest of it later where the peer is slow; takes over the file."""
@@ -153,16 +156,29 @@ class FrameSocket:
             if file is not None:
                 os.close(file)
             return
-        frame = memoryview(_PREFIX.pack(len(body), kind) + body)
-        self._unsent.append((frame, file))
+        frame = _PREFIX.pack(len(body), kind) + body
+        if file is None and not self._unsent:
+            frame = self._try_send(frame)
+            if not frame:
+                return
+        self._unsent.append((memoryview(frame), file))
         if len(self._unsent) == 1:
             self._send_on()
+
+    def _try_send(self, frame: bytes) -> bytes:
+        """What is left to send; nothing, nearly always."""
+        try:
+            return frame[self._socket.send(frame) :]
+        except OSError:
+            # Whatever is wrong, `_send_on` meets it too.
+            return frame
 
     def close(self) -> None:
         """Without a last word to anybody."""
         if not self._is_open:
             return
         self._is_open = False
+        self._reactor.remove_closer(self._on_reactor_stop)
         self._reactor.unregister(self._socket.fileno())
         self._socket.close()
         files = [*self.files, *(file for _, file in self._unsent if file is not None)]
@@ -202,13 +218,14 @@ class FrameSocket:
 
     def _receive(self) -> None:
         try:
-            data, files, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, _MAX_FILES)
+            data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES)
         except BlockingIOError:
             return
         except OSError as error:
             self._lose(str(error))
             return
-        self.files.extend(files)
+        if ancillary:
+            self.files.extend(_files_of(ancillary))
         if not data:
             self._lose("it closed the connection")
             return
@@ -238,10 +255,21 @@ class FrameSocket:
         elif at < end:
             self._received += data[at:]
 
+    def _on_reactor_stop(self) -> None:
+        self._lose("this side stops")
+
     def _lose(self, reason: str) -> None:
         if self._is_open:
             self.close()
             self._on_lost(reason)
+
+
+def _files_of(ancillary: list[tuple[int, int, bytes]]) -> "array[int]":
+    files = array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            files.frombytes(data[: len(data) // files.itemsize * files.itemsize])
+    return files
 
 
 def _unpack(form: struct.Struct, body: bytes) -> tuple[tuple[int, ...], bytes]:

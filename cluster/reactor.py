@@ -73,6 +73,7 @@ class Reactor:
         self._on_fault = on_fault
         # Event loops hold their tasks weakly.
         self._loop_tasks: set[Any] = set()
+        self._closers: set[Callable[[], None]] = set()
         self._posted: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -146,6 +147,10 @@ class Reactor:
         task.add_done_callback(settle)
         return pending
 
+    def run_due(self) -> None:
+        """Runs what a callback or the hosted loop has just made ready, instead of next turn."""
+        self._run_due()
+
     def register(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Has `callback` called with the events (EVENT_READ, EVENT_WRITE) that a file is ready for.
 
@@ -165,6 +170,14 @@ class Reactor:
         """Runs in a thread of its own."""
         self._thread = threading.Thread(target=self.run, name=self._name, daemon=True)
         self._thread.start()
+
+    def add_closer(self, close: Callable[[], None]) -> None:
+        """Has `close` called when the reactor stops, unless it is removed before."""
+        self._closers.add(close)
+
+    def remove_closer(self, close: Callable[[], None]) -> None:
+        """What it would close is closed already."""
+        self._closers.discard(close)
 
     def run(self) -> None:
         """Runs in the calling thread until `stop`."""
@@ -195,6 +208,8 @@ class Reactor:
 
     def _stop(self) -> None:
         self._is_stopping = True
+        for close in tuple(self._closers):
+            self._guarded(close)
         if self.loop is not None:
             self.loop.stop()
 

@@ -34,4 +34,4 @@ def bind_replicas_to_loopback() -> None:
         return original(server, address)
 
     add_port.is_ours = True
-    replica.add_port_to_grpc_server = add_port
+    module.add_port_to_grpc_server = add_port

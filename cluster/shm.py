@@ -142,6 +142,8 @@ class SharedMemory:
         # Whoever drops the last array of a result returns its region: from any thread.
         self._returned: deque[Region] = deque()
         self._watchers: dict[Region, Any] = {}
+        # Returned regions by what they have room for: most calls are of a size that was before.
+        self._spare: dict[tuple[int, int], list[Region]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -150,11 +152,23 @@ class SharedMemory:
     @property
     def num_taken_bytes(self) -> int:
         self._take_back()
+        self._free_spare()
         return sum(allocator.num_taken_bytes for _, allocator in self._segments)
 
     def try_allocate(self, num_request_bytes: int, num_response_bytes: int) -> Region | None:
         """A region in the segments there are; None if it fits into none."""
-        self._take_back()
+        if self._returned:
+            self._take_back()
+        spare = self._spare.get((num_request_bytes, num_response_bytes))
+        if spare:
+            return spare.pop()
+        region = self._try_cut(num_request_bytes, num_response_bytes)
+        if region is None and self._spare:
+            self._free_spare()
+            region = self._try_cut(num_request_bytes, num_response_bytes)
+        return region
+
+    def _try_cut(self, num_request_bytes: int, num_response_bytes: int) -> Region | None:
         num_bytes = aligned(num_request_bytes) + num_response_bytes
         for segment_id, (_, allocator) in enumerate(self._segments):
             offset = allocator.try_allocate(num_bytes)
@@ -203,10 +217,18 @@ class SharedMemory:
         """Lets go of all; what arrays of results lie in stays until they are gone."""
         self._segments.clear()
         self._returned.clear()
+        self._spare.clear()
         self._watchers.clear()
 
     def _take_back(self) -> None:
         while self._returned:
             region = self._returned.popleft()
             self._watchers.pop(region, None)
-            self._segments[region.segment_id][1].free(region.offset)
+            size = (region.num_request_bytes, region.num_response_bytes)
+            self._spare.setdefault(size, []).append(region)
+
+    def _free_spare(self) -> None:
+        for regions in self._spare.values():
+            for region in regions:
+                self._segments[region.segment_id][1].free(region.offset)
+        self._spare.clear()

@@ -67,6 +67,11 @@ class Pending(Generic[T]):
         else:
             self._callbacks.append(callback)
 
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Does not call back; without effect where it would not."""
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
     def _finish(self) -> None:
         self.is_done = True
         callbacks, self._callbacks = self._callbacks, []
@@ -99,7 +104,8 @@ class Task(Pending[T]):
 
     def go_on(self) -> None:
         """Runs to the next wait; called by `Tasks` only."""
-        if self.is_done:
+        # Who was woken and cancelled at once is called twice, and may wait again by then.
+        if self.is_done or self._awaited is not None:
             return
         try:
             if self._is_cancelled:
@@ -243,11 +249,10 @@ class Tasks:
 
     async def wait_for(self, pending: Pending[Any], timeout_s: float) -> bool:
         """Whether it was done within the time; what it came to, it does not ask."""
-        changed: Pending[None] = Pending()
-        pending.when_done(lambda: changed.resolve(None))
-        timer = self.call_later(timeout_s, lambda: changed.resolve(None))
+        timed_out: Pending[None] = Pending()
+        timer = self.call_later(timeout_s, lambda: timed_out.resolve(None))
         try:
-            await changed
+            await self.first_done((pending, timed_out))
         finally:
             timer.cancel()
         return pending.is_done
@@ -255,9 +260,19 @@ class Tasks:
     async def first_done(self, pendings: Iterable[Pending[Any]]) -> None:
         """Waits until at least one of them is done."""
         changed: Pending[None] = Pending()
-        for pending in pendings:
-            pending.when_done(lambda: changed.resolve(None))
-        await changed
+
+        def look() -> None:
+            changed.resolve(None)
+
+        awaited = tuple(pendings)
+        for pending in awaited:
+            pending.when_done(look)
+        try:
+            await changed
+        finally:
+            # Some of them may outlive many who waited for them.
+            for pending in awaited:
+                pending.forget(look)
 
     def _fire_timers(self) -> bool:
         has_fired = False

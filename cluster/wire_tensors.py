@@ -77,10 +77,11 @@ class Payload(NamedTuple):
     num_bytes: int
 
     def write_to(self, room: Any, start: int = 0) -> None:
-        """Copies all to where they belong in a buffer, from `start` on."""
+        """Copies all to where they belong in a buffer of bytes, from `start` on."""
         for array, offset in zip(self.arrays, self.offsets, strict=True):
             if array.size:
-                np.ndarray(array.shape, array.dtype, room, start + offset)[...] = array
+                begin = start + offset
+                room[begin : begin + array.nbytes] = _bytes_of(array)
 
     def pieces(self) -> list[Any]:
         """The whole payload in buffers, fillers between them, to be joined."""
@@ -89,8 +90,7 @@ class Payload(NamedTuple):
         for array, offset in zip(self.arrays, self.offsets, strict=True):
             if offset != end:
                 pieces.append(_ZEROS[: offset - end])
-            # As bytes: bfloat16 has no buffer protocol of its own.
-            pieces.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            pieces.append(_bytes_of(array))
             end = offset + array.nbytes
         return pieces
 
@@ -156,3 +156,10 @@ class PayloadReader:
         """One tensor that outlives the response to its message."""
         array = self.read(place)
         return array.copy() if self._is_shared else array
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    """The same memory as bytes, which it is to buffers: of bfloat16 they know nothing."""
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return array.reshape(-1).view(np.uint8)

@@ -26,6 +26,7 @@ from cluster.fleet import Spawned
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
+from cluster.malloc import keep_freed_blocks
 from cluster.model_dir import load_tokenizer, resolve_model_dir
 from cluster.placement import ExpertId, ShardPlan
 from cluster.reactor import Reactor
@@ -51,17 +52,20 @@ from router.request import GenerateRequest
 from router.router import Router, RouterLimits
 from router.scheduler import SchedulerLimits
 from router.sequence import Detokenizer, NoText
+from workers.attention import AttentionShard
 from workers.core import WorkerCore
-from workers.experts import ExpertShard
+from workers.experts import ExpertGroup, ExpertShard
 from workers.grpc_server import DoorPlate, GrpcServer
 from workers.intake import Presence
 from workers.loading import ShardLoader
 from workers.shm_server import ShmServer
+from workers.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS_BY_DEFAULT = 8
 START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
 Fault = Callable[[BaseException], None]
 
 
@@ -128,6 +132,7 @@ class WorkerProcess:
         self.progress = LoadProgress()
         self._config = config
         self._host = host
+        keep_freed_blocks()
         # XLA would hand each small program to a thread of its own, and wait for it.
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
         self._model_dir = resolve_model_dir(config.model.path)
@@ -139,7 +144,7 @@ class WorkerProcess:
         self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
         self._loader = ShardLoader(self._checkpoint, self._decoder, loader, self._note_read)
         self._experts = ExpertShard(self._decoder)
-        self._has_attention = False
+        self._attention: AttentionShard | None = None
         self._shards: ShardPlan | None = None
         self._loading = threading.Lock()
         self._rates = Rates()
@@ -176,20 +181,35 @@ class WorkerProcess:
         """
         with self._loading:
             self.progress.bytes_wanted = bytes_wanted
-            if not self._has_attention:
-                attention = self._loader.load_attention(shards, self._experts, self._cache_size)
-                self._compute.call(lambda: self._core.attach(attention))
-                self._has_attention = True
+            if self._shards is None:
+                self._attention = self._loader.load_attention(
+                    shards, self._experts, self._cache_size
+                )
+                self._compute.call(lambda: self._core.attach(self._attention))
             groups = self._loader.load_experts(shards.experts - self._experts.held)
             self._shards = shards
+            self._compute.call(lambda: self._take_in(groups))
+            if self._core.state is WorkerState.LOADING:
+                self._warm_up()
+                self._compute.call(lambda: self._core.move(WorkerState.READY))
 
-            def take_in() -> None:
-                for layer, group in groups.items():
-                    self._experts.add(layer, group)
-                if self._core.state is WorkerState.LOADING:
-                    self._core.move(WorkerState.READY)
+    def _take_in(self, groups: dict[int, ExpertGroup]) -> None:
+        for layer, group in groups.items():
+            self._experts.add(layer, group)
 
-            self._compute.call(take_in)
+    def _warm_up(self) -> None:
+        if not self._config.workers.warm_up:
+            return
+        started_s = time.monotonic()
+        warm_up(
+            self._checkpoint.config,
+            self._cache_size,
+            self._attention,
+            self._experts,
+            self._decoder.dtype,
+            self._config.router.max_step_tokens,
+        )
+        logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
 
     def unload(self, kept: frozenset[ExpertId]) -> None:
         """Drops experts that nobody asks this worker for any more."""
@@ -215,6 +235,8 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """Closes the doors and ends the threads."""
+        self._routing.ask(self._door.stop, STOP_TIMEOUT_S)
+        self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
         for reactor in (self._routing, self._compute):
             reactor.close()
         self._checkpoint.close()

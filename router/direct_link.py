@@ -1,9 +1,13 @@
 """The way to a worker in the same process and thread: a call of its core."""
 
-from cluster.calls import Call, Fence, Result
-from cluster.errors import PeerLostError
+import logging
+
+from cluster.calls import Call, Fence, Refusal, Result
+from cluster.errors import PeerLostError, RefusalReason
 from cluster.links import CallSink
 from cluster.tasks import Pending
+
+logger = logging.getLogger(__name__)
 
 
 class DirectLink:
@@ -28,7 +32,12 @@ class DirectLink:
             return pending
         self._out.add(pending)
         pending.when_done(lambda: self._out.discard(pending))
-        self._sink.submit(call, fence, pending.resolve)
+        try:
+            self._sink.submit(call, fence, pending.resolve)
+        except Exception as error:
+            # As over any other way: the caller learns of it, and asks elsewhere.
+            logger.exception("the core failed to take a call of %s", fence.router_id)
+            pending.resolve(Refusal(RefusalReason.FAULT, repr(error)))
         return pending
 
     def close(self) -> None:

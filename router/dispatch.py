@@ -11,7 +11,7 @@ For one layer of one micro-batch:
 No expert is left out and no sum is taken here: the attention shard combines.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +42,19 @@ class _Layer:
     given: ExpertInput
     outputs_ND: np.ndarray
     is_missing_N: np.ndarray
-    timeout_s: float
     num_faults: int = 0
 
     def missing(self, places: np.ndarray) -> np.ndarray:
         """Those of the places that have no output yet."""
         return places[self.is_missing_N[places]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Way:
+    """Places that one worker is asked to fill; those without a worker wait for one."""
+
+    worker_id: str | None
+    places: np.ndarray
 
 
 class Dispatcher:
@@ -83,28 +90,30 @@ class Dispatcher:
             given=given,
             outputs_ND=np.zeros((num_rows * num_selected, width), given.rows_TD.dtype),
             is_missing_N=is_missing_N,
-            timeout_s=self._limits.timeout_s,
         )
-        await self._gather(layer, np.flatnonzero(is_missing_N), frozenset())
+        await self._fill(layer, np.flatnonzero(is_missing_N), frozenset())
         return layer.outputs_ND.reshape(num_rows, num_selected, width)
 
-    async def _gather(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> None:
-        """Has all of these places filled, each by a worker that is not avoided."""
-        places_by_worker, homeless = self._choose(layer, places, avoided)
-        # Those of this process last: the others compute meanwhile.
-        workers = sorted(places_by_worker, key=lambda w: (self._links.is_local(w), w))
-        waits = [self._ask(layer, worker, places_by_worker[worker], avoided) for worker in workers]
-        if homeless.size:
-            waits.append(self._park(layer, homeless))
-        if len(waits) == 1:
-            await waits[0]
-        else:
-            await self._tasks.gather(waits)
+    async def _fill(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> None:
+        """Has all of these places filled, each by a worker that is not avoided.
 
-    def _choose(
-        self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]
-    ) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
-        """The places for each worker, and those whose experts nobody has."""
+        A loop, since failures may go on for as long as anybody waits. Places that go different ways
+        part, and fail each for themselves.
+        """
+        while (places := layer.missing(places)).size:
+            ways = self._choose(layer, places, avoided)
+            if len(ways) > 1:
+                await self._tasks.gather(self._fill_by(layer, way, avoided) for way in ways)
+                return
+            avoided = await self._try(layer, ways[0], avoided)
+
+    async def _fill_by(self, layer: _Layer, way: _Way, avoided: frozenset[str]) -> None:
+        """As `_fill`, by a way that is chosen already."""
+        avoided = await self._try(layer, way, avoided)
+        await self._fill(layer, way.places, avoided)
+
+    def _choose(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> Sequence[_Way]:
+        """A way for each worker that is asked, and one for the places whose experts nobody has."""
         ids = layer.given.expert_ids_TA.reshape(-1)[places]
         chosen: dict[str, list[np.ndarray]] = {}
         homeless: list[np.ndarray] = []
@@ -119,55 +128,71 @@ class Dispatcher:
             worker = min(candidates, key=lambda w: self._cost(w, planned.get(w, 0)))
             planned[worker] = planned.get(worker, 0) + len(its_places)
             chosen.setdefault(worker, []).append(its_places)
-        return (
-            {worker: np.sort(np.concatenate(parts)) for worker, parts in chosen.items()},
-            np.sort(np.concatenate(homeless)) if homeless else np.empty(0, np.intp),
-        )
+        # Those of this process last: the others compute meanwhile.
+        workers = sorted(chosen, key=lambda w: (self._links.is_local(w), w))
+        ways = [_Way(worker, np.sort(np.concatenate(chosen[worker]))) for worker in workers]
+        if homeless:
+            ways.append(_Way(None, np.sort(np.concatenate(homeless))))
+        return ways
 
     def _cost(self, worker_id: str, num_planned: int) -> tuple[bool, int, str]:
         num_rows = self._links.num_rows_out(worker_id) + num_planned
         return not self._links.is_local(worker_id), num_rows, worker_id
 
-    async def _ask(
-        self, layer: _Layer, worker_id: str, places: np.ndarray, avoided: frozenset[str]
-    ) -> None:
+    async def _try(self, layer: _Layer, way: _Way, avoided: frozenset[str]) -> frozenset[str]:
+        """Asks the worker of a way once; whom to avoid for what is missing after that."""
+        if way.worker_id is None:
+            await self._park()
+            return frozenset()
+        timeout_s = self._limits.timeout_s * self._links.slowness(way.worker_id)
         pending = self._links.ask(
-            worker_id,
-            _call(layer, places),
+            way.worker_id,
+            _call(layer, way.places),
             step=layer.step,
-            timeout_s=layer.timeout_s,
-            num_rows=len(places),
+            timeout_s=timeout_s,
+            num_rows=len(way.places),
         )
-        avoided |= {worker_id}
-        is_done = pending.is_done or await self._tasks.wait_for(pending, self._limits.hedge_after_s)
-        if is_done:
-            await self._finish(layer, worker_id, places, pending, avoided)
-        else:
-            await self._hedge(layer, worker_id, pending, places, avoided)
+        avoided |= {way.worker_id}
+        try:
+            is_done = pending.is_done or await self._tasks.wait_for(
+                pending, self._limits.hedge_after_s
+            )
+            if not is_done:
+                left_s = timeout_s - self._limits.hedge_after_s
+                await self._hedge(layer, way, pending, avoided, left_s)
+        finally:
+            if not pending.is_done:
+                self._links.forsake(way.worker_id, pending, 2 * timeout_s)
+        try:
+            if pending.is_done:
+                self._take(layer, way.worker_id, way.places, pending)
+        except PeerError as error:
+            num_missing = layer.missing(way.places).size
+            if num_missing:
+                self.num_resent += num_missing
+                return await self._settle(layer, error, avoided)
+        return avoided
 
     async def _hedge(
         self,
         layer: _Layer,
-        worker_id: str,
+        way: _Way,
         pending: Pending[Result],
-        places: np.ndarray,
         avoided: frozenset[str],
+        left_s: float,
     ) -> None:
         """Asks others as well, where there are any; who answers first is taken: equal bits."""
+        assert way.worker_id is not None
         patience: Pending[None] = Pending()
-        left_s = layer.timeout_s - self._limits.hedge_after_s
         timer = self._tasks.call_later(max(0.0, left_s), lambda: patience.resolve(None))
-        asked: list[Task[None]] = []
+        asked: dict[str, Task[None]] = {}
         try:
-            while (left := layer.missing(places)).size:
-                if all(task.is_done for task in asked):
-                    others, _ = self._choose(layer, left, avoided)
-                    self.num_hedged += len(others)
-                    asked = [
-                        self._tasks.start(self._ask(layer, other, its_places, avoided))
-                        for other, its_places in others.items()
-                    ]
-                waits = [task for task in asked if not task.is_done]
+            while (left := layer.missing(way.places)).size:
+                if all(task.is_done for task in asked.values()):
+                    # What is missing although they are done, they failed to compute.
+                    avoided |= asked.keys()
+                    asked = self._ask_others(layer, left, avoided)
+                waits = [task for task in asked.values() if not task.is_done]
                 await self._tasks.first_done(
                     (pending, patience, self._links.changed.wait(), *waits)
                 )
@@ -175,30 +200,22 @@ class Dispatcher:
                     break
         finally:
             timer.cancel()
-            for task in asked:
+            for task in asked.values():
                 task.cancel()
-        if not pending.is_done and layer.missing(places).size:
-            # Twice as long next time: who is slow but alive must not be given up for ever.
-            layer.timeout_s *= 2
-            self._links.give_up(worker_id)
-        if pending.is_done:
-            await self._finish(layer, worker_id, places, pending, avoided)
+        if not pending.is_done and layer.missing(way.places).size:
+            self._links.give_up(way.worker_id)
 
-    async def _finish(
-        self,
-        layer: _Layer,
-        worker_id: str,
-        places: np.ndarray,
-        pending: Pending[Result],
-        avoided: frozenset[str],
-    ) -> None:
-        """Takes an answer, or asks another for what it does not bring."""
-        try:
-            self._take(layer, worker_id, places, pending)
-        except PeerError as error:
-            left = layer.missing(places)
-            if left.size:
-                await self._ask_again(layer, left, avoided, error)
+    def _ask_others(
+        self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]
+    ) -> dict[str, Task[None]]:
+        ways = self._choose(layer, places, avoided)
+        asked = {
+            way.worker_id: self._tasks.start(self._fill_by(layer, way, avoided))
+            for way in ways
+            if way.worker_id is not None
+        }
+        self.num_hedged += len(asked)
+        return asked
 
     def _take(
         self, layer: _Layer, worker_id: str, places: np.ndarray, pending: Pending[Result]
@@ -213,10 +230,10 @@ class Dispatcher:
         layer.outputs_ND[places] = result.rows_ND
         layer.is_missing_N[places] = False
 
-    async def _ask_again(
-        self, layer: _Layer, places: np.ndarray, avoided: frozenset[str], error: PeerError
-    ) -> None:
-        self.num_resent += len(places)
+    async def _settle(
+        self, layer: _Layer, error: PeerError, avoided: frozenset[str]
+    ) -> frozenset[str]:
+        """Waits as long as makes sense after an error; whom to avoid next."""
         reason = error.reason if isinstance(error, RefusedError) else None
         if reason in (RefusalReason.FAULT, RefusalReason.MALFORMED):
             layer.num_faults += 1
@@ -225,18 +242,17 @@ class Dispatcher:
         if reason in (RefusalReason.STALE_EPOCH, RefusalReason.STALE_INCARNATION):
             # A newer view is on its way; waiting for it is bounded, should it be lost.
             await self._tasks.wait_for(self._links.changed.wait(), 10 * BACK_OFF_S)
-            avoided = frozenset()
+            return frozenset()
         if reason is RefusalReason.OVERLOADED:
             await self._tasks.sleep(BACK_OFF_S)
-            avoided = frozenset()
-        await self._gather(layer, places, avoided)
+            return frozenset()
+        return avoided
 
-    async def _park(self, layer: _Layer, places: np.ndarray) -> None:
+    async def _park(self) -> None:
         """Waits for somebody to have the experts; whoever was avoided may then be asked again."""
         self.num_parked += 1
         # Bounded, because a worker that was avoided may have come to its senses unseen.
         await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
-        await self._gather(layer, places, frozenset())
 
 
 def _call(layer: _Layer, places: np.ndarray) -> RunExperts:

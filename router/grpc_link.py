@@ -18,6 +18,7 @@ from cluster.tasks import Pending
 from cluster.wire_tensors import MalformedMessageError, PayloadReader
 from router.calls_out import CallsOut
 
+_EOF: Any = grpc.aio.EOF  # pyright: ignore
 _SERVICE = "/milliways.v1.WorkerService"
 
 
@@ -82,7 +83,12 @@ class GrpcLink:
         self._outbox: deque[bytes] = deque()
         self._is_writing = False
         self._is_closed = False
-        reactor.run_in_loop(self._read())
+        assert reactor.loop is not None
+        self._loop = reactor.loop
+        # Kept, as event loops hold their tasks weakly.
+        self._writer: Any = None
+        self._reader = self._loop.create_task(self._read())
+        reactor.add_closer(self.close)
 
     @property
     def transport(self) -> str:
@@ -108,7 +114,7 @@ class GrpcLink:
         self._outbox.append(codec.join(codec.encode_request(call_id, call, fence)))
         if not self._is_writing:
             self._is_writing = True
-            self._reactor.run_in_loop(self._write())
+            self._writer = self._loop.create_task(self._write())
 
     async def _write(self) -> None:
         try:
@@ -122,8 +128,11 @@ class GrpcLink:
 
     async def _read(self) -> None:
         try:
-            async for data in self._stream:
+            while (data := await self._stream.read()) is not _EOF:
                 self._settle(data)
+                # Whoever waited may ask again at once. It is not written here: a reader that waits
+                # for its peer to read is waited for by a peer that does the same.
+                self._reactor.run_due()
             self._lose("it ended the stream")
         except grpc.aio.AioRpcError as error:
             self._lose(_reason(error))
@@ -143,6 +152,7 @@ class GrpcLink:
         if self._is_closed:
             return
         self._is_closed = True
+        self._reactor.remove_closer(self.close)
         self._out.lose(message)
         self._outbox.clear()
         waiting, self._waiting = self._waiting, deque()

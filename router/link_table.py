@@ -7,6 +7,7 @@ dead process look alike from here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.calls import Call, Fence, Result
 from cluster.errors import ConfigError, PeerLostError
@@ -17,6 +18,9 @@ from cluster.view import EMPTY_VIEW, ClusterView, Member
 
 RECONNECT_AFTER_S = 0.05
 RECONNECT_AFTER_S_MAX = 1.0
+# How far silence may stretch the time that a worker is given, and how long that is remembered.
+SLOWNESS_MAX = 64.0
+SLOWNESS_HALF_LIFE_S = 300.0
 
 Connect = Callable[[Member], Pending[WorkerLink]]
 
@@ -28,6 +32,9 @@ class _Way:
     opening: Task[None] | None = None
     num_rows_out: int = 0
     problem: str = ""
+    # Who is slow but alive must not be given up for ever: each time it was, it gets twice the time.
+    slowness: float = 1.0
+    slow_since_s: float = 0.0
 
 
 class LinkTable:
@@ -88,6 +95,14 @@ class LinkTable:
         """Rows that a worker was asked for and has not answered."""
         return self._ways[worker_id].num_rows_out
 
+    def slowness(self, worker_id: str) -> float:
+        """How many times as long as others a worker may take."""
+        way = self._ways.get(worker_id)
+        if way is None or way.slowness == 1.0:
+            return 1.0
+        half_lives = (self._tasks.clock.now_s() - way.slow_since_s) / SLOWNESS_HALF_LIFE_S
+        return max(1.0, way.slowness * 0.5**half_lives)
+
     def is_local(self, worker_id: str) -> bool:
         """Whether a worker's core is in this process."""
         way = self._ways[worker_id]
@@ -120,7 +135,20 @@ class LinkTable:
         """Breaks the way to a worker that does not answer, and tries for a new one."""
         way = self._ways.get(worker_id)
         if way is not None and way.link is not None:
+            way.slowness = min(2 * self.slowness(worker_id), SLOWNESS_MAX)
+            way.slow_since_s = self._tasks.clock.now_s()
             self._lost(way)
+
+    def forsake(self, worker_id: str, pending: Pending[Result], within_s: float) -> None:
+        """Nobody waits for this answer any more; if it never comes, the way is no good."""
+
+        def look() -> None:
+            # A way that broke meanwhile has failed all that was out on it.
+            if not pending.is_done:
+                self.give_up(worker_id)
+
+        timer = self._tasks.call_later(within_s, look)
+        pending.when_done(timer.cancel)
 
     def _answered(
         self, way: _Way, link: WorkerLink, pending: Pending[Result], num_rows: int
@@ -133,7 +161,7 @@ class LinkTable:
         worker_id = way.member.worker_id
         if self._ways.get(worker_id) is way:
             self._close(worker_id)
-            self._open(_Way(way.member))
+            self._open(_Way(way.member, slowness=way.slowness, slow_since_s=way.slow_since_s))
             self.changed.notify()
 
     def _open(self, way: _Way) -> None:
@@ -143,8 +171,9 @@ class LinkTable:
     async def _keep_trying(self, way: _Way) -> None:
         delay_s = RECONNECT_AFTER_S
         while True:
+            opening = self._connect(way.member)
             try:
-                way.link = await self._connect(way.member)
+                way.link = await opening
                 way.problem = ""
                 break
             except (PeerLostError, ConfigError) as error:
@@ -152,7 +181,9 @@ class LinkTable:
                 await self._tasks.sleep(delay_s)
                 delay_s = min(2 * delay_s, RECONNECT_AFTER_S_MAX)
             except Cancelled:
-                return
+                # It may be open by now, or yet become so: then nobody else would close it.
+                opening.when_done(partial(_close_unused, opening))
+                raise
         self.changed.notify()
 
     def _close(self, worker_id: str) -> None:
@@ -162,3 +193,8 @@ class LinkTable:
         link, way.link = way.link, None
         if link is not None:
             link.close()
+
+
+def _close_unused(opening: Pending[WorkerLink]) -> None:
+    if opening.error is None:
+        opening.result().close()

@@ -15,15 +15,26 @@ from cluster.calls import (
     Drawn,
     ExpertInput,
     Refusal,
+    Result,
     TokenRows,
     Turn,
 )
-from cluster.errors import ClusterError, PeerError, PeerSilentError, RefusedError
+from cluster.errors import (
+    ClusterError,
+    PeerError,
+    PeerSilentError,
+    RefusalReason,
+    RefusedError,
+)
 from cluster.tasks import Cancelled, Tasks
 from cluster.view import Member
 from model.runner import SampledToken
 from router.dispatch import Dispatcher
 from router.link_table import LinkTable
+
+BACK_OFF_S = 0.005
+# What stands in the way of a call now, and not for ever.
+_NOT_YET = (RefusalReason.OVERLOADED, RefusalReason.STALE_EPOCH)
 
 
 class ShardLostError(ClusterError):
@@ -59,7 +70,9 @@ class Pipeline:
             ShardLostError: keys and values are lost.
             RefusedError: workers fail to compute it, again and again.
         """
-        shard, call = self._shard_at(0), BeginBatch(batch_id, 0, tokens)
+        # As it was: a new chain is taken up by the next step, since keys and values are lost.
+        chain = self.chain
+        shard, call = self._shard_at(chain, 0), BeginBatch(batch_id, 0, tokens)
         try:
             while True:
                 turn = await self._ask(shard, step, call)
@@ -73,7 +86,7 @@ class Pipeline:
                 layer = shard.first_layer + shard.num_layers
                 if layer == self._num_layers and not tokens.samples:
                     return ()
-                shard = self._shard_at(layer)
+                shard = self._shard_at(chain, layer)
                 call = BeginBatch(batch_id, layer, tokens, turn.hidden_TD)
         except (Cancelled, ClusterError):
             self._links.ask(
@@ -81,28 +94,40 @@ class Pipeline:
             )
             raise
 
-    def _shard_at(self, layer: int) -> Member:
+    def _shard_at(self, chain: Sequence[Member], layer: int) -> Member:
         """The shard that begins with a layer; after the last one, that with the output head."""
         if layer == self._num_layers:
-            return next(member for member in self.chain if member.has_ends)
-        return next(
-            member for member in self.chain if member.first_layer == layer and member.num_layers
-        )
+            return next(member for member in chain if member.has_ends)
+        return next(member for member in chain if member.first_layer == layer and member.num_layers)
 
     async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
         """One turn of a shard; there is no other that could answer, so no reply is a loss."""
-        pending = self._links.ask(
-            shard.worker_id, call, step=step, timeout_s=self._timeout_s, num_rows=0
-        )
-        if not pending.is_done and not await self._tasks.wait_for(pending, self._timeout_s):
+        asked_s = self._tasks.clock.now_s()
+        while True:
+            result = await self._answer(shard, step, call)
+            if not isinstance(result, Refusal):
+                assert isinstance(result, ExpertInput | Departure | Drawn)
+                return result
+            has_patience = self._tasks.clock.now_s() - asked_s < self._timeout_s
+            if not has_patience or result.reason not in _NOT_YET:
+                refused = RefusedError(shard.worker_id, result.reason, result.message)
+                raise ShardLostError(refused)
+            # It was not computed, so keys and values are as they were: the same can be asked again.
+            wait_s = BACK_OFF_S if result.reason is RefusalReason.OVERLOADED else 10 * BACK_OFF_S
+            await self._tasks.wait_for(self._links.changed.wait(), wait_s)
+
+    async def _answer(self, shard: Member, step: int, call: Call) -> Result:
+        timeout_s = self._timeout_s * self._links.slowness(shard.worker_id)
+        pending = self._links.ask(shard.worker_id, call, step=step, timeout_s=timeout_s)
+        try:
+            is_done = pending.is_done or await self._tasks.wait_for(pending, timeout_s)
+        finally:
+            if not pending.is_done:
+                self._links.forsake(shard.worker_id, pending, 2 * timeout_s)
+        if not is_done:
             self._links.give_up(shard.worker_id)
             raise ShardLostError(PeerSilentError(shard.worker_id, "no reply in time"))
         try:
-            result = pending.result()
+            return pending.result()
         except PeerError as error:
             raise ShardLostError(error) from error
-        if isinstance(result, ExpertInput | Departure | Drawn):
-            return result
-        assert isinstance(result, Refusal)
-        refused = RefusedError(shard.worker_id, result.reason, result.message)
-        raise ShardLostError(refused)

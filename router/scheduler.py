@@ -8,7 +8,7 @@ A pure object: no clock, no arrays, no threads.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.block_pool import BlockPool
 from model.errors import InvalidRequestError
@@ -26,15 +26,19 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """A sequence and how many of its tokens this step computes."""
+    """A sequence and how many of its tokens this step computes.
+
+    `wants_token` says whether the step reaches its last token, so that the next can be drawn. It is
+    settled when the step is chosen: the sequence may end while others of the step are computed.
+    """
 
     sequence: Sequence
     num_tokens: int
+    wants_token: bool = field(init=False)
 
-    @property
-    def wants_token(self) -> bool:
-        """Whether the step reaches the sequence's last token, so that the next can be drawn."""
-        return self.num_tokens == self.sequence.num_to_compute
+    def __post_init__(self) -> None:
+        wants_token = self.num_tokens == self.sequence.num_to_compute
+        object.__setattr__(self, "wants_token", wants_token)
 
 
 class Scheduler:
@@ -59,8 +63,12 @@ class Scheduler:
         return len(self._waiting)
 
     def can_queue(self, num_sequences: int) -> bool:
-        """Whether so many more may wait. Those that will be admitted at once count as well."""
-        if self.limits.max_waiting is None:
+        """Whether so many more may wait. Those that will be admitted at once count as well.
+
+        Nothing is ahead of a request where nothing waits or runs: one with more samples than the
+        bound would else be told for ever to come later.
+        """
+        if self.limits.max_waiting is None or not self.has_work:
             return True
         num_free_slots = self.limits.max_running - len(self._running)
         return len(self._waiting) + num_sequences <= self.limits.max_waiting + num_free_slots

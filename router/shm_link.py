@@ -121,7 +121,9 @@ class ShmLink:
         """The most that the payload of a call's result takes; too little only costs time."""
         match call:
             case RunExperts():
-                return call.num_assignments * call.rows_TD.shape[1] * call.rows_TD.itemsize
+                # As if all its experts were at this worker: counting costs more than the room.
+                width, itemsize = call.rows_TD.shape[1], call.rows_TD.itemsize
+                return call.expert_ids_TA.size * width * itemsize
             case BeginBatch():
                 width = self._width if call.hidden_TD is None else call.hidden_TD.shape[1]
                 num_rows = call.tokens.num_rows

@@ -1,9 +1,11 @@
-"""A cluster in one thread: routers, workers and the messages between them, without a network.
+"""A cluster in one thread: processes, routers, workers and the messages between them.
 
 Messages take time on a fake clock, in an order that a seed decides. What runs is the production
-code: cores, dispatch, pipeline, router; only links and clock are replaced.
+code: cores, dispatch, pipeline, router; only links, clock and processes are replaced. A process can
+be busy, freeze or die; a stream can stall or break; each end learns of it when it would.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -27,73 +29,230 @@ from router.sequence import TokenEvent
 from workers.core import WorkerCore
 
 
+class Process:
+    """What shares a thread, and so computes, freezes and dies together."""
+
+    def __init__(self, name: str, clock: FakeClock) -> None:
+        self.name = name
+        self.tasks = Tasks(clock)
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.is_alive = True
+        self.core: WorkerCore | None = None
+        self.router: Router | None = None
+        self._clock = clock
+        self._asleep_until_s = 0.0
+
+    def now_s(self) -> float:
+        """The clock as it will be when what it computes is done."""
+        return max(self._clock.now_s(), self._asleep_until_s)
+
+    def spend(self, seconds: float) -> None:
+        """Is busy for a while, after what it is busy with: messages wait, and so does the rest."""
+        self._asleep_until_s = self.now_s() + seconds
+
+    def run(self) -> bool:
+        """Takes messages in and goes on, if it can; whether it did anything."""
+        if not self.is_alive or self._asleep_until_s > self._clock.now_s():
+            return False
+        has_run = bool(self.inbox)
+        while self.inbox:
+            self.inbox.popleft()()
+        return self.tasks.run_ready() or has_run
+
+    def next_s(self) -> float | None:
+        """When it will have something to do by itself."""
+        if not self.is_alive:
+            return None
+        timer_s = self.tasks.next_timer_s()
+        wake_s = self._asleep_until_s if self._asleep_until_s > self._clock.now_s() else None
+        if timer_s is None:
+            return wake_s
+        return max(timer_s, wake_s or 0.0)
+
+    def die(self) -> None:
+        """Ends at once; nothing that it would still do reaches anybody."""
+        self.is_alive = False
+        self.inbox.clear()
+        self.tasks.close()
+
+
+class Channel:
+    """One direction of a stream: messages stay in order, each on its way for a while."""
+
+    def __init__(self, sender: Process, receiver: Process, network: "Network") -> None:
+        self.stalled_until_s = 0.0
+        self.num_to_drop = 0
+        self.is_cut = False
+        self._sender = sender
+        self._receiver = receiver
+        self._network = network
+        self._last_s = 0.0
+
+    def send(self, deliver: Callable[[], None]) -> None:
+        """Has something happen at the other end, unless the way is cut before."""
+        if not self._sender.is_alive or self.is_cut:
+            return
+        if self.num_to_drop:
+            self.num_to_drop -= 1
+            return
+        there_s = max(self._sender.now_s(), self.stalled_until_s) + self._network.delay_s()
+        self._last_s = max(self._last_s, there_s)
+        self._network.tasks.call_at(self._last_s, lambda: self._arrive(deliver))
+
+    def _arrive(self, deliver: Callable[[], None]) -> None:
+        if self.is_cut or not self._receiver.is_alive:
+            return
+        self._network.delivered(self._receiver)
+        if self._receiver.is_alive:
+            self._receiver.inbox.append(deliver)
+
+
 class Network:
-    """Carries messages with a delay that a seed draws, and breaks links on demand."""
+    """Carries messages with a delay that a seed draws."""
 
     def __init__(self, tasks: Tasks, seed: int = 0, delay_s_max: float = 0.002) -> None:
-        self._tasks = tasks
-        self._random = Random(seed)
+        self.tasks = tasks
+        self.random = Random(seed)
+        self.links: list[MemoryLink] = []
+        self._opening: list[tuple[Process, Pending[WorkerLink]]] = []
+        self.num_delivered = 0
+        # Looks at each message that is about to arrive: where a test counts, and kills.
+        self.on_delivery: Callable[[Process], None] | None = None
         self._delay_s_max = delay_s_max
-        self._links: list[MemoryLink] = []
 
     def delay_s(self) -> float:
-        return self._random.uniform(0.0, self._delay_s_max)
+        return self.random.uniform(0.0, self._delay_s_max)
 
-    def connect(self, core: WorkerCore, router_id: str) -> "MemoryLink":
-        link = MemoryLink(core, router_id, self, self._tasks)
-        self._links.append(link)
-        return link
+    def detection_s(self) -> float:
+        """How long the end of a stream takes to be noticed."""
+        return self.random.uniform(0.0, 5 * self._delay_s_max)
 
-    def cut(self, worker_id: str) -> None:
-        """Breaks every link to a worker, as its death does."""
-        for link in [link for link in self._links if link.core.worker_id == worker_id]:
-            self._links.remove(link)
-            link.break_off()
+    def delivered(self, receiver: Process) -> None:
+        self.num_delivered += 1
+        if self.on_delivery is not None:
+            self.on_delivery(receiver)
+
+    def connect(self, client: Process, server: Process, router_id: str) -> Pending[WorkerLink]:
+        """A link, after a round trip; stays out while the other side is frozen."""
+        way: Pending[WorkerLink] = Pending()
+        self._opening.append((server, way))
+        way.when_done(lambda: self._opening.remove((server, way)))
+        there, back = Channel(client, server, self), Channel(server, client, self)
+
+        def accept() -> None:
+            if not client.is_alive:
+                return
+            link = MemoryLink(client, server, router_id, there, back, self)
+            link.opening = way
+            self.links.append(link)
+            back.send(lambda: way.resolve(link))
+
+        there.send(accept)
+        return way
+
+    def died(self, process: Process) -> None:
+        """Lets the other ends of all streams of a process know, each in its time."""
+        for link in list(self.links):
+            if link.client is process:
+                link.forget_client(self.detection_s())
+            elif link.server is process:
+                link.lose_server(self.detection_s())
+        for server, way in list(self._opening):
+            if server is process:
+                lost = PeerLostError(process.name, "died while it was connected to")
+                self.tasks.call_later(self.detection_s(), lambda w=way, e=lost: w.fail(e))
 
 
 class MemoryLink:
-    """A way to a core through the network; messages of one link stay in order each way."""
+    """A way to a core through the network."""
 
     transport = "memory"
 
-    def __init__(self, core: WorkerCore, router_id: str, network: Network, tasks: Tasks) -> None:
-        self.core = core
+    def __init__(
+        self,
+        client: Process,
+        server: Process,
+        router_id: str,
+        there: Channel,
+        back: Channel,
+        network: Network,
+    ) -> None:
+        self.client = client
+        self.server = server
+        self.there = there
+        self.back = back
+        self.opening: Pending[WorkerLink] = Pending()
         self._router_id = router_id
         self._network = network
-        self._tasks = tasks
         self._waiting: list[Pending[Result]] = []
         self._is_closed = False
-        self._last_there_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that were not answered."""
+        return len(self._waiting)
 
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
         answer: Pending[Result] = Pending()
         if self._is_closed:
-            answer.fail(PeerLostError(self.core.worker_id, "closed"))
+            answer.fail(PeerLostError(self.server.name, "closed"))
             return answer
         self._waiting.append(answer)
         answer.when_done(lambda: self._waiting.remove(answer))
-        now_s = self._tasks.clock.now_s()
-        self._last_there_s = max(self._last_there_s, now_s + self._network.delay_s())
-        self._tasks.call_at(self._last_there_s, lambda: self._arrive(call, fence, answer))
+        self.there.send(lambda: self._arrive(call, fence, answer))
         return answer
 
     def close(self) -> None:
+        """What was sent before still arrives, as it does from a socket's buffer."""
         if not self._is_closed:
-            self.break_off()
-            self.core.router_gone(self._router_id)
+            self._is_closed = True
+            self.there.send(self._client_gone)
+            self._fail_waiting("closed")
 
-    def break_off(self) -> None:
-        """The other side is gone: everything that waits fails."""
+    def cut(self) -> None:
+        """Breaks the stream: nothing under way arrives, each end notices later."""
+        self.lose_server(self._network.detection_s())
+        self.forget_client(self._network.detection_s())
+
+    def lose_server(self, after_s: float) -> None:
+        """The router's end notices that the stream broke."""
+        self.there.is_cut = self.back.is_cut = True
+        notice = Channel(self.client, self.client, self._network)
+        self._network.tasks.call_later(after_s, lambda: notice.send(self._break_off))
+
+    def forget_client(self, after_s: float) -> None:
+        """The worker's end notices that the stream broke."""
+        self.there.is_cut = self.back.is_cut = True
+        notice = Channel(self.server, self.server, self._network)
+        self._network.tasks.call_later(after_s, lambda: notice.send(self._client_gone))
+
+    def _break_off(self) -> None:
         self._is_closed = True
+        self.opening.fail(PeerLostError(self.server.name, "the stream broke at once"))
+        if not self.server.is_alive:
+            self._forget()
+        self._fail_waiting("the stream broke")
+
+    def _fail_waiting(self, why: str) -> None:
         for answer in list(self._waiting):
-            answer.fail(PeerLostError(self.core.worker_id, "the stream broke"))
+            answer.fail(PeerLostError(self.server.name, why))
+
+    def _forget(self) -> None:
+        if self in self._network.links:
+            self._network.links.remove(self)
+
+    def _client_gone(self) -> None:
+        self._forget()
+        if self.server.core is not None:
+            self.server.core.router_gone(self._router_id)
 
     def _arrive(self, call: Call, fence: Fence, answer: Pending[Result]) -> None:
-        if not self._is_closed:
-            self.core.submit(call, fence, lambda result: self._reply(answer, result))
+        core = self.server.core
+        if core is not None:
+            core.submit(call, fence, lambda result: self._reply(answer, result))
 
     def _reply(self, answer: Pending[Result], result: Result) -> None:
-        self._tasks.call_later(self._network.delay_s(), lambda: answer.resolve(result))
+        self.back.send(lambda: answer.resolve(result))
 
 
 class DirectLink:
@@ -136,7 +295,7 @@ class Heard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
-    """What a test may want of routers."""
+    """What a test may want of routers, and of the network."""
 
     cache_size: CacheSize
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
@@ -144,48 +303,76 @@ class ClusterSettings:
     min_micro_batch_tokens: int = 1
     dispatch: DispatchLimits = field(default_factory=DispatchLimits)
     seed: int = 0
+    delay_s_max: float = 0.002
+    # Whether a router shares its process with the worker of its name, and asks it directly.
     has_direct_links: bool = True
 
 
 class MemoryCluster:
-    """Owns the clock and the tasks of a whole cluster, and runs it until something is so."""
+    """Owns the clock and all processes, and runs them until something is so."""
 
     def __init__(
         self,
         config: ModelConfig,
         settings: ClusterSettings,
-        make_core: Callable[[Member, Tasks], WorkerCore],
+        make_core: Callable[[Member, Process], WorkerCore],
         view: ClusterView,
         detokenizer_for: DetokenizerFor,
     ) -> None:
         self.clock = FakeClock()
-        self.tasks = Tasks(self.clock)
-        self.network = Network(self.tasks, settings.seed)
+        self.world = Tasks(self.clock)
+        self.network = Network(self.world, settings.seed, settings.delay_s_max)
         self.view = view
-        self.cores: dict[str, WorkerCore] = {}
-        self.routers: dict[str, Router] = {}
-        self._config = config
-        self._settings = settings
+        self.config = config
+        self.settings = settings
+        # The dead are kept, to be looked at.
+        self.processes: list[Process] = []
+        self.workers: dict[tuple[str, int], Process] = {}
         self._make_core = make_core
         self._detokenizer_for = detokenizer_for
         for member in view.members.values():
             self.start_worker(member)
         for router_id in view.chains:
-            self.start_router(router_id)
+            self.start_router(router_id, view.members[router_id].incarnation)
         self.publish(view)
 
-    def start_worker(self, member: Member) -> WorkerCore:
-        core = self._make_core(member, self.tasks)
-        self.cores[member.worker_id] = core
-        self.tasks.start_service(core.serve())
-        return core
+    @property
+    def routers(self) -> dict[str, Router]:
+        """Of those that live, the latest life of each."""
+        living = (p.router for p in self.processes if p.is_alive and p.router is not None)
+        return {router.links.router_id: router for router in living}
 
-    def start_router(self, router_id: str) -> Router:
-        settings, tasks = self._settings, self.tasks
-        links = LinkTable(router_id, 1, lambda member: self._connect(router_id, member), tasks)
+    @property
+    def cores(self) -> list[WorkerCore]:
+        return [p.core for p in self.processes if p.is_alive and p.core is not None]
+
+    def start_process(self, name: str) -> Process:
+        process = Process(name, self.clock)
+        self.processes.append(process)
+        return process
+
+    def start_worker(self, member: Member) -> Process:
+        """A life of a worker, ready at once."""
+        process = self.start_process(member.worker_id)
+        self.workers[(member.worker_id, member.incarnation)] = process
+        process.core = self._make_core(member, process)
+        process.tasks.start_service(process.core.serve())
+        return process
+
+    def start_router(self, router_id: str, incarnation: int) -> Process:
+        """A life of a router, in the process of its worker or in its own."""
+        settings = self.settings
+        if settings.has_direct_links:
+            process = self.workers[(router_id, incarnation)]
+        else:
+            process = self.start_process(f"router of {router_id}")
+        tasks = process.tasks
+        links = LinkTable(
+            router_id, incarnation, lambda member: self._connect(process, router_id, member), tasks
+        )
         dispatcher = Dispatcher(links, settings.dispatch, tasks)
         pipeline = Pipeline(
-            self._config.num_layers, links, dispatcher, tasks, settings.dispatch.timeout_s
+            self.config.num_layers, links, dispatcher, tasks, settings.dispatch.timeout_s
         )
         limits = RouterLimits(
             scheduler=settings.scheduler,
@@ -193,19 +380,24 @@ class MemoryCluster:
             min_micro_batch_tokens=settings.min_micro_batch_tokens,
         )
         pool = BlockPool(settings.cache_size.num_blocks, settings.cache_size.block_size)
-        router = Router(self._config, pool, limits, links, pipeline, self._detokenizer_for, tasks)
-        self.routers[router_id] = router
-        tasks.start_service(router.serve())
-        return router
+        process.router = Router(
+            self.config, pool, limits, links, pipeline, self._detokenizer_for, tasks
+        )
+        tasks.start_service(process.router.serve())
+        return process
 
     def publish(self, view: ClusterView) -> None:
         """Gives a view to everybody at once."""
         self.view = view
-        for core in self.cores.values():
-            core.raise_epoch(view.placement_epoch)
-        for router in self.routers.values():
-            router.links.update(view)
-            router.chain_changed()
+        for process in self.processes:
+            if process.is_alive:
+                take_view(process, view)
+
+    def kill(self, process: Process) -> None:
+        """Ends a process; the others notice in their time."""
+        if process.is_alive:
+            process.die()
+            self.network.died(process)
 
     def submit(self, router_id: str, request_id: str, routed: RoutedRequest) -> Heard:
         heard = Heard()
@@ -215,42 +407,77 @@ class MemoryCluster:
     def run_until(self, is_so: Callable[[], bool], limit_s: float = 600.0) -> None:
         """Runs, with time going on where nothing is ready, until a condition holds."""
         while not is_so():
-            if self.tasks.run_ready():
-                continue
-            next_s = self.tasks.next_timer_s()
-            assert next_s is not None, "nothing will ever happen again"
-            assert next_s <= limit_s, f"not so within {limit_s} s of simulated time"
-            self.clock.advance_to(next_s)
+            if not self._run_ready():
+                next_s = self._next_s()
+                assert next_s is not None, "nothing will ever happen again"
+                assert next_s <= limit_s, f"not so within {limit_s} s of simulated time"
+                self.clock.advance_to(next_s)
 
     def settle(self) -> None:
         """Runs until nothing will ever happen by itself again."""
         while True:
-            self.tasks.run_ready()
-            next_s = self.tasks.next_timer_s()
-            if next_s is None:
-                return
-            self.clock.advance_to(next_s)
+            if not self._run_ready():
+                next_s = self._next_s()
+                if next_s is None:
+                    return
+                self.clock.advance_to(next_s)
+
+    def close(self) -> None:
+        """Closes all ways and ends all processes; asserts that nothing was left over."""
+        living = [process for process in self.processes if process.is_alive]
+        for process in living:
+            if process.router is not None:
+                process.router.links.close()
+        self.settle()
+        self.check_idle()
+        for process in living:
+            num_services = (process.core is not None) + (process.router is not None)
+            assert process.tasks.num_alive == num_services, process.name
+            process.tasks.close()
+            assert process.tasks.num_alive == 0
+        open_links = [link for link in self.network.links if link.server.is_alive]
+        assert [link.server.name for link in open_links] == []
 
     def check_idle(self) -> None:
         """Asserts that no block, request, batch or call is left."""
         for router in self.routers.values():
-            assert router.num_active == 0
+            assert router.num_active == 0, router.links.router_id
             assert not router.scheduler.has_work
             assert router.scheduler.pool.num_held == 0
             router.scheduler.pool.check_integrity()
-        for core in self.cores.values():
-            assert core.num_waiting == 0
+        for core in self.cores:
+            assert core.num_waiting == 0, core.worker_id
+        assert not any(link.num_waiting and link.client.is_alive for link in self.network.links)
 
-    def _connect(self, router_id: str, member: Member) -> Pending[WorkerLink]:
+    def _run_ready(self) -> bool:
+        has_run = self.world.run_ready()
+        for process in self.processes:
+            has_run |= process.run()
+        return has_run
+
+    def _next_s(self) -> float | None:
+        times = [self.world.next_timer_s(), *(process.next_s() for process in self.processes)]
+        return min((time_s for time_s in times if time_s is not None), default=None)
+
+    def _connect(self, client: Process, router_id: str, member: Member) -> Pending[WorkerLink]:
+        server = self.workers.get((member.worker_id, member.incarnation))
         way: Pending[WorkerLink] = Pending()
-        core = self.cores.get(member.worker_id)
-        if core is None or core.incarnation != member.incarnation:
-            way.fail(PeerLostError(member.worker_id, "nobody there"))
-        elif member.worker_id == router_id and self._settings.has_direct_links:
-            way.resolve(DirectLink(core))
-        else:
-            way.resolve(self.network.connect(core, router_id))
+        if server is client and client.core is not None:
+            way.resolve(DirectLink(client.core))
+            return way
+        if server is not None and server.is_alive:
+            return self.network.connect(client, server, router_id)
+        way.fail(PeerLostError(member.worker_id, "nobody there"))
         return way
+
+
+def take_view(process: Process, view: ClusterView) -> None:
+    """What a process does with a view that arrives."""
+    if process.core is not None:
+        process.core.raise_epoch(view.placement_epoch)
+    if process.router is not None:
+        process.router.links.update(view)
+        process.router.chain_changed()
 
 
 def all_ended(heard: Mapping[str, Heard]) -> bool:

@@ -113,6 +113,8 @@ class WorkerCore:
         self._queue: deque[_Waiting] = deque()
         self._num_waiting_rows = 0
         self._arrived = Signal()
+        # Of each router the newest life and step whose batches came to the attention shard.
+        self._newest_steps: dict[str, tuple[int, int]] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -133,7 +135,7 @@ class WorkerCore:
 
     def submit(self, call: Call, fence: Fence, reply: Reply) -> None:
         """Queues a call, or refuses it at once."""
-        refusal = self._fault_of(call, fence)
+        refusal = self._fault_of(call, fence) or self._lack_of_room(call)
         if refusal is not None:
             reply(refusal)
             return
@@ -178,10 +180,15 @@ class WorkerCore:
         now_s = self._tasks.clock.now_s()
         alive: list[_Waiting] = []
         for waiting in batch:
-            if waiting.deadline_s is None or waiting.deadline_s >= now_s:
+            if waiting.deadline_s is not None and waiting.deadline_s < now_s:
+                refusal = self._refuse(RefusalReason.EXPIRED, "nobody waits any more")
+            else:
+                # A new placement may have taken experts away while it waited.
+                refusal = self._fence_fault(waiting.fence)
+            if refusal is None:
                 alive.append(waiting)
             else:
-                waiting.reply(self._refuse(RefusalReason.EXPIRED, "nobody waits any more"))
+                waiting.reply(refusal)
         if alive:
             self._compute(alive)
 
@@ -210,7 +217,12 @@ class WorkerCore:
             results = self._results(batch)
         except Exception as error:
             logger.exception("%s failed to compute", self.worker_id)
-            results = [self._refuse(RefusalReason.FAULT, repr(error))] * len(batch)
+            if len(batch) > 1:
+                # One of them is at fault: it must not fail the others, of other routers.
+                for waiting in batch:
+                    self._compute([waiting])
+                return
+            results = [self._refuse(RefusalReason.FAULT, repr(error))]
         for waiting, result in zip(batch, results, strict=True):
             waiting.reply(result)
 
@@ -220,6 +232,8 @@ class WorkerCore:
             return list(_run_merged(self._experts, calls))
         assert self._attention is not None
         call, fence = batch[0].call, batch[0].fence
+        if not isinstance(call, AbandonBatch) and not self._is_of_newest_step(fence):
+            return [self._refuse(RefusalReason.EXPIRED, "a later step has begun")]
         owner = (fence.router_id, fence.router_incarnation)
         match call:
             case BeginBatch():
@@ -232,8 +246,32 @@ class WorkerCore:
             case RunExperts():
                 raise AssertionError
 
+    def _is_of_newest_step(self, fence: Fence) -> bool:
+        """Whether a router has not begun a later step; earlier ones' batches are forgotten.
+
+        A router that gave a step up may have handed the blocks to other sequences, while calls of
+        that step are still on their way by a stream that it left: they must not write there.
+        """
+        assert self._attention is not None
+        step = (fence.router_incarnation, fence.step)
+        newest = self._newest_steps.get(fence.router_id, (0, 0))
+        if step > newest:
+            self._newest_steps[fence.router_id] = step
+            self._attention.release(fence.router_id)
+        return step >= newest
+
     def _fault_of(self, call: Call, fence: Fence) -> Refusal | None:
         """Why a call is refused before it waits, if it is."""
+        refusal = self._fence_fault(fence)
+        if refusal is not None:
+            return refusal
+        if isinstance(call, RunExperts):
+            return self._experts.fault_of(call)
+        if self._attention is None:
+            return self._refuse(RefusalReason.NOT_HELD, "no attention shard here")
+        return None
+
+    def _fence_fault(self, fence: Fence) -> Refusal | None:
         if fence.incarnation != self.incarnation:
             message = f"incarnation {fence.incarnation} is meant, this is {self.incarnation}"
             return self._refuse(RefusalReason.STALE_INCARNATION, message)
@@ -242,19 +280,18 @@ class WorkerCore:
             return self._refuse(RefusalReason.STALE_EPOCH, message)
         if self.state not in (WorkerState.READY, WorkerState.DRAINING):
             return self._refuse(RefusalReason.NOT_HELD, f"the worker is {self.state.value}")
+        return None
+
+    def _lack_of_room(self, call: Call) -> Refusal | None:
         num_rows = len(call.rows_TD) if isinstance(call, RunExperts) else 0
         has_room = (
             len(self._queue) < self._limits.max_waiting_calls
             and self._num_waiting_rows + num_rows <= self._limits.max_waiting_rows
         )
-        if not has_room:
-            message = f"{len(self._queue)} calls with {self._num_waiting_rows} rows wait"
-            return self._refuse(RefusalReason.OVERLOADED, message)
-        if isinstance(call, RunExperts):
-            return self._experts.fault_of(call)
-        if self._attention is None:
-            return self._refuse(RefusalReason.NOT_HELD, "no attention shard here")
-        return None
+        if has_room:
+            return None
+        message = f"{len(self._queue)} calls with {self._num_waiting_rows} rows wait"
+        return self._refuse(RefusalReason.OVERLOADED, message)
 
     def _refuse(self, reason: RefusalReason, message: str) -> Refusal:
         return Refusal(reason, message, self.placement_epoch)

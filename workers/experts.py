@@ -61,6 +61,15 @@ class ExpertShard:
             else:
                 del self._groups[layer]
 
+    def examples(self) -> list[tuple[int, int]]:
+        """A (layer, expert) of each size of stack: a call for each runs every program."""
+        by_size = {
+            len(group.expert_ids): (layer, group.expert_ids[0])
+            for layer, groups in self._groups.items()
+            for group in groups
+        }
+        return list(by_size.values())
+
     def whole_layer(self, layer: int) -> ExpertParams | None:
         """The parameters of a layer of which all experts are here, in order, as one stack."""
         groups = self._groups.get(layer, [])

@@ -24,6 +24,7 @@ from cluster.tasks import Pending
 from cluster.wire_tensors import MalformedMessageError, PayloadReader
 from workers.intake import Intake, Presence
 
+_EOF: Any = grpc.aio.EOF  # pyright: ignore
 _SERVICE = "milliways.v1.WorkerService"
 
 
@@ -111,7 +112,7 @@ class GrpcServer:
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Any) -> None:
         stream = _Stream(self._reactor, self._presence, context, self._limits)
-        await stream.run(requests)
+        await stream.run()
 
 
 class _Stream:
@@ -129,10 +130,11 @@ class _Stream:
         self._is_taking = False
         self._has_room = asyncio.Event()
 
-    async def run(self, requests: AsyncIterator[bytes]) -> None:
+    async def run(self) -> None:
         """Until the stream breaks, or brings something that is no message."""
+        context = self._context
         try:
-            async for data in requests:
+            while (data := await context.read()) is not _EOF:
                 self._take(data)
                 if self._outbox and not self._is_writing:
                     await self._flush()
@@ -140,7 +142,7 @@ class _Stream:
                     self._has_room.clear()
                     await self._has_room.wait()
         except MalformedMessageError as error:
-            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             self._intake.close()
 

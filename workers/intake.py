@@ -8,6 +8,7 @@ from cluster import codec
 from cluster.calls import Refusal, Result
 from cluster.errors import RefusalReason
 from cluster.links import CallSink
+from cluster.wire_fields import Fields
 from cluster.wire_tensors import MalformedMessageError, PayloadReader
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Intake:
         self._router_id = router_id
         self._presence.arrived(router_id)
 
-    def take(self, fields: codec.Fields, payload: PayloadReader) -> None:
+    def take(self, fields: Fields, payload: PayloadReader) -> None:
         """Submits a call; what cannot be read, or comes in another's name, is refused."""
         reply = _Reply(self, fields.call_id)
         self.num_open += 1

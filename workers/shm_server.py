@@ -29,6 +29,7 @@ from cluster.frames import (
 from cluster.link_limits import LinkLimits
 from cluster.reactor import Reactor
 from cluster.shm import Segment, attach_segment
+from cluster.wire_fields import Fields
 from cluster.wire_tensors import MalformedMessageError, PayloadReader
 from workers.intake import Intake, Presence
 
@@ -67,11 +68,13 @@ class ShmServer:
         self._listener.bind(f"\0{self.socket_name}")
         self._listener.listen(_BACKLOG)
         self._reactor.register(self._listener.fileno(), EVENT_READ, self._on_ready)
+        self._reactor.add_closer(self.stop)
 
     def stop(self) -> None:
         """Takes nobody any more and breaks all connections."""
         if self._listener is None:
             return
+        self._reactor.remove_closer(self.stop)
         self._reactor.unregister(self._listener.fileno())
         self._listener.close()
         self._listener = None
@@ -184,7 +187,7 @@ class _Connection:
         room = _Room(segment.buffer, frame.response_offset, frame.num_response_bytes)
         self._submit(codec.split_request(frame.header), payload, room)
 
-    def _submit(self, fields: codec.Fields, payload: PayloadReader, room: "_Room") -> None:
+    def _submit(self, fields: Fields, payload: PayloadReader, room: "_Room") -> None:
         call_id = fields.call_id
         if call_id in self._rooms:
             raise MalformedMessageError(f"call {call_id} is open already")

@@ -94,9 +94,7 @@ def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int
     cluster.run_until(lambda: all_ended(heard), 1e6)
     assert [one.error for one in heard.values()] == [None] * len(wanted)
     cluster.settle()
-    cluster.tasks.close()
-    assert cluster.tasks.num_alive == 0
-    cluster.check_idle()
+    cluster.close()
     return [by_sample(one.events) for one in heard.values()]
 
 
@@ -148,7 +146,7 @@ def test_a_worker_reads_its_own_bytes_only(golden_dir: Path, spread: Spread) -> 
         config = checkpoint.config
         sizes = checkpoint_bytes(checkpoint, 4)
     view = view_of(placement)
-    MemoryCluster(config, settings, factory, view, lambda request: NoText()).tasks.close()
+    MemoryCluster(config, settings, factory, view, lambda request: NoText()).close()
     for worker in placement.workers:
         shard = worker.attention
         wanted = shard.num_layers * sizes.attention_layer_bytes

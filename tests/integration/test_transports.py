@@ -6,9 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -20,14 +20,10 @@ from cluster.calls import (
     Abandoned,
     AdvanceBatch,
     BeginBatch,
-    Call,
     Departure,
     Drawn,
     ExpertInput,
-    ExpertOutputs,
-    Fence,
     Refusal,
-    Result,
     RunExperts,
     TokenRows,
 )
@@ -37,86 +33,39 @@ from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
 from cluster.reactor import Reactor
-from cluster.tasks import Pending
 from cluster.view import Member
 from model.sampling import SampleRow, SamplingParams
-from router.connect import Connector
 from router.direct_link import DirectLink
 from tests.echo_worker import (
     FAULTY_LAYER,
     HELD_LAYER,
-    INCARNATION,
     LOGITS_LAYER,
     LOST_LAYER,
     WORKER_ID,
     EchoCore,
     drawn_token,
-    expert_outputs,
     member_at,
     serving,
 )
+from tests.router_side import (
+    FENCE,
+    ROUTER_ID,
+    Router,
+    assert_outputs,
+    random_call,
+    running_router,
+    wait_until,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ROUTER_ID = "router-1"
-FENCE = Fence(
-    placement_epoch=5,
-    incarnation=INCARNATION,
-    step=9,
-    timeout_s=30.0,
-    router_id=ROUTER_ID,
-    router_incarnation=2,
-)
 REMOTE = ("grpc", "shm")
 ALL = ("direct", *REMOTE)
-TIMEOUT_S = 20.0
-
-
-@dataclass
-class Router:
-    """A router's reactor, as the thread of a test uses it."""
-
-    reactor: Reactor
-
-    def connect(
-        self, member: Member, wanted: str, limits: LinkLimits | None = None, host_id: str = ""
-    ) -> WorkerLink:
-        connector = Connector(
-            self.reactor,
-            router_id=ROUTER_ID,
-            host_id=host_id,
-            wanted=wanted,
-            limits=limits,
-        )
-        return self.reactor.ask(lambda: connector.connect(member), TIMEOUT_S)
-
-    def ask(self, link: WorkerLink, call: Call, fence: Fence = FENCE) -> Result:
-        return self.reactor.ask(lambda: link.ask(call, fence), TIMEOUT_S)
-
-    def ask_all(self, link: WorkerLink, calls: list[Call]) -> list[Result]:
-        """All at once; their results in order."""
-
-        async def one(call: Call) -> Result:
-            return await link.ask(call, FENCE)
-
-        tasks = self.reactor.tasks
-        return self.reactor.ask(
-            lambda: tasks.start(tasks.gather(one(call) for call in calls)), TIMEOUT_S
-        )
-
-    def begin_ask(self, link: WorkerLink, call: Call) -> Pending[Result]:
-        return self.reactor.call(lambda: link.ask(call, FENCE))
-
-    def close(self, link: WorkerLink) -> None:
-        self.reactor.call(link.close)
 
 
 @pytest.fixture
 def router() -> Iterator[Router]:
-    reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="router")
-    reactor.start()
-    yield Router(reactor)
-    reactor.close()
-    assert reactor.tasks.num_alive == 0
+    with running_router() as router:
+        yield router
 
 
 @contextmanager
@@ -133,27 +82,6 @@ def linked(
         assert link.transport == wanted
         yield link, server.core
         router.close(link)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < deadline_s, "it does not happen"
-        time.sleep(0.005)
-
-
-def random_call(seed: int, num_rows: int, width: int = 64, dtype: type = np.float32) -> RunExperts:
-    rng = np.random.default_rng(seed)
-    rows_TD = rng.standard_normal((num_rows, width)).astype(np.float32).astype(dtype)
-    ids_TA = rng.integers(-1, 8, (num_rows, 2), dtype=np.int32)
-    return RunExperts(seed % 64, rows_TD, ids_TA)
-
-
-def assert_outputs(result: Result, call: RunExperts) -> None:
-    assert isinstance(result, ExpertOutputs)
-    expected_ND = expert_outputs(call.rows_TD, call.expert_ids_TA)
-    assert result.rows_ND.dtype == expected_ND.dtype
-    assert result.rows_ND.tobytes() == expected_ND.tobytes()
 
 
 def tokens_of(num_rows: int) -> TokenRows:
@@ -234,7 +162,7 @@ def test_results_may_come_in_another_order(router: Router, wanted: str) -> None:
         assert_outputs(held.result(), held_call)
 
 
-@pytest.mark.parametrize("wanted", REMOTE)
+@pytest.mark.parametrize("wanted", ALL)
 def test_fault_of_the_core_is_a_refusal(router: Router, wanted: str) -> None:
     with linked(router, wanted) as (link, _):
         result = router.ask(link, replace(random_call(1, 2), layer=FAULTY_LAYER))

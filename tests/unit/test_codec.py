@@ -238,7 +238,7 @@ def test_result_crosses_the_wire(call_id: int, result: Result) -> None:
 @given(calls(), FENCES, st.booleans())
 def test_payload_travels_beside_its_header(call: Call, fence: Fence, is_shared: bool) -> None:
     header, payload = codec.encode_request(7, call, fence)
-    room = bytearray(payload.num_bytes + 64)
+    room = memoryview(bytearray(payload.num_bytes + 64))
     payload.write_to(room, 64)
     reader = PayloadReader(room, 64, payload.num_bytes, is_shared=is_shared)
     assert_same(call, codec.decode_request(codec.split_request(header), reader).call)

@@ -30,6 +30,8 @@ KERNEL = (
     "cluster.codec",
     "cluster.frames",
     "cluster.link_limits",
+    "cluster.malloc",
+    "cluster.wire_fields",
     "cluster.wire_sampling",
     "cluster.wire_tensors",
     "cluster.reactor",

@@ -116,6 +116,22 @@ def test_waiting_sequence_can_be_cancelled() -> None:
     assert run_step(scheduler) == [(1, 1)]
 
 
+def test_whether_a_token_is_wanted_is_settled_when_the_step_is_chosen() -> None:
+    scheduler = make_scheduler()
+    (sequence,) = add(scheduler, [10, 11, 12])
+    [entry] = scheduler.schedule()
+    assert entry.wants_token
+    scheduler.finish(sequence, SequenceStatus.FAILED)
+    assert entry.wants_token
+
+
+def test_more_samples_than_the_queue_is_long_are_queued_where_nothing_is_ahead() -> None:
+    scheduler = make_scheduler(max_running=1, max_waiting=1)
+    assert scheduler.can_queue(5)
+    add(scheduler, [10], num_samples=5)
+    assert not scheduler.can_queue(1)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_any_load_ends_and_leaves_no_block_held(seed: int) -> None:
     rng = random.Random(seed)

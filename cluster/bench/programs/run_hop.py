@@ -32,6 +32,7 @@ from cluster.clock import SystemClock
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
+from cluster.malloc import keep_freed_blocks
 from cluster.reactor import Reactor
 from cluster.shm import local_host_id
 from cluster.view import Member, WorkerState
@@ -259,4 +260,6 @@ def run_client(contestant: str) -> None:
 
 if __name__ == "__main__":
     role, name = sys.argv[1:]
+    # All of them: it is a setting of the process, not of what is compared.
+    keep_freed_blocks()
     run_client(name) if role == "client" else SERVERS[name]()

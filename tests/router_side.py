@@ -1,0 +1,100 @@
+"""A router's side of the transports' tests: its reactor, calls, and what they should come to."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.calls import Call, ExpertOutputs, Fence, Result, RunExperts
+from cluster.clock import SystemClock
+from cluster.hosted_loop import AsyncioLoop
+from cluster.link_limits import LinkLimits
+from cluster.links import WorkerLink
+from cluster.reactor import Reactor
+from cluster.tasks import Pending
+from cluster.view import Member
+from router.connect import Connector
+from tests.echo_worker import INCARNATION, expert_outputs
+
+ROUTER_ID = "router-1"
+FENCE = Fence(
+    placement_epoch=5,
+    incarnation=INCARNATION,
+    step=9,
+    timeout_s=30.0,
+    router_id=ROUTER_ID,
+    router_incarnation=2,
+)
+TIMEOUT_S = 20.0
+
+
+@dataclass
+class Router:
+    """A router's reactor, as the thread of a test uses it."""
+
+    reactor: Reactor
+
+    def connect(
+        self, member: Member, wanted: str, limits: LinkLimits | None = None, host_id: str = ""
+    ) -> WorkerLink:
+        connector = Connector(
+            self.reactor,
+            router_id=ROUTER_ID,
+            host_id=host_id,
+            wanted=wanted,
+            limits=limits,
+        )
+        return self.reactor.ask(lambda: connector.connect(member), TIMEOUT_S)
+
+    def ask(self, link: WorkerLink, call: Call, fence: Fence = FENCE) -> Result:
+        return self.reactor.ask(lambda: link.ask(call, fence), TIMEOUT_S)
+
+    def ask_all(self, link: WorkerLink, calls: list[Call]) -> list[Result]:
+        """All at once; their results in order."""
+
+        async def one(call: Call) -> Result:
+            return await link.ask(call, FENCE)
+
+        tasks = self.reactor.tasks
+        return self.reactor.ask(
+            lambda: tasks.start(tasks.gather(one(call) for call in calls)), TIMEOUT_S
+        )
+
+    def begin_ask(self, link: WorkerLink, call: Call) -> Pending[Result]:
+        return self.reactor.call(lambda: link.ask(call, FENCE))
+
+    def close(self, link: WorkerLink) -> None:
+        self.reactor.call(link.close)
+
+
+@contextmanager
+def running_router() -> Iterator[Router]:
+    """In a thread of its own; no task of it is left at the end."""
+    reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="router")
+    reactor.start()
+    yield Router(reactor)
+    reactor.close()
+    assert reactor.tasks.num_alive == 0
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < deadline_s, "it does not happen"
+        time.sleep(0.005)
+
+
+def random_call(seed: int, num_rows: int, width: int = 64, dtype: type = np.float32) -> RunExperts:
+    rng = np.random.default_rng(seed)
+    rows_TD = rng.standard_normal((num_rows, width)).astype(np.float32).astype(dtype)
+    ids_TA = rng.integers(-1, 8, (num_rows, 2), dtype=np.int32)
+    return RunExperts(seed % 64, rows_TD, ids_TA)
+
+
+def assert_outputs(result: Result, call: RunExperts) -> None:
+    assert isinstance(result, ExpertOutputs)
+    expected_ND = expert_outputs(call.rows_TD, call.expert_ids_TA)
+    assert result.rows_ND.dtype == expected_ND.dtype
+    assert result.rows_ND.tobytes() == expected_ND.tobytes()

@@ -1,0 +1,334 @@
+"""A model that can be computed by hand: whole numbers modulo a prime, two columns a row.
+
+Any misrouting shows in the tokens. Expert e of layer l maps x to (e+1)x + l. Attention keeps what
+it reads in blocks, as keys and values are kept, so that a wrong block table, a block reused too
+early, a replay left out or a stale write reads other numbers; what was never written is NaN, and
+no token can be drawn from it.
+
+    embed     x = (7 token + position + 1, token + 3 position + 2)
+    attend    keep x of this position; a = x + the sum over positions q <= p of (q+1) kept[q]
+    gate      best = (a0 + l) mod E, second = (best + 1 + a1 mod (E-1)) mod E
+    combine   x = a + 2 (output of best) + (output of second)
+    draw      (x0 + 3 x1) mod V, and what sampling parameters add; see `draw`
+
+An example with 4 experts, 1 layer, vocabulary 64, prompt (5, 3):
+
+    position 0, token 5   x = (36, 7)
+                          a = x + 1 x = (72, 14); best = 72 mod 4 = 0, second = (0+1+14 mod 3) = 3
+                          x = (72, 14) + 2 (72, 14) + 4 (72, 14) = (504, 98)
+    position 1, token 3   x = (23, 8)
+                          a = (23, 8) + 1 (36, 7) + 2 (23, 8) = (105, 31)
+                          best = 105 mod 4 = 1, second = (1 + 1 + 31 mod 3) mod 4 = 3
+                          x = (105, 31) + 2*2 (105, 31) + 4 (105, 31) = (945, 279)
+    token drawn           (945 + 3*279) mod 64 = 1782 mod 64 = 54
+
+`expected_streams` computes the same with plain numbers, without rows, blocks or workers.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.calls import (
+    AdvanceBatch,
+    BeginBatch,
+    Departure,
+    Drawn,
+    ExpertInput,
+    Refusal,
+    RunExperts,
+    TokenRows,
+    Turn,
+)
+from cluster.errors import RefusalReason
+from cluster.placement import ExpertId
+from model.config import ModelConfig
+from model.runner import CacheSize, SampledToken
+from model.sampling import SamplingParams
+from router.request import GenerateRequest
+from router.sequence import FinishReason
+
+PRIME = 8191
+VOCAB_SIZE = 64
+WEIGHTS = (2, 1)
+Owner = tuple[str, int]
+
+
+def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -> ModelConfig:
+    """The shape of the model that can be computed by hand."""
+    return ModelConfig(
+        emb_size=2,
+        key_size=2,
+        num_q_heads=1,
+        num_kv_heads=1,
+        num_layers=num_layers,
+        vocab_size=VOCAB_SIZE,
+        ffn_size=8,
+        num_experts=num_experts,
+        num_selected_experts=len(WEIGHTS),
+        sequence_len=sequence_len,
+        embedding_multiplier_scale=1.0,
+        output_multiplier_scale=1.0,
+        attn_output_multiplier=1.0,
+    )
+
+
+def draw(
+    row: Sequence[float],
+    params: SamplingParams,
+    token_ids: Sequence[int],
+    num_prompt: int,
+    index: int,
+) -> SampledToken:
+    """The token after `token_ids`: a function of all that a true draw depends on."""
+    if np.isnan(row).any():
+        return SampledToken(token_id=-1, logprob=0.0, top_logprobs=(), is_valid=False)
+    total = int(row[0]) + 3 * int(row[1])
+    if params.temperature > 0:
+        total += 5 * params.seed + 7 * index + 11 * len(token_ids)
+    if params.has_penalty:
+        total += sum(token_ids[num_prompt:])
+    token_id = total % VOCAB_SIZE
+    logprob = -float(row[0]) / PRIME
+    top = tuple(((token_id + i) % VOCAB_SIZE, logprob - i) for i in range(params.num_logprobs))
+    return SampledToken(token_id=token_id, logprob=logprob, top_logprobs=top, is_valid=True)
+
+
+def letter(token_id: int) -> str:
+    return chr(ord("a") + token_id % 26)
+
+
+class Letters:
+    """A letter for each token."""
+
+    def push(self, token_id: int) -> str:
+        return letter(token_id)
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Everything that the client of one sample gets."""
+
+    tokens: tuple[SampledToken, ...]
+    text: str
+    finish_reason: FinishReason | None
+
+
+def expected_streams(request: GenerateRequest, config: ModelConfig) -> list[Stream]:
+    """What each sample of a request must come to, whatever happens to the cluster."""
+    return [_expected_stream(request, config, index) for index in range(request.num_samples)]
+
+
+def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int) -> Stream:
+    rows = _Rows(config)
+    row = [rows.push(token_id) for token_id in request.prompt_ids][-1]
+    token_ids = list(request.prompt_ids)
+    drawn: list[SampledToken] = []
+    text = ""
+    num_max = min(request.max_tokens, max(1, config.sequence_len - len(token_ids)))
+    while True:
+        token = draw(row, request.sampling, token_ids, len(request.prompt_ids), index)
+        drawn.append(token)
+        token_ids.append(token.token_id)
+        if token.token_id == config.eos_token and not request.ignore_eos:
+            return Stream(tuple(drawn), text, FinishReason.STOP)
+        text += letter(token.token_id)
+        places = [text.find(stop) for stop in request.stop if stop in text]
+        if places:
+            return Stream(tuple(drawn), text[: min(places)], FinishReason.STOP)
+        if len(drawn) == num_max:
+            return Stream(tuple(drawn), text, FinishReason.LENGTH)
+        row = rows.push(token.token_id)
+
+
+class _Rows:
+    """The last row of a growing sequence, in plain numbers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._num_before = 0
+        self._sums = [(0, 0)] * config.num_layers
+
+    def push(self, token_id: int) -> tuple[int, int]:
+        p, num_experts = self._num_before, self._config.num_experts
+        x, y = (7 * token_id + p + 1) % PRIME, (token_id + 3 * p + 2) % PRIME
+        for layer in range(self._config.num_layers):
+            s, t = self._sums[layer]
+            s, t = self._sums[layer] = s + (p + 1) * x, t + (p + 1) * y
+            a, b = (x + s) % PRIME, (y + t) % PRIME
+            best = (a + layer) % num_experts
+            second = (best + 1 + b % (num_experts - 1)) % num_experts
+            x = (a + 2 * ((best + 1) * a + layer) + (second + 1) * a + layer) % PRIME
+            y = (b + 2 * ((best + 1) * b + layer) + (second + 1) * b + layer) % PRIME
+        self._num_before += 1
+        return x, y
+
+
+def _no_time(seconds: float) -> None:
+    pass
+
+
+class FakeExperts:
+    """Experts that multiply. `refusals` are given out before anything is computed again."""
+
+    def __init__(self, config: ModelConfig, held: Iterable[ExpertId]) -> None:
+        self.held = set(held)
+        self.refusals: deque[RefusalReason] = deque()
+        self.compute_s = 0.0
+        self.spend: Callable[[float], None] = _no_time
+        self._config = config
+
+    def has_whole_layer(self, layer: int) -> bool:
+        return all(ExpertId(layer, e) in self.held for e in range(self._config.num_experts))
+
+    def fault_of(self, call: RunExperts) -> Refusal | None:
+        if self.refusals:
+            return Refusal(self.refusals.popleft(), "as the test has it")
+        wanted = {ExpertId(call.layer, int(e)) for e in np.unique(call.expert_ids_TA) if e >= 0}
+        if wanted <= self.held:
+            return None
+        return Refusal(RefusalReason.NOT_HELD, f"{sorted(wanted - self.held)} are not here")
+
+    def run(self, call: RunExperts) -> np.ndarray:
+        self.spend(self.compute_s)
+        rows, columns = np.nonzero(call.expert_ids_TA >= 0)
+        ids_N = call.expert_ids_TA[rows, columns]
+        if not all(ExpertId(call.layer, int(e)) in self.held for e in ids_N):
+            raise RuntimeError("computed without having been asked whether it can be")
+        return call.rows_TD[rows] * (ids_N + 1)[:, None].astype(np.float32) + np.float32(call.layer)
+
+
+@dataclass(slots=True)
+class _Batch:
+    tokens: TokenRows
+    hidden_TD: np.ndarray
+    layer: int
+
+
+class FakeAttention:
+    """Layers that add up what their blocks hold; the blocks are one router's at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range,
+        has_ends: bool,
+        cache_size: CacheSize,
+        experts: FakeExperts,
+    ) -> None:
+        self.compute_s = 0.0
+        self.spend: Callable[[float], None] = _no_time
+        self.refusals: deque[RefusalReason] = deque()
+        self._config = config
+        self._layers = layers
+        self._has_ends = has_ends
+        self._size = cache_size
+        self._experts = experts
+        self._kept = {
+            layer: np.full((cache_size.num_blocks, cache_size.block_size, 2), np.nan)
+            for layer in layers
+        }
+        self._batches: dict[int, _Batch] = {}
+        self._owner: Owner = ("", 0)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._batches)
+
+    def begin(self, owner: Owner, call: BeginBatch) -> Turn | Refusal:
+        refusal = self._fault_of(owner, call)
+        if refusal is not None:
+            return refusal
+        hidden_TD = _embed(call.tokens) if call.hidden_TD is None else call.hidden_TD
+        return self._run(call.batch_id, _Batch(call.tokens, hidden_TD, call.layer))
+
+    def advance(self, owner: Owner, call: AdvanceBatch) -> Turn | Refusal:
+        if self.refusals:
+            return Refusal(self.refusals.popleft(), "as the test has it")
+        batch = self._batches.get(call.batch_id)
+        if owner != self._owner or batch is None or batch.layer != call.layer:
+            return Refusal(RefusalReason.UNKNOWN_BATCH, f"{call.batch_id} at layer {call.layer}")
+        del self._batches[call.batch_id]
+        batch.hidden_TD = _combine(batch.hidden_TD, call.outputs_TAD)
+        batch.layer += 1
+        return self._run(call.batch_id, batch)
+
+    def abandon(self, owner: Owner, batch_id: int) -> None:
+        if owner == self._owner:
+            self._batches.pop(batch_id, None)
+
+    def release(self, router_id: str) -> None:
+        if router_id == self._owner[0]:
+            self._batches.clear()
+
+    def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
+        if self.refusals:
+            return Refusal(self.refusals.popleft(), "as the test has it")
+        if owner[0] == self._owner[0] and owner[1] < self._owner[1]:
+            return Refusal(RefusalReason.STALE_INCARNATION, f"{owner[0]} has a later life")
+        if owner != self._owner:
+            self._owner = owner
+            self._batches.clear()
+        is_end = call.layer == self._config.num_layers or call.layer == 0
+        if (is_end and not self._has_ends) or (
+            call.layer < self._config.num_layers and call.layer not in self._layers
+        ):
+            return Refusal(RefusalReason.NOT_HELD, f"layer {call.layer} is not here")
+        return None
+
+    def _run(self, batch_id: int, batch: _Batch) -> Turn:
+        self.spend(self.compute_s)
+        while batch.layer in self._layers:
+            batch.hidden_TD = self._attend(batch)
+            ids_TA = _gate(batch.hidden_TD, batch.layer, self._config.num_experts)
+            if not self._experts.has_whole_layer(batch.layer):
+                self._batches[batch_id] = batch
+                return ExpertInput(batch.layer, batch.hidden_TD, ids_TA)
+            outputs_ND = self._experts.run(RunExperts(batch.layer, batch.hidden_TD, ids_TA))
+            batch.hidden_TD = _combine(batch.hidden_TD, outputs_ND.reshape(*ids_TA.shape, 2))
+            batch.layer += 1
+        if batch.layer < self._config.num_layers or not self._has_ends:
+            return Departure(batch.hidden_TD)
+        rows = batch.hidden_TD[batch.tokens.logits_rows_W]
+        return Drawn(
+            tuple(
+                draw(row.tolist(), s.params, s.token_ids, s.num_prompt_tokens, s.sample_index)
+                for row, s in zip(rows, batch.tokens.samples, strict=True)
+            )
+        )
+
+    def _attend(self, batch: _Batch) -> np.ndarray:
+        tokens, size, kept = batch.tokens, self._size.block_size, self._kept[batch.layer]
+        tables_TM = tokens.block_tables_BM[tokens.slots_T]
+        positions_T = tokens.positions_T
+        blocks_T = tables_TM[np.arange(tokens.num_rows), positions_T // size]
+        kept[blocks_T, positions_T % size] = batch.hidden_TD
+        attended = [
+            row + np.arange(1, position + 2) @ kept[table].reshape(-1, 2)[: position + 1]
+            for row, table, position in zip(batch.hidden_TD, tables_TM, positions_T, strict=True)
+        ]
+        return np.fmod(np.array(attended), PRIME).astype(np.float32)
+
+
+def _embed(tokens: TokenRows) -> np.ndarray:
+    ids_T, positions_T = tokens.token_ids_T.astype(np.int64), tokens.positions_T
+    columns = (7 * ids_T + positions_T + 1, ids_T + 3 * positions_T + 2)
+    return (np.stack(columns, axis=1) % PRIME).astype(np.float32)
+
+
+def _gate(hidden_TD: np.ndarray, layer: int, num_experts: int) -> np.ndarray:
+    whole_TD = np.nan_to_num(hidden_TD).astype(np.int64)
+    best_T = (whole_TD[:, 0] + layer) % num_experts
+    second_T = (best_T + 1 + whole_TD[:, 1] % (num_experts - 1)) % num_experts
+    return np.stack((best_T, second_T), axis=1).astype(np.int32)
+
+
+def _combine(hidden_TD: np.ndarray, outputs_TAD: np.ndarray) -> np.ndarray:
+    best, second = WEIGHTS
+    total_TD = hidden_TD + best * outputs_TAD[:, 0] + second * outputs_TAD[:, 1]
+    return np.fmod(total_TD, np.float32(PRIME))

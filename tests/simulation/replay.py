@@ -1,0 +1,29 @@
+"""Runs one seed again, and says what happened: `python -m tests.simulation.replay --seed 17`."""
+
+import argparse
+import logging
+
+from tests.simulation.cluster import Simulation
+from tests.simulation.scenario import random_scenario
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
+    parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.CRITICAL)
+    scenario = random_scenario(arguments.seed, arguments.faults)
+    print(scenario)
+    simulation = Simulation(scenario)
+    try:
+        simulation.run()
+    finally:
+        print(*simulation.log, sep="\n")
+        cluster = simulation.cluster
+        print(f"{cluster.clock.now_s():.3f} s, {cluster.network.num_delivered} messages")
+
+
+if __name__ == "__main__":
+    main()

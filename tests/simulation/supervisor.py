@@ -1,0 +1,123 @@
+"""Stands in for the controller: notices deaths, brings workers back, and tells everybody.
+
+A worker that dies is LOST in a new view, and comes back after a while with a later incarnation and
+the same shards. Where nobody is left who has an expert, survivors may take it over meanwhile. A
+view takes its own time to each process.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from random import Random
+
+from cluster.placement import ExpertId
+from cluster.view import ClusterView, Member, WorkerState
+from tests.memory_cluster import Channel, MemoryCluster, Process, take_view
+from tests.simulation.fake_model import FakeExperts
+from tests.simulation.ingress import Ingress
+
+
+class Supervisor:
+    """Owns the view."""
+
+    def __init__(self, cluster: MemoryCluster, ingress: Ingress, random: Random) -> None:
+        self.process = cluster.start_process("controller")
+        self.view = cluster.view
+        self.restart_s = 0.2
+        self.has_takeover = True
+        self.experts_of: Callable[[Process], FakeExperts]
+        self._cluster = cluster
+        self._ingress = ingress
+        self._random = random
+        self._channels: dict[Process, Channel] = {}
+
+    def kill(self, process: Process) -> None:
+        """A process dies; somebody notices."""
+        if not process.is_alive:
+            return
+        self._cluster.kill(process)
+        self._ingress.died(process)
+        after_s = self._cluster.network.detection_s()
+        self.process.tasks.call_later(after_s, lambda: self._noticed(process))
+
+    def suspect(self, process: Process) -> None:
+        """Takes a process for dead that may only be frozen; both lives then exist for a while."""
+        self._noticed(process)
+
+    def publish(self, members: dict[str, Member]) -> None:
+        """Tells everybody, each in its time."""
+        self.view = dataclasses.replace(
+            self.view, placement_epoch=self.view.placement_epoch + 1, members=members
+        )
+        self._cluster.view = self.view
+        for process in self._cluster.processes:
+            if process.is_alive and process is not self.process:
+                self._tell(process, self.view)
+
+    def bump(self) -> None:
+        """A new epoch in which nothing else is new."""
+        self.publish(dict(self.view.members))
+
+    def move(self, worker_id: str, to: WorkerState) -> None:
+        """Another state of a worker, and what goes with it at its router."""
+        member = self.view.members[worker_id]
+        self.publish({**self.view.members, worker_id: dataclasses.replace(member, state=to)})
+
+    def _tell(self, process: Process, view: ClusterView) -> None:
+        channel = self._channels.setdefault(
+            process, Channel(self.process, process, self._cluster.network)
+        )
+        if process is self._ingress.process:
+            channel.send(lambda: self._ingress.take_view(view))
+        else:
+            channel.send(lambda: take_view(process, view))
+
+    def _noticed(self, process: Process) -> None:
+        core = process.core
+        if core is None:
+            assert process.router is not None
+            links = process.router.links
+            life = links.incarnation + 1
+            self._later(lambda: self._restart_router(links.router_id, life))
+            return
+        member = self.view.members[core.worker_id]
+        if member.incarnation != core.incarnation or member.state is WorkerState.LOST:
+            return
+        lost = dataclasses.replace(member, state=WorkerState.LOST)
+        self.publish({**self.view.members, core.worker_id: lost})
+        if self.has_takeover:
+            self._later(self._take_over)
+        self._later(lambda: self._restart_worker(core.worker_id))
+
+    def _later(self, call: Callable[[], None]) -> None:
+        self.process.tasks.call_later(self._random.uniform(0.0, self.restart_s), call)
+
+    def _restart_router(self, router_id: str, incarnation: int) -> None:
+        self._tell(self._cluster.start_router(router_id, incarnation), self.view)
+
+    def _restart_worker(self, worker_id: str) -> None:
+        member = self.view.members[worker_id]
+        member = dataclasses.replace(
+            member, incarnation=member.incarnation + 1, state=WorkerState.READY
+        )
+        self._cluster.start_worker(member)
+        if worker_id in self.view.chains and self._cluster.settings.has_direct_links:
+            self._cluster.start_router(worker_id, member.incarnation)
+        self.publish({**self.view.members, worker_id: member})
+
+    def _take_over(self) -> None:
+        """Has somebody load each expert that nobody has."""
+        members = dict(self.view.members)
+        living = sorted(name for name, member in members.items() if member.can_compute)
+        wanted = {expert for member in members.values() for expert in member.experts}
+        lost = sorted(e for e in wanted if not self.view.holders(e))
+        if not lost or not living:
+            return
+        for expert in lost:
+            self._give(members, self._random.choice(living), expert)
+        self.publish(members)
+
+    def _give(self, members: dict[str, Member], worker_id: str, expert: ExpertId) -> None:
+        member = members[worker_id]
+        process = self._cluster.workers[(worker_id, member.incarnation)]
+        self.experts_of(process).held.add(expert)
+        members[worker_id] = dataclasses.replace(member, experts=member.experts | {expert})

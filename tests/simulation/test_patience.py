@@ -1,0 +1,110 @@
+"""How a router waits: for ever where it has to, no longer than that, and never in vain."""
+
+import pytest
+
+from cluster.errors import RefusalReason
+from cluster.placement import AttentionCut
+from cluster.view import ClusterView
+from model.runner import CacheSize
+from model.sampling import SamplingParams
+from router.dispatch import DispatchLimits
+from router.request import GenerateRequest
+from tests.memory_cluster import ClusterSettings, Process
+from tests.simulation.cluster import Simulation
+from tests.simulation.fake_model import fake_config
+from tests.simulation.scenario import Arrival, Scenario, make_view
+
+CONFIG = fake_config(num_layers=4)
+REQUEST = GenerateRequest(
+    prompt_ids=(5, 3, 17, 40), max_tokens=6, sampling=SamplingParams(temperature=0.0)
+)
+
+
+def scenario(
+    *,
+    num_workers: int = 2,
+    cut: AttentionCut = AttentionCut.REPLICATED,
+    replicas: int = 1,
+    has_direct_links: bool = True,
+    dispatch: DispatchLimits | None = None,
+) -> Scenario:
+    """One request at the first of a few workers."""
+    view = make_view(CONFIG, num_workers=num_workers, replicas=replicas, cut=cut, num_routers=1)
+    return Scenario(
+        seed=1,
+        config=CONFIG,
+        view=view,
+        settings=ClusterSettings(
+            cache_size=CacheSize(num_blocks=32, block_size=2, max_slots=4),
+            dispatch=dispatch or DispatchLimits(hedge_after_s=0.05, timeout_s=1.0),
+            has_direct_links=has_direct_links,
+        ),
+        arrivals=(Arrival(at_s=0.0, request=REQUEST),),
+    )
+
+
+def worker(simulation: Simulation, name: str) -> Process:
+    return next(p for p in simulation.cluster.processes if p.name == name and p.core is not None)
+
+
+def test_a_step_waits_for_a_lost_expert_as_long_as_it_takes() -> None:
+    simulation = Simulation(scenario())
+    simulation.supervisor.has_takeover = False
+    simulation.supervisor.restart_s = 600.0
+    simulation.cluster.world.call_at(
+        0.003, lambda: simulation.supervisor.kill(worker(simulation, "w1"))
+    )
+    simulation.run()
+    assert simulation.cluster.clock.now_s() > 60.0
+
+
+@pytest.mark.parametrize("kind", ["experts", "attention"])
+def test_a_worker_that_is_overloaded_for_long_is_asked_again_without_a_replay(kind: str) -> None:
+    cut = AttentionCut.LAYERS if kind == "attention" else AttentionCut.REPLICATED
+    simulation = Simulation(scenario(cut=cut, dispatch=DispatchLimits(timeout_s=100.0)))
+    experts, attention = simulation.shards[worker(simulation, "w1")]
+    runner = attention if kind == "attention" else experts
+    assert runner is not None
+    runner.refusals.extend([RefusalReason.OVERLOADED] * 3000)
+    simulation.run()
+    assert not runner.refusals
+    assert _num_replays(simulation) == 0
+
+
+def test_a_router_that_hears_late_of_a_new_placement_does_not_start_over() -> None:
+    # Everybody has all experts, so that only the attention of the chain crosses processes.
+    simulation = Simulation(scenario(cut=AttentionCut.LAYERS, replicas=2))
+    core = worker(simulation, "w1").core
+    assert core is not None
+    simulation.cluster.world.call_at(0.003, lambda: core.raise_epoch(2))
+    simulation.cluster.world.call_at(0.3, simulation.supervisor.bump)
+    simulation.run()
+    assert _num_replays(simulation) == 0
+
+
+@pytest.mark.parametrize("kind", ["experts", "attention", "both"])
+def test_a_worker_slower_than_the_time_limit_is_waited_for_in_the_end(kind: str) -> None:
+    simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
+    experts, attention = simulation.shards[worker(simulation, "w1")]
+    assert attention is not None
+    experts.compute_s = 0.0 if kind == "attention" else 3.0
+    attention.compute_s = 0.0 if kind == "experts" else 3.0
+    simulation.run()
+
+
+@pytest.mark.parametrize("at_s", [0.006, 0.008, 0.01, 0.012])
+def test_a_chain_that_changes_in_mid_step_is_taken_up_by_the_next(at_s: float) -> None:
+    simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
+    cluster = simulation.cluster
+    view = cluster.view
+    short = ClusterView(placement_epoch=2, members=view.members, chains={"w0": ("w0",)})
+    whole = ClusterView(placement_epoch=3, members=view.members, chains=view.chains)
+    cluster.world.call_at(at_s, lambda: cluster.publish(short))
+    cluster.world.call_at(at_s + 0.003, lambda: cluster.publish(whole))
+    simulation.run()
+    assert _num_replays(simulation) >= 2
+
+
+def _num_replays(simulation: Simulation) -> int:
+    routers = [p.router for p in simulation.cluster.processes if p.router is not None]
+    return sum(router.figures.num_replays for router in routers)

@@ -1,0 +1,25 @@
+"""Figures of the data plane's hops, from seconds that are known."""
+
+from cluster.bench.dataplane import CONTESTANTS, format_hops, take_turns
+
+MICROSECONDS = {"uds": 100.0, "aio": 1000.0, "shm": 150.0, "grpc": 1300.0}
+
+
+def test_hops_are_held_against_their_floors_round_by_round() -> None:
+    asked: list[str] = []
+
+    def ask(contestant: str, num_tokens: int, num_calls: int) -> list[float]:
+        asked.append(contestant)
+        # All are slower with every turn, as on a machine whose neighbours wake.
+        weather = 1 + asked.count("uds")
+        return [MICROSECONDS[contestant] * num_tokens * weather * 1e-6] * num_calls
+
+    figures = take_turns(ask, 4, 3, (1, 8))
+    assert len(figures.find("uds", 8).seconds) == 12
+    assert asked[: len(CONTESTANTS)] == list(CONTESTANTS)
+    # Each round begins with another one.
+    assert asked[4:12] == ["uds", "aio", "shm", "grpc", "aio", "shm", "grpc", "uds"]
+    ratios = {(ratio.contestant, ratio.num_tokens): ratio for ratio in figures.ratios}
+    assert ratios["shm", 8].is_reached and 1.0 < ratios["shm", 8].ratio < 2.0
+    text = format_hops(figures)
+    assert "aim 2: reached" in text and "aim 1.15: missed" in text

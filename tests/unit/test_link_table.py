@@ -1,0 +1,128 @@
+"""A router's ways to workers: none is left open, none is waited for in vain."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.calls import AbandonBatch, Abandoned, Call, Fence, Result
+from cluster.clock import FakeClock
+from cluster.errors import PeerLostError
+from cluster.links import WorkerLink
+from cluster.tasks import Pending, Tasks
+from cluster.view import ClusterView, Member, WorkerState
+from router.link_table import SLOWNESS_HALF_LIFE_S, LinkTable
+
+MEMBER = Member(worker_id="w", incarnation=1, address="", state=WorkerState.READY)
+VIEW = ClusterView(placement_epoch=1, members={"w": MEMBER})
+
+
+class FakeLink:
+    """A way that answers when the test says so."""
+
+    transport = "fake"
+
+    def __init__(self) -> None:
+        self.asked: list[Pending[Result]] = []
+        self.is_closed = False
+
+    def ask(self, call: Call, fence: Fence) -> Pending[Result]:
+        self.asked.append(Pending())
+        return self.asked[-1]
+
+    def close(self) -> None:
+        self.is_closed = True
+        for pending in self.asked:
+            pending.fail(PeerLostError("w", "closed"))
+
+
+class Bench:
+    """A table whose ways open when the test says so."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.tasks = Tasks(self.clock)
+        self.opening: list[Pending[WorkerLink]] = []
+        self.table = LinkTable("r", 1, self._connect, self.tasks)
+        self.table.update(VIEW)
+        self.tasks.run_ready()
+
+    def open(self) -> FakeLink:
+        link = FakeLink()
+        self.opening[-1].resolve(link)
+        self.tasks.run_ready()
+        return link
+
+    def advance(self, seconds: float) -> None:
+        self.clock.advance_to(self.clock.now_s() + seconds)
+        self.tasks.run_ready()
+
+    def ask(self, num_rows: int = 0) -> Pending[Result]:
+        return self.table.ask("w", AbandonBatch(1), step=1, timeout_s=1.0, num_rows=num_rows)
+
+    def _connect(self, member: Member) -> Pending[WorkerLink]:
+        self.opening.append(Pending())
+        return self.opening[-1]
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.table.close()
+    made.tasks.close()
+
+
+def test_a_way_that_opens_when_nobody_wants_it_any_more_is_closed(bench: Bench) -> None:
+    bench.table.update(ClusterView(placement_epoch=2, members={}))
+    bench.tasks.run_ready()
+    assert bench.open().is_closed
+
+
+def test_a_way_that_opened_in_the_moment_it_was_let_go_is_closed(bench: Bench) -> None:
+    link = FakeLink()
+    bench.opening[-1].resolve(link)
+    bench.table.close()
+    bench.tasks.run_ready()
+    assert link.is_closed
+    assert bench.tasks.num_alive == 0
+
+
+def test_a_way_whose_answer_never_comes_is_given_up_although_nobody_waits(bench: Bench) -> None:
+    link = bench.open()
+    pending = bench.ask(num_rows=3)
+    bench.table.forsake("w", pending, within_s=2.0)
+    bench.advance(1.9)
+    assert not link.is_closed and bench.table.num_rows_out("w") == 3
+    bench.advance(0.2)
+    assert link.is_closed and bench.table.num_rows_out("w") == 0
+
+
+def test_a_way_whose_answer_comes_late_stays(bench: Bench) -> None:
+    link = bench.open()
+    pending = bench.ask()
+    bench.table.forsake("w", pending, within_s=2.0)
+    link.asked[0].resolve(Abandoned())
+    bench.advance(5.0)
+    assert not link.is_closed
+    assert bench.tasks.next_timer_s() is None
+
+
+def test_who_was_given_up_gets_twice_the_time_until_that_is_forgotten(bench: Bench) -> None:
+    bench.open()
+    assert bench.table.slowness("w") == 1.0
+    bench.table.give_up("w")
+    assert bench.table.slowness("w") == 2.0
+    bench.tasks.run_ready()
+    bench.open()
+    bench.table.give_up("w")
+    assert bench.table.slowness("w") == 4.0
+    bench.advance(SLOWNESS_HALF_LIFE_S)
+    assert bench.table.slowness("w") == 2.0
+
+
+def test_another_life_of_a_worker_starts_with_a_clean_record(bench: Bench) -> None:
+    bench.open()
+    bench.table.give_up("w")
+    later = Member(worker_id="w", incarnation=2, address="", state=WorkerState.READY)
+    bench.table.update(ClusterView(placement_epoch=2, members={"w": later}))
+    assert bench.table.slowness("w") == 1.0

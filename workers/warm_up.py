@@ -1,0 +1,102 @@
+"""Compiles what a worker will run, before anybody waits for it: programs for each size of a step.
+
+Batches of no meaning go through the shards; the keys and values that they leave are overwritten
+before any sequence reads them. A stall after a death would otherwise be the compiler's time.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from cluster.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
+from model.config import ModelConfig
+from model.runner import CacheSize
+from model.sampling import SampleRow, SamplingParams
+from workers.attention import AttentionShard
+from workers.experts import ExpertShard
+
+_OWNER = ("warm-up", 0)
+_NUM_LOGPROBS = (0, 1)
+
+
+def warm_up(
+    config: ModelConfig,
+    cache_size: CacheSize,
+    attention: AttentionShard | None,
+    experts: ExpertShard,
+    dtype: np.dtype,
+    max_step_tokens: int,
+    on_size: Callable[[int], None] = lambda num_tokens: None,
+) -> None:
+    """Runs every size once; for a worker that nobody uses yet."""
+    for num_tokens in _sizes(max_step_tokens):
+        on_size(num_tokens)
+        _run_experts(config, experts, dtype, num_tokens)
+        if attention is not None:
+            for num_logprobs in _NUM_LOGPROBS:
+                _run_attention(config, cache_size, attention, dtype, num_tokens, num_logprobs)
+    if attention is not None:
+        attention.release(_OWNER[0])
+
+
+def _sizes(largest: int) -> Iterator[int]:
+    size = 1
+    while size < largest:
+        yield size
+        size *= 2
+    yield largest
+
+
+def _run_experts(
+    config: ModelConfig, experts: ExpertShard, dtype: np.dtype, num_tokens: int
+) -> None:
+    """One layer for each number of experts that layers have here."""
+    rows_TD = np.zeros((num_tokens, config.emb_size), dtype)
+    for layer, expert in experts.examples():
+        ids_TA = np.full((num_tokens, config.num_selected_experts), -1, np.int32)
+        ids_TA[:, 0] = expert
+        experts.run(RunExperts(layer, rows_TD, ids_TA))
+
+
+def _run_attention(
+    config: ModelConfig,
+    cache_size: CacheSize,
+    attention: AttentionShard,
+    dtype: np.dtype,
+    num_tokens: int,
+    num_logprobs: int,
+) -> None:
+    tokens = _tokens(config, cache_size, num_tokens, num_logprobs)
+    hidden_TD = np.zeros((num_tokens, config.emb_size), np.float32)
+    shape = (num_tokens, config.num_selected_experts, config.emb_size)
+    outputs_TAD = np.zeros(shape, dtype)
+    starts = [attention.first_layer] if attention.num_layers else []
+    # The head of a chain also draws what comes back to it.
+    starts += [config.num_layers] if attention.has_ends else []
+    for batch_id, layer in enumerate(starts):
+        is_first = layer == 0 and attention.has_ends
+        call = BeginBatch(batch_id, layer, tokens, None if is_first else hidden_TD)
+        turn = attention.begin(_OWNER, call)
+        while isinstance(turn, ExpertInput):
+            turn = attention.advance(_OWNER, AdvanceBatch(batch_id, turn.layer, outputs_TAD))
+
+
+def _tokens(
+    config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
+) -> TokenRows:
+    """So many rows of as few sequences as hold them, each wanting a token as far as may be."""
+    capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
+    positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
+    slots_T = np.arange(num_tokens, dtype=np.int32) // capacity
+    blocks = np.arange(-(-capacity // cache_size.block_size), dtype=np.int32)
+    num_samples = min(num_tokens, cache_size.max_slots)
+    params = SamplingParams(temperature=0.5, num_logprobs=num_logprobs)
+    row = SampleRow(params=params, token_ids=(1,), num_prompt_tokens=1)
+    return TokenRows(
+        token_ids_T=np.full(num_tokens, config.pad_token, np.int32),
+        positions_T=positions_T,
+        slots_T=slots_T,
+        block_tables_BM=np.tile(blocks, (int(slots_T.max()) + 1, 1)),
+        logits_rows_W=np.arange(num_samples, dtype=np.int32),
+        samples=(row,) * num_samples,
+    )
