@@ -180,6 +180,12 @@ class ControlledSupervisor(Supervisor):
     def _noticed(self, process: Process) -> None:
         self.num_deaths += 1
         self.fleet.found_dead(process)
+        # Who was only frozen is ended for good, some time after it was replaced.
+        self._cluster.world.call_later(self._random.uniform(0.0, 6.0), lambda: self._end(process))
+
+    def _end(self, process: Process) -> None:
+        self._cluster.kill(process)
+        self._ingress.died(process)
 
 
 class ControlledSimulation(Simulation):
