@@ -16,7 +16,7 @@ from cluster.model_bytes import checkpoint_bytes
 from cluster.placement import AttentionCut
 from model.checkpoint import Checkpoint
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.admission import RoutedRequest
 from router.engine import LocalEngine
 from router.request import GenerateRequest

@@ -11,7 +11,7 @@ from random import Random
 
 from cluster.errors import ClusterError, DeadlineError, RetryLaterError
 from cluster.view import ClusterView
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
 from router.sequence import TokenEvent

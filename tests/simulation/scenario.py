@@ -9,7 +9,7 @@ from cluster.placement import AttentionCut, ModelBytes, PlacementPolicy, WorkerM
 from cluster.view import EMPTY_VIEW, ClusterView
 from model.config import ModelConfig
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from router.scheduler import SchedulerLimits
