@@ -16,7 +16,7 @@ from cluster.fleet import WorkerRecord
 from cluster.model_bytes import checkpoint_bytes
 from cluster.model_dir import resolve_model_dir
 from cluster.ray_fleet import NAMESPACE, RayFleet
-from cluster.targets import make_settings
+from cluster.targets import make_settings, number
 from cluster.view import ClusterView, WorkerState
 from model.checkpoint import Checkpoint
 
@@ -86,9 +86,8 @@ class ControllerActor:
     async def status(self) -> dict[str, Any]:
         """Everything that `milliways status` shows."""
         controller = self._controller
-        workers = await asyncio.gather(
-            *(self._status_of(record) for record in controller.workers.values())
-        )
+        records = sorted(controller.workers.values(), key=number)
+        workers = await asyncio.gather(*(self._status_of(record) for record in records))
         return {
             "model": self._config.model.path,
             "placement_epoch": controller.view.placement_epoch,

@@ -25,6 +25,8 @@ class ControllerSettings:
     # 0: two where there are two workers, else one.
     expert_replicas: int = 0
     timeout_s: float = 5.0
+    # So long new workers may take to have a process.
+    start_timeout_s: float = 600.0
 
 
 def make_settings(

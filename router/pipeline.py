@@ -28,7 +28,7 @@ from cluster.errors import (
 )
 from cluster.tasks import Cancelled, Tasks
 from cluster.view import Member
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.dispatch import Dispatcher
 from router.link_table import LinkTable
 

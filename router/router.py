@@ -32,8 +32,7 @@ from cluster.errors import (
 from cluster.tasks import Signal, Tasks, Timer
 from model.block_pool import BlockPool
 from model.config import ModelConfig
-from model.runner import SampledToken
-from model.sampling import SampleRow
+from model.sampling_params import SampledToken, SampleRow
 from router.admission import (
     DetokenizerFor,
     RoutedRequest,

@@ -18,7 +18,7 @@ from cluster.ingress.openai_fields import drop_foreign_fields
 from cluster.ingress.served_model import ServedModel
 from cluster.status_codes import Verbatim, abridged
 from model.errors import InvalidRequestError
-from model.sampling import MAX_LOGPROBS, SamplingParams
+from model.sampling_params import MAX_LOGPROBS, SamplingParams
 from router.request import MAX_SAMPLES, GenerateRequest
 
 DEFAULT_MAX_TOKENS = 16

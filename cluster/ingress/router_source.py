@@ -35,7 +35,7 @@ from cluster.ingress.retries import Retries
 from cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
 from cluster.status_codes import ACCEPTED_KEY, Verbatim, error_of
 from model.errors import InvalidRequestError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 

@@ -17,7 +17,7 @@ from cluster.errors import (
 from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, full, running, start

@@ -6,7 +6,7 @@ from cluster.errors import RefusalReason
 from cluster.placement import AttentionCut
 from cluster.view import ClusterView
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from tests.memory_cluster import ClusterSettings, Process
