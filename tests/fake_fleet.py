@@ -94,9 +94,11 @@ class FakeFleet:
             worker.held |= shards.experts
             assert worker.held_bytes() <= self.memory_bytes, "out of memory"
 
-        if worker_id in self.dies_loading:
-            self._tasks.call_later(LOAD_S / 2, lambda: self.kill(worker_id))
-        return self._after(LOAD_S, worker, take_in)
+        if worker_id not in self.dies_loading:
+            return self._after(LOAD_S, worker, take_in)
+        # When the others are ready already.
+        self._tasks.call_later(1.5 * LOAD_S, lambda: self.kill(worker_id))
+        return self._after(2 * LOAD_S, worker, take_in)
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         worker = self._alive(worker_id)
@@ -183,7 +185,6 @@ class Bench:
         replicas: int = 2,
         cut: AttentionCut = AttentionCut.REPLICATED,
         memory_bytes: int = PLENTY_BYTES,
-        existing: Sequence[Existing] = (),
     ) -> None:
         self.clock = FakeClock()
         self.tasks = Tasks(self.clock)
@@ -225,6 +226,7 @@ class Bench:
 
     def up(self) -> "Bench":
         """Until all is ready, told and tidy."""
+        self.run_for(0.0)
         self.run_until(self.is_up)
         self.run_for(2.0)
         return self
