@@ -37,7 +37,11 @@ SPREADS = [
 ]
 
 
+<<<<<<< HEAD
 def requests(count: int, vocab_size: int = 256, seed: int = 0) -> list[GenerateRequest]:
+=======
+def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
+>>>>>>> main
     """Greedy and seeded, short and long, some with equal beginnings, some with two samples."""
     random = Random(seed)
     shared = tuple(random.randrange(3, vocab_size) for _ in range(9))
