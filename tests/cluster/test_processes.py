@@ -17,7 +17,7 @@ from router.request import GenerateRequest
 from router.sequence import TokenEvent
 from tests.process_fleet import HostPool, ProcessCluster, process_cluster
 from tests.served_cluster import short_folder
-from tests.spreads import CACHE, SPREADS, Spread, Told, alone, by_sample, requests
+from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests
 
 LONG = 24
 KV_TOKENS = CACHE.num_blocks * CACHE.block_size
@@ -55,7 +55,7 @@ def model(golden_dir: Path) -> Model:
     wanted_long = [
         replace(request, max_tokens=LONG, num_samples=1, ignore_eos=True) for request in wanted
     ]
-    told = alone(path, wanted + wanted_long)
+    told = answers(path, wanted + wanted_long)
     return Model(path, sizes, wanted, told[: len(wanted)], wanted_long, told[len(wanted) :])
 
 

@@ -5,14 +5,6 @@ and compiling them is most of the time. One goes through twelve.
 """
 
 import dataclasses
-<<<<<<< HEAD
-from functools import cache
-=======
-<<<<<<< HEAD
-from functools import cache
-=======
->>>>>>> real
->>>>>>> main
 from pathlib import Path
 
 import pytest
@@ -26,24 +18,7 @@ from router.scheduler import SchedulerLimits
 from router.sequence import NoText
 from tests.memory_cluster import ClusterSettings, Heard, MemoryCluster, all_ended
 from tests.shards import ShardFactory, place, view_of
-<<<<<<< HEAD
-=======
-<<<<<<< HEAD
->>>>>>> main
-from tests.spreads import CACHE, SPREADS, Spread, Told, by_sample, requests
-from tests.spreads import alone as computed_alone
-
-
-@cache
-def alone(model_dir: Path, count: int) -> list[Told]:
-    """What one process tells of each request, one after another."""
-    return computed_alone(model_dir, requests(count))
-<<<<<<< HEAD
-=======
-=======
 from tests.spreads import CACHE, SPREADS, Spread, Told, alone, by_sample, requests
->>>>>>> real
->>>>>>> main
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:
