@@ -63,6 +63,15 @@ class Pipeline:
         self._tasks = tasks
         self._timeout_s = timeout_s
 
+    def obstacle(self) -> str:
+        """Why no step can be finished now; empty where nothing is known to be in the way."""
+        shut = [m.worker_id for m in self.chain if not self._links.is_open(m.worker_id)]
+        if not self.chain:
+            return "there is no attention shard"
+        if shut:
+            return f"no way to the attention shards of {', '.join(shut)}"
+        return "no worker holds experts that are needed" if self._dispatcher.is_parked else ""
+
     async def run(self, step: int, batch_id: int, tokens: TokenRows) -> Sequence[SampledToken]:
         """The tokens drawn at the end of all layers, one for each sample.
 
