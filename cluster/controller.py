@@ -15,18 +15,21 @@ No clock, no thread, no Ray: `Fleet` starts and talks to processes.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.errors import ClusterError, PlacementError
+from cluster.errors import ClusterError, PlacementError, StartupError
 from cluster.fleet import Existing, Fleet, WorkerDiedError, WorkerRecord
-from cluster.placement import AttentionShard, ExpertId, ModelBytes, ShardPlan
+from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.restarts import MAX_QUICK_DEATHS, quick_deaths, restart_delay_s
 from cluster.targets import (
     ControllerSettings,
+    attention_of,
     check_shrink,
-    is_cut,
     planned,
-    planned_around_the_cut,
+    planned_anew,
+    shared_out,
     split,
 )
 from cluster.tasks import Pending, Signal, Task, Tasks
@@ -34,12 +37,8 @@ from cluster.view import EMPTY_VIEW, ClusterView, WorkerState, chains_of
 
 logger = logging.getLogger(__name__)
 
-RESTART_AFTER_S = 1.0
-BACKOFF_S = 2.0
-BACKOFF_S_MAX = 30.0
-# Who lives that long has come up well, and starts from the shortest pause again.
-STABLE_AFTER_S = 60.0
-MAX_QUICK_DEATHS = 8
+# What a record waits for until there is a process; the fleet knows more.
+A_NODE = "a node that has room for it"
 
 
 @dataclass(slots=True)
@@ -67,7 +66,6 @@ class Controller:
         self._settings = settings
         self._fleet = fleet
         self._tasks = tasks
-        self._num_wanted = settings.num_workers
         self._targets: dict[str, ShardPlan] = {}
         self._lives: dict[str, int] = {}
         self._placed = Signal()
@@ -75,7 +73,9 @@ class Controller:
         self._is_dirty = False
         self._told_epoch = 0
         self._covering: set[ExpertId] = set()
-        self._scaling: Task[None] | None = None
+        self._once_held: set[ExpertId] = set()
+        self._changing: Task[None] | None = None
+        self._untold: set[str] = set()
         self._is_closed = False
 
     @property
@@ -92,7 +92,8 @@ class Controller:
         self._tasks.start_service(self._publish_changes())
         if existing:
             self._adopt(existing)
-        for number in range(self._num_wanted):
+        num_wanted = len(self.view.members) or self._settings.num_workers
+        for number in range(num_wanted):
             if f"worker-{number}" not in self.workers:
                 self._hire(f"worker-{number}")
         self._tasks.start_service(self._place_when_all_there())
@@ -100,7 +101,6 @@ class Controller:
     def _adopt(self, existing: Sequence[Existing]) -> None:
         self.view = max((e.view for e in existing), key=lambda view: view.placement_epoch)
         self._told_epoch = self.view.placement_epoch
-        self._num_wanted = len(self.view.members) or self._num_wanted
         for found in existing:
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
             record.spawned, record.shards = found.spawned, found.shards
@@ -123,17 +123,33 @@ class Controller:
     def scale(self, num_workers: int) -> Task[None]:
         """Grows or shrinks; done when the new placement is served.
 
-        Fails with PlacementError where it cannot be.
+        Fails with PlacementError where it cannot be, with StartupError where new workers do not
+        come; all is as before then.
         """
-        self._scaling = self._tasks.start(self._scale(num_workers))
-        return self._scaling
+        return self._change(self._scale(num_workers))
 
     def drain(self, worker_id: str, *, restarts: bool = False) -> Task[None]:
         """Moves a worker's experts and requests away, then stops it, or starts it anew.
 
         Fails with PlacementError where nobody can take them over.
         """
-        return self._tasks.start(self._drain(worker_id, restarts))
+        return self._change(self._drain(worker_id, restarts))
+
+    def _change(self, steps: Coroutine[Any, Any, None]) -> Task[None]:
+        """Starts a change of who holds what; one at a time, from where all is settled."""
+        if self._changing is not None and not self._changing.is_done:
+            steps.close()
+            return self._tasks.start(self._refuse_change())
+        self._changing = self._tasks.start(steps)
+        return self._changing
+
+    async def _refuse_change(self) -> None:
+        raise PlacementError("another change of the cluster goes on; ask again when it is done")
+
+    def waits_for(self, record: WorkerRecord) -> str:
+        """What a worker waits for now, for people; empty where it waits for nothing."""
+        waits_for = record.waits_for
+        return self._fleet.lack(record.worker_id) if waits_for == A_NODE else waits_for
 
     # One worker
 
@@ -178,15 +194,18 @@ class Controller:
         self._lives[record.worker_id] = record.incarnation
         record.state, record.held = WorkerState.LOADING, frozenset()
         record.ready_at_s = None
-        self._note(record, "a node that has room for it")
+        self._note(record, A_NODE)
         record.spawned = await self._fleet.spawn(record.worker_id, record.incarnation)
         self._note(record, "a placement, which needs all workers")
         while record.worker_id not in self._targets:
             await self._or_death(record, self._placed.wait())
-        record.shards = self._targets[record.worker_id]
         self._note(record, "its shards to be loaded")
-        await self._or_death(record, self._fleet.load(record.worker_id, record.shards))
-        record.held = record.shards.experts
+        # Again where it shall hold others by the time it is through.
+        loaded: ShardPlan | None = None
+        while loaded != self._targets[record.worker_id]:
+            record.shards = loaded = self._targets[record.worker_id]
+            await self._or_death(record, self._fleet.load(record.worker_id, loaded))
+            record.held |= loaded.experts
 
     async def _or_death(self, record: WorkerRecord, pending: Pending[None]) -> None:
         """Waits for something, or for the worker's death."""
@@ -197,23 +216,19 @@ class Controller:
         pending.result()
 
     def _died(self, record: WorkerRecord) -> None:
-        now_s = self._tasks.clock.now_s()
-        was_stable = record.ready_at_s is not None and now_s - record.ready_at_s > STABLE_AFTER_S
         if record.is_drained:
             record.is_drained = False
         else:
             self.figures.num_deaths += 1
-            record.num_quick_deaths = 0 if was_stable else record.num_quick_deaths + 1
+            now_s = self._tasks.clock.now_s()
+            record.num_quick_deaths = quick_deaths(record, now_s)
+        self._once_held |= record.held
         record.state, record.held = WorkerState.LOST, frozenset()
         self._touch()
         self._cover_losses()
 
     async def _pause(self, record: WorkerRecord) -> None:
-        # Where others can serve, coming up can wait until they have taken over: it takes their
-        # processors.
-        delay_s = RESTART_AFTER_S if self.is_complete else 0.0
-        if record.num_quick_deaths > 2:
-            delay_s = min(BACKOFF_S_MAX, BACKOFF_S * 2 ** (record.num_quick_deaths - 3))
+        delay_s = restart_delay_s(record, others_serve=self.is_complete)
         is_loop = record.num_quick_deaths >= MAX_QUICK_DEATHS
         loop = f", it died {record.num_quick_deaths} times in a row" if is_loop else ""
         self._note(record, f"its restart in {delay_s:g} s{loop}")
@@ -249,14 +264,26 @@ class Controller:
     async def _publish_changes(self) -> None:
         while True:
             if not self._is_dirty:
-                await self._dirty.wait()
-            self._is_dirty = False
-            self.view = self._make_view()
-            self.figures.num_views += 1
-            self.changed.notify()
-            await self._tell_everybody(self.view)
-            self._told_epoch = self.view.placement_epoch
-            self.changed.notify()
+                await self._wait_for_news()
+            if self._is_dirty:
+                self._is_dirty = False
+                self.view = self._make_view()
+                self.figures.num_views += 1
+                self.changed.notify()
+            telling = self._tasks.start(self._tell_everybody(self.view))
+            await self._tasks.first_done((telling, self._dirty.wait()))
+            if telling.is_done:
+                self._told_epoch = self.view.placement_epoch
+                self.changed.notify()
+            # Else there are news; who has not answered yet must not keep the others from them.
+            telling.cancel()
+
+    async def _wait_for_news(self) -> None:
+        """Until there are some, or it is time to tell those who did not listen once more."""
+        if self._untold:
+            await self._tasks.wait_for(self._dirty.wait(), self._settings.timeout_s)
+        else:
+            await self._dirty.wait()
 
     async def _everybody_knows(self) -> None:
         """Waits until the newest view, with all changes so far, has been told."""
@@ -270,12 +297,9 @@ class Controller:
             if (member := record.member()) is not None
         }
         shards = {
-            member.worker_id: AttentionShard(
-                first_layer=member.first_layer,
-                num_layers=member.num_layers,
-                has_ends=member.has_ends,
-            )
-            for member in members.values()
+            record.worker_id: attention_of(record.shards)
+            for record in self.workers.values()
+            if record.worker_id in members and record.shards is not None
         }
         return ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
@@ -285,6 +309,7 @@ class Controller:
 
     async def _tell_everybody(self, view: ClusterView) -> None:
         alive = [m.worker_id for m in view.members.values() if m.can_compute]
+        self._untold = set()
         await self._tasks.gather(self._tell(w, self._fleet.publish(w, view)) for w in alive)
         epoch = view.placement_epoch
         await self._tasks.gather(self._tell(w, self._fleet.fence(w, epoch)) for w in alive)
@@ -293,6 +318,7 @@ class Controller:
         """Waits within bounds: one who does not listen must not keep the others from knowing."""
         if not await self._tasks.wait_for(told, self._settings.timeout_s):
             logger.warning("%s does not answer", worker_id)
+            self._untold.add(worker_id)
 
     # Lost experts
 
@@ -306,21 +332,19 @@ class Controller:
         return wanted.difference(*held)
 
     def _cover_losses(self) -> None:
-        """Has survivors load what nobody holds any more: the first of them as few as can be."""
+        """Has survivors load what nobody holds any more; not what nobody has loaded yet.
+
+        What does not fit into their memory waits for its holder to come back.
+        """
         survivors = [r for r in self.workers.values() if r.state is WorkerState.READY]
-        lost = sorted(self._lost_experts() - self._covering)
-        if not survivors or not lost:
-            return
-        shares: dict[str, set[ExpertId]] = {record.worker_id: set() for record in survivors}
-        for expert_id in lost:
-            least = min(survivors, key=lambda r: len(r.held) + len(shares[r.worker_id]))
-            shares[least.worker_id].add(expert_id)
-        self._covering |= set(lost)
+        lost = (self._lost_experts() & self._once_held) - self._covering
+        shares = shared_out(self._model, self._settings, survivors, lost)
         for record in survivors:
             if shares[record.worker_id]:
-                self._tasks.start(self._cover(record, frozenset(shares[record.worker_id])))
+                self._covering |= shares[record.worker_id]
+                self._tasks.start(self._take_over(record, frozenset(shares[record.worker_id])))
 
-    async def _cover(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
+    async def _take_over(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
         self.figures.num_covers += 1
         try:
             await self._load_more(record, experts)
@@ -353,28 +377,32 @@ class Controller:
         staying, leaving = split(self.workers.values(), num_workers)
         check_shrink(self._model, self.workers.values(), leaving)
         new = [f"worker-{n}" for n in range(num_workers) if f"worker-{n}" not in self.workers]
-        self._num_wanted = num_workers
         for worker_id in new:
             self._targets.pop(worker_id, None)
             self._hire(worker_id)
-        while any(self.workers[worker_id].spawned is None for worker_id in new):
-            await self.changed.wait()
         try:
+            await self._wait_for_processes(new)
             everybody = [*staying, *(self.workers[worker_id] for worker_id in new)]
-            plan_for = (
-                planned_around_the_cut if is_cut(self._model, self.workers.values()) else planned
-            )
-            targets = plan_for(self._model, self._settings, everybody)
-        except PlacementError:
+            targets = planned_anew(self._model, self._settings, everybody)
+        except (PlacementError, StartupError):
             self._dismiss_unplaced(new)
             raise
-        self._targets = targets
+        self._targets, self.failure = targets, None
         self._placed.notify()
         await self._tasks.gather(self._become(r, targets[r.worker_id]) for r in staying)
         while any(self.workers[w].state is not WorkerState.READY for w in targets):
             await self.changed.wait()
         await self._tasks.gather(self._retire(record) for record in leaving)
         await self._trim(staying)
+
+    async def _wait_for_processes(self, worker_ids: Sequence[str]) -> None:
+        until_s = self._tasks.clock.now_s() + self._settings.start_timeout_s
+        while missing := [w for w in worker_ids if self.workers[w].spawned is None]:
+            left_s = until_s - self._tasks.clock.now_s()
+            if left_s <= 0:
+                waiting = "; ".join(f"{w} waits for {self._fleet.lack(w)}" for w in missing)
+                raise StartupError(f"not within {self._settings.start_timeout_s:g} s: {waiting}")
+            await self._tasks.wait_for(self.changed.wait(), left_s)
 
     def _dismiss_unplaced(self, new: Sequence[str]) -> None:
         """The cluster stays as it is: those who came for the new placement go."""

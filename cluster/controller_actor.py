@@ -49,7 +49,11 @@ class ControllerActor:
         workers = config.workers
         kv_tokens = workers.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
         settings = make_settings(
-            workers.count, workers.expert_replicas, workers.attention, kv_tokens
+            workers.count,
+            workers.expert_replicas,
+            workers.attention,
+            kv_tokens,
+            start_timeout_s=workers.start_timeout_s,
         )
         self._fleet = RayFleet(config, model, self._shell)
         self._controller = Controller(model, settings, self._fleet, self._shell.tasks)
@@ -145,7 +149,8 @@ class ControllerActor:
         return {
             "worker_id": record.worker_id,
             "state": record.state.value,
-            "waits_for": record.waits_for,
+            "has_process": record.spawned is not None,
+            "waits_for": self._controller.waits_for(record),
             "bytes_read": bytes_read,
             "bytes_wanted": bytes_wanted,
             "last_error": record.last_error,
@@ -161,7 +166,7 @@ class ControllerActor:
             "node": record.spawned.node_id if record.spawned else "",
             "pid": record.spawned.pid if record.spawned else 0,
             "address": member.address if member else "",
-            "waits_for": record.waits_for,
+            "waits_for": self._controller.waits_for(record),
             "last_error": record.last_error,
             "quick_deaths": record.num_quick_deaths,
             "experts": sorted([e.layer, e.expert] for e in record.held),

@@ -42,6 +42,10 @@ class Fleet(Protocol):
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]: ...
 
+    def lack(self, worker_id: str) -> str:
+        """What is missing for a process that was asked for and is not there, for people."""
+        ...
+
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         """Has it read its shards; what it holds already stays."""
         ...

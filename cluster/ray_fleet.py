@@ -21,6 +21,7 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -29,6 +30,7 @@ from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
 from cluster.fleet import Existing, Spawned, WorkerDiedError
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.resources import lack_of
 from cluster.tasks import Pending
 from cluster.view import ClusterView
 from cluster.worker_actor import make_worker_actor
@@ -54,6 +56,14 @@ class RayFleet:
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
         return self._shell.pending(self._spawn(worker_id, incarnation))
+
+    def lack(self, worker_id: str) -> str:
+        group = self._groups.get(worker_id)
+        if group is not None and placement_group_table(group)["state"] == "CREATED":
+            return "its process to start"
+        nodes: Any = ray.nodes()
+        amounts = [node["Resources"] for node in nodes if node["Alive"]]
+        return lack_of(self._resources(), amounts, ray.available_resources())
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         actor = self._actors[worker_id]

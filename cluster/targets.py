@@ -1,17 +1,19 @@
 """What each worker shall hold: from the workers that there are to the planner, and back."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import PlacementError
 from cluster.fleet import WorkerRecord
 from cluster.placement import (
     AttentionCut,
     AttentionShard,
+    ExpertId,
     ModelBytes,
     PlacementPolicy,
     ShardPlan,
     WorkerMemory,
+    fixed_bytes,
     plan,
 )
 
@@ -25,16 +27,23 @@ class ControllerSettings:
     # 0: two where there are two workers, else one.
     expert_replicas: int = 0
     timeout_s: float = 5.0
+    # So long new workers may take to have a process.
+    start_timeout_s: float = 600.0
 
 
 def make_settings(
-    num_workers: int, expert_replicas: int, attention: str, kv_tokens: int
+    num_workers: int,
+    expert_replicas: int,
+    attention: str,
+    kv_tokens: int,
+    start_timeout_s: float = 600.0,
 ) -> ControllerSettings:
     """Settings of the controller from those of the cluster."""
     return ControllerSettings(
         num_workers=num_workers,
         expert_replicas=expert_replicas,
         policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
+        start_timeout_s=start_timeout_s,
     )
 
 
@@ -70,24 +79,59 @@ def planned(
     return {w.worker.worker_id: ShardPlan.of(w) for w in placement.workers}
 
 
-def planned_around_the_cut(
+def planned_anew(
     model: ModelBytes, settings: ControllerSettings, records: Collection[WorkerRecord]
 ) -> dict[str, ShardPlan]:
-    """As `planned`, with every shard of attention where its keys and values are; new ones get none.
+    """As `planned`, where some have shards: attention stays where its keys and values are.
+
+    New ones get all of it where all have that, and none where it is cut by layers.
 
     Raises:
         PlacementError: they cannot hold the model; says what is short.
     """
+    shards = {r.worker_id: r.shards for r in records if r.shards is not None}
+    if not shards:
+        return planned(model, settings, records)
+    if not is_cut(model, records):
+        policy = replace(settings.policy, attention=AttentionCut.REPLICATED)
+        return planned(model, replace(settings, policy=policy), records)
     none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
     attention = {record.worker_id: none for record in records}
-    for record in records:
-        if record.shards is not None:
-            attention[record.worker_id] = AttentionShard(
-                first_layer=record.shards.first_layer,
-                num_layers=record.shards.num_layers,
-                has_ends=record.shards.has_ends,
-            )
+    attention |= {worker_id: attention_of(shard) for worker_id, shard in shards.items()}
     return planned(model, settings, records, attention)
+
+
+def shared_out(
+    model: ModelBytes,
+    settings: ControllerSettings,
+    records: Collection[WorkerRecord],
+    experts: Collection[ExpertId],
+) -> dict[str, set[ExpertId]]:
+    """Who shall take over which experts: whoever has fewest, as long as its memory has room."""
+    shares: dict[str, set[ExpertId]] = {record.worker_id: set() for record in records}
+    held = {record.worker_id: len(record.held) for record in records}
+    room = {record.worker_id: _experts_that_fit(model, settings, record) for record in records}
+    for expert_id in sorted(experts):
+        open_to = [worker_id for worker_id in shares if held[worker_id] < room[worker_id]]
+        if not open_to:
+            break
+        least = min(open_to, key=lambda worker_id: held[worker_id])
+        shares[least].add(expert_id)
+        held[least] += 1
+    return shares
+
+
+def _experts_that_fit(model: ModelBytes, settings: ControllerSettings, record: WorkerRecord) -> int:
+    assert record.spawned is not None and record.shards is not None
+    fixed = fixed_bytes(model, attention_of(record.shards), settings.policy.kv_tokens)
+    return (record.spawned.memory_bytes - fixed) // model.expert_bytes
+
+
+def attention_of(shards: ShardPlan) -> AttentionShard:
+    """The attention shard among a worker's shards."""
+    return AttentionShard(
+        first_layer=shards.first_layer, num_layers=shards.num_layers, has_ends=shards.has_ends
+    )
 
 
 def is_cut(model: ModelBytes, records: Iterable[WorkerRecord]) -> bool:

@@ -73,6 +73,12 @@ class Dispatcher:
         self.num_resent = 0
         self.num_hedged = 0
         self.num_parked = 0
+        self._num_parked_now = 0
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether a layer waits for experts that nobody has."""
+        return self._num_parked_now > 0
 
     def figures(self) -> dict[str, int]:
         """Counts since the start, for status and metrics."""
@@ -265,8 +271,12 @@ class Dispatcher:
     async def _park(self) -> None:
         """Waits for somebody to have the experts; whoever was avoided may then be asked again."""
         self.num_parked += 1
-        # Bounded, because a worker that was avoided may have come to its senses unseen.
-        await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
+        self._num_parked_now += 1
+        try:
+            # Bounded, because a worker that was avoided may have come to its senses unseen.
+            await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
+        finally:
+            self._num_parked_now -= 1
 
 
 def _call(layer: _Layer, places: np.ndarray) -> RunExperts:

@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
-from cluster.controller import Controller, ControllerSettings
+from cluster.controller import Controller
 from cluster.fleet import Spawned, WorkerDiedError
 from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.targets import ControllerSettings
 from cluster.tasks import Pending
 from cluster.view import ClusterView, WorkerState
 from router.request import GenerateRequest
@@ -76,7 +77,6 @@ class ProcessFleet:
     """A `Fleet` of worker processes. Used from the loop of its `AsyncTasks`."""
 
     def __init__(self, hosts: HostPool, config: ClusterConfig, shell: AsyncTasks) -> None:
-        self.saved: list[Mapping[str, Any]] = []
         self._hosts = hosts
         self._config = config
         self._shell = shell
@@ -100,6 +100,9 @@ class ProcessFleet:
             incarnation,
             change=lambda s: replace(s, node_id=worker_id, memory_bytes=MEMORY_BYTES),
         )
+
+    def lack(self, worker_id: str) -> str:
+        return "its process to start"
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         return self._call(worker_id, "load", shards)
@@ -130,9 +133,6 @@ class ProcessFleet:
 
     def death(self, worker_id: str) -> Pending[None]:
         return self._deaths[worker_id]
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        self.saved.append(state)
 
     def status(self, worker_id: str) -> Pending[dict[str, Any]]:
         """What a worker says of itself."""

@@ -1,18 +1,21 @@
 """Ways to spread a model, requests to hold them to, and what one process answers."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from random import Random
 
 from cluster.placement import AttentionCut
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.engine import LocalEngine
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 from tests.runners import load, runner_of
 
 CACHE = CacheSize(num_blocks=64, block_size=4, max_slots=16)
+# Of the smaller vocabulary of the two models.
+VOCAB_SIZE = 256
 Told = list[TokenEvent]
 
 
@@ -37,13 +40,13 @@ SPREADS = [
 ]
 
 
-def requests(count: int, vocab_size: int = 256, seed: int = 0) -> list[GenerateRequest]:
+def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
     """Greedy and seeded, short and long, some with equal beginnings, some with two samples."""
     random = Random(seed)
-    shared = tuple(random.randrange(3, vocab_size) for _ in range(9))
+    shared = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(9))
     made: list[GenerateRequest] = []
     for i in range(count):
-        own = tuple(random.randrange(3, vocab_size) for _ in range(random.randint(1, 12)))
+        own = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(random.randint(1, 12)))
         sampling = SamplingParams(
             temperature=0.0 if i % 2 == 0 else 0.9,
             top_p=0.95 if i % 3 == 0 else 1.0,
@@ -63,8 +66,14 @@ def requests(count: int, vocab_size: int = 256, seed: int = 0) -> list[GenerateR
     return made
 
 
-def alone(model_dir: Path, wanted: list[GenerateRequest]) -> list[Told]:
+@cache
+def alone(model_dir: Path, count: int, seed: int = 0) -> list[Told]:
     """What one process tells of each request, one after another."""
+    return answers(model_dir, requests(count, seed))
+
+
+def answers(model_dir: Path, wanted: list[GenerateRequest]) -> list[Told]:
+    """What one process tells of these, one after another."""
     engine = LocalEngine(runner_of(load(model_dir), cache_size=CACHE), tokenizer=None)
     return [by_sample(list(engine.generate(request))) for request in wanted]
 

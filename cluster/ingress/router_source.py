@@ -76,7 +76,7 @@ class RouterSource:
         directory: RouterDirectory,
         *,
         tls: TlsSettings | None = None,
-        max_attempts_without_progress: int = 8,
+        max_attempts_without_progress: int = 3,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory

@@ -2,22 +2,24 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config import ClusterConfig, ModelSettings, RouterSettings, WorkerSettings
-from cluster.controller import ControllerSettings
 from cluster.model_bytes import checkpoint_bytes
 from cluster.placement import AttentionCut, ExpertId, ModelBytes, PlacementPolicy
+from cluster.targets import ControllerSettings
 from cluster.view import WorkerState
 from model.checkpoint import Checkpoint
 from router.request import GenerateRequest
+from router.sequence import TokenEvent
 from tests.process_fleet import HostPool, ProcessCluster, process_cluster
 from tests.served_cluster import short_folder
-from tests.spreads import CACHE, SPREADS, Spread, Told, alone, by_sample, requests
+from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests
 
+LONG = 24
 KV_TOKENS = CACHE.num_blocks * CACHE.block_size
 
 
@@ -29,6 +31,9 @@ class Model:
     sizes: ModelBytes
     wanted: list[GenerateRequest]
     told: list[Told]
+    # The same, long enough for somebody to die meanwhile.
+    wanted_long: list[GenerateRequest]
+    told_long: list[Told]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,12 @@ def model(golden_dir: Path) -> Model:
     path = golden_dir / "tiny"
     with Checkpoint.open(path) as checkpoint:
         sizes = checkpoint_bytes(checkpoint, 4)
-        wanted = requests(8, checkpoint.config.vocab_size)
-    return Model(path, sizes, wanted, alone(path, wanted))
+    wanted = requests(8)
+    wanted_long = [
+        replace(request, max_tokens=LONG, num_samples=1, ignore_eos=True) for request in wanted
+    ]
+    told = answers(path, wanted + wanted_long)
+    return Model(path, sizes, wanted, told[: len(wanted)], wanted_long, told[len(wanted) :])
 
 
 def config_of(model: Model, spread: Spread, transport: str) -> ClusterConfig:
@@ -85,7 +94,7 @@ async def served(
     heard: list[Told] = [[] for _ in wanted]
 
     async def one(index: int, request: GenerateRequest) -> None:
-        def take(event) -> None:
+        def take(event: TokenEvent) -> None:
             heard[index].append(event)
             after(sum(map(len, heard)))
 
@@ -112,8 +121,16 @@ def check_replicas(cluster: ProcessCluster, model: Model, spread: Spread) -> Non
             assert len(view.holders(ExpertId(layer, expert))) >= spread.replicas
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
-@pytest.mark.parametrize("spread", SPREADS, ids=str)
+# One worker has nobody to talk to.
+WAYS = [
+    (spread, transport)
+    for spread in SPREADS
+    for transport in ("shm", "grpc")
+    if spread.num_workers > 1 or transport == "shm"
+]
+
+
+@pytest.mark.parametrize(("spread", "transport"), WAYS, ids=str)
 def test_any_spread_over_processes(
     hosts: HostPool, model: Model, spread: Spread, transport: str
 ) -> None:
@@ -142,7 +159,6 @@ def bytes_of(cluster: ProcessCluster, model: Model, worker_id: str) -> int:
     return attention_bytes + ends_bytes + len(shards.experts) * sizes.expert_bytes
 
 
-LONG = 24
 DEATHS = [
     (Spread(3, 2, AttentionCut.REPLICATED), "shm", "worker-1"),
     (Spread(2, 1, AttentionCut.REPLICATED), "grpc", "worker-0"),
@@ -155,28 +171,17 @@ DEATHS = [
 def test_death_in_the_middle_costs_no_token(
     hosts: HostPool, model: Model, spread: Spread, transport: str, victim: str
 ) -> None:
-    wanted = [
-        GenerateRequest(
-            prompt_ids=request.prompt_ids,
-            max_tokens=LONG,
-            sampling=request.sampling,
-            ignore_eos=True,
-        )
-        for request in model.wanted
-    ]
-    told = alone(model.path, wanted)
-
     async def main() -> None:
         config = config_of(model, spread, transport)
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             killed: list[int] = []
 
             def after(num_tokens: int) -> None:
-                if num_tokens == len(wanted) * LONG // 3:
+                if num_tokens == len(model.wanted_long) * LONG // 3:
                     killed.append(num_tokens)
                     cluster.fleet.kill(victim)
 
-            assert await served(cluster, wanted, at_a_time=len(wanted), after=after) == told
+            assert await served(cluster, model.wanted_long, 8, after) == model.told_long
             assert killed
             workers = cluster.controller.workers
             await cluster.until(

@@ -5,7 +5,6 @@ and compiling them is most of the time. One goes through twelve.
 """
 
 import dataclasses
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,7 @@ from router.scheduler import SchedulerLimits
 from router.sequence import NoText
 from tests.memory_cluster import ClusterSettings, Heard, MemoryCluster, all_ended
 from tests.shards import ShardFactory, place, view_of
-from tests.spreads import CACHE, SPREADS, Spread, Told, by_sample, requests
-from tests.spreads import alone as computed_alone
-
-
-@cache
-def alone(model_dir: Path, count: int) -> list[Told]:
-    """What one process tells of each request, one after another."""
-    return computed_alone(model_dir, requests(count))
+from tests.spreads import CACHE, SPREADS, Spread, Told, alone, by_sample, requests
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:

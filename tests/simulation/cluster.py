@@ -57,6 +57,8 @@ class Simulation:
             lambda: len(self.ingress.journals) == num_requests and self.ingress.is_done, LIMIT_S
         )
         self.num_messages = self.cluster.network.num_delivered
+        # What was lost is first made good; only then nobody sees to it any more.
+        self.cluster.settle()
         self.supervisor.close()
         self.cluster.settle()
         self.check()

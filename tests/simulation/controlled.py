@@ -1,8 +1,8 @@
 """The real controller over simulated processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from random import Random
-from typing import Any
 
 from cluster.controller import Controller
 from cluster.fleet import Spawned, WorkerDiedError
@@ -26,7 +26,6 @@ class SimulatedFleet:
     def __init__(
         self, cluster: MemoryCluster, controller: Process, random: Random, load: Load
     ) -> None:
-        self.on_save: Callable[[], None] = lambda: None
         self._cluster = cluster
         self._controller = controller
         self._random = random
@@ -34,7 +33,6 @@ class SimulatedFleet:
         self._latest: dict[str, Process] = {}
         self._deaths: dict[Process, Pending[None]] = {}
         self._channels: dict[Process, tuple[Channel, Channel]] = {}
-        self.view_of_controller: Callable[[], ClusterView]
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
         spawned: Pending[Spawned] = Pending()
@@ -103,9 +101,6 @@ class SimulatedFleet:
     def death(self, worker_id: str) -> Pending[None]:
         return self._deaths[self._latest[worker_id]]
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        self.on_save()
-
     def on_stop(self, process: Process) -> None:
         """Ends a process for good."""
         self._cluster.kill(process)
@@ -157,15 +152,17 @@ class ControlledSupervisor(Supervisor):
             kv_layer_bytes_per_token=1,
         )
         self.controller = Controller(sizes, wanted, self.fleet, self.process.tasks)
-        to_ingress = Channel(self.process, ingress.process, cluster.network)
-
-        def show() -> None:
-            view = self.view = self.controller.view
-            cluster.view = view
-            to_ingress.send(lambda: ingress.take_view(view))
-
-        self.fleet.on_save = show
+        self.process.tasks.start_service(self._show_views())
         self.controller.start()
+
+    async def _show_views(self) -> None:
+        """Has the ingress, which asks for it now and then, know each new view."""
+        to_ingress = Channel(self.process, self._ingress.process, self._cluster.network)
+        while True:
+            if self.controller.view is not self.view:
+                self.view = self._cluster.view = self.controller.view
+                to_ingress.send(partial(self._ingress.take_view, self.view))
+            await self.controller.changed.wait()
 
     def close(self) -> None:
         self.controller.close()
@@ -180,6 +177,12 @@ class ControlledSupervisor(Supervisor):
     def _noticed(self, process: Process) -> None:
         self.num_deaths += 1
         self.fleet.found_dead(process)
+        # Who was only frozen is ended for good, some time after it was replaced.
+        self._cluster.world.call_later(self._random.uniform(0.0, 6.0), lambda: self._end(process))
+
+    def _end(self, process: Process) -> None:
+        self._cluster.kill(process)
+        self._ingress.died(process)
 
 
 class ControlledSimulation(Simulation):

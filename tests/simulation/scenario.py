@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from random import Random
 
-from cluster.controller import ControllerSettings
 from cluster.placement import AttentionCut, ModelBytes, PlacementPolicy, WorkerMemory, plan
+from cluster.targets import ControllerSettings
 from cluster.view import EMPTY_VIEW, ClusterView
 from model.config import ModelConfig
 from model.runner import CacheSize
