@@ -6,7 +6,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cluster.chaos.trial import Plan, Trial
 from cluster.commands.serve import say
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ConfigError
-from cluster.ray_settings import RunningCluster, be_quiet, enter, use_token
+from cluster.ray_settings import RunningCluster, be_quiet, enter, find_running, use_token
 
 MAX_REQUESTS = 10_000
 MAX_CLIENTS = 256
@@ -93,10 +93,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _joined(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Iterator[Endpoint]:
+def _joined(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator[Endpoint]:
     """This process in the cluster's Ray; the cluster is ours, or was there before."""
     if options.address:
-        use_token(os.environ.get("RAY_AUTH_TOKEN", ""))
+        _show_token(options.address)
         with _ray(options.address):
             _confirm(options, faults)
             yield _endpoint(options)
@@ -113,8 +113,17 @@ def _joined(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Iterator[
             yield _endpoint_of(running)
 
 
+def _show_token(address: str) -> None:
+    """That of a cluster which this user started, else what the environment says."""
+    running = find_running()
+    if running is not None and running.address == address:
+        enter(running)
+    else:
+        use_token(os.environ.get("RAY_AUTH_TOKEN", ""))
+
+
 @contextmanager
-def _ray(address: str) -> Iterator[None]:
+def _ray(address: str) -> Generator[None]:
     # Not before: Ray reads its settings when it is imported.
     import ray
 
