@@ -12,7 +12,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check lint types layers demo serve proto train-demo lock clean
+.PHONY: help env test test-slow check lint types layers demo serve chaos proto train-demo lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ demo: $(READY)  ## Complete two prompts with the demo model
 
 serve: $(READY)  ## Start a cluster of the demo model: 3 workers, HTTP 8000, gRPC 50051 (ARGS=...)
 	$(BIN)/milliways serve $(ARGS)
+
+chaos: $(READY)  ## Break a cluster under load, compare every token: minutes (ARGS=...)
+	$(BIN)/milliways chaos $(ARGS)
 
 proto: $(READY)  ## Generate the stubs of proto/ anew
 	$(BIN)/python tests/stubs.py proto

@@ -4,6 +4,7 @@
 # pyright: basic
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -63,6 +64,10 @@ class ControllerActor:
     async def config(self) -> ClusterConfig:
         return self._config
 
+    async def whereabouts(self) -> tuple[str, int]:
+        """The node and the process of the controller itself."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
         """The view, as soon as it is newer than the known one, or when the time is over."""
         assert self._shell is not None
@@ -98,6 +103,7 @@ class ControllerActor:
             "is_complete": controller.is_complete,
             "uptime_s": round(time.time() - self._started_at_s, 1),
             "deaths": controller.figures.num_deaths,
+            "controller_pid": os.getpid(),
             "workers": workers,
         }
 

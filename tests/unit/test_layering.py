@@ -58,6 +58,8 @@ RAY_FILES: tuple[str, ...] = (
     "cluster.ray_fleet",
     "cluster.serve_loopback",
     "cluster.worker_actor",
+    "cluster.chaos.ray_hands",
+    "cluster.commands.chaos",
     "cluster.commands.serve",
     "cluster.commands.status",
 )
@@ -65,6 +67,7 @@ GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
     "cluster.router_door",
+    "cluster.chaos.load",
     "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
