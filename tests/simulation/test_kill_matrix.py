@@ -11,7 +11,7 @@ import pytest
 
 from cluster.placement import AttentionCut
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from tests.memory_cluster import ClusterSettings, Process

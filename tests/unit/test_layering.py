@@ -245,7 +245,7 @@ def test_import_against_the_direction_is_caught(importer: str, statement: str) -
         ("cluster.ingress.source", "from router.request import GenerateRequest"),
         ("workers.core", "from milliways.v1 import worker_pb2"),
         ("workers.core", "from cluster.ids import WorkerId"),
-        ("router.step", "from model.sampling import SamplingParams"),
+        ("router.step", "from model.sampling_params import SamplingParams"),
         ("router.step", "import asyncio, rayon, jaxtyping"),
     ],
 )
