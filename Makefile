@@ -24,7 +24,7 @@ env: $(READY)  ## Make or update .venv from the locks (a second when nothing cha
 ON_A_CLUSTER := tests/cluster tests/faults
 
 test: $(READY)  ## Run the tests, all but the slow ones (ARGS=... goes to pytest)
-	$(BIN)/pytest -m "not slow" -n auto $(addprefix --ignore ,$(ON_A_CLUSTER)) $(ARGS)
+	$(BIN)/pytest -m "not slow" -n auto $(addprefix --ignore=,$(ON_A_CLUSTER)) $(ARGS)
 	$(BIN)/pytest -m "not slow" $(ON_A_CLUSTER) $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests only

@@ -31,7 +31,7 @@ def test_asks_are_of_all_modes_over_both_surfaces() -> None:
 @pytest.mark.parametrize("ask", ASKS[:12], ids=str)
 def test_both_surfaces_are_asked_the_same(ask: Any) -> None:
     body, message = ask.http_body("demo"), ask.grpc_message()
-    assert (body["prompt"], body["seed"]) == (message.text, message.seed)
+    assert (body["prompt"], body["seed"]) == (message.text, message.sampling.seed)
     assert body.get("n", 1) == max(1, message.num_samples) == ask.num_samples
     assert body.get("stop", []) == list(message.stop)
     assert body.get("logprobs", 0) == message.sampling.num_logprobs
