@@ -4,11 +4,13 @@
 # pyright: basic
 
 import asyncio
+import logging
 import os
 import time
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
@@ -20,6 +22,8 @@ from cluster.ray_fleet import NAMESPACE, RayFleet
 from cluster.targets import make_settings, number
 from cluster.view import ClusterView, WorkerState
 from model.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "controller"
 CONTEXTS_BY_DEFAULT = 8
@@ -208,3 +212,16 @@ def find_or_make_controller(config: ClusterConfig) -> Any:
         num_cpus=0,
     ).remote(config)
     return controller
+
+
+def end_controller(timeout_s: float) -> None:
+    """Ends all workers and the controller, where there is one; returns when they are gone."""
+    try:
+        controller = find_controller()
+    except ValueError:
+        return
+    try:
+        ray.get(controller.stop.remote(), timeout=timeout_s)
+    except (RayActorError, GetTimeoutError) as error:
+        logger.warning("the controller does not stop its workers: %s", error)
+    ray.kill(controller)

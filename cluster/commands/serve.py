@@ -33,6 +33,7 @@ from model.checkpoint import Checkpoint
 
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
 BAR_WIDTH = 30
 
 
@@ -174,10 +175,11 @@ def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None
     from ray import serve
 
     from cluster.app import APP_NAME
-    from cluster.controller_actor import find_controller
+    from cluster.controller_actor import end_controller
     from cluster.ray_cluster import join
 
     join(address)
+    had_serve = _serve_runs()
     try:
         interrupt.watch()
         _start(config, interrupt.stopped)
@@ -185,11 +187,24 @@ def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None
         interrupt.stopped.wait()
     finally:
         say("stopping …")
-        serve.delete(APP_NAME)
-        controller = find_controller()
-        ray.get(controller.stop.remote())
-        ray.kill(controller)
+        # What ran before goes on: it may serve other applications.
+        if had_serve:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()
+        end_controller(STOP_TIMEOUT_S)
         ray.shutdown()
+
+
+def _serve_runs() -> bool:
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _start(config: ClusterConfig, stopped: threading.Event) -> None:
