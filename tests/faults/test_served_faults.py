@@ -53,13 +53,11 @@ def rows_of(cluster: ServedCluster, faults: str) -> dict[str, dict[str, int]]:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the promise holds" in done.stdout
     table: dict[str, dict[str, int]] = {}
-    for line in done.stdout.splitlines():
+    for line in done.stdout.partition("\n\n")[0].splitlines():
         name, *figures = line.split()
         if name in faults.split(","):
             names = ("times", "requests", "failed", "differing", "hit")
             table[name] = dict(zip(names, map(int, figures[: len(names)]), strict=True))
-        if not line.strip():
-            break
     return table
 
 
