@@ -20,8 +20,12 @@ help:  ## Show this list
 env: $(READY)  ## Make or update .venv from the locks (a second when nothing changed)
 	@echo "$(VENV) is up to date"
 
+# Those that share one real cluster run by themselves, in one process, when the machine is free.
+ON_A_CLUSTER := tests/cluster tests/faults
+
 test: $(READY)  ## Run the tests, all but the slow ones (ARGS=... goes to pytest)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n auto $(addprefix --ignore ,$(ON_A_CLUSTER)) $(ARGS)
+	$(BIN)/pytest -m "not slow" $(ON_A_CLUSTER) $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests only
 	$(BIN)/pytest -m slow $(ARGS)

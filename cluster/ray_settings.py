@@ -33,6 +33,11 @@ def be_quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def be_patient() -> None:
+    """Has Serve wait for its proxy on a busy machine, which it would end after five seconds."""
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
+
 def stay_local() -> None:
     """Has a cluster started from here listen on the loopback address only.
 

@@ -22,6 +22,7 @@ from cluster.calls import (
 from cluster.errors import (
     ClusterError,
     PeerError,
+    PeerLostError,
     PeerSilentError,
     RefusalReason,
     RefusedError,
@@ -105,9 +106,11 @@ class Pipeline:
 
     def _shard_at(self, chain: Sequence[Member], layer: int) -> Member:
         """The shard that begins with a layer; after the last one, that with the output head."""
-        if layer == self._num_layers:
-            return next(member for member in chain if member.has_ends)
-        return next(member for member in chain if member.first_layer == layer and member.num_layers)
+        for member in chain:
+            is_end = layer == self._num_layers and member.has_ends
+            if is_end or (member.first_layer == layer and member.num_layers):
+                return member
+        raise ShardLostError(PeerLostError("nobody", f"holds attention from layer {layer} on"))
 
     async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
         """One turn of a shard; there is no other that could answer, so no reply is a loss."""

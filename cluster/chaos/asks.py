@@ -77,11 +77,12 @@ class Ask:
         return generate_pb2.GenerateRequest(
             text=self.prompt,
             max_tokens=self.max_tokens,
-            seed=self.seed,
             num_samples=num_samples,
             stop=stop,
             ignore_eos=True,
-            sampling=sampling_pb2.SamplingParams(num_logprobs=num_logprobs, **drawn),
+            sampling=sampling_pb2.SamplingParams(
+                num_logprobs=num_logprobs, seed=self.seed, **drawn
+            ),
         )
 
 

@@ -21,7 +21,14 @@ from cluster.commands.options import ACTIVATION_NAMES, DTYPE_NAMES, RESIDENCE_NA
 from cluster.config import ClusterConfig, IngressSettings, WorkerSettings, read_config
 from cluster.errors import PlacementError, StartupError
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
-from cluster.ray_settings import RunningCluster, be_quiet, make_token, remember, stay_local
+from cluster.ray_settings import (
+    RunningCluster,
+    be_patient,
+    be_quiet,
+    make_token,
+    remember,
+    stay_local,
+)
 from model.checkpoint import Checkpoint
 
 POLL_S = 0.2
@@ -132,6 +139,7 @@ class Interrupt:
 
 def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
     be_quiet()
+    be_patient()
     stay_local()
     token = make_token()
     from cluster.ray_cluster import LocalRay
@@ -188,6 +196,7 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     """Brings up workers and endpoint, side by side."""
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from cluster.app import APP_NAME, make_app
     from cluster.controller_actor import find_or_make_controller
@@ -195,10 +204,14 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     controller = find_or_make_controller(config)
     ray.get(controller.begin.remote())
     ingress = config.ingress
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": ingress.host, "port": ingress.port},
-    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": ingress.host, "port": ingress.port},
+        )
+    except RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
     application = make_app(config)
     endpoint = threading.Thread(
         target=serve.run,

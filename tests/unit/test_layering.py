@@ -66,6 +66,7 @@ RAY_FILES: tuple[str, ...] = (
 GRPC_FILES: tuple[str, ...] = (
     "workers.grpc_server",
     "router.grpc_link",
+    "cluster.client",
     "cluster.router_door",
     "cluster.chaos.load",
     "cluster.bench.dataplane",
