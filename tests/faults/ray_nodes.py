@@ -31,7 +31,16 @@ def main() -> None:
     ]
     raylets = {node.node_id: node.all_processes["raylet"][0].process.pid for node in nodes}
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-    sys.stdin.read()
+    head_node: Any = cluster.head_node
+    for line in sys.stdin:
+        match line.strip():
+            case "kill-gcs":
+                head_node.kill_gcs_server()
+            case "start-gcs":
+                head_node.start_gcs_server()
+            case order:
+                raise ValueError(order)
+        print("done", flush=True)
     cluster.shutdown()
 
 

@@ -1,76 +1,84 @@
-"""A whole node dies, with every process on it."""
+"""A whole node dies with all its processes; the head's memory dies, and comes back from Redis."""
 
-import json
+import os
+import shutil
+import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.faults.under_load import complaints_under_load, serving_on
-from tests.served_cluster import child_environment, end, short_folder
+from tests.faults.under_load import (
+    complaints_under_load,
+    ray_nodes,
+    serving_on,
+    several_nodes,
+)
+from tests.served_cluster import end, free_ports, short_folder, wait_until
 
-NUM_NODES = 3
-
-
-@contextmanager
-def ray_nodes(environment: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The address of a cluster of nodes, and each node's raylet. Its end leaves no process."""
-    command = [sys.executable, "-m", "tests.faults.ray_nodes", str(NUM_NODES)]
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdin is not None
-    processes: list[psutil.Process] = []
-    try:
-        line = next((line for line in process.stdout if line.startswith("{")), "")
-        assert line, "the nodes did not come up"
-        yield json.loads(line)
-        processes = psutil.Process(process.pid).children(recursive=True)
-        process.stdin.close()
-        process.wait(60)
-    finally:
-        _, left = psutil.wait_procs(processes, timeout=10)
-        end(left)
-        process.kill()
-        process.wait()
-        process.stdout.close()
+HOST = "127.0.0.1"
 
 
 @pytest.mark.slow
 def test_death_of_a_node_costs_no_token() -> None:
     with short_folder() as folder:
-        environment = child_environment(
-            folder,
-            RAY_AUTH_MODE="disabled",
-            RAY_TMPDIR=str(folder / "t"),
-            # Several nodes on one machine.
-            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
-        )
+        environment = several_nodes(folder)
         with (
-            ray_nodes(environment) as nodes,
-            serving_on(nodes["address"], "127.0.0.1", environment, folder) as served,
+            ray_nodes(3, environment) as nodes,
+            serving_on(nodes.address, HOST, environment, folder) as served,
         ):
             gone: list[str] = []
 
             def kill_a_node() -> None:
                 node_id = served.workers()[0]["node"]
-                raylet = psutil.Process(nodes["raylets"][node_id])
+                raylet = psutil.Process(nodes.raylets[node_id])
                 gone.append(node_id)
                 # The raylet first: nobody shall tidy up.
                 end([raylet, *raylet.children(recursive=True)])
 
-            found = complaints_under_load(
-                served.endpoint, kill_a_node, lambda: served.is_whole(gone)
-            )
-            assert found == []
+            def is_whole() -> bool:
+                return served.is_whole(gone)
+
+            assert complaints_under_load(served.endpoint, kill_a_node, is_whole) == []
+
+
+@contextmanager
+def redis(folder: Path) -> Iterator[str]:
+    """The address of a Redis of its own."""
+    (port,) = free_ports(1)
+    options = ["--port", str(port), "--bind", HOST, "--save", "", "--dir", str(folder)]
+    process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+    try:
+        yield f"{HOST}:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+def test_restart_of_the_head_costs_no_token() -> None:
+    with short_folder() as folder, redis(folder) as address:
+        environment = several_nodes(folder, RAY_REDIS_ADDRESS=address)
+        with (
+            ray_nodes(2, environment) as nodes,
+            serving_on(nodes.address, HOST, environment, folder) as served,
+        ):
+            victim = served.workers()[0]
+
+            def restart_head() -> None:
+                nodes.order("kill-gcs")
+                # Without a head a worker dies: others have its experts.
+                os.kill(victim["pid"], signal.SIGKILL)
+                wait_until(lambda: not psutil.pid_exists(victim["pid"]), "the worker is gone")
+                nodes.order("start-gcs")
+
+            def is_whole() -> bool:
+                workers = {worker["worker_id"]: worker for worker in served.workers()}
+                mine = workers.get(victim["worker_id"], victim)
+                return served.is_whole() and mine["incarnation"] > victim["incarnation"]
+
+            assert complaints_under_load(served.endpoint, restart_head, is_whole) == []

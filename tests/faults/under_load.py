@@ -16,7 +16,14 @@ from cluster.chaos.answers import Heard, difference
 from cluster.chaos.asks import Ask, draw_asks
 from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
 from tests.conftest import REPOSITORY
-from tests.served_cluster import STOP_TIMEOUT_S, end, free_ports, run_command, wait_until
+from tests.served_cluster import (
+    STOP_TIMEOUT_S,
+    child_environment,
+    end,
+    free_ports,
+    run_command,
+    wait_until,
+)
 
 # One of each mode and surface, all of them running at any time.
 NUM_ASKS = 12
@@ -65,6 +72,54 @@ class OnNodes:
         )
 
 
+@dataclass(slots=True)
+class Nodes:
+    """Ray nodes in a process of their own; raylets go by node id."""
+
+    process: "subprocess.Popen[str]"
+    address: str
+    raylets: dict[str, int]
+
+    def order(self, what: str) -> None:
+        """Has the process do something; returns when it is done."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        assert "done\n" in self.process.stdout
+
+
+@contextmanager
+def ray_nodes(count: int, environment: dict[str, str]) -> Iterator[Nodes]:
+    """A head, and so many nodes for workers. Its end leaves no process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.ray_nodes", str(count)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    processes: list[psutil.Process] = []
+    try:
+        line = next((line for line in process.stdout if line.startswith("{")), "")
+        assert line, "the nodes did not come up"
+        yield Nodes(process, **json.loads(line))
+    finally:
+        if process.poll() is None:
+            processes = psutil.Process(process.pid).children(recursive=True)
+        process.stdin.close()
+        try:
+            process.wait(60)
+        finally:
+            _, left = psutil.wait_procs(processes, timeout=10)
+            end(left)
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
 @contextmanager
 def serving_on(
     address: str, host: str, environment: dict[str, str], folder: Path
@@ -100,6 +155,17 @@ def serving_on(
         except subprocess.TimeoutExpired:
             end([psutil.Process(process.pid)])
             process.wait()
+
+
+def several_nodes(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of Ray nodes that share this machine."""
+    return child_environment(
+        folder,
+        RAY_AUTH_MODE="disabled",
+        RAY_TMPDIR=str(folder / "t"),
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
+        **more,
+    )
 
 
 def complaints_under_load(
