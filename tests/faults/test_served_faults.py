@@ -15,7 +15,7 @@ NUM_ASKS = 12
 TIMEOUT_S = 500.0
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def leaves_nothing(cluster: ServedCluster) -> Iterator[None]:
     """After every test the same processes are there, all well, and nothing is held."""
     before = actors(cluster)
@@ -63,8 +63,9 @@ def rows_of(cluster: ServedCluster, faults: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize(
     "faults",
-    ["freeze,slow,disk-full", "kill-controller,kill-expert,kill-router", "stale-epoch"],
+    ["freeze,slow,disk-full", "kill-controller,kill-expert,kill-router,stale-epoch"],
 )
+@pytest.mark.usefixtures("leaves_nothing")
 def test_fault_under_load_costs_no_token(cluster: ServedCluster, faults: str) -> None:
     table = rows_of(cluster, faults)
     assert set(table) == set(faults.split(","))
