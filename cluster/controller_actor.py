@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
 from cluster.controller import Controller
+from cluster.errors import UnavailableError
 from cluster.fleet import WorkerRecord
 from cluster.model_bytes import checkpoint_bytes
 from cluster.model_dir import resolve_model_dir
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 CONTROLLER_NAME = "controller"
 CONTEXTS_BY_DEFAULT = 8
 VIEW_POLL_S = 5.0
+# Finding workers that do not answer takes seconds for each.
+BEGIN_TIMEOUT_S = 25.0
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -46,6 +49,16 @@ class ControllerActor:
             await self._has_begun.wait()
             return
         self._shell = AsyncTasks()
+        try:
+            await self._begin(self._shell)
+        except BaseException:
+            # Half begun it would be asked for ever, and never answer.
+            self._shell = None
+            raise
+        self._shell.kick()
+        self._has_begun.set()
+
+    async def _begin(self, shell: AsyncTasks) -> None:
         config = self._config
         with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
             model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
@@ -59,11 +72,22 @@ class ControllerActor:
             kv_tokens,
             start_timeout_s=workers.start_timeout_s,
         )
-        self._fleet = RayFleet(config, model, self._shell)
-        self._controller = Controller(model, settings, self._fleet, self._shell.tasks)
+        self._fleet = RayFleet(config, model, shell)
+        self._controller = Controller(model, settings, self._fleet, shell.tasks)
         self._controller.start(await self._fleet.find_existing())
-        self._shell.kick()
-        self._has_begun.set()
+
+    async def _begun(self) -> Controller:
+        """The controller; one that was just made anew has to find its workers first.
+
+        Raises:
+            UnavailableError: it takes too long.
+        """
+        try:
+            async with asyncio.timeout(BEGIN_TIMEOUT_S):
+                await self._has_begun.wait()
+        except TimeoutError:
+            raise UnavailableError("the controller has not begun") from None
+        return self._controller
 
     async def config(self) -> ClusterConfig:
         return self._config
@@ -74,17 +98,17 @@ class ControllerActor:
 
     async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
         """The view, as soon as it is newer than the known one, or when the time is over."""
-        assert self._shell is not None
+        controller = await self._begun()
         until_s = time.monotonic() + timeout_s
-        while self._controller.view.placement_epoch <= known_epoch:
+        while controller.view.placement_epoch <= known_epoch:
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not await self._changed(left_s):
                 break
-        return self._controller.view
+        return controller.view
 
     async def progress(self) -> dict[str, Any]:
         """How far the start is: for each worker what it waits for, and bytes read of how many."""
-        controller = self._controller
+        controller = await self._begun()
         workers = await asyncio.gather(
             *(self._progress_of(record) for record in controller.workers.values())
         )
@@ -98,7 +122,7 @@ class ControllerActor:
 
     async def status(self) -> dict[str, Any]:
         """Everything that `milliways status` shows."""
-        controller = self._controller
+        controller = await self._begun()
         records = sorted(controller.workers.values(), key=number)
         workers = await asyncio.gather(*(self._status_of(record) for record in records))
         return {
@@ -113,13 +137,14 @@ class ControllerActor:
 
     async def scale(self, num_workers: int) -> None:
         """Grows or shrinks; returns when the new placement is served."""
+        controller = await self._begun()
         assert self._shell is not None
-        await self._shell.wait(self._controller.scale(num_workers))
+        await self._shell.wait(controller.scale(num_workers))
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
         """Moves a worker's work away, then stops it or starts it anew; returns when it is."""
+        controller = await self._begun()
         assert self._shell is not None
-        controller = self._controller
         await self._shell.wait(controller.drain(worker_id, restarts=restarts))
         while restarts and controller.workers[worker_id].state is not WorkerState.READY:
             await self._changed(VIEW_POLL_S)

@@ -95,7 +95,11 @@ class RayFleet:
             match = _ACTOR_NAME.fullmatch(entry["name"])
             if entry["namespace"] != NAMESPACE or match is None:
                 continue
-            actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+            try:
+                actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+            except ValueError:
+                # It died since it was listed.
+                continue
             existing = await _described(actor)
             if existing is None:
                 ray.kill(actor)

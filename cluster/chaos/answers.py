@@ -85,12 +85,23 @@ class Heard:
     error: str = ""
 
     @property
-    def stall_s(self) -> float:
-        """The longest wait for a token, the first one too."""
-        times_s = [self.started_s, *self.answer.token_times_s]
-        gaps_s = [late - early for early, late in pairwise(times_s)]
-        # Who is failed at last has waited for that.
-        return max([*gaps_s, self.ended_s - times_s[-1]] if self.error else gaps_s, default=0.0)
+    def first_token_s(self) -> float | None:
+        """The wait for the first token; None where none came."""
+        times_s = self.answer.token_times_s
+        return times_s[0] - self.started_s if times_s else None
+
+    def stall_s(self, since_s: float = float("-inf"), until_s: float = float("inf")) -> float:
+        """The longest wait between two tokens that fell at least in part into this time."""
+        times_s = list(self.answer.token_times_s)
+        if self.error and times_s:
+            # Who is failed at last has waited for that.
+            times_s.append(self.ended_s)
+        gaps = [
+            late_s - early_s
+            for early_s, late_s in pairwise(times_s)
+            if early_s <= until_s and late_s >= since_s
+        ]
+        return max(gaps, default=0.0)
 
     def was_running(self, since_s: float, until_s: float) -> bool:
         """Whether any of its time lies there."""

@@ -8,6 +8,8 @@ from cluster.chaos.asks import Ask
 from cluster.chaos.faults import Fault
 
 MAX_COMPLAINTS = 20
+# What a fault does shows so soon after it: frozen peers are noticed within two seconds.
+SHOWS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +37,9 @@ class Row:
     num_requests: int
     num_failed: int
     num_differing: int
-    # Of the streams that ran while the fault was being done.
+    # Of the streams that ran while the fault was being done, about that time.
     stalls_s: tuple[float, ...]
+    first_tokens_s: tuple[float, ...] = ()
     recoveries_s: tuple[float, ...] = ()
     num_not_recovered: int = 0
 
@@ -100,11 +103,13 @@ def _running(heard: Sequence[Heard], struck: Sequence[Struck]) -> list[Heard]:
 
 
 def _row(name: str, heard: Sequence[Heard], wrong: dict[int, str], struck: Sequence[Struck]) -> Row:
-    hit = [
-        one
-        for one in heard
-        if not struck or any(one.was_running(s.began_s, s.ended_s) for s in struck)
-    ]
+    hit = [one for one in heard if any(one.was_running(s.began_s, s.ended_s) for s in struck)]
+    stalls_s = (
+        [max(one.stall_s(s.began_s, s.ended_s + SHOWS_WITHIN_S) for s in struck) for one in hit]
+        if struck
+        else [one.stall_s() for one in heard]
+    )
+    first_tokens_s = [one.first_token_s for one in (hit if struck else heard)]
     recoveries = [s.recovery_s for s in struck]
     return Row(
         name=name,
@@ -112,7 +117,8 @@ def _row(name: str, heard: Sequence[Heard], wrong: dict[int, str], struck: Seque
         num_requests=len(heard),
         num_failed=sum(bool(one.error) for one in heard),
         num_differing=sum(bool(wrong.get(id(one))) for one in heard),
-        stalls_s=tuple(one.stall_s for one in hit),
+        stalls_s=tuple(stalls_s),
+        first_tokens_s=tuple(s for s in first_tokens_s if s is not None),
         recoveries_s=tuple(r for r in recoveries if r is not None),
         num_not_recovered=sum(r is None for r in recoveries),
     )
@@ -122,10 +128,15 @@ def format_report(report: Report) -> str:
     """A table for a terminal, and what was wrong below it."""
     heading = (
         f"{'fault':<19} {'times':>5} {'requests':>8} {'failed':>6} {'differing':>9}"
-        f" {'hit':>5} {'stall p50':>9} {'p99':>8} {'max':>8}  full replication after"
+        f" {'hit':>5} {'stall p50':>9} {'p99':>8} {'max':>8} {'first p99':>9}"
+        "  full replication after"
     )
     lines = [heading, *(_line(row) for row in report.rows)]
-    lines += ["", "stall: the longest wait for a token in a stream that ran during the fault"]
+    lines += [
+        "",
+        "hit: streams that ran while a fault was done; stall: their longest wait between two",
+        "tokens at that time; first: the wait for the first token, which shows who had to wait",
+    ]
     lines += report.complaints[:MAX_COMPLAINTS]
     left = len(report.complaints) - MAX_COMPLAINTS
     if left > 0:
@@ -136,6 +147,7 @@ def format_report(report: Report) -> str:
 
 def _line(row: Row) -> str:
     stalls = [_milliseconds(percentile(row.stalls_s, share)) for share in (0.5, 0.99, 1.0)]
+    first = _milliseconds(percentile(row.first_tokens_s, 0.99))
     recovery = ""
     if row.recoveries_s:
         middle, longest = percentile(row.recoveries_s, 0.5), max(row.recoveries_s)
@@ -145,7 +157,7 @@ def _line(row: Row) -> str:
     return (
         f"{row.name:<19} {row.count or '-':>5} {row.num_requests:>8} {row.num_failed:>6}"
         f" {row.num_differing:>9} {len(row.stalls_s):>5} {stalls[0]:>9} {stalls[1]:>8}"
-        f" {stalls[2]:>8}  {recovery}"
+        f" {stalls[2]:>8} {first:>9}  {recovery}"
     ).rstrip()
 
 

@@ -185,13 +185,17 @@ def heard(index: int, started_s: float, got: Answer, error: str = "") -> Heard:
     return Heard(ask_index=index, started_s=started_s, ended_s=ended_s, answer=got, error=error)
 
 
-def test_stall_is_the_longest_wait_for_a_token_also_for_the_first() -> None:
+def test_stall_is_the_longest_wait_between_two_tokens_of_a_time() -> None:
     got = answer(1, 2, 3)
     got.token_times_s = [10.5, 10.6, 11.0]
-    assert heard(0, 10.0, got).stall_s == pytest.approx(0.5)
-    got.token_times_s = [10.1, 10.2, 11.0]
-    assert heard(0, 10.0, got).stall_s == pytest.approx(0.8)
-    assert heard(0, 10.0, got, error="broke").stall_s == pytest.approx(2.0)
+    one = heard(0, 10.0, got)
+    assert one.first_token_s == pytest.approx(0.5)
+    assert one.stall_s() == pytest.approx(0.4)
+    assert one.stall_s(since_s=10.0, until_s=10.55) == pytest.approx(0.1)
+    assert one.stall_s(since_s=10.55, until_s=10.7) == pytest.approx(0.4)
+    assert one.stall_s(since_s=11.5) == 0.0
+    assert heard(0, 10.0, got, error="broke").stall_s() == pytest.approx(2.0)
+    assert heard(0, 10.0, Answer.of(ASKS[0])).first_token_s is None
 
 
 def test_report_counts_what_ran_during_each_fault() -> None:
