@@ -32,14 +32,15 @@ class ModelSettings:
     activations: str = "exact"
     experts: str = "loaded"
     deterministic: bool = True
-    # A Jinja-free template for chat: `plain` joins the contents, any other text is looked up in
-    # the model directory as chat_template.json.
-    chat_template: str = "plain"
+    # How chat becomes a prompt: `declared` as chat_template.json of the model directory says,
+    # `plain` by joining the contents, `auto` as declared where there is such a file, else plain.
+    chat_template: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.activations", self.activations, ("exact", "int8"))
         _one_of("model.experts", self.experts, ("loaded", "mapped"))
+        _one_of("model.chat_template", self.chat_template, ("auto", "declared", "plain"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +138,13 @@ class IngressSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
-    """Certificates in PEM files; all three or none. With them, gRPC is mutual TLS."""
+    """Certificates in PEM files; all three or none. With them, gRPC is mutual TLS.
+
+    That is every gRPC connection: between workers, from ingress to router, and from clients to the
+    public port, so that clients, and probes of that port, need a certificate of `ca_file` as well.
+    HTTP is plain: what ends TLS there stands before it. Shared memory does not leave its machine.
+    Ray's own connections are Ray's to set up, by RAY_USE_TLS.
+    """
 
     ca_file: str = ""
     cert_file: str = ""

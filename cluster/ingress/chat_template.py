@@ -1,7 +1,8 @@
 """Turns a conversation into a prompt, as the model directory declares it: data, never code.
 
-A base model has no notion of turns, so the default is plain: contents joined by newlines, and the
-completion follows right behind. A model directory may say more in `chat_template.json`:
+A base model has no notion of turns, so where nothing is declared it is plain: contents joined by
+newlines, and the completion follows right behind. A model directory may say more in
+`chat_template.json`:
 
     {
       "roles": {
@@ -27,6 +28,7 @@ from cluster.errors import ConfigError
 from model.errors import InvalidRequestError
 
 TEMPLATE_FILE = "chat_template.json"
+AUTO = "auto"
 PLAIN = "plain"
 ROLES = ("system", "user", "assistant")
 # OpenAI's newer name of the same role.
@@ -75,18 +77,20 @@ class ChatTemplate:
         return affixes.prefix + message.content + affixes.suffix
 
 
-def load_chat_template(model_dir: Path, setting: str = PLAIN) -> ChatTemplate:
-    """The template that the model declares, or the plain one.
+def load_chat_template(model_dir: Path, setting: str = AUTO) -> ChatTemplate:
+    """The template that a setting of `ModelSettings.chat_template` means.
 
     Raises:
         ConfigError: the file is wrong, or absent though the setting asks for one.
     """
     path = model_dir / TEMPLATE_FILE
-    if path.is_file():
-        return parse_chat_template(_read_json(path))
-    if setting != PLAIN:
-        raise ConfigError("model.chat_template", setting, f"{PLAIN!r}: there is no {path}")
-    return ChatTemplate()
+    is_declared = path.is_file()
+    if setting == PLAIN or (setting == AUTO and not is_declared):
+        return ChatTemplate()
+    if not is_declared:
+        limit = f"{AUTO!r} or {PLAIN!r}: there is no {path}"
+        raise ConfigError("model.chat_template", setting, limit)
+    return parse_chat_template(_read_json(path))
 
 
 def parse_chat_template(tree: object) -> ChatTemplate:

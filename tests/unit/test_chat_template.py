@@ -28,9 +28,10 @@ def test_plain_joins_contents_by_newlines() -> None:
     assert ChatTemplate().render(TURNS) == "Be brief.\nHi"
 
 
-def test_declared_template_dresses_every_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["auto", "declared"])
+def test_declared_template_dresses_every_turn(tmp_path: Path, setting: str) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(json.dumps(DECLARED))
-    template = load_chat_template(tmp_path)
+    template = load_chat_template(tmp_path, setting)
     assert template.render(TURNS) == "Be brief.\n\nHuman: Hi\nAssistant:"
     assert template.stop == ("\nHuman:",)
     with pytest.raises(InvalidRequestError, match="role = 'assistant'"):
@@ -41,6 +42,11 @@ def test_directory_without_a_template_is_plain_unless_one_is_wanted(tmp_path: Pa
     assert load_chat_template(tmp_path) == ChatTemplate()
     with pytest.raises(ConfigError, match=TEMPLATE_FILE):
         load_chat_template(tmp_path, "declared")
+
+
+def test_plain_stays_plain_whatever_is_declared(tmp_path: Path) -> None:
+    (tmp_path / TEMPLATE_FILE).write_text(json.dumps(DECLARED))
+    assert load_chat_template(tmp_path, "plain") == ChatTemplate()
 
 
 @pytest.mark.parametrize(
