@@ -394,4 +394,6 @@ def _sizes(workers: Sequence[WorkerMemory]) -> str:
 
 
 def _gb(num_bytes: int) -> str:
+    if num_bytes < BYTES_PER_GB / 10:
+        return f"{num_bytes / 1e6:.1f} MB"
     return f"{num_bytes / BYTES_PER_GB:.1f} GB"

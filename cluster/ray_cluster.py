@@ -7,6 +7,7 @@ are `ray_settings`' business.
 # Ray's own types are unknown in part.
 # pyright: basic
 
+import socket
 import tempfile
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,7 @@ LOCAL_CPUS = 1024
 OBJECT_STORE_BYTES = 100 << 20
 STOP_TIMEOUT_S = 5.0
 START_ATTEMPTS = 2
+KNOCK_TIMEOUT_S = 5.0
 _HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
@@ -87,7 +89,20 @@ def join(address: str) -> None:
     Raises:
         StartupError: there is none at the address.
     """
+    _knock(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StartupError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "://" in address:
+        # `auto`, or a way that only Ray knows.
+        return
+    try:
+        socket.create_connection((host, int(port)), KNOCK_TIMEOUT_S).close()
+    except OSError as error:
         raise StartupError(f"no Ray cluster answers at {address}: {error}") from error

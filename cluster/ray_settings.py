@@ -60,7 +60,15 @@ def make_token() -> str:
 def enter(cluster: RunningCluster) -> None:
     """Has Ray, once it is imported, join a cluster of this user."""
     use_token(cluster.token)
-    if cluster.address.startswith(f"{LOOPBACK}:"):
+    head_for(cluster.address)
+
+
+def head_for(address: str) -> None:
+    """Has Ray, once it is imported, look for a cluster at just this address.
+
+    It takes the loopback address for the machine's other one, as it does where it listens.
+    """
+    if address.startswith(f"{LOOPBACK}:"):
         stay_local()
 
 

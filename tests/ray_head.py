@@ -6,6 +6,7 @@ Each line that it reads is a question, each line that it writes an answer in JSO
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,9 +90,7 @@ def _start_serve(port: int) -> bool:
     return True
 
 
-def run(num_cpus: int, dashboard_port: int) -> None:
-    import tempfile
-
+def _start_ray(num_cpus: int, dashboard_port: int) -> str:
     import ray
 
     context: Any = ray.init(
@@ -105,10 +104,23 @@ def run(num_cpus: int, dashboard_port: int) -> None:
         _temp_dir=tempfile.mkdtemp(prefix="mw-"),
         _node_ip_address="127.0.0.1",
     )
+    return context.address_info["gcs_address"]
+
+
+def run(num_cpus: int, dashboard_port: int) -> None:
+    """Answers until it is told to end."""
+    import ray
+
+    try:
+        address = _start_ray(num_cpus, dashboard_port)
+    except Exception:
+        # Ray waits half a minute for its own processes, which a busy machine may need.
+        ray.shutdown()
+        address = _start_ray(num_cpus, dashboard_port)
     for line in sys.stdin:
         match line.split():
             case ["address"]:
-                answer: Any = context.address_info["gcs_address"]
+                answer: Any = address
             case ["holds"]:
                 answer = _holds()
             case ["serve", port]:

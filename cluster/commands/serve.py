@@ -25,6 +25,7 @@ from cluster.ray_settings import (
     RunningCluster,
     be_patient,
     be_quiet,
+    head_for,
     make_token,
     remember,
     stay_local,
@@ -171,6 +172,7 @@ def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
 
 def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None:
     be_quiet()
+    head_for(address)
     import ray
     from ray import serve
 
@@ -211,34 +213,45 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     """Brings up workers and endpoint, side by side."""
     import ray
     from ray import serve
-    from ray.exceptions import RayError
 
     from cluster.app import APP_NAME, make_app
     from cluster.controller_actor import find_or_make_controller
 
     controller = find_or_make_controller(config)
     ray.get(controller.begin.remote())
-    ingress = config.ingress
+    _open_proxy(config.ingress)
+    target = serve.RunTarget(target=make_app(config), name=APP_NAME, route_prefix="/")
+    # The endpoint comes up while the workers load; it is ready when both are.
+    serve.run_many(
+        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+    _watch_loading(controller, config.workers, stopped)
+    _wait_until_ready(config.ingress, config.workers.start_timeout_s, stopped)
+    if not stopped.is_set():
+        say(_greeting(config))
+
+
+def _open_proxy(ingress: IngressSettings) -> None:
+    """Has Serve listen, or finds that it does.
+
+    Raises:
+        StartupError: it does not come up, or listens elsewhere.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.context import _get_global_client
+
+    options = {"host": ingress.host, "port": ingress.port}
     try:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": ingress.host, "port": ingress.port},
-        )
+        serve.start(proxy_location="HeadOnly", http_options=options)
+        client: Any = _get_global_client()
     except RayError as error:
         reason = str(error).partition("\n")[0]
         raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
-    application = make_app(config)
-    endpoint = threading.Thread(
-        target=serve.run,
-        args=(application,),
-        kwargs={"name": APP_NAME, "route_prefix": "/"},
-        daemon=True,
-    )
-    endpoint.start()
-    _watch_loading(controller, config.workers, stopped)
-    _wait_until_ready(ingress, config.workers.start_timeout_s, stopped)
-    if not stopped.is_set():
-        say(_greeting(config))
+    there = client.http_config
+    if (there.host, there.port) != (ingress.host, ingress.port):
+        where = f"{there.host}:{there.port}"
+        raise StartupError(f"Ray Serve runs there already and listens on {where}: say so")
 
 
 def _watch_loading(controller: Any, settings: WorkerSettings, stopped: threading.Event) -> None:
@@ -301,10 +314,21 @@ def _wait_until_ready(ingress: IngressSettings, timeout_s: float, stopped: threa
         except HTTPError as error:
             reason = _message_of(error)
         except (URLError, OSError):
-            pass
+            _check_endpoint()
         if time.monotonic() > until_s:
             raise StartupError(f"not ready within {timeout_s:g} s: {reason}")
         stopped.wait(POLL_S)
+
+
+def _check_endpoint() -> None:
+    """Raises StartupError where Serve has given up on the endpoint."""
+    from ray import serve
+
+    from cluster.app import APP_NAME
+
+    application = serve.status().applications.get(APP_NAME)
+    if application is not None and application.status == "DEPLOY_FAILED":
+        raise StartupError(f"the endpoint does not start: {application.message}")
 
 
 def _message_of(error: HTTPError) -> str:

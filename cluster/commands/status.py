@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from cluster.errors import ClusterError, StartupError
-from cluster.ray_settings import be_quiet, enter, find_running
+from cluster.ray_settings import be_quiet, enter, find_running, head_for
 
 ANSWER_TIMEOUT_S = 30.0
 
@@ -40,6 +40,8 @@ def ask_controller(
             raise StartupError("no cluster of yours runs here; `milliways serve` starts one")
         enter(running)
         address = running.address
+    else:
+        head_for(address)
     # Not before: Ray reads its settings when it is imported.
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError

@@ -62,9 +62,18 @@ def test_plan_that_does_not_fit_is_refused_with_its_arithmetic(
     config = tmp_path / "config.toml"
     config.write_text("[workers]\ncount = 2\nmemory_gb_each = 0.001\n")
     said = refused(head.environment, *ports(), "--address", head.address, "--config", str(config))
-    assert said.startswith("milliways: needs 0.0 GB, has 2 x 0.001 GB: ")
-    assert said.endswith(" GB short")
+    assert said == "milliways: needs 4.2 MB, has 2 x 0.001 GB: 2.2 MB short"
     assert head.holds() == {"actors": [], "groups": []}
+
+
+def test_serve_that_listens_elsewhere_is_named(head: RayHead) -> None:
+    (port,) = free_ports(1)
+    head.ask(f"serve {port}")
+    said = refused(head.environment, *ports(), "--address", head.address)
+    assert said.endswith(f"listens on 127.0.0.1:{port}: say so")
+    # It was not ours to end.
+    assert "SERVE_CONTROLLER_ACTOR" in head.holds()["actors"]
+    assert head.holds()["groups"] == []
 
 
 def test_address_without_a_ray_is_named(tmp_path: Path) -> None:
