@@ -12,7 +12,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check lint types layers demo serve proto train-demo lock clean
+.PHONY: help env test test-slow check lint types layers demo serve chaos proto train-demo lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -20,8 +20,12 @@ help:  ## Show this list
 env: $(READY)  ## Make or update .venv from the locks (a second when nothing changed)
 	@echo "$(VENV) is up to date"
 
+# Those that share one real cluster run by themselves, in one process, when the machine is free.
+ON_A_CLUSTER := tests/cluster tests/faults
+
 test: $(READY)  ## Run the tests, all but the slow ones (ARGS=... goes to pytest)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n auto $(addprefix --ignore=,$(ON_A_CLUSTER)) $(ARGS)
+	$(BIN)/pytest -m "not slow" $(ON_A_CLUSTER) $(ARGS)
 
 test-slow: $(READY)  ## Run the slow tests only
 	$(BIN)/pytest -m slow $(ARGS)
@@ -44,6 +48,9 @@ demo: $(READY)  ## Complete two prompts with the demo model
 
 serve: $(READY)  ## Start a cluster of the demo model: 3 workers, HTTP 8000, gRPC 50051 (ARGS=...)
 	$(BIN)/milliways serve $(ARGS)
+
+chaos: $(READY)  ## Break a cluster under load, compare every token: minutes (ARGS=...)
+	$(BIN)/milliways chaos $(ARGS)
 
 proto: $(READY)  ## Generate the stubs of proto/ anew
 	$(BIN)/python tests/stubs.py proto

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.errors import RefusalReason
-from model.runner import SampledToken
-from model.sampling import SampleRow
+from model.sampling_params import SampledToken, SampleRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

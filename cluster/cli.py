@@ -7,6 +7,8 @@
     milliways serve             starts a cluster and its endpoint
     milliways status            who is in the cluster, what each holds and does
     milliways scale             grows or shrinks a running cluster
+    milliways drain WORKER      moves a worker's work away, then stops or restarts it
+    milliways chaos             breaks a cluster under load, and compares every token
     milliways bench             how fast we are, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
@@ -34,6 +36,8 @@ COMMANDS = {
     "serve": "start a cluster and its HTTP and gRPC endpoint",
     "status": "show the workers of a running cluster",
     "scale": "grow or shrink a running cluster",
+    "drain": "move a worker's work away, then stop it or start it anew",
+    "chaos": "break a cluster under load and compare every token with the undisturbed run",
     "bench": "measure speed, beside other engines and the limits of the machine",
 }
 

@@ -92,7 +92,9 @@ class RouterSettings:
     max_micro_batches: int = 2
     # Fewer tokens than this are not worth another sweep through the weights.
     min_micro_batch_tokens: int = 16
-    # A reply that takes longer is asked of another replica as well.
+    # A reply that takes several times as long as the longest of late is asked of another replica
+    # as well; the wait lies within these.
+    hedge_after_s_min: float = 0.05
     hedge_after_s: float = 1.0
     # A reply that takes longer than this counts as lost.
     step_timeout_s: float = 10.0
@@ -104,6 +106,7 @@ class RouterSettings:
         _between("router.max_step_tokens", self.max_step_tokens, 1, 65536)
         _between("router.max_micro_batches", self.max_micro_batches, 1, 8)
         _between("router.min_micro_batch_tokens", self.min_micro_batch_tokens, 1, 65536)
+        _between("router.hedge_after_s_min", self.hedge_after_s_min, 0.001, self.hedge_after_s)
         _between("router.hedge_after_s", self.hedge_after_s, 0.001, 3600)
         _between("router.step_timeout_s", self.step_timeout_s, 0.01, 3600)
         _between("router.request_timeout_s", self.request_timeout_s, 0.1, 1e6)

@@ -15,43 +15,30 @@ No clock, no thread, no Ray: `Fleet` starts and talks to processes.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import ClusterError, PlacementError
-from cluster.fleet import Fleet, WorkerDiedError, WorkerRecord
-from cluster.placement import (
-    AttentionCut,
-    AttentionShard,
-    ExpertId,
-    ModelBytes,
-    PlacementPolicy,
-    ShardPlan,
-    WorkerMemory,
-    plan,
+from cluster.errors import ClusterError, PlacementError, StartupError
+from cluster.fleet import Existing, Fleet, WorkerDiedError, WorkerRecord
+from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.restarts import MAX_QUICK_DEATHS, quick_deaths, restart_delay_s
+from cluster.targets import (
+    ControllerSettings,
+    attention_of,
+    check_shrink,
+    planned,
+    planned_anew,
+    shared_out,
+    split,
 )
 from cluster.tasks import Pending, Signal, Task, Tasks
 from cluster.view import EMPTY_VIEW, ClusterView, WorkerState, chains_of
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_S = 0.2
-BACKOFF_S_MAX = 30.0
-# Who lives that long has come up well, and starts from the shortest pause again.
-STABLE_AFTER_S = 60.0
-MAX_QUICK_DEATHS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerSettings:
-    """What is wanted of the cluster."""
-
-    num_workers: int
-    policy: PlacementPolicy
-    # 0: two where there are two workers, else one.
-    expert_replicas: int = 0
-    timeout_s: float = 5.0
+# What a record waits for until there is a process; the fleet knows more.
+A_NODE = "a node that has room for it"
 
 
 @dataclass(slots=True)
@@ -79,14 +66,16 @@ class Controller:
         self._settings = settings
         self._fleet = fleet
         self._tasks = tasks
-        self._num_wanted = settings.num_workers
         self._targets: dict[str, ShardPlan] = {}
+        self._lives: dict[str, int] = {}
         self._placed = Signal()
         self._dirty = Signal()
         self._is_dirty = False
         self._told_epoch = 0
         self._covering: set[ExpertId] = set()
-        self._scaling: Task[None] | None = None
+        self._once_held: set[ExpertId] = set()
+        self._changing: Task[None] | None = None
+        self._untold: set[str] = set()
         self._is_closed = False
 
     @property
@@ -94,12 +83,35 @@ class Controller:
         """Whether every expert has a holder, and there is a router."""
         return not self._lost_experts() and bool(self.view.routers())
 
-    def start(self) -> None:
-        """Begins to bring the cluster up; `changed` tells of progress."""
+    def start(self, existing: Sequence[Existing] = ()) -> None:
+        """Begins to bring the cluster up, or goes on with the workers that there are.
+
+        `changed` tells of progress. Nothing is saved anywhere: what a controller knew, its workers
+        know, and they serve on while there is none.
+        """
         self._tasks.start_service(self._publish_changes())
-        for number in range(self._num_wanted):
-            self._hire(f"worker-{number}")
+        if existing:
+            self._adopt(existing)
+        num_wanted = len(self.view.members) or self._settings.num_workers
+        for number in range(num_wanted):
+            if f"worker-{number}" not in self.workers:
+                self._hire(f"worker-{number}")
         self._tasks.start_service(self._place_when_all_there())
+
+    def _adopt(self, existing: Sequence[Existing]) -> None:
+        self.view = max((e.view for e in existing), key=lambda view: view.placement_epoch)
+        self._told_epoch = self.view.placement_epoch
+        for found in existing:
+            record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
+            record.spawned, record.shards = found.spawned, found.shards
+            record.held, record.is_adopted = found.held, True
+            self._targets[found.worker_id] = found.shards
+            self._supervise(record)
+        for member in self.view.members.values():
+            if member.worker_id not in self.workers:
+                # Dead by now. Its next life must be told from its last.
+                record = WorkerRecord(member.worker_id, incarnation=member.incarnation)
+                self._supervise(record)
 
     def close(self) -> None:
         """Stops supervising: nobody who dies is started again."""
@@ -111,20 +123,43 @@ class Controller:
     def scale(self, num_workers: int) -> Task[None]:
         """Grows or shrinks; done when the new placement is served.
 
-        Fails with PlacementError where it cannot be.
+        Fails with PlacementError where it cannot be, with StartupError where new workers do not
+        come; all is as before then.
         """
-        self._scaling = self._tasks.start(self._scale(num_workers))
-        return self._scaling
+        return self._change(self._scale(num_workers))
 
-    def drain(self, worker_id: str) -> Task[None]:
-        """Moves a worker's experts and requests away; it stays, without work."""
-        return self._tasks.start(self._drain(worker_id))
+    def drain(self, worker_id: str, *, restarts: bool = False) -> Task[None]:
+        """Moves a worker's experts and requests away, then stops it, or starts it anew.
+
+        Fails with PlacementError where nobody can take them over.
+        """
+        return self._change(self._drain(worker_id, restarts))
+
+    def _change(self, steps: Coroutine[Any, Any, None]) -> Task[None]:
+        """Starts a change of who holds what; one at a time, from where all is settled."""
+        if self._changing is not None and not self._changing.is_done:
+            steps.close()
+            return self._tasks.start(self._refuse_change())
+        self._changing = self._tasks.start(steps)
+        return self._changing
+
+    async def _refuse_change(self) -> None:
+        raise PlacementError("another change of the cluster goes on; ask again when it is done")
+
+    def waits_for(self, record: WorkerRecord) -> str:
+        """What a worker waits for now, for people; empty where it waits for nothing."""
+        waits_for = record.waits_for
+        return self._fleet.lack(record.worker_id) if waits_for == A_NODE else waits_for
 
     # One worker
 
     def _hire(self, worker_id: str) -> None:
-        record = WorkerRecord(worker_id)
-        self.workers[worker_id] = record
+        # No life has the number of an earlier one, also where the worker had left.
+        record = WorkerRecord(worker_id, incarnation=self._lives.get(worker_id, 0))
+        self._supervise(record)
+
+    def _supervise(self, record: WorkerRecord) -> None:
+        self.workers[record.worker_id] = record
         record.task = self._tasks.start_service(self._keep(record))
 
     async def _keep(self, record: WorkerRecord) -> None:
@@ -140,25 +175,37 @@ class Controller:
             await self._pause(record)
 
     async def _live(self, record: WorkerRecord) -> None:
-        """One life of a worker; ends with WorkerDiedError, or when it leaves."""
-        record.incarnation += 1
-        record.state, record.held = WorkerState.LOADING, frozenset()
-        record.ready_at_s = None
-        self._note(record, "a node that has room for it")
-        record.spawned = await self._fleet.spawn(record.worker_id, record.incarnation)
-        self._note(record, "a placement, which needs all workers")
-        while record.worker_id not in self._targets:
-            await self._or_death(record, self._placed.wait())
-        record.shards = self._targets[record.worker_id]
-        self._note(record, "its shards to be loaded")
-        await self._or_death(record, self._fleet.load(record.worker_id, record.shards))
-        record.held = record.shards.experts
+        """One life of a worker; ends with WorkerDiedError."""
+        if record.is_adopted:
+            record.is_adopted = False
+        else:
+            await self._come_up(record)
         record.state = WorkerState.READY
         record.ready_at_s = self._tasks.clock.now_s()
         self._note(record, "")
         self._touch()
+        self._tasks.start(self._trim([*self.workers.values()]))
         await self._fleet.death(record.worker_id)
         raise WorkerDiedError(f"the process of {record.worker_id} is gone")
+
+    async def _come_up(self, record: WorkerRecord) -> None:
+        """From nothing to all shards loaded."""
+        record.incarnation += 1
+        self._lives[record.worker_id] = record.incarnation
+        record.state, record.held = WorkerState.LOADING, frozenset()
+        record.ready_at_s = None
+        self._note(record, A_NODE)
+        record.spawned = await self._fleet.spawn(record.worker_id, record.incarnation)
+        self._note(record, "a placement, which needs all workers")
+        while record.worker_id not in self._targets:
+            await self._or_death(record, self._placed.wait())
+        self._note(record, "its shards to be loaded")
+        # Again where it shall hold others by the time it is through.
+        loaded: ShardPlan | None = None
+        while loaded != self._targets[record.worker_id]:
+            record.shards = loaded = self._targets[record.worker_id]
+            await self._or_death(record, self._fleet.load(record.worker_id, loaded))
+            record.held |= loaded.experts
 
     async def _or_death(self, record: WorkerRecord, pending: Pending[None]) -> None:
         """Waits for something, or for the worker's death."""
@@ -169,18 +216,19 @@ class Controller:
         pending.result()
 
     def _died(self, record: WorkerRecord) -> None:
-        self.figures.num_deaths += 1
-        now_s = self._tasks.clock.now_s()
-        was_stable = record.ready_at_s is not None and now_s - record.ready_at_s > STABLE_AFTER_S
-        record.num_quick_deaths = 0 if was_stable else record.num_quick_deaths + 1
+        if record.is_drained:
+            record.is_drained = False
+        else:
+            self.figures.num_deaths += 1
+            now_s = self._tasks.clock.now_s()
+            record.num_quick_deaths = quick_deaths(record, now_s)
+        self._once_held |= record.held
         record.state, record.held = WorkerState.LOST, frozenset()
         self._touch()
         self._cover_losses()
 
     async def _pause(self, record: WorkerRecord) -> None:
-        # The first restart is at once: most deaths come alone.
-        exponent = max(0, record.num_quick_deaths - 2)
-        delay_s = min(BACKOFF_S_MAX, BACKOFF_S * 2**exponent) if record.num_quick_deaths > 1 else 0
+        delay_s = restart_delay_s(record, others_serve=self.is_complete)
         is_loop = record.num_quick_deaths >= MAX_QUICK_DEATHS
         loop = f", it died {record.num_quick_deaths} times in a row" if is_loop else ""
         self._note(record, f"its restart in {delay_s:g} s{loop}")
@@ -196,40 +244,15 @@ class Controller:
         while any(record.spawned is None for record in self.workers.values()):
             await self.changed.wait()
         try:
-            self._targets = self._planned(list(self.workers.values()))
+            # Those who have their shards already keep them.
+            self._targets = (
+                planned(self._model, self._settings, list(self.workers.values())) | self._targets
+            )
         except PlacementError as error:
             self.failure = error
             self.changed.notify()
             return
         self._placed.notify()
-
-    def _planned(
-        self,
-        records: Sequence[WorkerRecord],
-        attention: Mapping[str, AttentionShard] | None = None,
-    ) -> dict[str, ShardPlan]:
-        """Shards for these workers, in the order of their ids."""
-        workers: list[WorkerMemory] = []
-        for record in sorted(records, key=lambda record: _number(record.worker_id)):
-            assert record.spawned is not None
-            workers.append(
-                WorkerMemory(
-                    worker_id=record.worker_id,
-                    node_id=record.spawned.node_id,
-                    memory_bytes=record.spawned.memory_bytes,
-                )
-            )
-        settings = self._settings
-        replicas = settings.expert_replicas or min(2, len(workers))
-        policy = PlacementPolicy(
-            expert_replicas=replicas,
-            attention=settings.policy.attention,
-            kv_tokens=settings.policy.kv_tokens,
-            spread_nodes=settings.policy.spread_nodes,
-        )
-        kept = [attention[worker.worker_id] for worker in workers] if attention else None
-        placement = plan(self._model, workers, policy, attention=kept)
-        return {w.worker.worker_id: ShardPlan.of(w) for w in placement.workers}
 
     # Views
 
@@ -241,15 +264,26 @@ class Controller:
     async def _publish_changes(self) -> None:
         while True:
             if not self._is_dirty:
-                await self._dirty.wait()
-            self._is_dirty = False
-            self.view = self._make_view()
-            self.figures.num_views += 1
-            self._fleet.save(self._saved())
-            self.changed.notify()
-            await self._tell_everybody(self.view)
-            self._told_epoch = self.view.placement_epoch
-            self.changed.notify()
+                await self._wait_for_news()
+            if self._is_dirty:
+                self._is_dirty = False
+                self.view = self._make_view()
+                self.figures.num_views += 1
+                self.changed.notify()
+            telling = self._tasks.start(self._tell_everybody(self.view))
+            await self._tasks.first_done((telling, self._dirty.wait()))
+            if telling.is_done:
+                self._told_epoch = self.view.placement_epoch
+                self.changed.notify()
+            # Else there are news; who has not answered yet must not keep the others from them.
+            telling.cancel()
+
+    async def _wait_for_news(self) -> None:
+        """Until there are some, or it is time to tell those who did not listen once more."""
+        if self._untold:
+            await self._tasks.wait_for(self._dirty.wait(), self._settings.timeout_s)
+        else:
+            await self._dirty.wait()
 
     async def _everybody_knows(self) -> None:
         """Waits until the newest view, with all changes so far, has been told."""
@@ -263,12 +297,9 @@ class Controller:
             if (member := record.member()) is not None
         }
         shards = {
-            member.worker_id: AttentionShard(
-                first_layer=member.first_layer,
-                num_layers=member.num_layers,
-                has_ends=member.has_ends,
-            )
-            for member in members.values()
+            record.worker_id: attention_of(record.shards)
+            for record in self.workers.values()
+            if record.worker_id in members and record.shards is not None
         }
         return ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
@@ -278,6 +309,7 @@ class Controller:
 
     async def _tell_everybody(self, view: ClusterView) -> None:
         alive = [m.worker_id for m in view.members.values() if m.can_compute]
+        self._untold = set()
         await self._tasks.gather(self._tell(w, self._fleet.publish(w, view)) for w in alive)
         epoch = view.placement_epoch
         await self._tasks.gather(self._tell(w, self._fleet.fence(w, epoch)) for w in alive)
@@ -286,13 +318,7 @@ class Controller:
         """Waits within bounds: one who does not listen must not keep the others from knowing."""
         if not await self._tasks.wait_for(told, self._settings.timeout_s):
             logger.warning("%s does not answer", worker_id)
-
-    def _saved(self) -> dict[str, Any]:
-        return {
-            "num_wanted": self._num_wanted,
-            "placement_epoch": self.view.placement_epoch,
-            "incarnations": {r.worker_id: r.incarnation for r in self.workers.values()},
-        }
+            self._untold.add(worker_id)
 
     # Lost experts
 
@@ -306,21 +332,19 @@ class Controller:
         return wanted.difference(*held)
 
     def _cover_losses(self) -> None:
-        """Has survivors load what nobody holds any more: the first of them as few as can be."""
+        """Has survivors load what nobody holds any more; not what nobody has loaded yet.
+
+        What does not fit into their memory waits for its holder to come back.
+        """
         survivors = [r for r in self.workers.values() if r.state is WorkerState.READY]
-        lost = sorted(self._lost_experts() - self._covering)
-        if not survivors or not lost:
-            return
-        shares: dict[str, set[ExpertId]] = {record.worker_id: set() for record in survivors}
-        for expert_id in lost:
-            least = min(survivors, key=lambda r: len(r.held) + len(shares[r.worker_id]))
-            shares[least.worker_id].add(expert_id)
-        self._covering |= set(lost)
+        lost = (self._lost_experts() & self._once_held) - self._covering
+        shares = shared_out(self._model, self._settings, survivors, lost)
         for record in survivors:
             if shares[record.worker_id]:
-                self._tasks.start(self._cover(record, frozenset(shares[record.worker_id])))
+                self._covering |= shares[record.worker_id]
+                self._tasks.start(self._take_over(record, frozenset(shares[record.worker_id])))
 
-    async def _cover(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
+    async def _take_over(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
         self.figures.num_covers += 1
         try:
             await self._load_more(record, experts)
@@ -348,23 +372,22 @@ class Controller:
     # Growing and shrinking
 
     async def _scale(self, num_workers: int) -> None:
-        staying, leaving = self._split(num_workers)
-        self._check_shrink(leaving)
+        for record in [r for r in self.workers.values() if r.state is WorkerState.STOPPED]:
+            del self.workers[record.worker_id]
+        staying, leaving = split(self.workers.values(), num_workers)
+        check_shrink(self._model, self.workers.values(), leaving)
         new = [f"worker-{n}" for n in range(num_workers) if f"worker-{n}" not in self.workers]
-        self._num_wanted = num_workers
         for worker_id in new:
             self._targets.pop(worker_id, None)
             self._hire(worker_id)
-        while any(self.workers[worker_id].spawned is None for worker_id in new):
-            await self.changed.wait()
         try:
-            targets = self._planned([*staying, *(self.workers[worker_id] for worker_id in new)])
-            if self._is_cut():
-                targets = self._planned_around_the_cut(staying, new)
-        except PlacementError:
+            await self._wait_for_processes(new)
+            everybody = [*staying, *(self.workers[worker_id] for worker_id in new)]
+            targets = planned_anew(self._model, self._settings, everybody)
+        except (PlacementError, StartupError):
             self._dismiss_unplaced(new)
             raise
-        self._targets = targets
+        self._targets, self.failure = targets, None
         self._placed.notify()
         await self._tasks.gather(self._become(r, targets[r.worker_id]) for r in staying)
         while any(self.workers[w].state is not WorkerState.READY for w in targets):
@@ -372,42 +395,14 @@ class Controller:
         await self._tasks.gather(self._retire(record) for record in leaving)
         await self._trim(staying)
 
-    def _split(self, num_workers: int) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
-        in_order = sorted(self.workers.values(), key=lambda r: _number(r.worker_id))
-        staying = [r for r in in_order if _number(r.worker_id) < num_workers]
-        return staying, [r for r in in_order if _number(r.worker_id) >= num_workers]
-
-    def _is_cut(self) -> bool:
-        """Whether attention is cut by layers: then a sequence's keys and values bind its shards."""
-        return any(
-            r.shards is not None and 0 < r.shards.num_layers < self._model.num_layers
-            for r in self.workers.values()
-        )
-
-    def _check_shrink(self, leaving: Sequence[WorkerRecord]) -> None:
-        for record in leaving:
-            has_layers = record.shards is not None and record.shards.num_layers > 0
-            if has_layers and self._is_cut():
-                raise PlacementError(
-                    f"{record.worker_id} holds layers of attention that no other worker has:"
-                    " where attention is cut by layers, only workers without any can leave"
-                )
-
-    def _planned_around_the_cut(
-        self, staying: Sequence[WorkerRecord], new: Sequence[str]
-    ) -> dict[str, ShardPlan]:
-        """New targets in which every shard of attention stays where its keys and values are."""
-        none = AttentionShard(first_layer=self._model.num_layers, num_layers=0, has_ends=False)
-        attention = {worker_id: none for worker_id in new}
-        for record in staying:
-            assert record.shards is not None
-            attention[record.worker_id] = AttentionShard(
-                first_layer=record.shards.first_layer,
-                num_layers=record.shards.num_layers,
-                has_ends=record.shards.has_ends,
-            )
-        records = [*staying, *(self.workers[worker_id] for worker_id in new)]
-        return self._planned(records, attention)
+    async def _wait_for_processes(self, worker_ids: Sequence[str]) -> None:
+        until_s = self._tasks.clock.now_s() + self._settings.start_timeout_s
+        while missing := [w for w in worker_ids if self.workers[w].spawned is None]:
+            left_s = until_s - self._tasks.clock.now_s()
+            if left_s <= 0:
+                waiting = "; ".join(f"{w} waits for {self._fleet.lack(w)}" for w in missing)
+                raise StartupError(f"not within {self._settings.start_timeout_s:g} s: {waiting}")
+            await self._tasks.wait_for(self.changed.wait(), left_s)
 
     def _dismiss_unplaced(self, new: Sequence[str]) -> None:
         """The cluster stays as it is: those who came for the new placement go."""
@@ -430,63 +425,70 @@ class Controller:
                     return
 
     async def _retire(self, record: WorkerRecord) -> None:
-        """Lets a worker go without an error: no new requests, those it has move on."""
+        """Lets a worker go without an error."""
         record.is_leaving = True
         if record.state is WorkerState.READY:
-            record.state = WorkerState.DRAINING
-            self._touch()
-            await self._tell(record.worker_id, self._fleet.drain(record.worker_id))
+            await self._hand_over(record)
         del self.workers[record.worker_id]
         self._touch()
-        # Whoever still acts on the old view gets answers until it has the new one.
         await self._everybody_knows()
         if record.task is not None:
             record.task.cancel()
         await self._tell(record.worker_id, self._fleet.stop(record.worker_id))
 
-    async def _trim(self, staying: Sequence[WorkerRecord]) -> None:
-        """Unloads what a worker holds beyond its target, after everybody knows not to ask it."""
-        for record in staying:
-            if record.state is WorkerState.READY:
-                record.shards = self._targets[record.worker_id]
-                surplus = record.held - record.shards.experts
-                if surplus:
-                    record.held -= surplus
-                    self._touch()
+    async def _trim(self, records: Sequence[WorkerRecord]) -> None:
+        """Unloads what workers hold beyond their targets, after everybody knows not to ask them."""
+        trimmed: list[WorkerRecord] = []
+        for record in records:
+            target = self._targets.get(record.worker_id)
+            if record.state is not WorkerState.READY or target is None:
+                continue
+            record.shards = target
+            surplus = record.held - target.experts
+            # What nobody else has stays, whoever was meant to hold it.
+            surplus -= surplus & self._only_held_by(record)
+            if surplus:
+                record.held -= surplus
+                trimmed.append(record)
+        if not trimmed:
+            return
+        self._touch()
         await self._everybody_knows()
-        for record in staying:
+        for record in trimmed:
             if record.state is WorkerState.READY:
-                await self._tell(
-                    record.worker_id, self._fleet.unload(record.worker_id, record.held)
-                )
+                told = self._fleet.unload(record.worker_id, record.held)
+                await self._tell(record.worker_id, told)
 
-    async def _drain(self, worker_id: str) -> None:
-        record = self.workers[worker_id]
+    def _only_held_by(self, record: WorkerRecord) -> frozenset[ExpertId]:
         others = [r for r in self.workers.values() if r is not record]
-        only_here = record.held.difference(
-            *(r.held for r in others if r.state is WorkerState.READY)
-        )
-        ready = [r for r in others if r.state is WorkerState.READY]
+        return record.held.difference(*(r.held for r in others if r.state is WorkerState.READY))
+
+    async def _drain(self, worker_id: str, restarts: bool) -> None:
+        record = self.workers.get(worker_id)
+        if record is None or record.state is not WorkerState.READY:
+            raise PlacementError(f"{worker_id} is no worker that is ready")
+        check_shrink(self._model, self.workers.values(), [record])
+        ready = [r for r in self.workers.values() if r.state is WorkerState.READY]
+        others = [r for r in ready if r is not record]
+        if not others:
+            raise PlacementError(f"{worker_id} is the last worker that is ready")
+        only_here = self._only_held_by(record)
         if only_here:
-            if not ready:
-                raise PlacementError(f"{worker_id} is the last worker that is ready")
-            least = min(ready, key=lambda r: len(r.held))
-            await self._load_more(least, only_here)
+            await self._load_more(min(others, key=lambda r: len(r.held)), only_here)
+        await self._hand_over(record)
+        record.is_drained, record.is_leaving = True, not restarts
+        await self._tell(worker_id, self._fleet.stop(worker_id))
+        if not restarts:
+            record.state = WorkerState.STOPPED
+            self._note(record, "nothing: it was drained")
+            self._touch()
+
+    async def _hand_over(self, record: WorkerRecord) -> None:
+        """Leaves a worker without work: no new requests, those it has move on, no calls."""
         record.state = WorkerState.DRAINING
         self._touch()
-        await self._tell(worker_id, self._fleet.drain(worker_id))
-
-
-def _number(worker_id: str) -> int:
-    return int(worker_id.rpartition("-")[2])
-
-
-def make_settings(
-    num_workers: int, expert_replicas: int, attention: str, kv_tokens: int
-) -> ControllerSettings:
-    """Settings of the controller from those of the cluster."""
-    return ControllerSettings(
-        num_workers=num_workers,
-        expert_replicas=expert_replicas,
-        policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
-    )
+        await self._everybody_knows()
+        await self._tell(record.worker_id, self._fleet.drain(record.worker_id))
+        record.held = frozenset()
+        self._touch()
+        await self._everybody_knows()

@@ -4,6 +4,7 @@
 # pyright: basic
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -11,16 +12,18 @@ import ray
 
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
-from cluster.controller import Controller, make_settings
+from cluster.controller import Controller
 from cluster.fleet import WorkerRecord
 from cluster.model_bytes import checkpoint_bytes
 from cluster.model_dir import resolve_model_dir
 from cluster.ray_fleet import NAMESPACE, RayFleet
+from cluster.targets import make_settings, number
 from cluster.view import ClusterView, WorkerState
 from model.checkpoint import Checkpoint
 
 CONTROLLER_NAME = "controller"
 CONTEXTS_BY_DEFAULT = 8
+VIEW_POLL_S = 5.0
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -31,10 +34,12 @@ class ControllerActor:
         self._config = config
         self._started_at_s = time.time()
         self._shell: AsyncTasks | None = None
+        self._has_begun = asyncio.Event()
 
     async def begin(self) -> None:
         """Brings the cluster up; without effect the second time."""
         if self._shell is not None:
+            await self._has_begun.wait()
             return
         self._shell = AsyncTasks()
         config = self._config
@@ -44,15 +49,24 @@ class ControllerActor:
         workers = config.workers
         kv_tokens = workers.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
         settings = make_settings(
-            workers.count, workers.expert_replicas, workers.attention, kv_tokens
+            workers.count,
+            workers.expert_replicas,
+            workers.attention,
+            kv_tokens,
+            start_timeout_s=workers.start_timeout_s,
         )
-        self._fleet = RayFleet(config, model, self._shell, None)
+        self._fleet = RayFleet(config, model, self._shell)
         self._controller = Controller(model, settings, self._fleet, self._shell.tasks)
-        self._controller.start()
+        self._controller.start(await self._fleet.find_existing())
         self._shell.kick()
+        self._has_begun.set()
 
     async def config(self) -> ClusterConfig:
         return self._config
+
+    async def whereabouts(self) -> tuple[str, int]:
+        """The node and the process of the controller itself."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
         """The view, as soon as it is newer than the known one, or when the time is over."""
@@ -81,15 +95,15 @@ class ControllerActor:
     async def status(self) -> dict[str, Any]:
         """Everything that `milliways status` shows."""
         controller = self._controller
-        workers = await asyncio.gather(
-            *(self._status_of(record) for record in controller.workers.values())
-        )
+        records = sorted(controller.workers.values(), key=number)
+        workers = await asyncio.gather(*(self._status_of(record) for record in records))
         return {
             "model": self._config.model.path,
             "placement_epoch": controller.view.placement_epoch,
             "is_complete": controller.is_complete,
             "uptime_s": round(time.time() - self._started_at_s, 1),
             "deaths": controller.figures.num_deaths,
+            "controller_pid": os.getpid(),
             "workers": workers,
         }
 
@@ -98,9 +112,13 @@ class ControllerActor:
         assert self._shell is not None
         await self._shell.wait(self._controller.scale(num_workers))
 
-    async def drain(self, worker_id: str) -> None:
+    async def drain(self, worker_id: str, restarts: bool) -> None:
+        """Moves a worker's work away, then stops it or starts it anew; returns when it is."""
         assert self._shell is not None
-        await self._shell.wait(self._controller.drain(worker_id))
+        controller = self._controller
+        await self._shell.wait(controller.drain(worker_id, restarts=restarts))
+        while restarts and controller.workers[worker_id].state is not WorkerState.READY:
+            await self._changed(VIEW_POLL_S)
 
     async def stop(self) -> None:
         """Kills all workers; the cluster ends."""
@@ -131,7 +149,8 @@ class ControllerActor:
         return {
             "worker_id": record.worker_id,
             "state": record.state.value,
-            "waits_for": record.waits_for,
+            "has_process": record.spawned is not None,
+            "waits_for": self._controller.waits_for(record),
             "bytes_read": bytes_read,
             "bytes_wanted": bytes_wanted,
             "last_error": record.last_error,
@@ -147,7 +166,7 @@ class ControllerActor:
             "node": record.spawned.node_id if record.spawned else "",
             "pid": record.spawned.pid if record.spawned else 0,
             "address": member.address if member else "",
-            "waits_for": record.waits_for,
+            "waits_for": self._controller.waits_for(record),
             "last_error": record.last_error,
             "quick_deaths": record.num_quick_deaths,
             "experts": sorted([e.layer, e.expert] for e in record.held),

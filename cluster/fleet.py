@@ -1,8 +1,7 @@
 """What the controller commands: processes, and what is known of each."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from cluster.errors import ClusterError
 from cluster.placement import ExpertId, ShardPlan
@@ -25,10 +24,27 @@ class Spawned:
     memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Existing:
+    """A worker that a controller finds when it starts: another one started it."""
+
+    worker_id: str
+    incarnation: int
+    spawned: Spawned
+    shards: ShardPlan
+    held: frozenset[ExpertId]
+    # The newest that it was given.
+    view: ClusterView
+
+
 class Fleet(Protocol):
     """Starts processes and talks to them. Every pending value fails with WorkerDiedError."""
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]: ...
+
+    def lack(self, worker_id: str) -> str:
+        """What is missing for a process that was asked for and is not there, for people."""
+        ...
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         """Has it read its shards; what it holds already stays."""
@@ -54,10 +70,6 @@ class Fleet(Protocol):
         """Done when the process is gone."""
         ...
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Keeps what a restarted controller needs."""
-        ...
-
 
 @dataclass(slots=True)
 class WorkerRecord:
@@ -74,6 +86,10 @@ class WorkerRecord:
     ready_at_s: float | None = None
     task: Task[None] | None = None
     is_leaving: bool = False
+    # It is stopped on purpose, which is no death to be counted.
+    is_drained: bool = False
+    # Found alive by a controller that starts: it goes on with this life.
+    is_adopted: bool = False
     last_error: str = ""
 
     def member(self) -> Member | None:

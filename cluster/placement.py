@@ -175,7 +175,7 @@ def plan(
     _check(model, workers, policy)
     cuts = [attention] if attention else _attention_cuts(model, len(workers), policy.attention)
     for shards in cuts:
-        fixed = [_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
+        fixed = [fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
         num_slots = _slots(model, workers, fixed)
         needed = model.num_layers * model.num_experts * policy.expert_replicas
         if num_slots is not None and sum(num_slots) >= needed:
@@ -233,8 +233,8 @@ def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]
     return tuple(shards)
 
 
-def _fixed_bytes(model: ModelBytes, shard: AttentionShard, kv_tokens: int) -> int:
-    """What a worker needs before any expert."""
+def fixed_bytes(model: ModelBytes, shard: AttentionShard, kv_tokens: int) -> int:
+    """What a worker needs before any expert: its attention and its KV cache."""
     kv_bytes = shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens
     ends = model.end_bytes if shard.has_ends else 0
     return shard.num_layers * model.attention_layer_bytes + kv_bytes + ends
@@ -375,7 +375,7 @@ def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placem
             f"{_gb(model.total_bytes - has)} short"
         )
     shards = _attention_cuts(model, len(workers), policy.attention)[-1]
-    fixed = sum(_fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
+    fixed = sum(fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
     experts = policy.expert_replicas * model.all_experts_bytes
     sums = (
         f"needs {_gb(fixed + experts)} ({policy.expert_replicas} x {_gb(model.all_experts_bytes)}"

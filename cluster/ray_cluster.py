@@ -22,6 +22,7 @@ from cluster.ray_fleet import NAMESPACE
 LOCAL_CPUS = 1024
 OBJECT_STORE_BYTES = 100 << 20
 STOP_TIMEOUT_S = 5.0
+START_ATTEMPTS = 2
 _HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
@@ -34,20 +35,17 @@ class LocalRay:
     """A Ray cluster of one node that this process started, and ends."""
 
     def __init__(self) -> None:
-        # Names of Unix sockets may be 107 characters long, and Ray's session takes 60 of them.
-        self._temp_dir = tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True)
-        context: Any = ray.init(
-            address="local",
-            num_cpus=LOCAL_CPUS,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            namespace=NAMESPACE,
-            _temp_dir=self._temp_dir.name,
-            _node_ip_address=LOOPBACK,
-            _system_config=_HEALTH_CHECKS,
-        )
-        self.address: str = context.address_info["gcs_address"]
+        """Starts it.
+
+        Raises:
+            StartupError: Ray does not come up; nothing of it is left.
+        """
+        # On a busy machine a first try may take longer than Ray waits for its own processes.
+        for _ in range(START_ATTEMPTS - 1):
+            with suppress(StartupError):
+                self._start()
+                return
+        self._start()
 
     def stop(self) -> None:
         """Ends every process of it."""
@@ -60,6 +58,27 @@ class LocalRay:
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
         self._temp_dir.cleanup()
+
+    def _start(self) -> None:
+        # Names of Unix sockets may be 107 characters long, and Ray's session takes 60 of them.
+        self._temp_dir = tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True)
+        try:
+            context: Any = ray.init(
+                address="local",
+                num_cpus=LOCAL_CPUS,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                namespace=NAMESPACE,
+                _temp_dir=self._temp_dir.name,
+                _node_ip_address=LOOPBACK,
+                _system_config=_HEALTH_CHECKS,
+            )
+        except Exception as error:
+            # Ray has no type of its own for this.
+            self.stop()
+            raise StartupError(f"Ray does not start here: {error}") from error
+        self.address: str = context.address_info["gcs_address"]
 
 
 def join(address: str) -> None:

@@ -8,21 +8,29 @@ missing for it, Ray's autoscaler has one brought up.
 # Ray's own types are unknown in part.
 # pyright: basic
 
-import json
+import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util import list_named_actors
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
-from cluster.fleet import Spawned, WorkerDiedError
+from cluster.fleet import Existing, Spawned, WorkerDiedError
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.resources import lack_of
 from cluster.tasks import Pending
 from cluster.view import ClusterView
 from cluster.worker_actor import make_worker_actor
@@ -30,25 +38,32 @@ from cluster.worker_actor import make_worker_actor
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "milliways"
+DESCRIBE_TIMEOUT_S = 5.0
+_ACTOR_NAME = re.compile(r"worker-\d+-\d+")
 T = TypeVar("T")
 
 
 class RayFleet:
     """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`."""
 
-    def __init__(
-        self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks, state_file: Path | None
-    ) -> None:
+    def __init__(self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks) -> None:
         self._config = config
         self._model = model
         self._shell = shell
-        self._state_file = state_file
         self._groups: dict[str, PlacementGroup] = {}
         self._actors: dict[str, Any] = {}
         self._deaths: dict[str, Pending[None]] = {}
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
         return self._shell.pending(self._spawn(worker_id, incarnation))
+
+    def lack(self, worker_id: str) -> str:
+        group = self._groups.get(worker_id)
+        if group is not None and placement_group_table(group)["state"] == "CREATED":
+            return "its process to start"
+        nodes: Any = ray.nodes()
+        amounts = [node["Resources"] for node in nodes if node["Alive"]]
+        return lack_of(self._resources(), amounts, ray.available_resources())
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         actor = self._actors[worker_id]
@@ -72,11 +87,24 @@ class RayFleet:
     def death(self, worker_id: str) -> Pending[None]:
         return self._deaths[worker_id]
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        if self._state_file is not None:
-            part = self._state_file.with_suffix(".part")
-            part.write_text(json.dumps(state), "utf-8")
-            part.replace(self._state_file)
+    async def find_existing(self) -> list[Existing]:
+        """Workers that another controller started and that serve; those that do not are ended."""
+        found: dict[str, Existing] = {}
+        entries: Any = list_named_actors(all_namespaces=True)
+        for entry in entries:
+            match = _ACTOR_NAME.fullmatch(entry["name"])
+            if entry["namespace"] != NAMESPACE or match is None:
+                continue
+            actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+            existing = await _described(actor)
+            if existing is None:
+                ray.kill(actor)
+                continue
+            worker_id = existing.worker_id
+            found[worker_id] = existing
+            self._actors[worker_id] = actor
+            self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+        return list(found.values())
 
     async def progress(self, worker_id: str) -> tuple[int, int]:
         """Bytes that a worker read, and bytes that it will."""
@@ -104,9 +132,7 @@ class RayFleet:
 
     async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
         if worker_id not in self._groups:
-            self._groups[worker_id] = placement_group(
-                [self._resources()], name=f"milliways-{worker_id}", lifetime="detached"
-            )
+            self._groups[worker_id] = self._group(f"milliways-{worker_id}")
         strategy = PlacementGroupSchedulingStrategy(
             self._groups[worker_id], placement_group_bundle_index=0
         )
@@ -126,6 +152,13 @@ class RayFleet:
         self._actors[worker_id] = actor
         self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
         return await _answer(worker_id, actor.start.remote())
+
+    def _group(self, name: str) -> PlacementGroup:
+        """The group of a worker; an earlier controller may have made it."""
+        try:
+            return get_placement_group(name)
+        except ValueError:
+            return placement_group([self._resources()], name=name, lifetime="detached")
 
     def _resources(self) -> dict[str, float]:
         settings = self._config.workers
@@ -154,6 +187,15 @@ async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
         return await reference
     except (RayActorError, RayTaskError) as error:
         raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
+
+
+async def _described(actor: Any) -> Existing | None:
+    """What an actor says of itself; None where it does not answer or has not loaded its shards."""
+    try:
+        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            return await actor.describe.remote()
+    except (TimeoutError, RayActorError, RayTaskError):
+        return None
 
 
 async def _gone(reference: Awaitable[None]) -> None:

@@ -33,6 +33,11 @@ def be_quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+def be_patient() -> None:
+    """Has Serve wait for its proxy on a busy machine, which it would end after five seconds."""
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
+
 def stay_local() -> None:
     """Has a cluster started from here listen on the loopback address only.
 
@@ -80,16 +85,26 @@ def remember(cluster: RunningCluster) -> Path:
 
 def find_running() -> RunningCluster | None:
     """The cluster that this user started last and that still runs."""
-    folder = user_cache_dir() / "running"
     found: list[tuple[float, RunningCluster]] = []
-    for path in folder.glob("*.json"):
-        try:
-            cluster = RunningCluster(**json.loads(path.read_text("utf-8")))
-            if psutil.pid_exists(cluster.pid):
-                found.append((path.stat().st_mtime, cluster))
-            else:
-                path.unlink(missing_ok=True)
-        except (OSError, ValueError, TypeError):
-            # Half written, or of another version.
+    for path in (user_cache_dir() / "running").glob("*.json"):
+        cluster = _read(path)
+        if cluster is None:
             continue
+        if psutil.pid_exists(cluster.pid):
+            found.append((path.stat().st_mtime, cluster))
+        else:
+            path.unlink(missing_ok=True)
     return max(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def find_running_by(pid: int) -> RunningCluster | None:
+    """The cluster that a process of this user started; None before it runs."""
+    return _read(user_cache_dir() / "running" / f"{pid}.json")
+
+
+def _read(path: Path) -> RunningCluster | None:
+    try:
+        return RunningCluster(**json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        # Half written, or of another version.
+        return None

@@ -12,7 +12,7 @@ from cluster.config import TlsSettings
 from cluster.errors import ClusterError
 from cluster.ingress.codec import checked_seed, event_to_wire, sampling_from_wire
 from cluster.reactor import Reactor
-from cluster.status_codes import ACCEPTED_KEY, status_of
+from cluster.status_codes import ACCEPTED_KEY, Verbatim, status_of
 from cluster.tasks import Pending
 from model.errors import InvalidRequestError
 from router.admission import RoutedRequest
@@ -156,6 +156,9 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
     Raises:
         InvalidRequestError: names field, value and limit.
     """
+    if not message.sampling.HasField("seed"):
+        # Made up here, another router would go on with another.
+        raise InvalidRequestError("sampling.seed", Verbatim("(absent)"), "given")
     seed = checked_seed(message.sampling.seed)
     request = GenerateRequest(
         prompt_ids=tuple(message.prompt_token_ids),

@@ -10,8 +10,7 @@ from milliways.v1 import sampling_pb2, worker_pb2
 
 from cluster.wire_tensors import MalformedMessageError
 from model.errors import InvalidRequestError
-from model.runner import SampledToken
-from model.sampling import INVALID_TOKEN, SampleRow, SamplingParams
+from model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
 
 _MAX_INT32 = 2**31 - 1
 # The least values allowed, which float32 rounds to below themselves.

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from cluster.cli import keep_programs
 from cluster.config import LOOPBACK, ClusterConfig
-from cluster.fleet import Spawned
+from cluster.fleet import Existing, Spawned
 from cluster.placement import ExpertId, ShardPlan
 from cluster.view import ClusterView
 
@@ -32,18 +32,26 @@ class WorkerActor:
 
         host = ray.util.get_node_ip_address() or LOOPBACK
         self._memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
+        self._spawned: Spawned | None = None
         self._process = WorkerProcess(config, worker_id, incarnation, host, _exit_with)
 
     async def start(self) -> Spawned:
         """Opens the doors."""
         spawned = await asyncio.to_thread(self._process.start)
-        return Spawned(
+        self._spawned = Spawned(
             address=spawned.address,
             router_address=spawned.router_address,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=spawned.pid,
             memory_bytes=self._memory_bytes,
         )
+        return self._spawned
+
+    async def describe(self) -> Existing | None:
+        """All that a new controller has to know; None before the shards are loaded."""
+        if self._spawned is None:
+            return None
+        return await asyncio.to_thread(self._process.describe, self._spawned)
 
     async def load(self, shards: ShardPlan, bytes_wanted: int) -> None:
         await asyncio.to_thread(self._process.load, shards, bytes_wanted)

@@ -8,6 +8,7 @@ READY, `publish` gives the router a view, `fence` has the core refuse older ones
 called from other threads, and go through the reactors.
 """
 
+import dataclasses
 import logging
 import os
 import threading
@@ -24,7 +25,7 @@ from cluster.calls import Call, Fence, Refusal, Result, RunExperts
 from cluster.clock import SystemClock
 from cluster.config import ClusterConfig
 from cluster.errors import RefusalReason
-from cluster.fleet import Spawned
+from cluster.fleet import Existing, Spawned
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
@@ -271,6 +272,21 @@ class WorkerProcess:
             reactor.close()
         self._checkpoint.close()
 
+    def describe(self, spawned: Spawned) -> Existing | None:
+        """All that a new controller has to know; None where it has to be started anew."""
+        shards = self._shards
+        if self._core.state is not WorkerState.READY or shards is None:
+            return None
+        view, held = self._routing.call(lambda: (self._links.view, self._experts.held))
+        return Existing(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            spawned=spawned,
+            shards=dataclasses.replace(shards, experts=held),
+            held=held,
+            view=view,
+        )
+
     def status(self) -> dict[str, Any]:
         """What `milliways status` shows of this worker."""
         status = self._compute.call(self._core_status)
@@ -370,7 +386,9 @@ class WorkerProcess:
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
         limits = DispatchLimits(
-            hedge_after_s=settings.hedge_after_s, timeout_s=settings.step_timeout_s
+            hedge_after_s=settings.hedge_after_s,
+            hedge_after_s_min=settings.hedge_after_s_min,
+            timeout_s=settings.step_timeout_s,
         )
         self._dispatcher = Dispatcher(links, limits, tasks)
         pipeline = Pipeline(

@@ -19,7 +19,8 @@ from model.decoder import Decoder, DecoderParts, run_step
 from model.kv_cache import KVCache, StepBatch, make_kv_cache
 from model.ops import Ops
 from model.params import ModelParams
-from model.sampling import SampledTokens, SampleRow, bucket_num_logprobs, pack_rows, sample
+from model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
+from model.sampling_params import SampledToken, SampleRow
 from model.sharding import ShardingRules, shard_model
 
 
@@ -50,17 +51,6 @@ class CacheSize:
     num_blocks: int
     block_size: int = 16
     max_slots: int = 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
-    """A drawn token on the host, with the log-probabilities (of the raw logits) asked for."""
-
-    token_id: int
-    logprob: float
-    top_logprobs: tuple[tuple[int, float], ...]
-    # False where the logits were not finite: the sequence has to fail, the token means nothing.
-    is_valid: bool
 
 
 Step = Callable[[ModelParams, StepBatch, KVCache], tuple[jax.Array, KVCache]]

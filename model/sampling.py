@@ -17,10 +17,9 @@ Rows are computed one after another by one program whose shapes are [V]: a row's
 depend on the batch, which XLA's reductions over [B, V] do not grant.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, no_type_check
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +27,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from model.errors import InvalidRequestError
-
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIASES = 300
-INVALID_TOKEN = -1
+from model.sampling_params import (
+    INVALID_TOKEN,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    SampleRow,
+    SamplingParams,
+)
 
 # Below it, a temperature is greedy: the quotient would leave float32 (vLLM draws the same line).
 _MIN_TEMPERATURE = 1e-5
-# The least that float32 does not flush to zero.
-_MIN_TOP_P = 1e-37
 # So many candidates are looked at before all V are sorted: sorting 131072 costs 50 ms on a CPU.
 _NUM_CANDIDATES = 1024
 # Histories are padded to a power of 4 of at least this: few shapes, so few compilations.
@@ -64,62 +63,6 @@ class RowKernels(Protocol):
     def summarize_rows(self, logits_BV: Array) -> RowSummary:
         """As the function of that name."""
         ...
-
-
-@no_type_check  # it checks itself, and has to see the mistyped values that it refuses
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How a request wants its tokens drawn; the defaults draw from the model's distribution.
-
-    Raises:
-        InvalidRequestError: a field is mistyped or out of range; names field, value and limit.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    num_logprobs: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, _MIN_TOP_P, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        _check_whole("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
-        _check_whole("seed", self.seed, 0, 2**63 - 1)
-        object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether drawing needs to know the tokens so far."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0)
-
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raises InvalidRequestError if a biased token id is not of the vocabulary."""
-        for token_id in self.logit_bias:
-            if token_id >= vocab_size:
-                limit = f"of token ids in 0..{vocab_size - 1}"
-                raise InvalidRequestError("logit_bias", token_id, limit)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRow:
-    """One sequence about to get a token: its prompt and completion so far, in `token_ids`."""
-
-    params: SamplingParams
-    token_ids: Sequence[int]
-    num_prompt_tokens: int
-    sample_index: int = 0
 
 
 class SampleInputs(NamedTuple):
@@ -405,29 +348,3 @@ def _padded(
     for packed_row, values in zip(packed, rows, strict=True):
         packed_row[: len(values)] = values
     return packed
-
-
-def _checked_logit_bias(logit_bias: object) -> dict[int, float]:
-    """A copy, so that the caller's later changes do not reach the request."""
-    if not isinstance(logit_bias, Mapping):
-        raise InvalidRequestError("logit_bias", logit_bias, "a mapping of token ids to numbers")
-    if len(logit_bias) > MAX_LOGIT_BIASES:
-        num_entries = f"{len(logit_bias)} entries"
-        raise InvalidRequestError("logit_bias", num_entries, f"at most {MAX_LOGIT_BIASES} entries")
-    for token_id, bias in logit_bias.items():
-        _check_whole("logit_bias", token_id, 0, 2**31 - 1)
-        _check_number("logit_bias", bias, -100.0, 100.0)
-    return {token_id: float(bias) for token_id, bias in logit_bias.items()}
-
-
-def _check_number(name: str, value: Any, lowest: float, highest: float) -> None:
-    """NaN fails both comparisons; an int of any size can be compared."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and lowest <= value <= highest):
-        raise InvalidRequestError(name, value, f"a number in {lowest:g}..{highest:g}")
-
-
-def _check_whole(name: str, value: Any, lowest: int, highest: int) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (is_whole and lowest <= value <= highest):
-        raise InvalidRequestError(name, value, f"a whole number in {lowest}..{highest}")

@@ -23,14 +23,20 @@ from cluster.tasks import Pending, Task, Tasks
 from router.link_table import LinkTable
 
 BACK_OFF_S = 0.005
+HEDGE_LATENCIES = 4.0
 MAX_FAULTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchLimits:
-    """How long a worker may take. `hedge_after_s` asks another as well, `timeout_s` gives it up."""
+    """How long a worker may take.
+
+    Another is asked as well after a multiple of the longest that the worker took of late, within
+    `hedge_after_s_min` and `hedge_after_s`; after `timeout_s` it is given up.
+    """
 
     hedge_after_s: float = 1.0
+    hedge_after_s_min: float = 0.05
     timeout_s: float = 10.0
 
 
@@ -67,6 +73,12 @@ class Dispatcher:
         self.num_resent = 0
         self.num_hedged = 0
         self.num_parked = 0
+        self._num_parked_now = 0
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether a layer waits for experts that nobody has."""
+        return self._num_parked_now > 0
 
     def figures(self) -> dict[str, int]:
         """Counts since the start, for status and metrics."""
@@ -135,9 +147,17 @@ class Dispatcher:
             ways.append(_Way(None, np.sort(np.concatenate(homeless))))
         return ways
 
-    def _cost(self, worker_id: str, num_planned: int) -> tuple[bool, int, str]:
-        num_rows = self._links.num_rows_out(worker_id) + num_planned
-        return not self._links.is_local(worker_id), num_rows, worker_id
+    def _cost(self, worker_id: str, num_planned: int) -> tuple[bool, bool, int, str]:
+        links = self._links
+        num_rows = links.num_rows_out(worker_id) + num_planned
+        return links.is_silent(worker_id), not links.is_local(worker_id), num_rows, worker_id
+
+    def _hedge_after_s(self, worker_id: str) -> float:
+        latency_s = self._links.latency_s(worker_id)
+        if latency_s is None:
+            return self._limits.hedge_after_s
+        wanted_s = max(self._limits.hedge_after_s_min, HEDGE_LATENCIES * latency_s)
+        return min(wanted_s, self._limits.hedge_after_s)
 
     async def _try(self, layer: _Layer, way: _Way, avoided: frozenset[str]) -> frozenset[str]:
         """Asks the worker of a way once; whom to avoid for what is missing after that."""
@@ -153,12 +173,12 @@ class Dispatcher:
             num_rows=len(way.places),
         )
         avoided |= {way.worker_id}
+        hedge_after_s = self._hedge_after_s(way.worker_id)
         try:
-            is_done = pending.is_done or await self._tasks.wait_for(
-                pending, self._limits.hedge_after_s
-            )
+            is_done = pending.is_done or await self._tasks.wait_for(pending, hedge_after_s)
             if not is_done:
-                left_s = timeout_s - self._limits.hedge_after_s
+                self._links.note_late(way.worker_id)
+                left_s = timeout_s - hedge_after_s
                 await self._hedge(layer, way, pending, avoided, left_s)
         finally:
             if not pending.is_done:
@@ -251,8 +271,12 @@ class Dispatcher:
     async def _park(self) -> None:
         """Waits for somebody to have the experts; whoever was avoided may then be asked again."""
         self.num_parked += 1
-        # Bounded, because a worker that was avoided may have come to its senses unseen.
-        await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
+        self._num_parked_now += 1
+        try:
+            # Bounded, because a worker that was avoided may have come to its senses unseen.
+            await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
+        finally:
+            self._num_parked_now -= 1
 
 
 def _call(layer: _Layer, places: np.ndarray) -> RunExperts:

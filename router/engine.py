@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from model.block_pool import BlockPool
 from model.detokenizer import IncrementalDetokenizer
 from model.runner import ModelRunner, ScheduledTokens
-from model.sampling import SampleRow
+from model.sampling_params import SampleRow
 from model.tokenizer import Tokenizer
 from router.admission import RoutedRequest, make_sequences, max_completion_tokens
 from router.request import GenerateRequest

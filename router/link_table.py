@@ -20,6 +20,8 @@ RECONNECT_AFTER_S = 0.05
 RECONNECT_AFTER_S_MAX = 1.0
 # How far silence may stretch the time that a worker is given, and how long that is remembered.
 SLOWNESS_MAX = 64.0
+# What an answer takes off the memory of slower ones: half of it in 69 answers.
+LATENCY_FADING = 0.99
 SLOWNESS_HALF_LIFE_S = 300.0
 
 Connect = Callable[[Member], Pending[WorkerLink]]
@@ -35,6 +37,10 @@ class _Way:
     # Who is slow but alive must not be given up for ever: each time it was, it gets twice the time.
     slowness: float = 1.0
     slow_since_s: float = 0.0
+    # The longest that it took of late; fades with every answer.
+    latency_s: float | None = None
+    # Others were asked in its place, and it has not answered anything since.
+    is_silent: bool = False
 
 
 class LinkTable:
@@ -103,6 +109,21 @@ class LinkTable:
         half_lives = (self._tasks.clock.now_s() - way.slow_since_s) / SLOWNESS_HALF_LIFE_S
         return max(1.0, way.slowness * 0.5**half_lives)
 
+    def latency_s(self, worker_id: str) -> float | None:
+        """About the longest that a worker took to answer of late; None before it ever did."""
+        way = self._ways.get(worker_id)
+        return way.latency_s if way is not None else None
+
+    def is_silent(self, worker_id: str) -> bool:
+        """Whether it was late and has not answered anything since."""
+        return self._ways[worker_id].is_silent
+
+    def note_late(self, worker_id: str) -> None:
+        """Others are asked in its place: it comes last until it answers."""
+        way = self._ways.get(worker_id)
+        if way is not None:
+            way.is_silent = True
+
     def is_local(self, worker_id: str) -> bool:
         """Whether a worker's core is in this process."""
         way = self._ways[worker_id]
@@ -125,10 +146,10 @@ class LinkTable:
             router_id=self.router_id,
             router_incarnation=self.incarnation,
         )
-        link = way.link
+        link, asked_at_s = way.link, self._tasks.clock.now_s()
         way.num_rows_out += num_rows
         pending = link.ask(call, fence)
-        pending.when_done(lambda: self._answered(way, link, pending, num_rows))
+        pending.when_done(lambda: self._answered(way, link, pending, num_rows, asked_at_s))
         return pending
 
     def give_up(self, worker_id: str) -> None:
@@ -151,9 +172,18 @@ class LinkTable:
         pending.when_done(timer.cancel)
 
     def _answered(
-        self, way: _Way, link: WorkerLink, pending: Pending[Result], num_rows: int
+        self,
+        way: _Way,
+        link: WorkerLink,
+        pending: Pending[Result],
+        num_rows: int,
+        asked_at_s: float,
     ) -> None:
         way.num_rows_out -= num_rows
+        if pending.error is None:
+            took_s = self._tasks.clock.now_s() - asked_at_s
+            way.latency_s = max(took_s, LATENCY_FADING * (way.latency_s or 0.0))
+            way.is_silent = False
         if isinstance(pending.error, PeerLostError) and way.link is link:
             self._lost(way)
 

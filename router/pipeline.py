@@ -22,13 +22,14 @@ from cluster.calls import (
 from cluster.errors import (
     ClusterError,
     PeerError,
+    PeerLostError,
     PeerSilentError,
     RefusalReason,
     RefusedError,
 )
 from cluster.tasks import Cancelled, Tasks
 from cluster.view import Member
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.dispatch import Dispatcher
 from router.link_table import LinkTable
 
@@ -63,6 +64,15 @@ class Pipeline:
         self._tasks = tasks
         self._timeout_s = timeout_s
 
+    def obstacle(self) -> str:
+        """Why no step can be finished now; empty where nothing is known to be in the way."""
+        shut = [m.worker_id for m in self.chain if not self._links.is_open(m.worker_id)]
+        if not self.chain:
+            return "there is no attention shard"
+        if shut:
+            return f"no way to the attention shards of {', '.join(shut)}"
+        return "no worker holds experts that are needed" if self._dispatcher.is_parked else ""
+
     async def run(self, step: int, batch_id: int, tokens: TokenRows) -> Sequence[SampledToken]:
         """The tokens drawn at the end of all layers, one for each sample.
 
@@ -96,23 +106,24 @@ class Pipeline:
 
     def _shard_at(self, chain: Sequence[Member], layer: int) -> Member:
         """The shard that begins with a layer; after the last one, that with the output head."""
-        if layer == self._num_layers:
-            return next(member for member in chain if member.has_ends)
-        return next(member for member in chain if member.first_layer == layer and member.num_layers)
+        for member in chain:
+            is_end = layer == self._num_layers and member.has_ends
+            if is_end or (member.first_layer == layer and member.num_layers):
+                return member
+        raise ShardLostError(PeerLostError("nobody", f"holds attention from layer {layer} on"))
 
     async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
         """One turn of a shard; there is no other that could answer, so no reply is a loss."""
-        asked_s = self._tasks.clock.now_s()
         while True:
             result = await self._answer(shard, step, call)
             if not isinstance(result, Refusal):
                 assert isinstance(result, ExpertInput | Departure | Drawn)
                 return result
-            has_patience = self._tasks.clock.now_s() - asked_s < self._timeout_s
-            if not has_patience or result.reason not in _NOT_YET:
+            if result.reason not in _NOT_YET:
                 refused = RefusedError(shard.worker_id, result.reason, result.message)
                 raise ShardLostError(refused)
-            # It was not computed, so keys and values are as they were: the same can be asked again.
+            # It was not computed, so keys and values are as they were: the same is asked again, for
+            # as long as it takes. To start over would only give a busy worker more to do.
             wait_s = BACK_OFF_S if result.reason is RefusalReason.OVERLOADED else 10 * BACK_OFF_S
             await self._tasks.wait_for(self._links.changed.wait(), wait_s)
 

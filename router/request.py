@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from model.config import ModelConfig
 from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024

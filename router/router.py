@@ -32,8 +32,7 @@ from cluster.errors import (
 from cluster.tasks import Signal, Tasks, Timer
 from model.block_pool import BlockPool
 from model.config import ModelConfig
-from model.runner import SampledToken
-from model.sampling import SampleRow
+from model.sampling_params import SampledToken, SampleRow
 from router.admission import (
     DetokenizerFor,
     RoutedRequest,
@@ -304,8 +303,12 @@ class Router:
                 self._fail(active, ClusterError(f"workers fail to compute it: {error}"))
 
     def _expire(self, active: _Active) -> None:
-        timeout_s = active.routed.timeout_s
-        self._fail(active, DeadlineError(f"not done within {timeout_s:g} s"))
+        late = f"not done within {active.routed.timeout_s:g} s"
+        obstacle = self._pipeline.obstacle()
+        if obstacle:
+            self._fail(active, UnavailableError(f"{late}: {obstacle}", RETRY_AFTER_S))
+        else:
+            self._fail(active, DeadlineError(late))
 
     def _fail(self, active: _Active, error: ClusterError) -> None:
         self._end(active, error)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.request import GenerateRequest
 from router.stop import StopMatcher
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cluster.ingress.served_model import ServedModel
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.engine import LocalEngine
 from router.request import GenerateRequest
 from router.sequence import TokenEvent

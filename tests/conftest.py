@@ -4,11 +4,15 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
 
 import tests.shape_checks as shape_checks
+
+if TYPE_CHECKING:
+    from tests.served_cluster import ServedCluster
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 UNIT_TESTS = REPOSITORY / "tests" / "unit"
@@ -36,6 +40,16 @@ class NetworkForbidden(Exception):
 def golden_dir() -> Path:
     """Small checkpoints in the released form, with the reference's answers."""
     return REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> "Iterator[ServedCluster]":
+    """One real cluster for all tests: they may change it, and leave it as they found it."""
+    # Not above: it asks this module for its settings.
+    from tests.served_cluster import one_cluster
+
+    with one_cluster() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

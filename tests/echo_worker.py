@@ -34,7 +34,7 @@ from cluster.link_limits import LinkLimits
 from cluster.reactor import Reactor
 from cluster.shm import local_host_id
 from cluster.view import Member, WorkerState
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from workers.grpc_server import DoorPlate, GrpcServer
 from workers.intake import Presence
 from workers.shm_server import ShmServer

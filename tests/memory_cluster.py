@@ -50,24 +50,23 @@ class Process:
         """Is busy for a while, after what it is busy with: messages wait, and so does the rest."""
         self._asleep_until_s = self.now_s() + seconds
 
-    def run(self) -> bool:
+    def run(self, now_s: float) -> bool:
         """Takes messages in and goes on, if it can; whether it did anything."""
-        if not self.is_alive or self._asleep_until_s > self._clock.now_s():
+        if not self.is_alive or self._asleep_until_s > now_s:
             return False
         has_run = bool(self.inbox)
         while self.inbox:
             self.inbox.popleft()()
         return self.tasks.run_ready() or has_run
 
-    def next_s(self) -> float | None:
+    def next_s(self, now_s: float) -> float | None:
         """When it will have something to do by itself."""
         if not self.is_alive:
             return None
         timer_s = self.tasks.next_timer_s()
-        wake_s = self._asleep_until_s if self._asleep_until_s > self._clock.now_s() else None
-        if timer_s is None:
-            return wake_s
-        return max(timer_s, wake_s or 0.0)
+        if self._asleep_until_s > now_s:
+            return self._asleep_until_s
+        return timer_s
 
     def die(self) -> None:
         """Ends at once; nothing that it would still do reaches anybody."""
@@ -424,7 +423,8 @@ class MemoryCluster:
 
     def close(self) -> None:
         """Closes all ways and ends all processes; asserts that nothing was left over."""
-        living = [process for process in self.processes if process.is_alive]
+        self.network.on_delivery = None
+        living = self._living()
         for process in living:
             if process.router is not None:
                 process.router.links.close()
@@ -451,13 +451,20 @@ class MemoryCluster:
 
     def _run_ready(self) -> bool:
         has_run = self.world.run_ready()
-        for process in self.processes:
-            has_run |= process.run()
+        now_s = self.clock.now_s()
+        # A copy: what runs may start others.
+        for process in self._living():
+            has_run |= process.run(now_s)
         return has_run
 
     def _next_s(self) -> float | None:
-        times = [self.world.next_timer_s(), *(process.next_s() for process in self.processes)]
+        now_s = self.clock.now_s()
+        times = [process.next_s(now_s) for process in self._living()]
+        times.append(self.world.next_timer_s())
         return min((time_s for time_s in times if time_s is not None), default=None)
+
+    def _living(self) -> list[Process]:
+        return [process for process in self.processes if process.is_alive]
 
     def _connect(self, client: Process, router_id: str, member: Member) -> Pending[WorkerLink]:
         server = self.workers.get((member.worker_id, member.incarnation))

@@ -197,3 +197,34 @@ def wait_until_ready(cluster: ServedCluster) -> None:
         return cluster.is_ready()
 
     wait_until(is_up, "the cluster is ready", START_TIMEOUT_S)
+
+
+@contextmanager
+def one_cluster() -> Iterator[ServedCluster]:
+    """Three workers, two replicas of each expert, ready. Its end leaves nothing behind."""
+    with short_folder() as folder:
+        with serving(folder, "--workers", "3", "--expert-replicas", "2") as running:
+            wait_until_ready(running)
+            yield running
+            check_end(running)
+        assert list((folder / "t").iterdir()) == []
+        assert not any((folder / "c").rglob("*.json"))
+
+
+def check_end(running: ServedCluster) -> None:
+    """Ctrl-C ends every process, in time, and without complaint."""
+    processes = running.processes()
+    in_memory = files_in_shared_memory()
+    left = running.stop(processes)
+    end(left)
+    assert left == []
+    assert running.process.returncode == 0, running.log
+    assert not files_in_shared_memory() - in_memory
+    # A process that ends writes no more, so this is all it had to say.
+    assert "Traceback" not in running.log, running.log
+
+
+def files_in_shared_memory() -> set[str]:
+    """Names in memory that outlive those who made them."""
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -5,10 +5,12 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster.errors import DeadlineError, UnavailableError
+from cluster.ingress.journal import DeliveredSample
 from model.errors import InvalidRequestError
 from router.engine import LocalEngine
 from router.request import GenerateRequest
@@ -40,6 +42,21 @@ def counted_events(request: GenerateRequest, vocab_size: int = 1280) -> list[Tok
     return events
 
 
+def without_delivered(
+    events: list[TokenEvent], delivered: SequenceOf[DeliveredSample]
+) -> list[TokenEvent]:
+    """The events that a client has not had, whose tokens have to be those of the others."""
+    had = {sample.sample_index: list(sample.token_ids) for sample in delivered}
+    remaining: list[TokenEvent] = []
+    for event in events:
+        token_ids = had.get(event.sample_index)
+        if not token_ids:
+            remaining.append(event)
+        else:
+            assert token_ids.pop(0) == event.token_id
+    return remaining
+
+
 @dataclass
 class CountingSource:
     """Counts, or fails as told; notes what it was asked and what was left early."""
@@ -52,20 +69,27 @@ class CountingSource:
     probe_error: Exception | None = None
     make_events: Callable[[GenerateRequest], list[TokenEvent]] = counted_events
     requests: list[GenerateRequest] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
     deadlines_s: list[float] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_probes: int = 0
 
     async def generate(
-        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        deadline_s: float,
+        delivered: SequenceOf[DeliveredSample] = (),
     ) -> AsyncGenerator[TokenEvent]:
+        self.request_ids.append(request_id)
         self.requests.append(request)
         self.deadlines_s.append(deadline_s)
         self.num_running += 1
         is_done = False
         try:
-            events = self.make_events(request)
+            events = without_delivered(self.make_events(request), delivered)
             for i, event in enumerate(events):
                 if self.error is not None and i == self.num_before_error:
                     raise self.error
@@ -117,7 +141,12 @@ class LocalSource:
             raise UnavailableError("the engine has stopped")
 
     async def generate(
-        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        deadline_s: float,
+        delivered: SequenceOf[DeliveredSample] = (),
     ) -> AsyncGenerator[TokenEvent]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
@@ -132,6 +161,12 @@ class LocalSource:
             except InvalidRequestError as error:
                 hand_over(error)
             self._streams.update(dict.fromkeys(sequences, hand_over))
+            for had in delivered:
+                sequence = sequences[had.sample_index]
+                sequence.replay(had.token_ids)
+                if had.is_finished:
+                    self._engine._scheduler.finish(sequence, SequenceStatus.FAILED)
+                    del self._streams[sequence]
 
         def leave() -> None:
             for sequence in sequences:
@@ -140,7 +175,7 @@ class LocalSource:
 
         self._inbox.put(join)
         try:
-            num_unfinished = request.num_samples
+            num_unfinished = request.num_samples - sum(had.is_finished for had in delivered)
             while num_unfinished:
                 event = await events.get()
                 if isinstance(event, Exception):

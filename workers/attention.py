@@ -32,7 +32,7 @@ from model.decoder import AttentionResult, Decoder
 from model.kv_cache import LayerCache, StepBatch, make_kv_cache
 from model.params import AttentionParams, EndParams, ExpertParams
 from model.runner import CacheSize, bucket, draw_tokens, jitted_parts
-from model.sampling import SampleRow
+from model.sampling_params import SampleRow
 
 Owner = tuple[str, int]
 MAX_BATCHES = 16

@@ -70,7 +70,7 @@ class AttentionRunner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreLimits:
-    """Bounds of what waits, and of what is computed at once."""
+    """Bounds of what is computed at once, and of what waits, for experts and attention each."""
 
     max_waiting_calls: int = 256
     max_waiting_rows: int = 16384
@@ -348,14 +348,20 @@ class WorkerCore:
         return None
 
     def _lack_of_room(self, call: Call) -> Refusal | None:
+        """Experts and attention each have a bound: what asks for one must not crowd out the other.
+
+        A batch that cannot go on would keep a router, which has others wait, from all it does.
+        """
+        is_experts = isinstance(call, RunExperts)
+        num_calls = sum(isinstance(w.call, RunExperts) is is_experts for w in self._queue)
         num_rows = len(call.rows_TD) if isinstance(call, RunExperts) else 0
         has_room = (
-            len(self._queue) < self._limits.max_waiting_calls
+            num_calls < self._limits.max_waiting_calls
             and self._num_waiting_rows + num_rows <= self._limits.max_waiting_rows
         )
         if has_room:
             return None
-        message = f"{len(self._queue)} calls with {self._num_waiting_rows} rows wait"
+        message = f"{num_calls} calls with {self._num_waiting_rows} rows wait"
         return self._refuse(RefusalReason.OVERLOADED, message)
 
     def _refuse(self, reason: RefusalReason, message: str) -> Refusal:

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
 from model.config import ModelConfig
 from model.runner import CacheSize
-from model.sampling import SampleRow, SamplingParams
+from model.sampling_params import SampleRow, SamplingParams
 from workers.attention import AttentionShard
 from workers.experts import ExpertShard
 

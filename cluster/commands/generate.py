@@ -17,7 +17,7 @@ from cluster.local import (
 )
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
 from model.errors import InvalidRequestError, NonFiniteLogitsError, TokenizerError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from router.request import GenerateRequest
 from router.sequence import FinishReason, TokenEvent

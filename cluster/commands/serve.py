@@ -18,13 +18,21 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from cluster.commands.options import ACTIVATION_NAMES, DTYPE_NAMES, RESIDENCE_NAMES
-from cluster.config import ClusterConfig, IngressSettings, read_config
+from cluster.config import ClusterConfig, IngressSettings, WorkerSettings, read_config
 from cluster.errors import PlacementError, StartupError
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
-from cluster.ray_settings import RunningCluster, be_quiet, make_token, remember, stay_local
+from cluster.ray_settings import (
+    RunningCluster,
+    be_patient,
+    be_quiet,
+    make_token,
+    remember,
+    stay_local,
+)
 from model.checkpoint import Checkpoint
 
 POLL_S = 0.2
+ANSWER_TIMEOUT_S = 60.0
 BAR_WIDTH = 30
 
 
@@ -131,6 +139,7 @@ class Interrupt:
 
 def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
     be_quiet()
+    be_patient()
     stay_local()
     token = make_token()
     from cluster.ray_cluster import LocalRay
@@ -187,6 +196,7 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     """Brings up workers and endpoint, side by side."""
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from cluster.app import APP_NAME, make_app
     from cluster.controller_actor import find_or_make_controller
@@ -194,10 +204,14 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     controller = find_or_make_controller(config)
     ray.get(controller.begin.remote())
     ingress = config.ingress
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": ingress.host, "port": ingress.port},
-    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": ingress.host, "port": ingress.port},
+        )
+    except RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
     application = make_app(config)
     endpoint = threading.Thread(
         target=serve.run,
@@ -206,13 +220,13 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
         daemon=True,
     )
     endpoint.start()
-    _watch_loading(controller, config.workers.load_timeout_s, stopped)
+    _watch_loading(controller, config.workers, stopped)
     _wait_until_ready(ingress, config.workers.start_timeout_s, stopped)
     if not stopped.is_set():
         say(_greeting(config))
 
 
-def _watch_loading(controller: Any, timeout_s: float, stopped: threading.Event) -> None:
+def _watch_loading(controller: Any, settings: WorkerSettings, stopped: threading.Event) -> None:
     """Draws a bar until all workers are ready.
 
     Raises:
@@ -222,20 +236,28 @@ def _watch_loading(controller: Any, timeout_s: float, stopped: threading.Event) 
     import ray
 
     bar = Bar(sys.stderr)
-    until_s = time.monotonic() + timeout_s
-    while not stopped.is_set():
-        progress: Any = ray.get(controller.progress.remote())
-        bar.draw(progress["workers"])
-        if progress["failure"]:
-            bar.end()
-            raise PlacementError(progress["failure"])
-        if progress["is_complete"]:
-            bar.end()
-            return
-        if time.monotonic() > until_s:
-            bar.end()
-            raise StartupError(f"not up within {timeout_s:g} s: {waiting(progress['workers'])}")
-        stopped.wait(POLL_S)
+    begun_s = time.monotonic()
+    try:
+        while not stopped.is_set():
+            progress: Any = ray.get(controller.progress.remote(), timeout=ANSWER_TIMEOUT_S)
+            bar.draw(progress["workers"])
+            if progress["failure"]:
+                raise PlacementError(progress["failure"])
+            if progress["is_complete"]:
+                return
+            timeout_s = _time_for(progress["workers"], settings)
+            if time.monotonic() > begun_s + timeout_s:
+                late = waiting(progress["workers"])
+                raise StartupError(f"not up within {timeout_s:g} s: {late}")
+            stopped.wait(POLL_S)
+    finally:
+        bar.end()
+
+
+def _time_for(workers: list[dict[str, Any]], settings: WorkerSettings) -> float:
+    """How long the start may take: little until all have a process, more for loading."""
+    is_there = all(worker["has_process"] for worker in workers)
+    return settings.start_timeout_s + (settings.load_timeout_s if is_there else 0.0)
 
 
 def waiting(workers: list[dict[str, Any]]) -> str:

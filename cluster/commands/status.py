@@ -7,7 +7,7 @@ import argparse
 import json
 from typing import Any
 
-from cluster.errors import StartupError
+from cluster.errors import ClusterError, StartupError
 from cluster.ray_settings import be_quiet, enter, find_running
 
 ANSWER_TIMEOUT_S = 30.0
@@ -42,7 +42,7 @@ def ask_controller(
         address = running.address
     # Not before: Ray reads its settings when it is imported.
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
     from cluster.controller_actor import find_controller
     from cluster.ray_cluster import join
@@ -51,6 +51,9 @@ def ask_controller(
     try:
         reference = getattr(find_controller(), method).remote(*arguments)
         return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        # What it refused is of ours; Ray's own would print where in the controller it was.
+        raise (error.cause if isinstance(error.cause, ClusterError) else error) from None
     except GetTimeoutError as error:
         raise StartupError(f"the controller does not answer within {timeout_s:g} s") from error
     except (ValueError, RayActorError) as error:

@@ -10,7 +10,7 @@ from milliways.v1 import router_pb2, sampling_pb2
 from cluster.ingress.journal import Journal
 from cluster.wire_sampling import encode_params
 from model.errors import InvalidRequestError
-from model.sampling import INVALID_TOKEN, SamplingParams
+from model.sampling_params import INVALID_TOKEN, SamplingParams
 from router.sequence import FinishReason, TokenEvent
 
 _TO_WIRE = {

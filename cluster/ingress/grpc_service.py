@@ -1,6 +1,5 @@
 """The gRPC surface: GenerateService over an ingress."""
 
-import secrets
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from milliways.v1 import generate_pb2, generate_pb2_grpc
 
 from cluster.errors import code_of
 from cluster.ingress.codec import checked_seed, event_to_wire, sampling_from_wire
-from cluster.ingress.ingress import Ingress, new_request_id, off_loop
+from cluster.ingress.ingress import Ingress, off_loop
 from cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
 from cluster.ingress.outcome import log_error
+from cluster.ingress.request_id import is_request_id, new_request_id, seed_of
+from cluster.ingress.resume import Received, ResumePoint
 from cluster.ingress.served_model import ServedModel
-from cluster.status_codes import GrpcStatus, status_of
+from cluster.status_codes import GrpcStatus, Verbatim, abridged, status_of
 from model.errors import InvalidRequestError
 from router.request import GenerateRequest
 
@@ -32,6 +33,15 @@ class GrpcAsk:
 
     request: GenerateRequest
     echo: str
+    request_id: str
+    resume: ResumePoint | None
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each sample that need not come any more."""
+        if self.resume is None:
+            return [0] * self.request.num_samples
+        return [len(received.token_ids) for received in self.resume.received]
 
 
 def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcAsk:
@@ -42,22 +52,30 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
         UnknownModelError: another model is meant.
     """
     model.check_name(message.model or model.name)
+    request_id = _request_id(message)
     prompt_ids = _prompt_ids(message, model)
     wanted = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     request = GenerateRequest(
         prompt_ids=prompt_ids,
         # More than the context holds is all that it holds.
         max_tokens=min(wanted, model.config.sequence_len),
-        sampling=sampling_from_wire(message.sampling, _seed(message)),
+        sampling=sampling_from_wire(message.sampling, _seed(message, request_id)),
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
     )
     request.check_fits(model.config)
+    return GrpcAsk(
+        request, _echo(message, prompt_ids, model), request_id, _resume(message, request, model)
+    )
+
+
+def _echo(
+    message: generate_pb2.GenerateRequest, prompt_ids: tuple[int, ...], model: ServedModel
+) -> str:
     if not message.echo:
-        return GrpcAsk(request, "")
-    is_text = message.WhichOneof("prompt") == "text"
-    return GrpcAsk(request, message.text if is_text else model.echo(prompt_ids))
+        return ""
+    return message.text if message.WhichOneof("prompt") == "text" else model.echo(prompt_ids)
 
 
 def _prompt_ids(message: generate_pb2.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
@@ -66,13 +84,61 @@ def _prompt_ids(message: generate_pb2.GenerateRequest, model: ServedModel) -> tu
     return tuple(message.tokens.token_ids)
 
 
-def _seed(message: generate_pb2.GenerateRequest) -> int:
-    if message.sampling.seed:
-        limit = "unset: the seed is a field of the request itself"
-        raise InvalidRequestError("sampling.seed", message.sampling.seed, limit)
-    if message.HasField("seed"):
-        return checked_seed(message.seed)
-    return secrets.randbelow(2**63)
+def _seed(message: generate_pb2.GenerateRequest, request_id: str) -> int:
+    if message.sampling.HasField("seed"):
+        return checked_seed(message.sampling.seed)
+    return seed_of(request_id)
+
+
+def _request_id(message: generate_pb2.GenerateRequest) -> str:
+    if not message.HasField("resume"):
+        return new_request_id()
+    request_id = message.resume.request_id
+    if not is_request_id(request_id):
+        limit = "the request id that the first response told"
+        raise InvalidRequestError("resume.request_id", abridged(request_id), limit)
+    return request_id
+
+
+def _resume(
+    message: generate_pb2.GenerateRequest, request: GenerateRequest, model: ServedModel
+) -> ResumePoint | None:
+    if not message.HasField("resume"):
+        return None
+    received = [Received()] * request.num_samples
+    for had in message.resume.received:
+        if had.sample_index >= request.num_samples:
+            limit = f"below num_samples = {request.num_samples}"
+            raise InvalidRequestError("resume.received.sample_index", had.sample_index, limit)
+        received[had.sample_index] = _received(had, request, model)
+    point = ResumePoint(
+        request_id=message.resume.request_id,
+        received=tuple(received),
+        field="resume.received.num_tokens",
+    )
+    point.check_fits([request])
+    return point
+
+
+def _received(
+    had: generate_pb2.ReceivedTokens, request: GenerateRequest, model: ServedModel
+) -> Received:
+    token_ids = tuple(had.token_ids)
+    field = "resume.received.token_ids"
+    if token_ids and len(token_ids) != had.num_tokens:
+        limit = f"all {had.num_tokens} of the sample, or none"
+        raise InvalidRequestError(field, Verbatim(f"{len(token_ids)} tokens"), limit)
+    if had.is_finished and not token_ids:
+        limit = "unset without the tokens that ended"
+        raise InvalidRequestError("resume.received.is_finished", True, limit)
+    if len(token_ids) >= request.max_tokens and not had.is_finished:
+        limit = f"fewer than max_tokens = {request.max_tokens}, or finished"
+        raise InvalidRequestError(field, Verbatim(f"{len(token_ids)} tokens"), limit)
+    for token_id in token_ids:
+        if token_id >= model.config.vocab_size:
+            limit = f"token ids in 0..{model.config.vocab_size - 1}"
+            raise InvalidRequestError(field, token_id, limit)
+    return Received(num_tokens=had.num_tokens, token_ids=token_ids, is_finished=had.is_finished)
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
@@ -111,31 +177,23 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         model = self._ingress.model
         with self._ingress.admit():
             ask = await off_loop(lambda: read_ask(message, model), message.ByteSize())
-            request_id = new_request_id()
-            started = generate_pb2.GenerationStarted(
-                request_id=request_id,
-                model=model.name,
-                seed=ask.request.sampling.seed,
-                echo=ask.echo,
-                system_fingerprint=model.fingerprint,
-            )
-            counts = [0] * ask.request.num_samples
+            # Goes out with the first response, whatever that is.
+            started: generate_pb2.GenerationStarted | None = _started(ask, model)
+            counts = ask.counts
             timeout_s = context.time_remaining()
-            stream = self._ingress.generate([ask.request], request_id, timeout_s)
+            stream = self._ingress.generate([ask.request], ask.request_id, timeout_s, ask.resume)
             async with aclosing(stream) as events:
                 async for choice in events:
-                    wired = event_to_wire(choice.event, counts[choice.choice_index])
-                    counts[choice.choice_index] += 1
-                    is_first = sum(counts) == 1
-                    await context.write(
-                        generate_pb2.GenerateResponse(
-                            started=started if is_first else None, events=[wired]
-                        )
-                    )
+                    counts[choice.choice_index] = choice.index + 1
+                    if choice.is_news:
+                        wired = event_to_wire(choice.event, choice.index)
+                        response = generate_pb2.GenerateResponse(started=started, events=[wired])
+                        await context.write(response)
+                        started = None
             usage = generate_pb2.Usage(
                 num_prompt_tokens=len(ask.request.prompt_ids), num_completion_tokens=sum(counts)
             )
-            await context.write(generate_pb2.GenerateResponse(usage=usage))
+            await context.write(generate_pb2.GenerateResponse(started=started, usage=usage))
 
     async def _tokenize(
         self, request: generate_pb2.TokenizeRequest
@@ -174,6 +232,16 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             return await abort(context, status)
         finally:
             self._ingress.metrics.count_request("grpc", self._ingress.model.name, code)
+
+
+def _started(ask: GrpcAsk, model: ServedModel) -> generate_pb2.GenerationStarted:
+    return generate_pb2.GenerationStarted(
+        request_id=ask.request_id,
+        model=model.name,
+        seed=ask.request.sampling.seed,
+        echo=ask.echo,
+        system_fingerprint=model.fingerprint,
+    )
 
 
 async def abort(context: Context, status: GrpcStatus) -> Any:

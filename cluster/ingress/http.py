@@ -11,10 +11,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import ClusterError
-from cluster.ingress.ingress import Ingress, new_request_id
+from cluster.ingress.ingress import Ingress
 from cluster.ingress.openai import openai_routes
 from cluster.ingress.openai_errors import error_response, http_status
 from cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
+from cluster.ingress.request_id import new_request_id
 from model.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ The life of a request here:
 """
 
 import asyncio
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from typing import TypeVar
 
 from cluster.config import IngressSettings
 from cluster.errors import ModelFaultError, OverloadedError
+from cluster.ingress.journal import DeliveredSample
 from cluster.ingress.metrics import IngressMetrics
 from cluster.ingress.readiness import Readiness
+from cluster.ingress.resume import Received, ResumePoint
 from cluster.ingress.served_model import ServedModel
 from cluster.ingress.source import TokenSource
 from router.request import GenerateRequest
@@ -38,10 +40,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEvent:
-    """A token of a choice: sample `i % n` of prompt `i // n`."""
+    """A token of a choice, its `index`-th: choices are sample `i % n` of prompt `i // n`."""
 
     choice_index: int
     event: TokenEvent
+    index: int
+    # False where the client has had it before its connection broke.
+    is_news: bool = True
 
 
 class Ingress:
@@ -92,18 +97,26 @@ class Ingress:
         requests: Sequence[GenerateRequest],
         request_id: str,
         timeout_s: float | None = None,
+        resume: ResumePoint | None = None,
     ) -> AsyncGenerator[ChoiceEvent]:
         """Streams the tokens of all prompts. Closing it cancels them.
 
+        With `resume`, tokens that the client told are left out, and those that it counted come
+        again, marked as no news.
+
         Raises:
-            InvalidRequestError, ClusterError: as the source does.
+            InvalidRequestError: as the source does, or the client counts more than there are.
+            ClusterError: as the source does.
             ModelFaultError: the logits of a sample were not finite.
         """
         limit_s = self.request_timeout_s
         deadline_s = time.monotonic() + min(limit_s, limit_s if timeout_s is None else timeout_s)
         watch = self.metrics.watch(sum(len(request.prompt_ids) for request in requests))
         num_given = 0
-        async with aclosing(self._events(requests, request_id, deadline_s)) as events:
+        if resume is not None:
+            # Another name among those that run: the broken stream's end must not touch this one.
+            request_id = f"{request_id}-{secrets.token_hex(4)}"
+        async with aclosing(self._events(requests, request_id, deadline_s, resume)) as events:
             async for event in events:
                 num_given += 1
                 if num_given % _EVENTS_PER_TURN == 0:
@@ -112,28 +125,59 @@ class Ingress:
                     await asyncio.sleep(0)
                 if event.event.finish_reason is FinishReason.ERROR:
                     raise ModelFaultError("the model computed logits that are not finite")
-                watch.note(event.choice_index, event.event)
+                if event.is_news:
+                    watch.note(event.choice_index, event.event)
                 yield event
 
     def _events(
-        self, requests: Sequence[GenerateRequest], request_id: str, deadline_s: float
+        self,
+        requests: Sequence[GenerateRequest],
+        request_id: str,
+        deadline_s: float,
+        resume: ResumePoint | None,
     ) -> AsyncGenerator[ChoiceEvent]:
         if len(requests) == 1:
-            return self._one(requests[0], 0, request_id, deadline_s)
+            return self._one(requests[0], 0, request_id, deadline_s, resume)
         return merged(
             [
-                self._one(request, i * request.num_samples, f"{request_id}-{i}", deadline_s)
+                self._one(request, i * request.num_samples, f"{request_id}-{i}", deadline_s, resume)
                 for i, request in enumerate(requests)
             ]
         )
 
     async def _one(
-        self, request: GenerateRequest, first_choice: int, request_id: str, deadline_s: float
+        self,
+        request: GenerateRequest,
+        first_choice: int,
+        request_id: str,
+        deadline_s: float,
+        resume: ResumePoint | None,
     ) -> AsyncGenerator[ChoiceEvent]:
-        stream = self._source.generate(request, request_id=request_id, deadline_s=deadline_s)
+        had = (Received(),) * request.num_samples
+        if resume is not None:
+            had = resume.received[first_choice : first_choice + request.num_samples]
+        counts = [len(received.token_ids) for received in had]
+        stream = self._source.generate(
+            request, request_id=request_id, deadline_s=deadline_s, delivered=_told(had)
+        )
         async with aclosing(stream) as events:
             async for event in events:
-                yield ChoiceEvent(first_choice + event.sample_index, event)
+                i = event.sample_index
+                is_news = counts[i] >= had[i].num_tokens
+                yield ChoiceEvent(first_choice + i, event, counts[i], is_news)
+                counts[i] += 1
+        for received, count in zip(had, counts, strict=True):
+            if resume is not None and count < received.num_tokens:
+                resume.refuse_count(received.num_tokens, count)
+
+
+def _told(had: Sequence[Received]) -> list[DeliveredSample]:
+    """The samples whose tokens a client still has."""
+    return [
+        DeliveredSample(i, received.token_ids, received.is_finished)
+        for i, received in enumerate(had)
+        if received.token_ids
+    ]
 
 
 async def merged(
@@ -167,11 +211,6 @@ async def merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def new_request_id() -> str:
-    """Unique, and short enough for logs."""
-    return uuid.uuid4().hex
 
 
 async def off_loop(function: Callable[[], Result], num_bytes: int) -> Result:

@@ -4,6 +4,7 @@ With it any router can carry the request on, because all that a router knows of 
 function of its tokens. A pure object: no clock, no network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from router.request import GenerateRequest
@@ -23,17 +24,23 @@ class DeliveredSample:
 
 
 class Journal:
-    """Grows by one token at a time, never twice by the same, never past a missing one."""
+    """Grows by one token at a time, never twice by the same, never past a missing one.
 
-    def __init__(self, request: GenerateRequest) -> None:
+    `delivered` is what the client has had elsewhere.
+    """
+
+    def __init__(self, request: GenerateRequest, delivered: Sequence[DeliveredSample] = ()) -> None:
         self.request = request
         self._token_ids: list[list[int]] = [[] for _ in range(request.num_samples)]
         self._is_finished = [False] * request.num_samples
-        self._num_delivered = 0
+        for sample in delivered:
+            self._token_ids[sample.sample_index] = list(sample.token_ids)
+            self._is_finished[sample.sample_index] = sample.is_finished
+        self._num_delivered = sum(map(len, self._token_ids))
 
     @property
     def num_delivered(self) -> int:
-        """Events handed on, of all samples."""
+        """Tokens that the client has had, of all samples."""
         return self._num_delivered
 
     @property

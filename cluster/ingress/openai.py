@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
-from cluster.ingress.ingress import ChoiceEvent, Ingress, new_request_id, off_loop
+from cluster.ingress.ingress import ChoiceEvent, Ingress, off_loop
 from cluster.ingress.openai_errors import error_body, http_status
 from cluster.ingress.openai_requests import (
     Ask,
@@ -25,9 +25,14 @@ from cluster.ingress.openai_responses import (
     model_object,
 )
 from cluster.ingress.outcome import Outcome, outcome_of
+from cluster.ingress.request_id import new_request_id
+from cluster.ingress.resume import LAST_EVENT_ID, ResumePoint, event_id, parse_event_id
 from cluster.ingress.served_model import ServedModel
+from model.errors import InvalidRequestError
 
-ReadAsk = Callable[[bytes, ServedModel], Ask]
+_DONE = "data: [DONE]\n\n"
+
+ReadAsk = Callable[[bytes, ServedModel, str], Ask]
 
 
 def openai_routes(ingress: Ingress) -> APIRouter:
@@ -61,15 +66,22 @@ def _exchange(
     ingress: Ingress, request: Request, read_ask: ReadAsk, make_answer: type[Answer]
 ) -> Exchange:
     outcome = outcome_of(request.scope)
+    last_event_id = request.headers.get(LAST_EVENT_ID)
 
     async def work(body: bytes, sender: Sender) -> None:
         with ingress.admit():
-            ask = await off_loop(lambda: read_ask(body, ingress.model), len(body))
+            resume = None if last_event_id is None else parse_event_id(last_event_id)
+            request_id = resume.request_id if resume else new_request_id()
+            ask = await off_loop(lambda: read_ask(body, ingress.model, request_id), len(body))
             outcome.model = ingress.model.name
-            request_id = new_request_id()
+            _check_resume(resume, ask)
             answer = make_answer(ask, ingress.model, request_id)
-            async with aclosing(ingress.generate(ask.requests, request_id)) as events:
-                if ask.stream:
+            stream = ingress.generate(ask.requests, request_id, resume=resume)
+            async with aclosing(stream) as events:
+                if resume is not None and resume.has_usage:
+                    await sender.begin_events()
+                    await sender.send_piece(_DONE, is_last=True)
+                elif ask.stream:
                     await _stream(events, answer, sender, request_id, outcome)
                 else:
                     async for event in events:
@@ -80,6 +92,14 @@ def _exchange(
         outcome.code = CLIENT_GONE
 
     return Exchange(work, ingress.settings.max_body_bytes, when_gone)
+
+
+def _check_resume(resume: ResumePoint | None, ask: Ask) -> None:
+    if resume is None:
+        return
+    if not ask.stream:
+        raise InvalidRequestError(LAST_EVENT_ID, "given", "left out without stream")
+    resume.check_fits(ask.requests)
 
 
 async def _stream(
@@ -96,22 +116,26 @@ async def _stream(
     try:
         async for event in events:
             chunk = answer.chunk(event)
-            if chunk is not None:
+            if chunk is not None and event.is_news:
                 if not sender.has_begun:
                     await sender.begin_events()
-                await sender.send_piece(_sse(chunk, f"{request_id}/{answer.num_events}"))
+                await sender.send_piece(_sse(chunk, event_id(request_id, answer.counts)))
+        # There is nothing more to say to a client that has had it all.
+        if not sender.has_begun:
+            await sender.begin_events()
         if answer.ask.include_usage:
-            await sender.send_piece(_sse(answer.usage_chunk()))
+            name = event_id(request_id, answer.counts, has_usage=True)
+            await sender.send_piece(_sse(answer.usage_chunk(), name))
     except Exception as error:
         if not sender.has_begun:
             raise
         outcome.fail(error, http_status(error))
         await sender.send_piece(_sse(error_body(error)))
-    await sender.send_piece("data: [DONE]\n\n", is_last=True)
+    await sender.send_piece(_DONE, is_last=True)
 
 
 def _sse(data: dict[str, Any], event_id: str = "") -> str:
-    """One server-sent event; its id says how many tokens a client has had with it."""
+    """One server-sent event; its id says what a client has had with it."""
     head = f"id: {event_id}\n" if event_id else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"
 

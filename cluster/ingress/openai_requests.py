@@ -5,7 +5,6 @@ one of several types (`prompt`, `stop`, `content`) is taken apart by hand, so th
 the one place that is wrong and not every type that it might have been.
 """
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -15,17 +14,17 @@ from pydantic_core import ErrorDetails, from_json
 
 from cluster.ingress.chat_template import ChatMessage
 from cluster.ingress.openai_fields import drop_foreign_fields
+from cluster.ingress.request_id import seed_of
 from cluster.ingress.served_model import ServedModel
 from cluster.status_codes import Verbatim, abridged
 from model.errors import InvalidRequestError
-from model.sampling import MAX_LOGPROBS, SamplingParams
+from model.sampling_params import MAX_LOGPROBS, SamplingParams
 from router.request import MAX_SAMPLES, GenerateRequest
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
-_MAX_SEED = 2**63 - 1
 
 
 class StreamOptions(BaseModel):
@@ -123,7 +122,7 @@ class Ask:
 AnyBody = TypeVar("AnyBody", bound=CommonBody)
 
 
-def completion_ask(raw: bytes, model: ServedModel) -> Ask:
+def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
     """Reads the body of a completion. Takes long for a long prompt: not for the event loop.
 
     Raises:
@@ -142,6 +141,7 @@ def completion_ask(raw: bytes, model: ServedModel) -> Ask:
     return _ask(
         body,
         model,
+        request_id,
         prompt_ids,
         max_tokens=[max_tokens] * len(prompts),
         stop=parse_stop(body.stop),
@@ -150,7 +150,7 @@ def completion_ask(raw: bytes, model: ServedModel) -> Ask:
     )
 
 
-def chat_ask(raw: bytes, model: ServedModel) -> Ask:
+def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
     """Reads the body of a chat completion. Takes long for a long prompt: not for the event loop.
 
     Raises:
@@ -178,6 +178,7 @@ def chat_ask(raw: bytes, model: ServedModel) -> Ask:
     return _ask(
         body,
         model,
+        request_id,
         [prompt_ids],
         max_tokens=[max_tokens],
         stop=(*parse_stop(body.stop), *model.chat_template.stop),
@@ -189,6 +190,7 @@ def chat_ask(raw: bytes, model: ServedModel) -> Ask:
 def _ask(
     body: CommonBody,
     model: ServedModel,
+    request_id: str,
     prompts: Sequence[tuple[int, ...]],
     *,
     max_tokens: Sequence[int],
@@ -204,12 +206,12 @@ def _ask(
             prompt_ids=prompt_ids,
             # More than the context holds is all that it holds.
             max_tokens=min(max_tokens, model.config.sequence_len),
-            sampling=_sampling(body, num_logprobs or 0),
+            sampling=_sampling(body, num_logprobs or 0, seed_of(request_id, i)),
             num_samples=num_samples,
             stop=stop,
             ignore_eos=body.ignore_eos or False,
         )
-        for prompt_ids, max_tokens in zip(prompts, max_tokens, strict=True)
+        for i, (prompt_ids, max_tokens) in enumerate(zip(prompts, max_tokens, strict=True))
     )
     for request in requests:
         request.check_fits(model.config)
@@ -231,15 +233,15 @@ def _num_samples(body: CommonBody, num_prompts: int) -> int:
     return num_samples
 
 
-def _sampling(body: CommonBody, num_logprobs: int) -> SamplingParams:
+def _sampling(body: CommonBody, num_logprobs: int, own_seed: int) -> SamplingParams:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
     given = {
         name: value
         for name in (*names, "frequency_penalty", "seed")
         if (value := getattr(body, name)) is not None
     }
-    # Drawn here, and not by whoever computes: whoever takes a request over needs the same.
-    given.setdefault("seed", secrets.randbelow(_MAX_SEED + 1))
+    # Made here, and not by whoever computes: whoever takes a request over needs the same.
+    given.setdefault("seed", own_seed)
     bias = parse_logit_bias(body.logit_bias or {})
     return SamplingParams(**given, logit_bias=bias, num_logprobs=num_logprobs)
 

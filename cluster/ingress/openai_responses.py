@@ -1,17 +1,17 @@
 """Tokens into OpenAI's objects: whole answers, or the chunks of a stream.
 
 A token is one chunk: text, log-probabilities and finish reason of the same token never part, so
-that whoever has had N tokens can say so with one number. Tokens without anything to show (a
-character that is not complete yet) are left out of a stream, but counted.
+that whoever has had N tokens of a choice can say so with one number. Tokens without anything to
+show (a character that is not complete yet) are left out of a stream, but counted.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.ingress.ingress import ChoiceEvent
 from cluster.ingress.openai_requests import Ask
+from cluster.ingress.request_id import created_s_of
 from cluster.ingress.served_model import ServedModel
 from router.sequence import TokenEvent
 
@@ -36,17 +36,19 @@ class Answer:
         self.ask = ask
         self.model = model
         self._request_id = request_id
-        self._created_s = int(time.time())
+        # A stream that goes on elsewhere says the same.
+        self._created_s = created_s_of(request_id)
         num_choices = len(ask.requests) * ask.num_samples
         self._choices = [ChoiceProgress() for _ in range(num_choices)]
 
     @property
-    def num_events(self) -> int:
-        return sum(choice.num_events for choice in self._choices)
+    def counts(self) -> list[int]:
+        """How many tokens of each choice there were so far."""
+        return [choice.num_events for choice in self._choices]
 
     def usage(self) -> dict[str, int]:
         """Exact counts: every prompt once, every token drawn, the end-of-sequence token too."""
-        num_prompt, num_completion = self.ask.num_prompt_tokens, self.num_events
+        num_prompt, num_completion = self.ask.num_prompt_tokens, sum(self.counts)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,

@@ -1,6 +1,6 @@
 """What becomes of a request whose stream ended before its last token. Pure: times are given."""
 
-from cluster.errors import OverloadedError, UnavailableError
+from cluster.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
@@ -37,14 +37,17 @@ class Retries:
         """A router's stream ended early.
 
         Raises:
-            UnavailableError: too many did, without a token between.
+            PoisonedRequestError: too many did, without a token between. Two may be chance.
         """
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {reason}"
         self._num_without_progress += was_accepted
         if self._num_without_progress >= self._max_attempts_without_progress:
             number = self._num_without_progress
-            raise UnavailableError(f"{number} routers broke off; the last was {self.reason}")
+            raise PoisonedRequestError(
+                f"{number} routers in a row died or broke off with this request, and no token came"
+                f" between; the last was {self.reason}"
+            )
 
     def moved(self, worker_id: str) -> None:
         """A router drains: it did nothing wrong."""

@@ -29,13 +29,13 @@ from cluster.errors import (
 )
 from cluster.ingress.channels import open_channel
 from cluster.ingress.codec import event_from_wire, route_request
-from cluster.ingress.ingress import new_request_id
-from cluster.ingress.journal import Journal, OutOfOrderError
+from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
+from cluster.ingress.request_id import new_request_id
 from cluster.ingress.retries import Retries
 from cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
 from cluster.status_codes import ACCEPTED_KEY, Verbatim, error_of
 from model.errors import InvalidRequestError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 
@@ -76,7 +76,7 @@ class RouterSource:
         directory: RouterDirectory,
         *,
         tls: TlsSettings | None = None,
-        max_attempts_without_progress: int = 8,
+        max_attempts_without_progress: int = 3,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
@@ -90,19 +90,24 @@ class RouterSource:
         self._is_closed = False
 
     async def generate(
-        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        deadline_s: float,
+        delivered: Sequence[DeliveredSample] = (),
     ) -> AsyncGenerator[TokenEvent]:
         """As `TokenSource.generate`."""
         retries = Retries(self._max_attempts_without_progress)
-        stream = self._generate(request, retries, request_id, deadline_s)
+        journal = Journal(request, delivered)
+        stream = self._generate(journal, retries, request_id, deadline_s)
         async with aclosing(stream) as events:
             async for event in events:
                 yield event
 
     async def _generate(
-        self, request: GenerateRequest, retries: Retries, request_id: str, deadline_s: float
+        self, journal: Journal, retries: Retries, request_id: str, deadline_s: float
     ) -> AsyncGenerator[TokenEvent]:
-        journal = Journal(request)
         while not journal.is_complete:
             router = await self._choose(journal, retries, deadline_s)
             stream = self._attempt(router, journal, request_id, deadline_s)
@@ -129,7 +134,8 @@ class RouterSource:
         # Impatient: who asks whether it is ready now does not want to wait until it is.
         retries = Retries(self._max_attempts_without_progress, is_patient=False)
         deadline_s = self._clock() + _PROBE_TIMEOUT_S
-        stream = self._generate(request, retries, f"probe-{new_request_id()}", deadline_s)
+        request_id = f"probe-{new_request_id()}"
+        stream = self._generate(Journal(request), retries, request_id, deadline_s)
         try:
             async with aclosing(stream) as events:
                 async for _ in events:

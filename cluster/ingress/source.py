@@ -1,8 +1,9 @@
 """Where the ingress gets tokens from: an interface, so that both surfaces know no router."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from cluster.ingress.journal import DeliveredSample
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 
@@ -11,9 +12,16 @@ class TokenSource(Protocol):
     """Makes the tokens of requests."""
 
     def generate(
-        self, request: GenerateRequest, *, request_id: str, deadline_s: float
+        self,
+        request: GenerateRequest,
+        *,
+        request_id: str,
+        deadline_s: float,
+        delivered: Sequence[DeliveredSample] = (),
     ) -> AsyncGenerator[TokenEvent]:
         """Streams the tokens of all samples, each sample's in order. Closing it cancels.
+
+        Goes on after what was `delivered` of some samples, as if it had been drawn here.
 
         `deadline_s` is a time of `time.monotonic`. `request_id` is unique among those running.
 

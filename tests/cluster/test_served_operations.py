@@ -41,7 +41,9 @@ def test_metrics_of_ingress_routers_and_workers_are_on_one_page(cluster: ServedC
 
     for name in ("milliways_router_tokens_total", "milliways_router_steps_total"):
         assert total(after, name) - total(before, name) >= 3
-    assert total(after, "milliways_worker_rows_total") > total(before, "milliways_worker_rows_total")
+    assert total(after, "milliways_worker_rows_total") > total(
+        before, "milliways_worker_rows_total"
+    )
     assert sum(k.endswith(',state="ready"}') and v == 1 for k, v in after.items()) == 3
     assert after["milliways_placement_epoch"] >= 1
     for name in ("milliways_kv_blocks_total", "milliways_queue_length"):
@@ -73,7 +75,6 @@ def test_status_tells_all_of_every_worker(cluster: ServedCluster) -> None:
         held += [tuple(pair) for pair in worker["experts"]]
     every = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
     assert sorted(held) == sorted(every * 2)
-    table = cluster.command("status").stdout
 
 
 def test_status_is_a_table_for_people(cluster: ServedCluster) -> None:

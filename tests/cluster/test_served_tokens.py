@@ -194,7 +194,7 @@ def test_grpc_gives_the_same(cluster: ServedCluster, oracle: Oracle) -> None:
 
 
 def grpc_request(prompt: Any, params: dict[str, Any]) -> generate_pb2.GenerateRequest:
-    drawn = {name: value for name, value in params.items() if name not in ("seed", "n")}
+    drawn = {"seed": 0} | {name: value for name, value in params.items() if name != "n"}
     if isinstance(prompt, str):
         asked: dict[str, Any] = {"text": prompt}
     else:
@@ -203,6 +203,5 @@ def grpc_request(prompt: Any, params: dict[str, Any]) -> generate_pb2.GenerateRe
         **asked,
         max_tokens=12,
         num_samples=params.get("n", 1),
-        seed=params.get("seed", 0),
         sampling=sampling_pb2.SamplingParams(num_logprobs=3, **drawn),
     )

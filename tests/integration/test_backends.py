@@ -15,7 +15,7 @@ from model.activations import Activations
 from model.errors import KernelsMissingError
 from model.ops import PureOps, native, select
 from model.ops.select import KernelChoice, Residence, select_ops
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from tests.reference import small_config, write_random_model
 

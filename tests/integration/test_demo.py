@@ -16,7 +16,7 @@ from cluster.model_dir import resolve_model_dir
 from model.demo import DEMO_DIR
 from model.demo.grammar import check_text, opening_prompts
 from model.demo.sample_check import ANSWER_PROMPT
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from model.tokenizer import Tokenizer
 from router.request import GenerateRequest
 from tests.layers import PADDED_LENGTH, layer_states

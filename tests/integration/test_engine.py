@@ -10,7 +10,7 @@ import pytest
 from model.decoder import Decoder
 from model.params import ModelParams
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.engine import LocalEngine
 from router.request import GenerateRequest
 from router.scheduler import SchedulerLimits

@@ -89,7 +89,7 @@ def metadata_of(error: aio.AioRpcError) -> dict[str, Any]:
 
 
 def test_tokens_stream_and_usage_ends_them(model: ServedModel) -> None:
-    responses = ask(CountingSource(), model, num_samples=2, seed=9)
+    responses = ask(CountingSource(), model, num_samples=2, **sampling(seed=9))
     first, last = responses[0], responses[-1]
     assert first.HasField("started") and not any(r.HasField("started") for r in responses[1:])
     assert (first.started.model, first.started.seed) == ("demo", 9)
@@ -116,8 +116,8 @@ def test_every_field_reaches_the_request(model: ServedModel) -> None:
         "frequency_penalty": 1.25,
         "num_logprobs": 4,
     }
-    sampling = sampling_pb2.SamplingParams(**given, logit_bias={12: -3.0})
-    ask(source, model, sampling=sampling, seed=0, stop=["a", "b"], ignore_eos=True, num_samples=2)
+    sampling = sampling_pb2.SamplingParams(**given, logit_bias={12: -3.0}, seed=0)
+    ask(source, model, sampling=sampling, stop=["a", "b"], ignore_eos=True, num_samples=2)
     (request,) = source.requests
     # Not 0.10000000149011612: a bound must not be overstepped by a rounding.
     assert {name: getattr(request.sampling, name) for name in given} == given
@@ -156,8 +156,7 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ("num_samples", {"num_samples": 65}),
         ("stop", {"stop": [""]}),
         ("stop", {"stop": ["x"] * 17}),
-        ("seed", {"seed": 2**63}),
-        ("sampling.seed", sampling(seed=5)),
+        ("seed", sampling(seed=2**63)),
         ("temperature", sampling(temperature=-1)),
         ("temperature", sampling(temperature=float("nan"))),
         ("top_p", sampling(top_p=0)),

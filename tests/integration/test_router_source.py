@@ -17,7 +17,7 @@ from cluster.errors import (
 from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
 from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, full, running, start
@@ -225,7 +225,7 @@ def test_request_that_no_router_survives_is_given_up() -> None:
     routers = [deadly(), deadly()]
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
-        with pytest.raises(UnavailableError, match="3 routers broke off"):
+        with pytest.raises(PoisonedRequestError, match="3 routers in a row"):
             await collect(source, request_for())
 
     run(scenario, *routers, max_attempts_without_progress=3)

@@ -34,7 +34,7 @@ from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
 from cluster.reactor import Reactor
 from cluster.view import Member
-from model.sampling import SampleRow, SamplingParams
+from model.sampling_params import SampleRow, SamplingParams
 from router.direct_link import DirectLink
 from tests.echo_worker import (
     FAULTY_LAYER,

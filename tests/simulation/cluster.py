@@ -4,6 +4,7 @@ from collections.abc import Callable
 from random import Random
 
 from cluster.errors import DeadlineError, RefusalReason
+from cluster.placement import ShardPlan
 from cluster.view import Member, WorkerState
 from tests.memory_cluster import MemoryCluster, Process
 from tests.simulation.fake_model import (
@@ -38,11 +39,10 @@ class Simulation:
         )
         random = Random(scenario.seed)
         self.ingress = Ingress(self.cluster, random)
-        self.supervisor = Supervisor(self.cluster, self.ingress, random)
-        self.supervisor.restart_s = scenario.restart_s
-        self.supervisor.has_takeover = scenario.has_takeover
-        self.supervisor.experts_of = lambda process: self.shards[process][0]
+        self.supervisor = self._make_supervisor(random)
         self.log: list[str] = []
+        # Of the run, without those of its end.
+        self.num_messages = 0
 
     def run(self) -> None:
         """From the first arrival until nothing moves; then everything must be as it should."""
@@ -56,6 +56,10 @@ class Simulation:
         self.cluster.run_until(
             lambda: len(self.ingress.journals) == num_requests and self.ingress.is_done, LIMIT_S
         )
+        self.num_messages = self.cluster.network.num_delivered
+        # What was lost is first made good; only then nobody sees to it any more.
+        self.cluster.settle()
+        self.supervisor.close()
         self.cluster.settle()
         self.check()
         self.cluster.close()
@@ -64,9 +68,16 @@ class Simulation:
         """Every stream is what it must be, and no batch is left at a shard."""
         for journal in self.ingress.journals:
             check_journal(journal, expected_streams(journal.request, self.scenario.config))
-        if not self.scenario.strikes:
+        if not self.scenario.strikes and not self.supervisor.num_deaths:
             for process, (_, attention) in self.shards.items():
                 assert attention is None or attention.num_batches == 0, process.name
+
+    def _make_supervisor(self, random: Random) -> Supervisor:
+        supervisor = Supervisor(self.cluster, self.ingress, random)
+        supervisor.restart_s = self.scenario.restart_s
+        supervisor.has_takeover = self.scenario.has_takeover
+        supervisor.experts_of = lambda process: self.shards[process][0]
+        return supervisor
 
     def strike(self, strike: Strike) -> None:
         """Has a fault happen, if there is somebody for it to happen to."""
@@ -179,15 +190,22 @@ class Simulation:
     def _at(self, time_s: float, call: Callable[[], None]) -> None:
         self.cluster.world.call_at(time_s, call)
 
+    def _make_attention(
+        self, member: ShardPlan | Member, process: Process, experts: FakeExperts
+    ) -> FakeAttention | None:
+        if not member.num_layers and not member.has_ends:
+            return None
+        scenario = self.scenario
+        layers = range(member.first_layer, member.first_layer + member.num_layers)
+        cache_size = scenario.settings.cache_size
+        attention = FakeAttention(scenario.config, layers, member.has_ends, cache_size, experts)
+        attention.spend, attention.compute_s = process.spend, scenario.compute_s
+        return attention
+
     def _make_core(self, member: Member, process: Process) -> WorkerCore:
         scenario = self.scenario
         experts = FakeExperts(scenario.config, member.experts)
-        attention = None
-        if member.num_layers or member.has_ends:
-            layers = range(member.first_layer, member.first_layer + member.num_layers)
-            cache_size = scenario.settings.cache_size
-            attention = FakeAttention(scenario.config, layers, member.has_ends, cache_size, experts)
-            attention.spend, attention.compute_s = process.spend, scenario.compute_s
+        attention = self._make_attention(member, process, experts)
         experts.spend, experts.compute_s = process.spend, scenario.compute_s
         self.shards[process] = (experts, attention)
         core = WorkerCore(

@@ -45,8 +45,8 @@ from cluster.calls import (
 from cluster.errors import RefusalReason
 from cluster.placement import ExpertId
 from model.config import ModelConfig
-from model.runner import CacheSize, SampledToken
-from model.sampling import SamplingParams
+from model.runner import CacheSize
+from model.sampling_params import SampledToken, SamplingParams
 from router.request import GenerateRequest
 from router.sequence import FinishReason
 

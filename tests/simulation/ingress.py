@@ -11,7 +11,7 @@ from random import Random
 
 from cluster.errors import ClusterError, DeadlineError, RetryLaterError
 from cluster.view import ClusterView
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
@@ -19,6 +19,7 @@ from tests.memory_cluster import Channel, MemoryCluster, Process
 from tests.simulation.fake_model import Stream
 
 RETRY_S = 0.02
+RETRY_S_MAX = 1.0
 
 
 @dataclass(slots=True)
@@ -197,7 +198,7 @@ class Ingress:
         self._send_later(stream.journal)
 
     def _send_later(self, journal: Journal) -> None:
-        delay_s = RETRY_S if journal.num_attempts > 1 else 0.0
+        delay_s = min(RETRY_S * (journal.num_attempts - 1), RETRY_S_MAX)
         self.process.tasks.call_later(delay_s, lambda: self._send(journal))
 
     def _send(self, journal: Journal) -> None:

@@ -4,19 +4,25 @@ import argparse
 import logging
 
 from tests.simulation.cluster import Simulation
-from tests.simulation.scenario import random_scenario
+from tests.simulation.controlled import ControlledSimulation
+from tests.simulation.scenario import random_controlled_scenario, random_scenario
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
+    parser.add_argument("--controlled", action="store_true", help="under the real controller")
     parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.CRITICAL)
-    scenario = random_scenario(arguments.seed, arguments.faults)
-    print(scenario)
-    simulation = Simulation(scenario)
+    if arguments.controlled:
+        scenario = random_controlled_scenario(arguments.seed, arguments.faults)
+        simulation = ControlledSimulation(scenario)
+    else:
+        scenario = random_scenario(arguments.seed, arguments.faults)
+        simulation = Simulation(scenario)
+    print(repr(scenario))
     try:
         simulation.run()
     finally:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from random import Random
 
 from cluster.placement import AttentionCut, ModelBytes, PlacementPolicy, WorkerMemory, plan
-from cluster.view import ClusterView
+from cluster.targets import ControllerSettings
+from cluster.view import EMPTY_VIEW, ClusterView
 from model.config import ModelConfig
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from router.scheduler import SchedulerLimits
@@ -64,6 +65,9 @@ class Scenario:
     strikes: tuple[Strike, ...] = ()
     restart_s: float = 0.2
     has_takeover: bool = True
+    # For the real controller, which has its own ways; and how it is to be scaled, and when.
+    wanted: ControllerSettings | None = None
+    scalings: tuple[tuple[float, int], ...] = ()
 
     def __str__(self) -> str:
         return f"seed-{self.seed}"
@@ -100,6 +104,38 @@ def random_scenario(seed: int, num_faults: int = 0) -> Scenario:
         strikes=random_strikes(random, num_faults, end_s),
         restart_s=random.choice((0.01, 0.2, 2.0)),
         has_takeover=random.random() < 0.5,
+    )
+
+
+def random_controlled_scenario(seed: int, num_faults: int = 0) -> Scenario:
+    """A run under the real controller."""
+    scenario = random_scenario(seed, num_faults)
+    random = Random(seed)
+    num_workers = random.randint(1, 4)
+    replicas = random.randint(1, min(2, num_workers))
+    cut = random.choice((AttentionCut.REPLICATED, AttentionCut.LAYERS))
+    return dataclasses.replace(
+        scenario,
+        view=EMPTY_VIEW,
+        settings=dataclasses.replace(scenario.settings, has_direct_links=True),
+        drains=(),
+        strikes=tuple(
+            dataclasses.replace(strike, at_s=strike.at_s + random.uniform(0.0, 0.5))
+            for strike in scenario.strikes
+        ),
+        arrivals=tuple(
+            dataclasses.replace(arrival, at_s=arrival.at_s + random.uniform(0.0, 0.5))
+            for arrival in scenario.arrivals
+        ),
+        wanted=ControllerSettings(
+            num_workers=num_workers,
+            expert_replicas=replicas,
+            policy=PlacementPolicy(attention=cut, kv_tokens=1),
+        ),
+        scalings=tuple(
+            (random.uniform(0.3, 1.0), random.randint(replicas, 5))
+            for _ in range(random.choice((0, 0, 1, 2)))
+        ),
     )
 
 

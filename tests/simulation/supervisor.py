@@ -22,6 +22,7 @@ class Supervisor:
     def __init__(self, cluster: MemoryCluster, ingress: Ingress, random: Random) -> None:
         self.process = cluster.start_process("controller")
         self.view = cluster.view
+        self.num_deaths = 0
         self.restart_s = 0.2
         self.has_takeover = True
         self.experts_of: Callable[[Process], FakeExperts]
@@ -29,6 +30,9 @@ class Supervisor:
         self._ingress = ingress
         self._random = random
         self._channels: dict[Process, Channel] = {}
+
+    def close(self) -> None:
+        """Nothing more is started."""
 
     def kill(self, process: Process) -> None:
         """A process dies; somebody notices."""
@@ -72,6 +76,7 @@ class Supervisor:
             channel.send(lambda: take_view(process, view))
 
     def _noticed(self, process: Process) -> None:
+        self.num_deaths += 1
         core = process.core
         if core is None:
             assert process.router is not None

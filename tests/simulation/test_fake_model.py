@@ -1,6 +1,6 @@
 """The model that is computed by hand gives what its docstring says, and shows every slip."""
 
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 from tests.simulation.fake_model import expected_streams, fake_config
 

@@ -6,7 +6,7 @@ from cluster.errors import RefusalReason
 from cluster.placement import AttentionCut
 from cluster.view import ClusterView
 from model.runner import CacheSize
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from tests.memory_cluster import ClusterSettings, Process
@@ -61,7 +61,7 @@ def test_a_step_waits_for_a_lost_expert_as_long_as_it_takes() -> None:
 @pytest.mark.parametrize("kind", ["experts", "attention"])
 def test_a_worker_that_is_overloaded_for_long_is_asked_again_without_a_replay(kind: str) -> None:
     cut = AttentionCut.LAYERS if kind == "attention" else AttentionCut.REPLICATED
-    simulation = Simulation(scenario(cut=cut, dispatch=DispatchLimits(timeout_s=100.0)))
+    simulation = Simulation(scenario(cut=cut))
     experts, attention = simulation.shards[worker(simulation, "w1")]
     runner = attention if kind == "attention" else experts
     assert runner is not None

@@ -40,8 +40,8 @@ from cluster.wire_tensors import (
     lay_out,
     place_of,
 )
-from model.runner import SampledToken
-from model.sampling import SampleRow, SamplingParams, pack_rows
+from model.sampling import pack_rows
+from model.sampling_params import SampledToken, SampleRow, SamplingParams
 
 VOCAB_SIZE = 100
 UINT64 = st.integers(0, 2**64 - 1)

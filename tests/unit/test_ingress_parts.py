@@ -26,7 +26,10 @@ from tests.sources import CountingSource, counted_events
 
 def events_of(max_tokens: int, num_samples: int = 1) -> list[ChoiceEvent]:
     request = GenerateRequest(prompt_ids=(5,), max_tokens=max_tokens, num_samples=num_samples)
-    return [ChoiceEvent(event.sample_index, event) for event in counted_events(request)]
+    return [
+        ChoiceEvent(event.sample_index, event, i // num_samples)
+        for i, event in enumerate(counted_events(request))
+    ]
 
 
 async def streamed(events: list[ChoiceEvent], closed: list[int]) -> AsyncGenerator[ChoiceEvent]:

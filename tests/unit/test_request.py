@@ -6,7 +6,7 @@ import pytest
 
 from model.config import GROK_1
 from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling import SamplingParams
+from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
 
 

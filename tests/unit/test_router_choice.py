@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.errors import OverloadedError, UnavailableError
+from cluster.errors import OverloadedError, PoisonedRequestError
 from cluster.ingress.retries import Retries
 from cluster.ingress.router_choice import RouterChoice, RouterInfo
 
@@ -63,7 +63,7 @@ def test_attempts_without_progress_are_bounded() -> None:
         retries.progressed()
     retries.broke("a", "died", was_accepted=True)
     retries.broke("b", "died", was_accepted=True)
-    with pytest.raises(UnavailableError, match=r"3 routers broke off.*router a: died"):
+    with pytest.raises(PoisonedRequestError, match=r"3 routers in a row.*router a: died"):
         retries.broke("a", "died", was_accepted=True)
 
 

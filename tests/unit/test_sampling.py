@@ -9,17 +9,8 @@ import numpy as np
 import pytest
 
 from model import sampling
-from model.sampling import (
-    INVALID_TOKEN,
-    SampledTokens,
-    SampleInputs,
-    SampleRow,
-    SamplingParams,
-    gumbel_noise,
-    noise_key,
-    pack_rows,
-    sample,
-)
+from model.sampling import SampledTokens, SampleInputs, gumbel_noise, noise_key, pack_rows, sample
+from model.sampling_params import INVALID_TOKEN, SampleRow, SamplingParams
 
 # More than the number of candidates, so that both ways of finding a cut are taken.
 V = 1200

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from model.errors import InvalidRequestError
-from model.sampling import SamplingParams, bucket_num_logprobs
+from model.sampling import bucket_num_logprobs
+from model.sampling_params import SamplingParams
 
 V = 1200
 

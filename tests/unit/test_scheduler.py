@@ -6,7 +6,7 @@ import pytest
 
 from model.block_pool import BlockPool
 from model.errors import InvalidRequestError
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.request import GenerateRequest
 from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from router.sequence import NoText, Sequence, SequenceStatus

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Items
 
 import pytest
 
-from model.runner import SampledToken
+from model.sampling_params import SampledToken
 from router.request import GenerateRequest
 from router.sequence import (
     ALLOWED_MOVES,

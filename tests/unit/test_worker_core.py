@@ -154,3 +154,13 @@ def test_a_full_queue_does_not_hold_up_a_call_of_the_same_process() -> None:
     bench.submit(run_experts(1), fence(router_id="b"))
     assert bench.reasons() == [RefusalReason.OVERLOADED]
     assert isinstance(bench.core.compute_now(run_experts(1), fence()), ExpertOutputs)
+
+
+def test_calls_to_experts_do_not_crowd_out_a_batch() -> None:
+    bench = Bench(CoreLimits(max_waiting_calls=1))
+    bench.submit(run_experts(0), fence(router_id="a"))
+    bench.submit(begin(1), fence(router_id="b"))
+    bench.submit(AbandonBatch(1), fence(router_id="b"))
+    assert bench.reasons() == [RefusalReason.OVERLOADED]
+    bench.serve()
+    assert bench.reasons() == [RefusalReason.OVERLOADED, None, None]

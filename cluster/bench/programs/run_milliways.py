@@ -15,7 +15,7 @@ from cluster.local import BLOCK_SIZE, LocalModel, load_local_model, make_local_r
 from model.activations import Activations
 from model.ops.select import KernelChoice
 from model.runner import CacheSize, ModelRunner, ScheduledTokens
-from model.sampling import SampleRow, SamplingParams
+from model.sampling_params import SampleRow, SamplingParams
 from router.scheduler import SchedulerLimits
 
 CHUNK_TOKENS = SchedulerLimits().max_step_tokens

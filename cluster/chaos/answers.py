@@ -1,0 +1,117 @@
+"""What a client heard of a request, and whether it is what it heard before. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from milliways.v1 import router_pb2
+
+from cluster.chaos.asks import Ask
+
+_REASONS = {
+    router_pb2.FINISH_REASON_UNSPECIFIED: "",
+    router_pb2.FINISH_REASON_STOP: "stop",
+    router_pb2.FINISH_REASON_LENGTH: "length",
+    router_pb2.FINISH_REASON_ERROR: "error",
+}
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sample as it grows."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[object] = field(default_factory=list[object])
+    text: str = ""
+    finish_reason: str = ""
+
+    def add(
+        self, token_ids: Sequence[int], text: str, logprobs: object, finish_reason: str
+    ) -> None:
+        """The next tokens of it."""
+        self.token_ids += token_ids
+        self.text += text
+        self.logprobs.append(logprobs)
+        self.finish_reason = finish_reason or self.finish_reason
+
+
+@dataclass(slots=True)
+class Answer:
+    """All samples of a request, and when tokens came."""
+
+    choices: list[Choice]
+    token_times_s: list[float] = field(default_factory=list[float])
+
+    @classmethod
+    def of(cls, ask: Ask) -> "Answer":
+        """An answer that is to come."""
+        return cls([Choice() for _ in range(ask.num_samples)])
+
+    @property
+    def is_complete(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
+    def add_chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
+        """A piece of an HTTP stream."""
+        for piece in chunk["choices"]:
+            index: int = piece["index"]
+            self.choices[index].add(
+                piece["token_ids"], piece["text"], piece["logprobs"], piece["finish_reason"] or ""
+            )
+            self.token_times_s.append(now_s)
+
+    def add_event(self, event: router_pb2.TokenEvent, now_s: float) -> None:
+        """A token of a gRPC stream."""
+        choice = self.choices[event.sample_index]
+        # A token that came twice, or too early, must not pass for the one that was to come.
+        if event.index != len(choice.token_ids):
+            raise ValueError(f"token {event.index} came after {len(choice.token_ids)}")
+        tops = [*event.top_token_ids], [*event.top_logprobs]
+        choice.add(
+            [event.token_id], event.text, (event.logprob, tops), _REASONS[event.finish_reason]
+        )
+        self.token_times_s.append(now_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What became of one request: an answer that is complete, or what went wrong."""
+
+    ask_index: int
+    started_s: float
+    ended_s: float
+    answer: Answer
+    error: str = ""
+
+    @property
+    def stall_s(self) -> float:
+        """The longest wait for a token, the first one too."""
+        times_s = [self.started_s, *self.answer.token_times_s]
+        gaps_s = [late - early for early, late in pairwise(times_s)]
+        # Who is failed at last has waited for that.
+        return max([*gaps_s, self.ended_s - times_s[-1]] if self.error else gaps_s, default=0.0)
+
+    def was_running(self, since_s: float, until_s: float) -> bool:
+        """Whether any of its time lies there."""
+        return self.started_s <= until_s and self.ended_s >= since_s
+
+
+def difference(wanted: Answer, got: Answer) -> str:
+    """Where an answer is not what it was before; empty where it is, to the bit."""
+    for index, (one, other) in enumerate(zip(wanted.choices, got.choices, strict=True)):
+        for name in ("token_ids", "logprobs"):
+            was, now = getattr(one, name), getattr(other, name)
+            if was != now:
+                at = _first_difference(was, now)
+                return f"sample {index}, {name}[{at}]: {now[at : at + 3]}, was {was[at : at + 3]}"
+        for name in ("text", "finish_reason"):
+            was, now = getattr(one, name), getattr(other, name)
+            if was != now:
+                return f"sample {index}, {name}: {now!r}, was {was!r}"
+    return ""
+
+
+def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

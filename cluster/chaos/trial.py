@@ -1,0 +1,109 @@
+"""One run from its beginning to its end: the undisturbed answers, faults under load, a report.
+
+1. Every request once, with nobody disturbing: these are the answers to hold the cluster to.
+2. Clients ask the same over and over. After a pause one fault is done, and when the cluster is as
+   replicated as before, the next, until every kind had its turn and the time is over.
+3. What was begun is answered to its end, and compared.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.chaos.asks import Ask
+from cluster.chaos.faults import DEADLY, Fault, Strike, strikes
+from cluster.chaos.injectors import Hands, inject
+from cluster.chaos.load import Load
+from cluster.chaos.report import Report, Struck, make_report
+from cluster.chaos.victims import Place, Wholeness
+from cluster.errors import ClusterError
+
+WHOLE_TIMEOUT_S = 240.0
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run shall do."""
+
+    faults: tuple[Fault, ...]
+    seed: int
+    duration_s: float
+
+
+class Trial:
+    """Owns one run against one cluster."""
+
+    def __init__(
+        self, asks: Sequence[Ask], load: Load, hands: Hands, say: Callable[[str], None]
+    ) -> None:
+        self._asks = asks
+        self._load = load
+        self._hands = hands
+        self._say = say
+        self._struck: list[Struck] = []
+
+    def run(self, plan: Plan) -> Report:
+        """Takes the time of the plan, and what the last fault needs to heal."""
+        whole = Wholeness.of(self._hands.view())
+        self._say(f"{len(self._asks)} requests, undisturbed …")
+        undisturbed = self._load.run_once()
+        self._say("the same under faults …")
+        self._load.start()
+        problem = ""
+        try:
+            self._strike_all(plan, whole)
+        except ClusterError as error:
+            problem = f"faults could not be done: {error}"
+        finally:
+            disturbed = self._load.stop()
+        report = make_report(self._asks, undisturbed, disturbed, self._struck)
+        if problem:
+            report = Report(report.rows, (problem, *report.complaints))
+        return report
+
+    def _strike_all(self, plan: Plan, whole: Wholeness) -> None:
+        until_s = time.monotonic() + plan.duration_s
+        missing = set(plan.faults)
+        for strike in strikes(plan.faults, plan.seed):
+            if not missing and time.monotonic() > until_s:
+                return
+            time.sleep(strike.pause_s)
+            struck = self._strike(strike, whole)
+            self._struck.append(struck)
+            missing.discard(strike.fault)
+            self._say(_sentence(struck))
+            if struck.whole_s is None:
+                return
+
+    def _strike(self, strike: Strike, whole: Wholeness) -> Struck:
+        epoch, controller = self._hands.view().placement_epoch, self._hands.controller()
+        done = inject(strike, self._hands)
+        return Struck(
+            fault=strike.fault,
+            victim=done.victim,
+            began_s=done.began_s,
+            ended_s=done.ended_s,
+            whole_s=self._when_whole(strike.fault, whole, epoch, controller),
+        )
+
+    def _when_whole(
+        self, fault: Fault, whole: Wholeness, epoch: int, controller: Place
+    ) -> float | None:
+        """When all is replicated again; None where it is not in time."""
+        until_s = time.monotonic() + WHOLE_TIMEOUT_S
+        while time.monotonic() < until_s:
+            # A controller is asked by its name, so what has died never answers for its successor.
+            is_new = fault is not Fault.KILL_CONTROLLER or self._hands.controller() != controller
+            view = self._hands.view()
+            # Before the death is noticed, all looks well.
+            is_noticed = fault not in DEADLY or view.placement_epoch > epoch
+            if is_new and is_noticed and whole.is_in(view):
+                return time.monotonic()
+            time.sleep(POLL_S)
+        return None
+
+
+def _sentence(struck: Struck) -> str:
+    recovery = "NOT" if struck.recovery_s is None else f"{struck.recovery_s:.1f} s"
+    return f"{struck.fault.value:<15} {struck.victim}: fully replicated again after {recovery}"

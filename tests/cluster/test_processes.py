@@ -1,0 +1,200 @@
+"""Worker processes under the controller: any spread, any transport, any death, the same tokens."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ClusterConfig, ModelSettings, RouterSettings, WorkerSettings
+from cluster.model_bytes import checkpoint_bytes
+from cluster.placement import AttentionCut, ExpertId, ModelBytes, PlacementPolicy
+from cluster.targets import ControllerSettings
+from cluster.view import WorkerState
+from model.checkpoint import Checkpoint
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.process_fleet import HostPool, ProcessCluster, process_cluster
+from tests.served_cluster import short_folder
+from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests
+
+LONG = 24
+KV_TOKENS = CACHE.num_blocks * CACHE.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model, requests for it, and what one process answers."""
+
+    path: Path
+    sizes: ModelBytes
+    wanted: list[GenerateRequest]
+    told: list[Told]
+    # The same, long enough for somebody to die meanwhile.
+    wanted_long: list[GenerateRequest]
+    told_long: list[Told]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[HostPool]:
+    with short_folder() as folder:
+        pool = HostPool(folder)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@pytest.fixture(scope="module")
+def model(golden_dir: Path) -> Model:
+    path = golden_dir / "tiny"
+    with Checkpoint.open(path) as checkpoint:
+        sizes = checkpoint_bytes(checkpoint, 4)
+    wanted = requests(8)
+    wanted_long = [
+        replace(request, max_tokens=LONG, num_samples=1, ignore_eos=True) for request in wanted
+    ]
+    told = answers(path, wanted + wanted_long)
+    return Model(path, sizes, wanted, told[: len(wanted)], wanted_long, told[len(wanted) :])
+
+
+def config_of(model: Model, spread: Spread, transport: str) -> ClusterConfig:
+    return ClusterConfig(
+        model=ModelSettings(path=str(model.path)),
+        workers=WorkerSettings(
+            count=spread.num_workers,
+            expert_replicas=spread.replicas,
+            attention=spread.cut.value,
+            transport=transport,
+            threads_each=1,
+            kv_tokens=KV_TOKENS,
+            block_size=CACHE.block_size,
+        ),
+        router=RouterSettings(max_running=CACHE.max_slots, min_micro_batch_tokens=1),
+    )
+
+
+def settings_of(spread: Spread) -> ControllerSettings:
+    return ControllerSettings(
+        num_workers=spread.num_workers,
+        expert_replicas=spread.replicas,
+        policy=PlacementPolicy(attention=spread.cut, kv_tokens=KV_TOKENS),
+    )
+
+
+async def served(
+    cluster: ProcessCluster,
+    wanted: list[GenerateRequest],
+    at_a_time: int,
+    after: Callable[[int], None] = lambda num_tokens: None,
+) -> list[Told]:
+    """What clients hear; `after` is told how many tokens there are in all, at each."""
+    room = asyncio.Semaphore(at_a_time)
+    heard: list[Told] = [[] for _ in wanted]
+
+    async def one(index: int, request: GenerateRequest) -> None:
+        def take(event: TokenEvent) -> None:
+            heard[index].append(event)
+            after(sum(map(len, heard)))
+
+        async with room:
+            await cluster.generate(request, f"request-{index}", take)
+
+    await asyncio.gather(*(one(i, request) for i, request in enumerate(wanted)))
+    return [by_sample(told) for told in heard]
+
+
+async def check_idle(cluster: ProcessCluster) -> None:
+    """Nothing is held for requests that ended."""
+    for status in (await cluster.status()).values():
+        router = status["router"]
+        assert (router["kv_blocks_used"], router["active_requests"]) == (0, 0)
+        assert (router["running"], router["waiting"]) == (0, 0)
+
+
+def check_replicas(cluster: ProcessCluster, model: Model, spread: Spread) -> None:
+    """Every expert has as many holders as were wanted."""
+    view = cluster.controller.view
+    for layer in range(model.sizes.num_layers):
+        for expert in range(model.sizes.num_experts):
+            assert len(view.holders(ExpertId(layer, expert))) >= spread.replicas
+
+
+# One worker has nobody to talk to.
+WAYS = [
+    (spread, transport)
+    for spread in SPREADS
+    for transport in ("shm", "grpc")
+    if spread.num_workers > 1 or transport == "shm"
+]
+
+
+@pytest.mark.parametrize(("spread", "transport"), WAYS, ids=str)
+def test_any_spread_over_processes(
+    hosts: HostPool, model: Model, spread: Spread, transport: str
+) -> None:
+    async def main() -> None:
+        config = config_of(model, spread, transport)
+        async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
+            check_replicas(cluster, model, spread)
+            assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            await check_idle(cluster)
+            for worker_id, status in (await cluster.status()).items():
+                assert abs(status["bytes_read"] - bytes_of(cluster, model, worker_id)) <= (
+                    0.02 * status["bytes_read"]
+                )
+                ways = status["router"]["transports"].items()
+                assert {way for other, way in ways if other != worker_id} <= {transport}
+
+    asyncio.run(main())
+
+
+def bytes_of(cluster: ProcessCluster, model: Model, worker_id: str) -> int:
+    """What a worker's shards take of the checkpoint."""
+    shards, sizes = cluster.controller.workers[worker_id].shards, model.sizes
+    assert shards is not None
+    attention_bytes = shards.num_layers * sizes.attention_layer_bytes
+    ends_bytes = shards.has_ends * sizes.end_bytes
+    return attention_bytes + ends_bytes + len(shards.experts) * sizes.expert_bytes
+
+
+DEATHS = [
+    (Spread(3, 2, AttentionCut.REPLICATED), "shm", "worker-1"),
+    (Spread(2, 1, AttentionCut.REPLICATED), "grpc", "worker-0"),
+    (Spread(3, 2, AttentionCut.LAYERS), "grpc", "worker-1"),
+    (Spread(3, 1, AttentionCut.LAYERS), "shm", "worker-0"),
+]
+
+
+@pytest.mark.parametrize(("spread", "transport", "victim"), DEATHS, ids=str)
+def test_death_in_the_middle_costs_no_token(
+    hosts: HostPool, model: Model, spread: Spread, transport: str, victim: str
+) -> None:
+    async def main() -> None:
+        config = config_of(model, spread, transport)
+        async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
+            killed: list[int] = []
+
+            def after(num_tokens: int) -> None:
+                if num_tokens == len(model.wanted_long) * LONG // 3:
+                    killed.append(num_tokens)
+                    cluster.fleet.kill(victim)
+
+            assert await served(cluster, model.wanted_long, 8, after) == model.told_long
+            assert killed
+            workers = cluster.controller.workers
+            await cluster.until(
+                lambda: (
+                    workers[victim].incarnation == 2 and workers[victim].state is WorkerState.READY
+                ),
+                "the worker is back",
+            )
+            await cluster.until_ready()
+            assert cluster.controller.figures.num_deaths == 1
+            check_replicas(cluster, model, spread)
+            # The one that came back serves, too.
+            assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            await check_idle(cluster)
+
+    asyncio.run(main())

@@ -1,0 +1,254 @@
+"""A fleet of workers that are no processes: they obey on a fake clock, or do not, as told."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.clock import FakeClock
+from cluster.controller import Controller
+from cluster.fleet import Existing, Spawned, WorkerDiedError
+from cluster.placement import AttentionCut, ExpertId, ModelBytes, PlacementPolicy, ShardPlan
+from cluster.targets import ControllerSettings
+from cluster.tasks import Pending, Tasks
+from cluster.view import ClusterView, WorkerState
+
+# Two layers of four experts of 10 bytes; whoever holds all of attention needs 20 for it.
+MODEL = ModelBytes(
+    num_layers=2,
+    num_experts=4,
+    expert_bytes=10,
+    attention_layer_bytes=8,
+    end_bytes=2,
+    kv_layer_bytes_per_token=1,
+)
+KV_TOKENS = 1
+PLENTY_BYTES = 1000
+EVERY_EXPERT = frozenset(ExpertId(layer, expert) for layer in range(2) for expert in range(4))
+SPAWN_S = 1.0
+LOAD_S = 2.0
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    """One life of a worker, and what it was told."""
+
+    worker_id: str
+    incarnation: int
+    death: Pending[None] = field(default_factory=Pending)
+    shards: ShardPlan | None = None
+    held: frozenset[ExpertId] = frozenset()
+    views: list[ClusterView] = field(default_factory=list)
+    fences: list[int] = field(default_factory=list)
+    is_draining: bool = False
+    waiting: list[Pending[Any]] = field(default_factory=list)
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.death.is_done
+
+    def held_bytes(self) -> int:
+        """What it has in memory."""
+        if self.shards is None:
+            return 0
+        layer_bytes = MODEL.attention_layer_bytes + MODEL.kv_layer_bytes_per_token * KV_TOKENS
+        attention_bytes = self.shards.num_layers * layer_bytes
+        ends_bytes = MODEL.end_bytes * self.shards.has_ends
+        return attention_bytes + ends_bytes + len(self.held) * MODEL.expert_bytes
+
+
+class FakeFleet:
+    """A `Fleet`. What it must never be told, it refuses to hear."""
+
+    def __init__(self, tasks: Tasks, memory_bytes: int) -> None:
+        self.lives: list[FakeWorker] = []
+        self.now: dict[str, FakeWorker] = {}
+        self.stopped: list[str] = []
+        # Those for whom there is no node, those who do not listen.
+        self.without_node: set[str] = set()
+        self.deaf: set[str] = set()
+        self.dies_loading: set[str] = set()
+        self.memory_bytes = memory_bytes
+        self._tasks = tasks
+
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+        worker = FakeWorker(worker_id, incarnation)
+        assert all(w.incarnation < incarnation for w in self.lives if w.worker_id == worker_id)
+        self.lives.append(worker)
+        self.now[worker_id] = worker
+        where = Spawned(
+            address=f"{worker_id}:{incarnation}",
+            router_address=f"{worker_id}:r{incarnation}",
+            node_id=f"node-of-{worker_id}",
+            pid=100 * incarnation,
+            memory_bytes=self.memory_bytes,
+        )
+        if worker_id in self.without_node:
+            return Pending()
+        return self._after(SPAWN_S, worker, lambda: where)
+
+    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+        worker = self._alive(worker_id)
+
+        def take_in() -> None:
+            worker.shards = shards
+            worker.held |= shards.experts
+            assert worker.held_bytes() <= self.memory_bytes, "out of memory"
+
+        if worker_id not in self.dies_loading:
+            return self._after(LOAD_S, worker, take_in)
+        # When the others are ready already.
+        self._tasks.call_later(1.5 * LOAD_S, lambda: self.kill(worker_id))
+        return self._after(2 * LOAD_S, worker, take_in)
+
+    def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
+        worker = self._alive(worker_id)
+        for other in self.now.values():
+            # Whoever acts on a view must find what it promises.
+            if other.is_alive and other.views and other.worker_id not in self.deaf:
+                promised = other.views[-1].members[worker_id].experts
+                assert promised <= kept, "it is asked for what it unloads"
+        worker.held &= kept
+        return self._after(0.0, worker, lambda: None)
+
+    def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
+        worker = self._alive(worker_id)
+        if worker_id in self.deaf:
+            return Pending()
+        if worker.views:
+            assert view.placement_epoch >= worker.views[-1].placement_epoch, "an older view"
+        worker.views.append(view)
+        return self._after(0.0, worker, lambda: None)
+
+    def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
+        worker = self._alive(worker_id)
+        if worker_id in self.deaf:
+            return Pending()
+        for member in worker.views[-1].members.values():
+            router = self.now[member.worker_id]
+            if member.can_compute and router.is_alive and router.worker_id not in self.deaf:
+                assert router.views, "its calls would be refused"
+                assert router.views[-1].placement_epoch >= placement_epoch, "refused unwarned"
+        worker.fences.append(placement_epoch)
+        return self._after(0.0, worker, lambda: None)
+
+    def drain(self, worker_id: str) -> Pending[None]:
+        worker = self._alive(worker_id)
+        worker.is_draining = True
+        return self._after(0.5, worker, lambda: None)
+
+    def stop(self, worker_id: str) -> Pending[None]:
+        self.stopped.append(worker_id)
+        if worker_id in self.now:
+            self.kill(worker_id)
+        stopped: Pending[None] = Pending()
+        stopped.resolve(None)
+        return stopped
+
+    def death(self, worker_id: str) -> Pending[None]:
+        return self.now[worker_id].death
+
+    def lack(self, worker_id: str) -> str:
+        return "a node with 1 FAKE"
+
+    def kill(self, worker_id: str) -> None:
+        """The process is gone; what it was asked fails, and everybody who watches it knows."""
+        worker = self.now[worker_id]
+        for pending in worker.waiting:
+            pending.fail(WorkerDiedError(f"{worker_id} is dead"))
+        worker.death.resolve(None)
+
+    def _alive(self, worker_id: str) -> FakeWorker:
+        return self.now[worker_id]
+
+    def _after(self, delay_s: float, worker: FakeWorker, make: Callable[[], Any]) -> Pending[Any]:
+        answer: Pending[Any] = Pending()
+        if not worker.is_alive:
+            answer.fail(WorkerDiedError(f"{worker.worker_id} is dead"))
+            return answer
+        worker.waiting.append(answer)
+
+        def give() -> None:
+            if worker.is_alive:
+                answer.resolve(make())
+
+        self._tasks.call_later(delay_s, give)
+        return answer
+
+
+class Bench:
+    """A controller over a fake fleet, in fake time."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        replicas: int = 2,
+        cut: AttentionCut = AttentionCut.REPLICATED,
+        memory_bytes: int = PLENTY_BYTES,
+    ) -> None:
+        self.clock = FakeClock()
+        self.tasks = Tasks(self.clock)
+        self.fleet = FakeFleet(self.tasks, memory_bytes)
+        settings = ControllerSettings(
+            num_workers=num_workers,
+            expert_replicas=replicas,
+            policy=PlacementPolicy(attention=cut, kv_tokens=KV_TOKENS),
+            start_timeout_s=60.0,
+        )
+        self.controller = Controller(MODEL, settings, self.fleet, self.tasks)
+
+    def start(self, existing: Sequence[Existing] = ()) -> "Bench":
+        self.controller.start(existing)
+        return self
+
+    def run_for(self, seconds: float) -> None:
+        end_s = self.clock.now_s() + seconds
+        while True:
+            if self.tasks.run_ready():
+                continue
+            next_s = self.tasks.next_timer_s()
+            if next_s is None or next_s > end_s:
+                break
+            self.clock.advance_to(next_s)
+        self.clock.advance_to(end_s)
+
+    def run_until(self, holds: Callable[[], bool], limit_s: float = 300.0) -> float:
+        """Runs until something is so; returns how long it took."""
+        started_s = self.clock.now_s()
+        while not holds():
+            if self.tasks.run_ready():
+                continue
+            next_s = self.tasks.next_timer_s()
+            assert next_s is not None, "nothing will ever happen again"
+            assert next_s <= started_s + limit_s, f"not so within {limit_s} s"
+            self.clock.advance_to(next_s)
+        return self.clock.now_s() - started_s
+
+    def up(self) -> "Bench":
+        """Until all is ready, told and tidy."""
+        self.run_for(0.0)
+        self.run_until(self.is_up)
+        self.run_for(2.0)
+        return self
+
+    def is_up(self) -> bool:
+        records = self.controller.workers.values()
+        return self.controller.is_complete and all(
+            record.state is WorkerState.READY for record in records
+        )
+
+    def replicas(self) -> dict[ExpertId, int]:
+        """How many hold each expert, by the view."""
+        view = self.controller.view
+        return {expert_id: len(view.holders(expert_id)) for expert_id in EVERY_EXPERT}
+
+    def check(self) -> None:
+        """What the view says is what the workers have; nobody has anything beside it."""
+        view = self.controller.view
+        for member in view.members.values():
+            worker = self.fleet.now[member.worker_id]
+            if member.can_compute:
+                assert worker.is_alive and worker.incarnation == member.incarnation
+                assert worker.held == member.experts
+                assert worker.views[-1] == view
+                assert worker.fences[-1] == view.placement_epoch

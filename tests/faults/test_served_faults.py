@@ -1,0 +1,92 @@
+"""`milliways chaos` against a cluster that serves: every mode of drawing, over HTTP and gRPC."""
+
+import json
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from cluster.ray_settings import RunningCluster
+from tests.served_cluster import ServedCluster, run_command, wait_until
+
+NUM_WORKERS = 3
+# One of each mode and surface, all of them running at any time.
+NUM_ASKS = 12
+TIMEOUT_S = 500.0
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(cluster: ServedCluster) -> Iterator[None]:
+    """After every test the same processes are there, all well, and nothing is held."""
+    before = actors(cluster)
+    yield
+    wait_until(cluster.is_ready, "the cluster is ready")
+    wait_until(lambda: sum(cluster.metric("milliways_kv_blocks_used")) == 0, "all blocks are free")
+    wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "nobody is served")
+    wait_until(lambda: actors(cluster) == before, "every process has come back, once")
+
+
+def actors(cluster: ServedCluster) -> list[str]:
+    """What runs of ours in the cluster, by name."""
+    names: list[str] = []
+    for process in cluster.processes():
+        try:
+            names += process.cmdline()[:1]
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(name for name in names if name in ("ray::WorkerActor", "ray::ControllerActor"))
+
+
+def running(cluster: ServedCluster) -> RunningCluster:
+    (note,) = (cluster.folder / "c").rglob("running/*.json")
+    return RunningCluster(**json.loads(note.read_text("utf-8")))
+
+
+def rows_of(cluster: ServedCluster, faults: str) -> dict[str, dict[str, int]]:
+    """Runs the command, which holds every answer to the undisturbed one; the table's counts."""
+    arguments = [
+        *("--address", running(cluster).address),
+        *("--faults", faults, "--duration", "1", "--yes"),
+        *("--requests", str(NUM_ASKS), "--clients", str(NUM_ASKS), "--tokens", "64"),
+    ]
+    done = run_command(cluster.environment, "chaos", *arguments, timeout_s=TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the promise holds" in done.stdout
+    table: dict[str, dict[str, int]] = {}
+    for line in done.stdout.splitlines():
+        name, *figures = line.split()
+        if name in faults.split(","):
+            names = ("times", "requests", "failed", "differing", "hit")
+            table[name] = dict(zip(names, map(int, figures[: len(names)]), strict=True))
+        if not line.strip():
+            break
+    return table
+
+
+@pytest.mark.parametrize(
+    "faults",
+    ["freeze,slow,disk-full", "kill-controller,kill-expert,kill-router", "stale-epoch"],
+)
+def test_fault_under_load_costs_no_token(cluster: ServedCluster, faults: str) -> None:
+    table = rows_of(cluster, faults)
+    assert set(table) == set(faults.split(","))
+    for row in table.values():
+        assert (row["times"], row["failed"], row["differing"]) == (1, 0, 0)
+        # Streams ran while it was done.
+        assert row["hit"] > 0
+
+
+def test_cluster_of_others_is_not_broken_unasked(cluster: ServedCluster) -> None:
+    address = running(cluster).address
+    done = run_command(cluster.environment, "chaos", "--address", address)
+    assert done.returncode == 1
+    assert "--yes" in done.stderr and "kills and stops processes" in done.stderr
+
+
+@pytest.mark.parametrize("fault", ["drop-reply", "partition"])
+def test_what_cannot_be_done_from_outside_is_refused_at_once(
+    cluster: ServedCluster, fault: str
+) -> None:
+    done = run_command(cluster.environment, "chaos", "--faults", fault)
+    assert done.returncode == 1
+    assert f"--faults = '{fault}'" in done.stderr and "tests/" in done.stderr

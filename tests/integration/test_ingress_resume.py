@@ -1,0 +1,264 @@
+"""Clients whose connection broke at any event get the rest elsewhere: no token twice or missing."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import UnavailableError
+from cluster.ingress.http import make_http_app
+from cluster.ingress.ingress import Ingress
+from cluster.ingress.served_model import ServedModel
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, run
+from tests.ingresses import demo_model, local_source, make_ingress, served
+from tests.sources import CountingSource, LocalSource, counted_events
+
+ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
+Event = tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def model() -> ServedModel:
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def engine_source() -> Iterator[LocalSource]:
+    with local_source() as source:
+        yield source
+
+
+def partly_hidden(request: GenerateRequest) -> list[TokenEvent]:
+    """Every second token completes no text."""
+    events = counted_events(request)
+    return [replace(e, text="" if e.token_id % 2 else e.text) for e in events]
+
+
+def reordered(request: GenerateRequest) -> list[TokenEvent]:
+    """As `partly_hidden`, one sample after the other, the last one first."""
+    return sorted(partly_hidden(request), key=lambda event: -event.sample_index)
+
+
+def sse_events(text: str) -> list[Event]:
+    """Ids and data of the events of a stream."""
+    events: list[Event] = []
+    for block in text.split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        events.append((fields.get("id", ""), fields["data"]))
+    return events
+
+
+async def streamed(
+    client: httpx.AsyncClient, path: str, ask: Any, last_id: str = ""
+) -> list[Event]:
+    headers = {"Last-Event-ID": last_id} if last_id else {}
+    response = await client.post(path, json=ask, headers=headers)
+    assert response.status_code == 200, response.text
+    return sse_events(response.text)
+
+
+def by_choice(events: list[Event]) -> list[list[str]]:
+    """The data of each choice in its order, and last what is of none."""
+    choices: dict[int, list[str]] = {}
+    for _, data in events:
+        told = [] if data == "[DONE]" else json.loads(data)["choices"]
+        choices.setdefault(told[0]["index"] if told else 10**6, []).append(data)
+    return [choices[index] for index in sorted(choices)]
+
+
+ASKS: list[tuple[str, dict[str, Any], int]] = [
+    (COMPLETIONS, body(max_tokens=6), 1),
+    (COMPLETIONS, body(max_tokens=5, logprobs=1, return_token_ids=True, n=2), 1),
+    (COMPLETIONS, body(max_tokens=4, n=3, prompt=[[7, 100], [7, 101]], echo=True), 2),
+    (COMPLETIONS, body(max_tokens=3, prompt=["Welcome to", "A", "B"], logprobs=0), 3),
+    (CHAT, chat_body(max_tokens=5, n=2, logprobs=True, top_logprobs=1), 1),
+]
+
+
+@pytest.mark.parametrize("second_order", [partly_hidden, reordered])
+@pytest.mark.parametrize(("path", "ask", "num_prompts"), ASKS)
+def test_stream_goes_on_behind_any_event(
+    model: ServedModel, path: str, ask: dict[str, Any], num_prompts: int, second_order: Any
+) -> None:
+    source = CountingSource(make_events=partly_hidden)
+    ask = ask | {"stream": True, "stream_options": {"include_usage": True}}
+
+    async def scenario(client: httpx.AsyncClient, _: Ingress) -> None:
+        whole = await streamed(client, path, ask)
+        assert whole[-1] == ("", "[DONE]")
+        source.make_events = second_order
+        for num_received in range(1, len(whole)):
+            had = whole[:num_received]
+            rest = await streamed(client, path, ask, last_id=had[-1][0])
+            assert by_choice(had + rest) == by_choice(whole)
+            # Only [DONE] is left of a stream whose usage came.
+            assert (had + rest)[-2][0] == whole[-2][0]
+
+    run(scenario, source, model)
+    # Every run of a request draws from the same seeds, and none has the name of another.
+    assert len({request.sampling.seed for request in source.requests}) == num_prompts
+    assert len(set(source.request_ids)) == len(source.request_ids)
+
+
+ENGINE_ASKS: list[dict[str, Any]] = [
+    {"max_tokens": 12},
+    {"max_tokens": 8, "n": 3, "temperature": 1.2},
+    {"max_tokens": 10, "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 7},
+    {"max_tokens": 10, "stop": ["e", "42"], "temperature": 0.7, "logprobs": 3},
+    {"max_tokens": 6, "prompt": ["Welcome to", "The answer"], "top_p": 0.9, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("fields", ENGINE_ASKS)
+def test_connection_cut_behind_any_event_costs_nothing(
+    model: ServedModel, engine_source: LocalSource, fields: dict[str, Any]
+) -> None:
+    ask = body(prompt="The answer to life", stream=True) | fields
+    ask |= {"stream_options": {"include_usage": True}}
+
+    async def scenario(urls: list[str]) -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            whole: list[Event] = []
+            num_cuts = 0
+            while not whole or num_cuts < len(whole) - 1:
+                num_cuts += 1
+                had = await cut_off(client, urls[0] + COMPLETIONS, ask, num_cuts)
+                rest = await streamed(client, urls[1] + COMPLETIONS, ask, had[-1][0])
+                request_id = had[-1][0].partition("/")[0]
+                whole = await streamed(client, urls[1] + COMPLETIONS, ask, zero_of(had[-1][0]))
+                assert by_choice(had + rest) == by_choice(whole)
+                assert all(event[0].startswith(request_id) for event in rest[:-1])
+
+    ingresses = [make_ingress(engine_source, model) for _ in range(2)]
+    with (
+        served(lambda: make_http_app(ingresses[0])) as first,
+        served(lambda: make_http_app(ingresses[1])) as second,
+    ):
+        asyncio.run(scenario([first, second]))
+
+
+def zero_of(event_id: str) -> str:
+    """The id of a stream of which nothing was received."""
+    request_id, counts = event_id.split("/")[:2]
+    return f"{request_id}/{'.'.join('0' for _ in counts.split('.'))}"
+
+
+async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int) -> list[Event]:
+    """The first events of a stream, whose connection is then closed."""
+    text = ""
+    async with client.stream("POST", url, json=ask) as response:
+        async for piece in response.aiter_text():
+            text += piece
+            if text.count("\n\n") >= num_events:
+                break
+    return sse_events(text)[:num_events]
+
+
+def test_whoever_had_all_is_told_the_end_alone(model: ServedModel) -> None:
+    source = CountingSource()
+
+    async def scenario(client: httpx.AsyncClient, _: Ingress) -> None:
+        ask = body(stream=True)
+        assert await streamed(client, COMPLETIONS, ask, f"{ID}/3") == [("", "[DONE]")]
+        assert await streamed(client, COMPLETIONS, ask, f"{ID}/3/usage") == [("", "[DONE]")]
+
+    run(scenario, source, model)
+
+
+BAD_IDS: list[tuple[str, dict[str, Any]]] = [
+    ("nonsense", {}),
+    (f"{ID}/1.1", {}),
+    (f"{ID}/1", {"n": 2}),
+    (f"{ID}/4", {}),
+    (f"{ID}/1", {"stream": False}),
+    (f"{ID}/x", {}),
+]
+
+
+@pytest.mark.parametrize(("last_id", "fields"), BAD_IDS)
+def test_bad_id_is_refused_by_name(
+    model: ServedModel, last_id: str, fields: dict[str, Any]
+) -> None:
+    source = CountingSource()
+
+    async def scenario(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
+        ask = body(stream=True) | fields
+        return await client.post(COMPLETIONS, json=ask, headers={"Last-Event-ID": last_id})
+
+    response = run(scenario, source, model)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "Last-Event-ID"
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert source.requests == []
+
+
+def test_more_tokens_than_there_are_is_an_error(model: ServedModel) -> None:
+    def stopped(request: GenerateRequest) -> list[TokenEvent]:
+        return counted_events(replace(request, max_tokens=2))
+
+    async def scenario(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
+        headers = {"Last-Event-ID": f"{ID}/3"}
+        return await client.post(COMPLETIONS, json=body(stream=True), headers=headers)
+
+    response = run(scenario, CountingSource(make_events=stopped), model)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "Last-Event-ID"
+
+
+def test_nobody_can_serve_is_said_before_the_stream_begins(model: ServedModel) -> None:
+    source = CountingSource(error=UnavailableError("no router"), num_before_error=1)
+
+    async def scenario(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
+        headers = {"Last-Event-ID": f"{ID}/2"}
+        return await client.post(COMPLETIONS, json=body(stream=True), headers=headers)
+
+    response = run(scenario, source, model)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
+    """The example of docs/resume.md, whose connection breaks behind every second event."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text("utf-8")
+    example: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0], example)
+    ask = body(max_tokens=9, stream=True, n=2)
+    ingress = make_ingress(CountingSource(), model)
+    with served(lambda: BreaksOff(make_http_app(ingress), num_events=2)) as url:
+        told = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
+    assert len({chunk["id"] for chunk in told}) == 1
+    expected = counted_events(GenerateRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
+    for sample in range(2):
+        choices = [c for chunk in told for c in chunk["choices"] if c["index"] == sample]
+        texts = [event.text for event in expected if event.sample_index == sample]
+        assert [choice["text"] for choice in choices] == texts
+
+
+class BreaksOff:
+    """An app whose answers end after so many pieces, as if its process had died."""
+
+    def __init__(self, app: ASGIApp, num_events: int) -> None:
+        self._app = app
+        self._num_events = num_events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        num_pieces = 0
+
+        async def send_some(message: Message) -> None:
+            nonlocal num_pieces
+            num_pieces += message["type"] == "http.response.body"
+            if num_pieces > self._num_events:
+                raise ConnectionError("the process is gone")
+            await send(message)
+
+        with suppress(ConnectionError):
+            await self._app(scope, receive, send_some)

@@ -1,0 +1,254 @@
+"""A cluster of real worker processes under the real controller, without Ray: for many small tests.
+
+async with process_cluster(hosts, config, settings, model) as cluster:
+    async for event in cluster.source.generate(...)
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.async_tasks import AsyncTasks
+from cluster.config import ClusterConfig
+from cluster.controller import Controller
+from cluster.fleet import Spawned, WorkerDiedError
+from cluster.ingress.router_choice import RouterInfo
+from cluster.ingress.router_source import RouterSource
+from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.targets import ControllerSettings
+from cluster.tasks import Pending
+from cluster.view import ClusterView, WorkerState
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.worker_host import WorkerHost
+
+MEMORY_BYTES = 1 << 40
+TIMEOUT_S = 60.0
+
+
+class HostPool:
+    """Processes that wait for a worker to hold."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._idle: list[WorkerHost] = []
+        self._taken: list[WorkerHost] = []
+        self._gone: dict[int, Callable[[], None]] = {}
+
+    def take(self, gone: Callable[[], None]) -> WorkerHost:
+        """An idle process, or a new one; `gone` is called when it dies, on some thread."""
+        host = self._idle.pop() if self._idle else WorkerHost(self._folder, self._on_gone)
+        self._taken.append(host)
+        self._gone[host.pid] = gone
+        return host
+
+    def give_back(self, host: WorkerHost) -> None:
+        if host in self._taken:
+            self._taken.remove(host)
+            self._gone.pop(host.pid, None)
+            self._idle.append(host)
+
+    def discard(self, host: WorkerHost) -> None:
+        """Ends a process that holds a worker."""
+        self._taken.remove(host)
+        self._gone.pop(host.pid, None)
+        host.end()
+
+    def close(self) -> None:
+        self._gone.clear()
+        for host in self._idle + self._taken:
+            host.end()
+        self._idle.clear()
+        self._taken.clear()
+
+    def _on_gone(self, host: WorkerHost) -> None:
+        call = self._gone.pop(host.pid, None)
+        if call is not None:
+            call()
+
+
+class ProcessFleet:
+    """A `Fleet` of worker processes. Used from the loop of its `AsyncTasks`."""
+
+    def __init__(self, hosts: HostPool, config: ClusterConfig, shell: AsyncTasks) -> None:
+        self._hosts = hosts
+        self._config = config
+        self._shell = shell
+        self._loop = asyncio.get_running_loop()
+        self._workers: dict[str, WorkerHost] = {}
+        self._deaths: dict[str, Pending[None]] = {}
+
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+        death: Pending[None] = Pending()
+        self._deaths[worker_id] = death
+        dead = self._workers.pop(worker_id, None)
+        if dead is not None:
+            self._hosts.discard(dead)
+        self._workers[worker_id] = self._hosts.take(lambda: self._soon(lambda: death.resolve(None)))
+        # Every worker is a node of its own.
+        return self._call(
+            worker_id,
+            "spawn",
+            self._config,
+            worker_id,
+            incarnation,
+            change=lambda s: replace(s, node_id=worker_id, memory_bytes=MEMORY_BYTES),
+        )
+
+    def lack(self, worker_id: str) -> str:
+        return "its process to start"
+
+    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+        return self._call(worker_id, "load", shards)
+
+    def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
+        return self._call(worker_id, "unload", kept)
+
+    def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
+        return self._call(worker_id, "publish", view)
+
+    def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
+        return self._call(worker_id, "fence", placement_epoch)
+
+    def drain(self, worker_id: str) -> Pending[None]:
+        return self._call(worker_id, "drain")
+
+    def stop(self, worker_id: str) -> Pending[None]:
+        host = self._workers.pop(worker_id)
+        stopped: Pending[None] = Pending()
+
+        def then(value: Any, error: str) -> None:
+            if not error:
+                self._hosts.give_back(host)
+            self._soon(lambda: stopped.resolve(None))
+
+        host.call("stop", then=then)
+        return stopped
+
+    def death(self, worker_id: str) -> Pending[None]:
+        return self._deaths[worker_id]
+
+    def status(self, worker_id: str) -> Pending[dict[str, Any]]:
+        """What a worker says of itself."""
+        return self._call(worker_id, "status")
+
+    def kill(self, worker_id: str) -> None:
+        """As the operating system would, out of memory."""
+        os.kill(self._workers[worker_id].pid, signal.SIGKILL)
+
+    @property
+    def worker_ids(self) -> Sequence[str]:
+        return sorted(self._workers)
+
+    def _call(
+        self,
+        worker_id: str,
+        method: str,
+        *arguments: Any,
+        change: Callable[[Any], Any] = lambda value: value,
+    ) -> Pending[Any]:
+        answer: Pending[Any] = Pending()
+
+        def then(value: Any, error: str) -> None:
+            if error:
+                self._soon(lambda: answer.fail(WorkerDiedError(f"{worker_id}: {error}")))
+            else:
+                self._soon(lambda: answer.resolve(change(value)))
+
+        self._workers[worker_id].call(method, *arguments, then=then)
+        return answer
+
+    def _soon(self, settle: Callable[[], None]) -> None:
+        """Has something settled in the loop's thread."""
+
+        def run() -> None:
+            settle()
+            self._shell.kick()
+
+        self._loop.call_soon_threadsafe(run)
+
+
+class ProcessCluster:
+    """Controller, workers and a source over their routers. It is its own router directory."""
+
+    def __init__(
+        self,
+        hosts: HostPool,
+        config: ClusterConfig,
+        settings: ControllerSettings,
+        model: ModelBytes,
+    ) -> None:
+        self.shell = AsyncTasks()
+        self.fleet = ProcessFleet(hosts, config, self.shell)
+        self.controller = Controller(model, settings, self.fleet, self.shell.tasks)
+        self.source = RouterSource(self)
+
+    def routers(self) -> Sequence[RouterInfo]:
+        view = self.controller.view
+        return [RouterInfo(m.worker_id, m.router_address) for m in view.routers()]
+
+    async def changed(self) -> None:
+        await self.shell.wait(self.controller.changed.wait())
+
+    async def until(self, holds: Callable[[], bool], what: str) -> None:
+        """Waits until something is so of the controller."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                while not holds():
+                    await self.changed()
+        except TimeoutError:
+            waits = {r.worker_id: (r.state, r.waits_for) for r in self.controller.workers.values()}
+            raise AssertionError(f"not so: {what}: {waits}, {self.controller.failure}") from None
+
+    async def until_ready(self) -> None:
+        """Until all workers are, and have been told of each other."""
+        controller = self.controller
+        await self.until(
+            lambda: (
+                all(r.state is WorkerState.READY for r in controller.workers.values())
+                and all(m.state is WorkerState.READY for m in controller.view.members.values())
+                and len(controller.view.members) == len(controller.workers)
+            ),
+            "all workers are ready",
+        )
+
+    async def generate(
+        self, request: GenerateRequest, request_id: str, heard: Callable[[TokenEvent], None]
+    ) -> None:
+        deadline_s = time.monotonic() + TIMEOUT_S
+        stream = self.source.generate(request, request_id=request_id, deadline_s=deadline_s)
+        async with aclosing(stream) as events:
+            async for event in events:
+                heard(event)
+
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """What every worker says of itself."""
+        ids = self.fleet.worker_ids
+        told = [await self.shell.wait(self.fleet.status(worker_id)) for worker_id in ids]
+        return dict(zip(ids, told, strict=True))
+
+
+@asynccontextmanager
+async def process_cluster(
+    hosts: HostPool, config: ClusterConfig, settings: ControllerSettings, model: ModelBytes
+) -> AsyncGenerator[ProcessCluster]:
+    """A cluster that is ready; its processes go back to the pool at the end."""
+    cluster = ProcessCluster(hosts, config, settings, model)
+    try:
+        cluster.controller.start()
+        cluster.shell.kick()
+        await cluster.until_ready()
+        yield cluster
+    finally:
+        await cluster.source.close()
+        cluster.controller.close()
+        cluster.shell.kick()
+        for worker_id in cluster.fleet.worker_ids:
+            await cluster.shell.wait(cluster.fleet.stop(worker_id))
+        cluster.shell.tasks.close()

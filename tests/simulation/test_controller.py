@@ -1,0 +1,17 @@
+"""The real controller over simulated processes: it comes up, loses workers, grows and shrinks.
+
+A seed that fails is run again with `pytest tests/simulation -k seed-17-led`, or with
+`python -m tests.simulation.replay --controlled --seed 17 --faults 4`, which tells what happened.
+"""
+
+import pytest
+
+from tests.simulation.controlled import ControlledSimulation
+from tests.simulation.scenario import random_controlled_scenario
+
+MAX_FAULTS = 4
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}-led")
+def test_no_fault_and_no_scaling_costs_a_token(seed: int) -> None:
+    ControlledSimulation(random_controlled_scenario(seed, MAX_FAULTS)).run()

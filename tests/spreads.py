@@ -1,0 +1,83 @@
+"""Ways to spread a model, requests to hold them to, and what one process answers."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+from cluster.placement import AttentionCut
+from model.runner import CacheSize
+from model.sampling_params import SamplingParams
+from router.engine import LocalEngine
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.runners import load, runner_of
+
+CACHE = CacheSize(num_blocks=64, block_size=4, max_slots=16)
+# Of the smaller vocabulary of the two models.
+VOCAB_SIZE = 256
+Told = list[TokenEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A way to spread a model."""
+
+    num_workers: int
+    replicas: int
+    cut: AttentionCut
+
+    def __str__(self) -> str:
+        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}"
+
+
+SPREADS = [
+    Spread(num_workers, replicas, cut)
+    for num_workers in (1, 2, 3, 5)
+    for replicas in (1, 2)
+    for cut in (AttentionCut.REPLICATED, AttentionCut.LAYERS)
+    if replicas <= num_workers
+]
+
+
+def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
+    """Greedy and seeded, short and long, some with equal beginnings, some with two samples."""
+    random = Random(seed)
+    shared = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(9))
+    made: list[GenerateRequest] = []
+    for i in range(count):
+        own = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(random.randint(1, 12)))
+        sampling = SamplingParams(
+            temperature=0.0 if i % 2 == 0 else 0.9,
+            top_p=0.95 if i % 3 == 0 else 1.0,
+            frequency_penalty=0.4 if i % 4 == 1 else 0.0,
+            num_logprobs=3 if i % 3 == 1 else 0,
+            seed=i,
+        )
+        made.append(
+            GenerateRequest(
+                prompt_ids=shared + own if i % 2 else own,
+                max_tokens=random.randint(1, 10),
+                sampling=sampling,
+                num_samples=2 if i % 5 == 4 else 1,
+                ignore_eos=True,
+            )
+        )
+    return made
+
+
+@cache
+def alone(model_dir: Path, count: int, seed: int = 0) -> list[Told]:
+    """What one process tells of each request, one after another."""
+    return answers(model_dir, requests(count, seed))
+
+
+def answers(model_dir: Path, wanted: list[GenerateRequest]) -> list[Told]:
+    """What one process tells of these, one after another."""
+    engine = LocalEngine(runner_of(load(model_dir), cache_size=CACHE), tokenizer=None)
+    return [by_sample(list(engine.generate(request))) for request in wanted]
+
+
+def by_sample(events: Told) -> Told:
+    """Samples come interleaved as steps have it; within each, order is order."""
+    return sorted(events, key=lambda event: event.sample_index)

@@ -1,0 +1,254 @@
+"""The pure part of `milliways chaos`: what it asks, whom it hits, what it finds, what it draws."""
+
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
+from milliways.v1 import router_pb2
+
+from cluster.chaos.answers import Answer, Choice, Heard, difference
+from cluster.chaos.asks import MODES, Surface, draw_asks
+from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults, strikes
+from cluster.chaos.histogram import BOUNDS_S, counts, draw_histogram
+from cluster.chaos.report import Struck, format_report, make_report, percentile
+from cluster.chaos.victims import Place, Wholeness, WorkerFacts, choose
+from cluster.errors import ConfigError
+from cluster.placement import ExpertId
+from cluster.view import ClusterView, Member, WorkerState
+from tests.simulation.faults import Fault as SimulatedFault
+
+ASKS = draw_asks(24, max_tokens=8, seed=1)
+
+
+def test_asks_are_of_all_modes_over_both_surfaces() -> None:
+    kinds = Counter((ask.mode, ask.surface) for ask in ASKS)
+    assert kinds == {(mode, surface): 2 for mode in MODES for surface in Surface}
+    assert ASKS == draw_asks(24, max_tokens=8, seed=1) != draw_asks(24, max_tokens=8, seed=2)
+
+
+@pytest.mark.parametrize("ask", ASKS[:12], ids=str)
+def test_both_surfaces_are_asked_the_same(ask: Any) -> None:
+    body, message = ask.http_body("demo"), ask.grpc_message()
+    assert (body["prompt"], body["seed"]) == (message.text, message.sampling.seed)
+    assert body.get("n", 1) == max(1, message.num_samples) == ask.num_samples
+    assert body.get("stop", []) == list(message.stop)
+    assert body.get("logprobs", 0) == message.sampling.num_logprobs
+    for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
+        default = getattr(type(message.sampling)(), name)
+        assert getattr(message.sampling, name) == pytest.approx(body.get(name, default))
+
+
+def test_faults_are_read_from_their_names() -> None:
+    assert parse_faults("freeze, kill-expert") == (Fault.FREEZE, Fault.KILL_EXPERT)
+
+
+@pytest.mark.parametrize("text", ["", "earthquake", "freeze,earthquake"])
+def test_fault_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--faults"):
+        parse_faults(text)
+
+
+@pytest.mark.parametrize("fault", NOT_FROM_OUTSIDE)
+def test_fault_that_cannot_be_done_from_outside_is_refused_with_the_reason(fault: Fault) -> None:
+    with pytest.raises(ConfigError, match="from outside"):
+        parse_faults(f"freeze,{fault.value}")
+
+
+def test_what_a_signal_cannot_do_is_done_in_simulation() -> None:
+    assert SimulatedFault(Fault.DROP_REPLY.value)
+    assert set(POSSIBLE) | set(NOT_FROM_OUTSIDE) == set(Fault)
+
+
+def test_every_fault_has_its_turn_before_one_comes_again() -> None:
+    made = list(islice(strikes(POSSIBLE, 7), 3 * len(POSSIBLE)))
+    for turn in range(3):
+        faults = [s.fault for s in made[turn * len(POSSIBLE) : (turn + 1) * len(POSSIBLE)]]
+        assert sorted(faults, key=POSSIBLE.index) == list(POSSIBLE)
+    assert made == list(islice(strikes(POSSIBLE, 7), len(made)))
+    assert made != list(islice(strikes(POSSIBLE, 8), len(made)))
+
+
+def facts(name: str, **more: Any) -> WorkerFacts:
+    shown = {"num_experts": 1, "num_layers": 4, "is_router": True} | more
+    return WorkerFacts(place=Place(name=name, node_id="n", pid=1), **shown)
+
+
+CUT = [
+    facts("begins", is_router=False),
+    facts("ends", num_active_requests=2),
+    facts("only experts", num_layers=0, is_router=False),
+]
+ALIKE = [facts("idle"), facts("busy", num_active_requests=2, num_kv_blocks_used=5)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "victim"),
+    [
+        (Fault.KILL_EXPERT, CUT, "only experts"),
+        (Fault.KILL_ATTENTION, CUT, "begins"),
+        (Fault.KILL_ROUTER, CUT, "ends"),
+        (Fault.KILL_EXPERT, ALIKE, "idle"),
+        (Fault.KILL_ATTENTION, ALIKE, "busy"),
+        (Fault.KILL_ROUTER, ALIKE, "busy"),
+    ],
+)
+def test_victim_is_who_does_most_of_what_the_fault_names(
+    fault: Fault, workers: list[WorkerFacts], victim: str
+) -> None:
+    for draw in range(3):
+        place = choose(fault, workers, draw)
+        assert place is not None and place.name == victim
+
+
+def test_any_worker_can_be_frozen() -> None:
+    places = [choose(Fault.FREEZE, CUT, draw) for draw in range(3)]
+    assert {place.name for place in places if place} == {"begins", "ends", "only experts"}
+
+
+def test_nobody_is_hit_where_nobody_suits() -> None:
+    assert choose(Fault.KILL_ROUTER, [CUT[0], CUT[2]], 0) is None
+    assert choose(Fault.FREEZE, [], 0) is None
+
+
+def view_of(*states: WorkerState) -> ClusterView:
+    members = {
+        f"w{i}": Member(
+            worker_id=f"w{i}",
+            incarnation=1,
+            address="",
+            state=state,
+            num_layers=1,
+            has_ends=True,
+            experts=frozenset({ExpertId(0, i % 2)}),
+        )
+        for i, state in enumerate(states)
+    }
+    chains = {name: (name,) for name in members}
+    return ClusterView(placement_epoch=1, members=members, chains=chains)
+
+
+def test_cluster_is_whole_when_all_is_replicated_as_before() -> None:
+    ready = WorkerState.READY
+    whole = Wholeness.of(view_of(ready, ready, ready))
+    assert whole.is_in(view_of(ready, ready, ready))
+    for state in (WorkerState.LOST, WorkerState.LOADING, WorkerState.DRAINING):
+        assert not whole.is_in(view_of(ready, ready, state))
+
+
+def answer(*token_ids: int, logprob: float = -1.0, reason: str = "stop") -> Answer:
+    text = "".join(map(str, token_ids))
+    choice = Choice(list(token_ids), [logprob for _ in token_ids], text, reason)
+    return Answer([choice], [float(i) for i in range(len(token_ids))])
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (answer(1, 2, 3), ""),
+        (answer(1, 7, 3), "token_ids[1]: [7, 3], was [2, 3]"),
+        (answer(1, 2), "token_ids[2]: [], was [3]"),
+        (answer(1, 2, 3, logprob=-1.0000001), "logprobs[0]"),
+        (answer(1, 2, 3, reason="length"), "finish_reason: 'length', was 'stop'"),
+    ],
+)
+def test_answers_are_compared_to_the_bit(other: Answer, told: str) -> None:
+    found = difference(answer(1, 2, 3), other)
+    assert told in found and bool(told) == bool(found)
+
+
+def test_token_that_comes_twice_is_no_answer() -> None:
+    got = Answer.of(ASKS[0])
+    event = router_pb2.TokenEvent(token_id=5, index=0)
+    got.add_event(event, 0.0)
+    with pytest.raises(ValueError, match="token 0 came after 1"):
+        got.add_event(event, 0.0)
+
+
+def test_pieces_of_http_make_the_same_answer_as_events_of_grpc() -> None:
+    by_http, by_grpc = Answer.of(ASKS[0]), Answer.of(ASKS[0])
+    last = router_pb2.FINISH_REASON_LENGTH
+    by_grpc.add_event(router_pb2.TokenEvent(token_id=5, text="a"), 1.0)
+    by_grpc.add_event(router_pb2.TokenEvent(token_id=6, index=1, text="b", finish_reason=last), 2.0)
+    for now_s, token_id, text, reason in ((1.0, 5, "a", None), (2.0, 6, "b", "length")):
+        piece = {"index": 0, "token_ids": [token_id], "text": text, "logprobs": None}
+        by_http.add_chunk({"choices": [piece | {"finish_reason": reason}]}, now_s)
+    (one,), (other,) = by_http.choices, by_grpc.choices
+    assert (one.token_ids, one.text, one.finish_reason) == ([5, 6], "ab", "length")
+    assert (other.token_ids, other.text, other.finish_reason) == ([5, 6], "ab", "length")
+    assert by_http.is_complete and by_http.token_times_s == by_grpc.token_times_s
+
+
+def heard(index: int, started_s: float, got: Answer, error: str = "") -> Heard:
+    ended_s = started_s + 3.0
+    return Heard(ask_index=index, started_s=started_s, ended_s=ended_s, answer=got, error=error)
+
+
+def test_stall_is_the_longest_wait_for_a_token_also_for_the_first() -> None:
+    got = answer(1, 2, 3)
+    got.token_times_s = [10.5, 10.6, 11.0]
+    assert heard(0, 10.0, got).stall_s == pytest.approx(0.5)
+    got.token_times_s = [10.1, 10.2, 11.0]
+    assert heard(0, 10.0, got).stall_s == pytest.approx(0.8)
+    assert heard(0, 10.0, got, error="broke").stall_s == pytest.approx(2.0)
+
+
+def test_report_counts_what_ran_during_each_fault() -> None:
+    struck = [
+        Struck(fault=Fault.FREEZE, victim="w0", began_s=10.0, ended_s=11.0, whole_s=11.0),
+        Struck(fault=Fault.KILL_ROUTER, victim="w1", began_s=20.0, ended_s=20.0, whole_s=28.0),
+    ]
+    undisturbed = [heard(0, 0.0, answer(1, 2)), heard(1, 0.0, answer(3))]
+    disturbed = [
+        heard(0, 9.0, answer(1, 2)),
+        heard(1, 10.5, answer(4)),
+        heard(0, 25.0, answer(1, 2), error="UNAVAILABLE"),
+        heard(1, 50.0, answer(3)),
+    ]
+    report = make_report(ASKS, undisturbed, disturbed, struck)
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["none (undisturbed)", "kill-router", "freeze", "all"]
+    freeze, kill, total = rows["freeze"], rows["kill-router"], rows["all"]
+    assert (freeze.count, freeze.num_requests, freeze.num_differing) == (1, 2, 1)
+    assert (kill.num_requests, kill.num_failed, kill.stalls_s) == (1, 1, ())
+    assert (total.count, total.num_requests, total.num_failed, total.num_differing) == (2, 4, 1, 1)
+    assert kill.recoveries_s == (8.0,) and len(total.stalls_s) == 2
+    assert not report.holds and len(report.complaints) == 2
+    table = format_report(report)
+    assert "UNAVAILABLE" in table and "BROKEN" in table and "token_ids[0]" in table
+
+
+def test_promise_holds_where_all_is_as_it_was() -> None:
+    struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=2.0)]
+    run = [heard(0, 0.0, answer(1, 2))]
+    report = make_report(ASKS, run, run, struck)
+    assert report.holds and "the promise holds" in format_report(report)
+
+
+def test_cluster_that_stays_broken_is_a_broken_promise() -> None:
+    struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=None)]
+    run = [heard(0, 0.0, answer(1, 2))]
+    assert not make_report(ASKS, run, run, struck).holds
+
+
+@pytest.mark.parametrize(
+    ("share", "value"), [(0.5, 50.0), (0.99, 99.0), (1.0, 100.0), (0.001, 1.0)]
+)
+def test_percentile(share: float, value: float) -> None:
+    assert percentile(map(float, range(1, 101)), share) == value
+    assert percentile([], share) == 0.0
+
+
+def test_histogram_counts_every_stall_once() -> None:
+    stalls_s = [0.001, 0.01, 0.011, 0.3, 1e9]
+    assert sum(counts(stalls_s)) == len(stalls_s)
+    assert counts(stalls_s)[0] == 2 and counts(stalls_s)[-1] == 1
+    assert len(counts([])) == len(BOUNDS_S) + 1
+
+
+def test_histogram_is_a_picture() -> None:
+    root = ElementTree.fromstring(draw_histogram("5 < 6", [0.02, 0.03], [0.5]))
+    assert root.tag.endswith("svg")
+    texts = [element.text for element in root.iter() if element.text]
+    assert "5 < 6" in texts and "no fault: 2 streams" in texts

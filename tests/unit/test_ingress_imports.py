@@ -1,0 +1,21 @@
+"""The ingress computes nothing: its replicas pay neither JAX's seconds nor its memory."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cluster.app",
+        "cluster.ingress.http",
+        "cluster.ingress.router_source",
+        "cluster.ingress.server",
+    ],
+)
+def test_ingress_does_not_import_jax(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,132 @@
+"""A process that holds one worker after another, told what to do through a pipe.
+
+Starting Python and JAX takes seconds, so tests keep these processes from one cluster to the next;
+what a test kills is replaced.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from cluster.config import LOOPBACK, ClusterConfig
+from tests.served_cluster import REPOSITORY, child_environment
+
+EXIT_FAULT = 70
+NUM_THREADS = 8
+# (number of the call, its value, its error)
+Answer = tuple[int, Any, str]
+
+
+class WorkerHost:
+    """The process as its parent sees it. Answers come on a thread of its own."""
+
+    def __init__(self, folder: Path, gone: Callable[["WorkerHost"], None]) -> None:
+        ours, theirs = Pipe()
+        self._pipe = ours
+        self._gone = gone
+        self._answers: dict[int, Callable[[Any, str], None]] = {}
+        self._number = 0
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.worker_host", str(theirs.fileno())],
+            cwd=REPOSITORY,
+            env=child_environment(folder),
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._thread = threading.Thread(target=self._listen, name="worker-host", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, method: str, *arguments: Any, then: Callable[[Any, str], None]) -> None:
+        """Asks for something; `then` gets its value and "", or None and what went wrong."""
+        with self._lock:
+            self._number += 1
+            self._answers[self._number] = then
+            with suppress(OSError):
+                self._pipe.send((self._number, method, arguments))
+                return
+        self._answer((self._number, None, "it is gone"))
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        self._pipe.close()
+
+    def _listen(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._answer(self._pipe.recv())
+        self._gone(self)
+        with self._lock:
+            numbers = list(self._answers)
+        for number in numbers:
+            self._answer((number, None, "it is gone"))
+
+    def _answer(self, answer: Answer) -> None:
+        number, value, error = answer
+        with self._lock:
+            then = self._answers.pop(number, None)
+        if then is not None:
+            then(value, error)
+
+
+class _Host:
+    """The process itself."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._sending = threading.Lock()
+        self._worker: Any = None
+
+    def run(self) -> None:
+        with ThreadPoolExecutor(NUM_THREADS) as pool, suppress(EOFError):
+            while True:
+                pool.submit(self._answer, *self._pipe.recv())
+
+    def _answer(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            answer: Answer = (number, self._do(method, arguments), "")
+        except Exception as error:
+            answer = (number, None, f"{type(error).__name__}: {error}")
+        with self._sending, suppress(OSError):
+            self._pipe.send(answer)
+
+    def _do(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method == "spawn":
+            return self._spawn(*arguments)
+        worker = self._worker
+        if method == "stop":
+            self._worker = None
+        return getattr(worker, method)(*arguments)
+
+    def _spawn(self, config: ClusterConfig, worker_id: str, incarnation: int) -> Any:
+        # Not before: importing it is most of what a process like this costs.
+        from cluster.worker_process import WorkerProcess
+
+        assert self._worker is None
+        self._worker = WorkerProcess(config, worker_id, incarnation, LOOPBACK, _exit)
+        return self._worker.start()
+
+
+def _exit(error: BaseException) -> None:
+    print(f"a fault: {error!r}", file=sys.stderr, flush=True)
+    os._exit(EXIT_FAULT)
+
+
+if __name__ == "__main__":
+    _Host(Connection(int(sys.argv[1]))).run()
+    os._exit(0)
