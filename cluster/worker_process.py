@@ -15,14 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cluster.calls import Call, Fence, Result
+from cluster.calls import Call, Fence, Refusal, Result, RunExperts
 from cluster.clock import SystemClock
 from cluster.config import ClusterConfig
+from cluster.errors import RefusalReason
 from cluster.fleet import Existing, Spawned
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
@@ -44,13 +46,14 @@ from model.detokenizer import IncrementalDetokenizer
 from model.ops.select import KernelChoice, Residence, select_ops
 from model.runner import CacheSize
 from model.tokenizer import Tokenizer
+from router.admission import RoutedRequest
 from router.connect import Connector
 from router.direct_link import DirectLink
 from router.dispatch import Dispatcher, DispatchLimits
 from router.link_table import LinkTable
 from router.pipeline import Pipeline
 from router.request import GenerateRequest
-from router.router import Router, RouterLimits
+from router.router import Listener, Router, RouterLimits
 from router.scheduler import SchedulerLimits
 from router.sequence import Detokenizer, NoText
 from workers.attention import AttentionShard
@@ -110,16 +113,35 @@ def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
 
 
 class _OwnCore:
-    """The core of this process, as its router calls it: at once, past the queue."""
+    """The core of this process, as its router calls it, in the router's thread.
 
-    def __init__(self, core: WorkerCore) -> None:
+    At once, past the queue; except experts that routers of other processes ask for as well: in the
+    queue, calls of a layer meet, and their weights are read once for all.
+    """
+
+    def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
         self._core = core
+        self._compute = compute
+        self._routing = routing
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
-        reply(self._core.compute_now(call, fence))
+        if isinstance(call, RunExperts) and self._core.has_company(fence.router_id):
+            self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
+        else:
+            reply(self._core.compute_now(call, fence))
 
     def router_gone(self, router_id: str) -> None:
         self._core.router_gone(router_id)
+
+    def _queue(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        try:
+            self._core.submit(call, fence, reply)
+        except Exception as error:
+            logger.exception("the core failed to take a call of %s", fence.router_id)
+            reply(Refusal(RefusalReason.FAULT, repr(error)))
+
+    def _post(self, reply: Callable[[Result], None], result: Result) -> None:
+        self._routing.post(lambda: reply(result))
 
 
 class WorkerProcess:
@@ -234,6 +256,14 @@ class WorkerProcess:
         self._compute.call(self._begin_to_drain)
         self._routing.call(self._router.drain)
 
+    def submit(self, routed: RoutedRequest, listener: Listener) -> None:
+        """Gives the router a request past its door; it calls the listener in its own thread.
+
+        Raises:
+            ClusterError, InvalidRequestError: why it is not admitted.
+        """
+        self._routing.call(lambda: self._router.submit(routed, listener))
+
     def stop(self) -> None:
         """Closes the doors and ends the threads."""
         self._routing.ask(self._door.stop, STOP_TIMEOUT_S)
@@ -345,11 +375,13 @@ class WorkerProcess:
             limits=LinkLimits(),
         )
 
+        own_core = _OwnCore(self._core, self._compute, self._routing)
+
         def connect(member: Member) -> Pending[WorkerLink]:
             if member.worker_id != self.worker_id:
                 return connector.connect(member)
             way: Pending[WorkerLink] = Pending()
-            way.resolve(DirectLink(self.worker_id, _OwnCore(self._core), self.worker_id))
+            way.resolve(DirectLink(self.worker_id, own_core, self.worker_id))
             return way
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)

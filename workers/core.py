@@ -4,7 +4,8 @@ Life of a call:
 
 1. `submit` holds it against the fence, the state and the bound of the queue; what does not fit is
    refused at once, with the reason.
-2. It waits. Experts of one layer that several routers ask for meanwhile become one batch.
+2. It waits. Experts of one layer that several routers ask for meanwhile become one batch; where
+   another router is about to ask for them, it waits for that a little (see `company`).
 3. `serve` computes it, unless its deadline has passed, and replies.
 
 No clock, no thread, no socket: time comes from `Tasks`, calls from transports, arrays from shards.
@@ -34,6 +35,7 @@ from cluster.calls import (
 from cluster.errors import RefusalReason
 from cluster.tasks import Signal, Tasks
 from cluster.view import WORKER_MOVES, WorkerState
+from workers.company import Company
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,10 @@ class CoreLimits:
     max_waiting_calls: int = 256
     max_waiting_rows: int = 16384
     max_merged_rows: int = 1024
+    # How long a call may wait for another router's: a part of what computing took last, and so of
+    # what is gained. 0: never.
+    patience: float = 0.5
+    patience_s_max: float = 0.02
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +87,10 @@ class _Waiting:
     fence: Fence
     reply: Reply
     deadline_s: float | None
+    # Until when it waits for these routers; once more as long, if one of them is seen to come.
+    patient_until_s: float = 0.0
+    awaited: Sequence[str] = ()
+    has_seen_one: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -113,6 +123,8 @@ class WorkerCore:
         self._queue: deque[_Waiting] = deque()
         self._num_waiting_rows = 0
         self._arrived = Signal()
+        self._company = Company()
+        self._took_s = 0.0
         # Of each router the newest life and step whose batches came to the attention shard.
         self._newest_steps: dict[str, tuple[int, int]] = {}
 
@@ -142,9 +154,15 @@ class WorkerCore:
         now_s = self._tasks.clock.now_s()
         deadline_s = now_s + fence.timeout_s if fence.timeout_s > 0 else None
         waiting = _Waiting(call, fence, reply, deadline_s)
+        if isinstance(call, RunExperts):
+            self._be_patient(waiting, call.layer, now_s)
         self._queue.append(waiting)
         self._num_waiting_rows += waiting.num_rows
         self._arrived.notify()
+
+    def has_company(self, router_id: str) -> bool:
+        """Whether calls of a router may meet those of another: then they are better queued."""
+        return self._company.others(router_id)
 
     def compute_now(self, call: Call, fence: Fence) -> Result:
         """Computes a call of this very process at once, past the queue; or refuses it."""
@@ -161,6 +179,7 @@ class WorkerCore:
         Its calls stay in the queue: it may have come back by another stream, and what it asked for
         by the old one is refused or computed in vain.
         """
+        self._company.left(router_id)
         if self._attention is not None:
             self._attention.release(router_id)
 
@@ -168,16 +187,52 @@ class WorkerCore:
         """Computes what waits, for ever."""
         while True:
             while self._queue:
-                self._compute_next()
+                first, wait_s = self._choose()
+                if first is None:
+                    await self._tasks.wait_for(self._arrived.wait(), wait_s)
+                    continue
+                self._compute_next(first)
                 # What arrived meanwhile comes in before the next choice, and may join it.
                 await self._tasks.sleep(0)
             await self._arrived.wait()
 
-    def _compute_next(self) -> None:
-        first = self._queue.popleft()
+    def _be_patient(self, waiting: _Waiting, layer: int, now_s: float) -> None:
+        """Has a call wait for those of other routers that are behind its own."""
+        router_id = waiting.fence.router_id
+        self._company.came(router_id, layer)
+        waiting.awaited = self._company.awaited(router_id, layer)
+        if waiting.awaited:
+            waiting.patient_until_s = now_s + self._patience_s
+
+    @property
+    def _patience_s(self) -> float:
+        return min(self._limits.patience * self._took_s, self._limits.patience_s_max)
+
+    def _choose(self) -> tuple[_Waiting | None, float]:
+        """The first call that need not wait; else how long until the first of them has waited."""
+        now_s = self._tasks.clock.now_s()
+        wait_s = float("inf")
+        for waiting in self._queue:
+            if waiting.patient_until_s <= now_s or self._has_met(waiting):
+                return waiting, 0.0
+            wait_s = min(wait_s, waiting.patient_until_s - now_s)
+        return None, wait_s
+
+    def _has_met(self, waiting: _Waiting) -> bool:
+        """Whether all whom a call waits for are here, at its layer."""
+        here = {
+            other.fence.router_id for other in self._queue if _can_join(waiting.call, other.call)
+        }
+        return here.issuperset(waiting.awaited)
+
+    def _compute_next(self, first: _Waiting) -> None:
+        self._queue.remove(first)
         batch = [first, *self._joining(first)]
         self._num_waiting_rows -= sum(waiting.num_rows for waiting in batch)
         now_s = self._tasks.clock.now_s()
+        here = {waiting.fence.router_id for waiting in batch}
+        for router_id in set(first.awaited) - here:
+            self._company.waited_in_vain(router_id)
         alive: list[_Waiting] = []
         for waiting in batch:
             if waiting.deadline_s is not None and waiting.deadline_s < now_s:
@@ -191,6 +246,16 @@ class WorkerCore:
                 waiting.reply(refusal)
         if alive:
             self._compute(alive)
+        if isinstance(first.call, RunExperts):
+            self._took_s = self._tasks.clock.now_s() - now_s
+            self._stay_patient(here)
+
+    def _stay_patient(self, here: set[str]) -> None:
+        """What was computed just now may have been the last call before the one waited for."""
+        for waiting in self._queue:
+            if not waiting.has_seen_one and here.intersection(waiting.awaited):
+                waiting.has_seen_one = True
+                waiting.patient_until_s = self._tasks.clock.now_s() + self._patience_s
 
     def _joining(self, first: _Waiting) -> list[_Waiting]:
         """Calls to the experts of the same layer, taken out of the queue."""
@@ -303,9 +368,10 @@ class WorkerCore:
         return Refusal(reason, message, self.placement_epoch)
 
 
-def _can_join(first: RunExperts, other: Call) -> bool:
+def _can_join(first: Call, other: Call) -> bool:
     return (
-        isinstance(other, RunExperts)
+        isinstance(first, RunExperts)
+        and isinstance(other, RunExperts)
         and other.layer == first.layer
         and other.expert_ids_TA.shape[1] == first.expert_ids_TA.shape[1]
     )

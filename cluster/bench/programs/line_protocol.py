@@ -21,7 +21,7 @@ Measure = Callable[[dict[str, Any]], tuple[int, float]]
 
 def serve(load: Callable[[], tuple[str, Measure]]) -> None:
     """Answers requests until there are no more; `load` returns a description and a function."""
-    replies = _take_stdout()
+    replies = take_stdout()
     about, measure = load()
     _reply(replies, {"about": about})
     warm: set[tuple[str, int]] = set()
@@ -35,7 +35,7 @@ def serve(load: Callable[[], tuple[str, Measure]]) -> None:
         _reply(replies, {"tokens": tokens, "seconds": seconds})
 
 
-def _take_stdout() -> TextIO:
+def take_stdout() -> TextIO:
     """Keeps standard output for replies; what else is printed goes to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
