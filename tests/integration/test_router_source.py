@@ -14,6 +14,7 @@ from cluster.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
+from cluster.ingress.journal import DeliveredSample
 from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from model.errors import InvalidRequestError, PromptTooLongError
@@ -64,6 +65,24 @@ def run(
                 await source.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_tokens", range(NUM_TOKENS + 1))
+def test_request_goes_on_after_what_was_delivered_elsewhere(num_tokens: int) -> None:
+    request = request_for(num_samples=2)
+    expected = by_sample(expected_events(request))
+    had = [event.token_id for event in expected[:num_tokens]]
+    told = DeliveredSample(0, tuple(had), num_tokens == NUM_TOKENS)
+
+    async def scenario(source: RouterSource, _: Directory) -> None:
+        deadline_s = time.monotonic() + 20
+        stream = source.generate(
+            request, request_id="r", deadline_s=deadline_s, delivered=[told] if had else []
+        )
+        async with aclosing(stream) as events:
+            assert by_sample([event async for event in events]) == expected[num_tokens:]
+
+    run(scenario, FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=2), FakeRouter())
 
 
 BREAKS = [fault for fault in Fault if fault is not Fault.STALLS]

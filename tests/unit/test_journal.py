@@ -21,6 +21,16 @@ def test_new_token_is_delivered_and_a_repeated_one_is_not() -> None:
     assert (book.num_delivered, book.is_complete) == (2, True)
 
 
+def test_what_was_delivered_elsewhere_counts_as_delivered() -> None:
+    had = [DeliveredSample(1, (60, 61), True), DeliveredSample(0, (50,), False)]
+    request = GenerateRequest(prompt_ids=(1,), max_tokens=9, num_samples=2)
+    book = Journal(request, had)
+    assert (book.delivered(), book.num_delivered) == (had[::-1], 3)
+    assert not book.try_deliver(0, 0, 50, is_finished=False)
+    assert book.try_deliver(0, 1, 51, is_finished=True)
+    assert book.is_complete
+
+
 def test_samples_end_by_themselves() -> None:
     book = journal(num_samples=3)
     book.try_deliver(2, 0, 50, is_finished=True)
