@@ -73,6 +73,15 @@ class Pipeline:
             return f"no way to the attention shards of {', '.join(shut)}"
         return "no worker holds experts that are needed" if self._dispatcher.is_parked else ""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the chain has all layers, and the ends; while a cluster comes up it may not."""
+        layer = 0
+        for member in self.chain:
+            if member.num_layers and member.first_layer == layer:
+                layer += member.num_layers
+        return layer == self._num_layers and any(member.has_ends for member in self.chain)
+
     async def run(self, step: int, batch_id: int, tokens: TokenRows) -> Sequence[SampledToken]:
         """The tokens drawn at the end of all layers, one for each sample.
 

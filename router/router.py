@@ -176,9 +176,7 @@ class Router:
     def drain(self) -> None:
         """Takes no more requests, and has those there are carried on elsewhere."""
         self._is_draining = True
-        for active in list(self._active.values()):
-            self._drop(active)
-            active.listener.moved()
+        self._hand_over()
 
     def resume(self) -> None:
         """Takes requests again."""
@@ -194,6 +192,9 @@ class Router:
         self._pipeline.chain = chain
         if before and after != before:
             self._replay()
+        if before and not chain:
+            # Sequences run through another router now; here nothing would ever become of them.
+            self._hand_over()
         self._changed.notify()
 
     async def serve(self) -> None:
@@ -270,9 +271,14 @@ class Router:
     def _active_of(self, sequence: Sequence) -> _Active:
         return next(a for a in self._active.values() if sequence in a.sequences)
 
+    def _hand_over(self) -> None:
+        for active in list(self._active.values()):
+            self._drop(active)
+            active.listener.moved()
+
     def _has_whole_chain(self) -> bool:
-        chain = self._pipeline.chain
-        return bool(chain) and all(self.links.is_open(member.worker_id) for member in chain)
+        is_open = self.links.is_open
+        return self._pipeline.is_whole and all(is_open(m.worker_id) for m in self._pipeline.chain)
 
     async def _recover(self, error: ShardLostError) -> None:
         """Starts over, when the chain is whole again; gives up on what is always refused."""

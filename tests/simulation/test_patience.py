@@ -7,6 +7,7 @@ from cluster.placement import AttentionCut
 from cluster.view import ClusterView
 from model.runner import CacheSize
 from model.sampling_params import SamplingParams
+from router.admission import RoutedRequest
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
 from tests.memory_cluster import ClusterSettings, Process
@@ -90,6 +91,29 @@ def test_a_worker_slower_than_the_time_limit_is_waited_for_in_the_end(kind: str)
     experts.compute_s = 0.0 if kind == "attention" else 3.0
     attention.compute_s = 0.0 if kind == "experts" else 3.0
     simulation.run()
+
+
+def test_a_router_waits_while_its_chain_has_not_all_layers() -> None:
+    """As a cluster comes up; without a turn of time the test would not end otherwise."""
+    simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
+    cluster = simulation.cluster
+    view = cluster.view
+    part = {"w1": view.members["w1"]}
+    cluster.publish(ClusterView(placement_epoch=2, members=part, chains={"w0": ("w1",)}))
+    whole = ClusterView(placement_epoch=3, members=view.members, chains=view.chains)
+    cluster.world.call_at(0.5, lambda: cluster.publish(whole))
+    simulation.run()
+    assert _num_replays(simulation) == 2
+
+
+def test_requests_leave_a_router_that_has_no_chain_any_more() -> None:
+    simulation = Simulation(scenario(num_workers=2, replicas=2))
+    cluster = simulation.cluster
+    heard = cluster.submit("w0", "r", RoutedRequest(request_id="r", request=REQUEST, timeout_s=9.0))
+    cluster.publish(ClusterView(placement_epoch=2, members=cluster.view.members, chains={}))
+    assert heard.has_moved
+    assert cluster.routers["w0"].num_active == 0
+    cluster.close()
 
 
 @pytest.mark.parametrize("at_s", [0.006, 0.008, 0.01, 0.012])
