@@ -18,18 +18,25 @@ from tests.simulation.supervisor import Supervisor
 from workers.core import WorkerCore
 
 Load = Callable[[Process, ShardPlan], None]
+ExpertsOf = Callable[[Process], FakeExperts]
 
 
 class SimulatedFleet:
     """Starts processes of the simulation, and talks to them through its network."""
 
     def __init__(
-        self, cluster: MemoryCluster, controller: Process, random: Random, load: Load
+        self,
+        cluster: MemoryCluster,
+        controller: Process,
+        random: Random,
+        load: Load,
+        experts_of: ExpertsOf,
     ) -> None:
         self._cluster = cluster
         self._controller = controller
         self._random = random
         self._load = load
+        self._experts_of = experts_of
         self._latest: dict[str, Process] = {}
         self._deaths: dict[Process, Pending[None]] = {}
         self._channels: dict[Process, tuple[Channel, Channel]] = {}
@@ -64,8 +71,7 @@ class SimulatedFleet:
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         def unload(process: Process) -> None:
-            shards = ShardPlan(first_layer=0, num_layers=0, has_ends=False, experts=kept)
-            self._load(process, shards)
+            self._experts_of(process).held.intersection_update(kept)
 
         return self._tell(worker_id, unload)
 
@@ -138,9 +144,10 @@ class ControlledSupervisor(Supervisor):
         random: Random,
         scenario: Scenario,
         load: Load,
+        experts_of: ExpertsOf,
     ) -> None:
         super().__init__(cluster, ingress, random)
-        self.fleet = SimulatedFleet(cluster, self.process, random, load)
+        self.fleet = SimulatedFleet(cluster, self.process, random, load, experts_of)
         config, wanted = scenario.config, scenario.wanted
         assert wanted is not None
         sizes = ModelBytes(
@@ -203,14 +210,18 @@ class ControlledSimulation(Simulation):
 
     def _make_supervisor(self, random: Random) -> Supervisor:
         return ControlledSupervisor(
-            self.cluster, self.ingress, random, self.scenario, self._load_shards
+            self.cluster,
+            self.ingress,
+            random,
+            self.scenario,
+            self._load_shards,
+            lambda process: self.shards[process][0],
         )
 
     def _load_shards(self, process: Process, shards: ShardPlan) -> None:
         core = process.core
         assert core is not None
         experts, attention = self.shards[process]
-        experts.held.clear()
         experts.held.update(shards.experts)
         if core.state is WorkerState.LOADING:
             attention = self._make_attention(shards, process, experts)
