@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray_head import RayHead, ray_head
 from tests.served_cluster import ServedCluster, end, serving, short_folder, wait_until_ready
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +31,13 @@ def cluster() -> Iterator[ServedCluster]:
             check_end(running)
         assert list((folder / "t").iterdir()) == []
         assert not any((folder / "c").rglob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[RayHead]:
+    """A Ray without anything of ours in it."""
+    with short_folder() as folder, ray_head(folder) as running:
+        yield running
 
 
 def check_end(running: ServedCluster) -> None:
