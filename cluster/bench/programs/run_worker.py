@@ -170,10 +170,6 @@ def run(options: argparse.Namespace) -> None:
 
     index: int = options.index
     placement = placed(options.model_dir, options.workers)
-<<<<<<< HEAD
-=======
-    index: int = options.index
->>>>>>> bench
     process = WorkerProcess(settings_of(options), worker_name(index), _INCARNATION, _HOST, _die)
     spawned = process.start()
     process.load(ShardPlan.of(placement.workers[index]))
