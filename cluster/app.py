@@ -1,8 +1,8 @@
 """The Ray Serve application: `serve run cluster.app:app`, `serve build cluster.app:default_app`.
 
 Arguments are the tables of `cluster.config`, as in `serve run cluster.app:app 'workers={count: 3}'`
-or in the `args` of a file for `serve deploy`. The first replica brings up the controller, which brings up the workers; all
-replicas follow its view, and go on with the last one while it is away.
+or in the `args` of a file for `serve deploy`. The first replica brings up the controller, which
+brings up the workers; all replicas follow its view, and go on with the last one while it is away.
 """
 
 # Ray's own types are unknown in part.
