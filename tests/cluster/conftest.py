@@ -1,4 +1,4 @@
-"""Tests here share one real cluster, the fixture `cluster`, and one bare Ray, the fixture `head`."""
+"""Tests here share a real cluster, the fixture `cluster`, and a bare Ray, the fixture `head`."""
 
 from collections.abc import Iterator
 from pathlib import Path
