@@ -1,8 +1,8 @@
-"""The Ray Serve application: `serve run cluster.app:app`, `serve build`, `serve deploy`.
+"""The Ray Serve application: `serve run cluster.app:app`, `serve build cluster.app:default_app`.
 
 Arguments are the tables of `cluster.config`, as in `serve run cluster.app:app 'workers={count: 3}'`
-or a file's `args`. The first replica brings up the controller, which brings up the workers; all
-replicas follow its view, and go on with the last one while it is away.
+or in the `args` of a file for `serve deploy`. The first replica brings up the controller, which
+brings up the workers; all replicas follow its view, and go on with the last one while it is away.
 """
 
 # Ray's own types are unknown in part.
@@ -143,6 +143,10 @@ def app(args: dict[str, Any]) -> serve.Application:
         ConfigError: names the table, field, value and limit that do not fit.
     """
     return make_app(config_from_args(args))
+
+
+# What `serve build` wants: an application with its settings.
+default_app = make_app(ClusterConfig())
 
 
 def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:

@@ -195,6 +195,7 @@ class ControllerActor:
             "node": record.spawned.node_id if record.spawned else "",
             "pid": record.spawned.pid if record.spawned else 0,
             "address": member.address if member else "",
+            "router_address": member.router_address if member else "",
             "waits_for": self._controller.waits_for(record),
             "last_error": record.last_error,
             "quick_deaths": record.num_quick_deaths,

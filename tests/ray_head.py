@@ -29,9 +29,15 @@ class RayHead:
     folder: Path
     address: str
     dashboard: str
+    serve_port: int
 
     def ask(self, question: str) -> Any:
         return _ask(self.process, question)
+
+    def start_serve(self) -> int:
+        """Has Serve listen, unless it does; returns the port."""
+        self.ask(f"serve {self.serve_port}")
+        return self.serve_port
 
     def holds(self) -> dict[str, list[str]]:
         """Names of actors and of placement groups that there are."""
@@ -41,7 +47,7 @@ class RayHead:
 @contextmanager
 def ray_head(folder: Path, num_cpus: int = 64) -> Iterator[RayHead]:
     """Starts a Ray, and ends it with all that came of it."""
-    (dashboard_port,) = free_ports(1)
+    dashboard_port, serve_port = free_ports(2)
     environment = child_environment(folder, **SETTINGS)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.ray_head", str(num_cpus), str(dashboard_port)],
@@ -56,7 +62,7 @@ def ray_head(folder: Path, num_cpus: int = 64) -> Iterator[RayHead]:
             address = _ask(process, "address")
             dashboard = f"http://127.0.0.1:{dashboard_port}"
             environment |= {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": dashboard}
-            yield RayHead(process, environment, folder, address, dashboard)
+            yield RayHead(process, environment, folder, address, dashboard, serve_port)
         finally:
             everybody = [psutil.Process(process.pid)]
             everybody += everybody[0].children(recursive=True)

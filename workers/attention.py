@@ -45,6 +45,7 @@ class _Batch:
     step: StepBatch
     num_rows: int
     samples: tuple[SampleRow, ...]
+    logits_rows_W: np.ndarray
     hidden_TD: jax.Array
     layer: int
     gate_weights_TA: jax.Array | None = None
@@ -107,7 +108,10 @@ class AttentionShard:
             hidden_TD = jnp.asarray(_padded_rows(call.hidden_TD, len(step.token_ids_T)))
         if call.layer < self._decoder.config.num_layers:
             self._visible_NP = self._parts.mark_visible(self._visible_NP, step)
-        batch = _Batch(step, call.tokens.num_rows, call.tokens.samples, hidden_TD, call.layer)
+        tokens = call.tokens
+        batch = _Batch(
+            step, tokens.num_rows, tokens.samples, tokens.logits_rows_W, hidden_TD, call.layer
+        )
         return self._run(owner, call.batch_id, batch)
 
     def advance(self, owner: Owner, call: AdvanceBatch) -> Turn | Refusal:
@@ -149,8 +153,13 @@ class AttentionShard:
             return Departure(np.asarray(batch.hidden_TD)[: batch.num_rows])
         if not batch.samples:
             return Drawn(())
-        rows_W = batch.step.logits_rows_W
-        logits_WV = self._parts.unembed(self._ends, batch.hidden_TD, rows_W)
+        # Rows are picked on the host: programs then depend on how many they are, and not also on
+        # the size of the step, of which a replay brings pairs that nobody has seen before.
+        rows_W = batch.logits_rows_W
+        num_rows = bucket(len(rows_W), self._decoder.ops.min_rows)
+        hidden_WD = _padded_rows(np.asarray(batch.hidden_TD)[rows_W], num_rows)
+        all_W = np.arange(num_rows, dtype=np.int32)
+        logits_WV = self._parts.unembed(self._ends, hidden_WD, all_W)
         return Drawn(tuple(draw_tokens(logits_WV, batch.samples, self._decoder.ops)))
 
     def _pass_local_layers(self, batch: _Batch) -> None:
@@ -266,8 +275,6 @@ class AttentionShard:
         """Rows and tables in few different sizes, so that few programs are compiled."""
         min_rows, size = self._decoder.ops.min_rows, self.cache_size
         num_rows = bucket(tokens.num_rows, min_rows)
-        num_logits = len(tokens.logits_rows_W)
-        num_logits_rows = bucket(num_logits, min_rows) if num_logits else 0
         blocks = _blocks_per_sequence(self._decoder.config.sequence_len, size)
         tables_BM = np.zeros((size.max_slots, blocks), np.int32)
         tables = tokens.block_tables_BM
@@ -279,7 +286,8 @@ class AttentionShard:
             positions_T,
             _padded_rows(tokens.slots_T, num_rows),
             tables_BM,
-            _padded_rows(tokens.logits_rows_W, num_logits_rows),
+            # Attention does not ask who wants a token.
+            np.zeros(0, np.int32),
         )
         # Once for all layers: each of them would put the host's arrays on the device again.
         return StepBatch(*jax.device_put(arrays))

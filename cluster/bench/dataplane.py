@@ -9,16 +9,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 from cluster.bench.contestant import ContestantError
 from cluster.bench.rounds import rotated
+from cluster.bench.table import format_table
 
 CONTESTANTS = ("uds", "aio", "shm", "grpc")
 # Each of ours, what it is measured against, and how many times as long it may take.
 AIMS = {"shm": ("uds", 2.0), "grpc": ("aio", 1.15)}
 NUM_TOKENS = (1, 32, 256)
+_TITLES = {
+    "uds": "Unix socket, blocking: floor",
+    "shm": "shared memory link",
+    "aio": "grpc.aio stream, bare: floor",
+    "grpc": "gRPC link",
+}
 
 _PROGRAM = "cluster.bench.programs.run_hop"
 _NUM_WARM_UP_CALLS = 20
@@ -68,6 +76,11 @@ class HopFigures:
         wanted = (contestant, num_tokens)
         return next(hop for hop in self.hops if (hop.contestant, hop.num_tokens) == wanted)
 
+    def ratio(self, contestant: str, num_tokens: int) -> HopRatio:
+        """What one of ours takes at one size, in parts of its floor."""
+        wanted = (contestant, num_tokens)
+        return next(r for r in self.ratios if (r.contestant, r.num_tokens) == wanted)
+
 
 # Contestant, tokens, calls: the seconds of each call.
 Ask = Callable[[str, int, int], list[float]]
@@ -115,19 +128,32 @@ def take_turns(
 
 
 def format_hops(figures: HopFigures) -> str:
-    """A table, in microseconds: `median / least`, and what ours are of their floors."""
-    lines = ["tokens" + "".join(f"{name:>22}" for name in CONTESTANTS)]
-    for tokens in dict.fromkeys(hop.num_tokens for hop in figures.hops):
-        hops = [figures.find(name, tokens) for name in CONTESTANTS]
-        cells = [f"{hop.median_us:.0f} / {hop.least_us:.0f}" for hop in hops]
-        lines.append(f"{tokens:>6}" + "".join(f"{cell:>22}" for cell in cells))
-    for ratio in figures.ratios:
-        verdict = "reached" if ratio.is_reached else "missed"
-        lines.append(
-            f"{ratio.contestant} at {ratio.num_tokens}: {ratio.ratio:.2f} of {ratio.floor}, "
-            f"aim {ratio.aim:g}: {verdict}"
-        )
-    return "\n".join(lines)
+    """A Markdown table: microseconds there and back, and ours in parts of their floors."""
+    sizes = list(dict.fromkeys(hop.num_tokens for hop in figures.hops))
+    rows: list[list[str]] = []
+    for ours, (floor, aim) in AIMS.items():
+        for name in (floor, ours):
+            hops = [figures.find(name, size) for size in sizes]
+            cells = [f"{hop.median_us:.0f} ({hop.least_us:.0f})" for hop in hops]
+            rows.append([_TITLES[name], *cells])
+        ratios = [figures.ratio(ours, size) for size in sizes]
+        cells = [f"{r.ratio:.2f}{'' if r.is_reached else ' (missed)'}" for r in ratios]
+        rows.append([f"times its floor, aim {aim:g}", *cells])
+    return format_table(["µs, median (least)", *map(_size_title, sizes)], rows)
+
+
+def hops_to_json(figures: HopFigures) -> dict[str, Any]:
+    """Every sample, and what became of the aims."""
+    return {
+        "seconds": {
+            f"{hop.contestant} {hop.num_tokens}": list(hop.seconds) for hop in figures.hops
+        },
+        "ratios": [asdict(ratio) for ratio in figures.ratios],
+    }
+
+
+def _size_title(num_tokens: int) -> str:
+    return f"{num_tokens} token{'s' if num_tokens > 1 else ''}"
 
 
 def _ratio(ours: list[list[float]], floor: list[list[float]]) -> float:

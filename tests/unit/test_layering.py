@@ -76,6 +76,7 @@ GRPC_FILES: tuple[str, ...] = (
     "cluster.ingress.malformed",
     "cluster.ingress.router_source",
     "cluster.ingress.server",
+    "cluster.bench.programs.doors",
     "cluster.bench.programs.run_hop",
 )
 

@@ -106,7 +106,7 @@ class Bench:
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
     """Loads the model; its description names what the figures depend on."""
-    wanted = KernelChoice(activations=Activations(options.activations))
+    wanted = KernelChoice(activations=Activations(options.activations), num_threads=options.threads)
     model = load_local_model(options.model_dir, options.dtype, wanted)
     kernels = type(model.decoder.ops).__name__
     about = (
@@ -125,6 +125,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-batch", type=int, required=True)
     parser.add_argument("--batch-tokens", type=int, required=True, help="context of each sequence")
     parser.add_argument("--prompt-tokens", type=int, required=True, help="longest prompt")
+    parser.add_argument("--threads", type=int, help="that compute [as many as there are cores]")
     return parser.parse_args()
 
 

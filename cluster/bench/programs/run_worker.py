@@ -168,12 +168,11 @@ def run(options: argparse.Namespace) -> None:
         replies.write(json.dumps(values) + "\n")
         replies.flush()
 
+    index: int = options.index
     placement = placed(options.model_dir, options.workers)
-    process = WorkerProcess(
-        settings_of(options), worker_name(options.index), _INCARNATION, _HOST, _die
-    )
+    process = WorkerProcess(settings_of(options), worker_name(index), _INCARNATION, _HOST, _die)
     spawned = process.start()
-    process.load(ShardPlan.of(placement.workers[options.index]))
+    process.load(ShardPlan.of(placement.workers[index]))
     about = f"{options.dtype}, activations {options.activations}, jax {jax.__version__}"
     reply({"address": spawned.address, "about": about})
     for line in sys.stdin:

@@ -1,0 +1,117 @@
+"""The figures of `milliways bench cluster` and `bench serve`, from times that are known."""
+
+import argparse
+
+import pytest
+
+from cluster import cli
+from cluster.bench.arguments import counts_of, names_of
+from cluster.bench.distribution import format_aims, paired_ratio
+from cluster.bench.programs.run_cluster import decode_speed
+from cluster.bench.rounds import Results
+from cluster.bench.served import routers_of
+from cluster.bench.serving import Timeline, doors_to_json, format_doors, measure_doors
+from cluster.bench.workload import Kind, Workload
+from model.errors import InvalidRequestError
+
+DECODE_1, DECODE_8 = Workload(Kind.DECODE, 1), Workload(Kind.DECODE, 8)
+
+
+def cells(table: str) -> list[list[str]]:
+    rows = [line.split("|")[1:-1] for line in table.splitlines()]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    return cli.build_parser(chosen="bench").parse_args(["bench", *arguments])
+
+
+def test_parts_of_bench_have_options_of_their_own() -> None:
+    assert parsed("dataplane", "--tokens", "1").tokens == "1"
+    assert parsed("cluster").batch == "1,8,32"
+    assert parsed("serve", "--max-tokens", "9").max_tokens == 9
+    runs = {parsed(*part).run for part in ([], ["dataplane"], ["cluster"], ["serve"])}
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dataplane", "--tokens", "0"], "tokens = '0'"),
+        (["dataplane", "--tokens", ""], "tokens = ''"),
+        (["dataplane", "--tokens", "4096"], "tokens = '4096'"),
+        (["dataplane", "--rounds", "0"], "rounds = 0"),
+        (["cluster", "--batch", "65"], "batch = '65'"),
+        (["cluster", "--batch", ""], "batch = ''"),
+        (["cluster", "--workers", "1"], "workers = 1"),
+        (["cluster", "--rounds", "0"], "rounds = 0"),
+        (["serve", "--workers", "9"], "workers = 9"),
+        (["serve", "--max-tokens", "1"], "max-tokens = 1"),
+        (["serve", "--rounds", "0"], "rounds = 0"),
+    ],
+)
+def test_bad_request_gets_one_clear_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_lists_are_read_or_refused_by_name() -> None:
+    assert counts_of("n", "1,32") == (1, 32) and counts_of("n", "") == ()
+    assert names_of("n", "a,b", ("a", "b")) == ("a", "b")
+    with pytest.raises(InvalidRequestError, match="n = 'c'"):
+        names_of("n", "a,c", ("a", "b"))
+
+
+def test_ratio_of_a_cluster_is_taken_round_by_round() -> None:
+    results = Results()
+    for ours, alone in ((30, 40), (5, 10), (28, 35)):
+        results.add("cluster", DECODE_1, ours)
+        results.add("one process", DECODE_1, alone)
+    assert paired_ratio(results, "cluster", "one process", DECODE_1) == 0.75
+    assert paired_ratio(results, "cluster", "one process", DECODE_8) is None
+    table = format_aims(results, "cluster", "one process", [DECODE_1, DECODE_8])
+    assert cells(table)[2:] == [
+        ["cluster / one process", "0.75", "-"],
+        ["aim", "0.60", "0.75"],
+        ["reached", "yes", "-"],
+    ]
+
+
+def test_speed_of_a_cluster_is_that_of_its_routers_while_all_sequences_decode() -> None:
+    # Two sequences, a token each 0.1 s; one that starts later, a token each 0.2 s.
+    quick = [[i / 10 for i in range(12)], [i / 10 for i in range(12)]]
+    slow = [[0.25 + i / 5 for i in range(4)]]
+    num_tokens, seconds = decode_speed([quick, slow])
+    assert num_tokens / seconds == pytest.approx(20 + 5)
+
+
+def test_routers_that_never_decode_together_count_from_beginning_to_end() -> None:
+    num_tokens, seconds = decode_speed([[[0.0, 1.0]], [[5.0, 6.0]]])
+    assert (num_tokens, seconds) == (4, 6.0)
+
+
+def test_doors_take_turns_and_their_first_request_does_not_count() -> None:
+    asked: list[str] = []
+
+    def door(name: str, first_s: float) -> Timeline:
+        asked.append(name)
+        return Timeline(first_s if asked.count(name) > 1 else 9.0, first_s + 1.0, 101)
+
+    figures = measure_doors(
+        {"router": lambda: door("router", 0.002), "http": lambda: door("http", 0.012)}, 2
+    )
+    assert asked == ["router", "http", "http", "router", "router", "http"]
+    assert cells(format_doors(figures))[2:] == [
+        ["router's own stream: floor", "2.00 (2.00)", "", "10.00 (10.00)", ""],
+        ["HTTP, through Serve and the ingress", "12.00 (12.00)", "10.00", "10.00 (10.00)", "0.000"],
+    ]
+    assert doors_to_json(figures)["http"]["first_token_s"] == [0.012, 0.012]
+
+
+def test_routers_are_the_workers_that_take_requests() -> None:
+    workers = [{"router_address": "a:1"}, {"router_address": ""}, {}]
+    assert routers_of({"workers": workers}) == ("a:1",)
