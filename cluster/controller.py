@@ -364,7 +364,11 @@ class Controller:
             has_ends=record.shards.has_ends,
             experts=record.held | experts,
         )
-        await self._or_death(record, self._fleet.load(record.worker_id, more))
+        record.loading |= experts
+        try:
+            await self._or_death(record, self._fleet.load(record.worker_id, more))
+        finally:
+            record.loading -= experts
         if record.incarnation == life and record.state is not WorkerState.LOST:
             record.held |= experts
             self._touch()
@@ -456,7 +460,9 @@ class Controller:
         await self._everybody_knows()
         for record in trimmed:
             if record.state is WorkerState.READY:
-                told = self._fleet.unload(record.worker_id, record.held)
+                # What is being loaded meanwhile would else be dropped as soon as it is there.
+                kept = record.held | record.loading
+                told = self._fleet.unload(record.worker_id, kept)
                 await self._tell(record.worker_id, told)
 
     def _only_held_by(self, record: WorkerRecord) -> frozenset[ExpertId]:

@@ -81,6 +81,8 @@ class WorkerRecord:
     spawned: Spawned | None = None
     shards: ShardPlan | None = None
     held: frozenset[ExpertId] = frozenset()
+    # Asked for beyond that, and not there yet.
+    loading: frozenset[ExpertId] = frozenset()
     waits_for: str = "its turn"
     num_quick_deaths: int = 0
     ready_at_s: float | None = None

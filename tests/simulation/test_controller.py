@@ -15,3 +15,9 @@ MAX_FAULTS = 4
 @pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}-led")
 def test_no_fault_and_no_scaling_costs_a_token(seed: int) -> None:
     ControlledSimulation(random_controlled_scenario(seed, MAX_FAULTS)).run()
+
+
+@pytest.mark.parametrize(("seed", "num_faults"), [(428, 0), (148, 6)])
+def test_what_is_being_loaded_is_not_unloaded(seed: int, num_faults: int) -> None:
+    """Seeds in which a placement was trimmed while workers loaded for the next."""
+    ControlledSimulation(random_controlled_scenario(seed, num_faults)).run()
