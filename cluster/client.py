@@ -95,6 +95,9 @@ class GenerateClient:
                     return
                 raise UnavailableError("the stream ended before its usage")
             except (aio.AioRpcError, UnavailableError) as error:
+                if progress.has_usage:
+                    # All came; that the connection broke before the call's status is no loss.
+                    return
                 wait_s = max(backoff_s, _retry_after_s(error, progress))
                 if self._clock() + wait_s >= deadline_s:
                     raise
