@@ -304,7 +304,7 @@ class Controller:
         return ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
             members=members,
-            chains=chains_of(shards),
+            chains=chains_of(shards, self._model.num_layers),
         )
 
     async def _tell_everybody(self, view: ClusterView) -> None:

@@ -87,13 +87,19 @@ class ClusterView:
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 
 
-def chains_of(shards: Mapping[str, AttentionShard]) -> dict[str, tuple[str, ...]]:
+def chains_of(shards: Mapping[str, AttentionShard], num_layers: int) -> dict[str, tuple[str, ...]]:
     """The routers of a placement: one on each worker with all of attention, else one for the chain.
 
-    It sits with the output head, where tokens enter and leave. `shards` go by worker_id.
+    It sits with the output head, where tokens enter and leave. `shards` go by worker_id; as long as
+    they do not make all layers up, while a cluster starts, there is no router.
     """
-    with_layers = {name: shard for name, shard in shards.items() if shard.num_layers}
-    if len({shard.first_layer for shard in with_layers.values()}) <= 1:
-        return {name: (name,) for name in with_layers}
-    chain = tuple(sorted(with_layers, key=lambda name: with_layers[name].first_layer))
-    return {name: chain for name, shard in with_layers.items() if shard.has_ends}
+    whole = [name for name, shard in shards.items() if shard.num_layers == num_layers]
+    if whole:
+        return {name: (name,) for name in whole}
+    chain = sorted(
+        (name for name, shard in shards.items() if shard.num_layers),
+        key=lambda name: shards[name].first_layer,
+    )
+    if sum(shards[name].num_layers for name in chain) < num_layers:
+        return {}
+    return {name: tuple(chain) for name in chain if shards[name].has_ends}

@@ -120,6 +120,8 @@ class Router:
         self._tasks = tasks
         self._active: dict[str, _Active] = {}
         self._changed = Signal()
+        # Sequences stopped running, other than by a step.
+        self._dropped = Signal()
         self._num_batches = 0
         self._num_faults = 0
         self._is_draining = False
@@ -220,7 +222,16 @@ class Router:
         batches = split(
             scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
         )
-        drawn = await self._tasks.gather(self._compute(batch) for batch in batches)
+        computing = self._tasks.start(self._tasks.gather(self._compute(b) for b in batches))
+        try:
+            while not computing.is_done:
+                if not any(e.sequence.status is SequenceStatus.RUNNING for e in scheduled):
+                    # Nobody waits for it any more, and it may wait for experts that nobody has.
+                    return
+                await self._tasks.first_done((computing, self._dropped.wait()))
+        finally:
+            computing.cancel()
+        drawn = computing.result()
         self._num_faults = 0
         for batch, tokens in zip(batches, drawn, strict=True):
             self._deliver(batch, tokens)
@@ -301,6 +312,7 @@ class Router:
     def _replay(self) -> None:
         self.figures.num_replays += 1
         self.scheduler.start_over()
+        self._dropped.notify()
 
     def _fail_running(self, error: RefusedError) -> None:
         logger.error("steps fail again and again: %s", error)
@@ -333,6 +345,7 @@ class Router:
         for sequence in active.sequences:
             self.scheduler.finish(sequence, SequenceStatus.FAILED)
         active.sequences = []
+        self._dropped.notify()
 
 
 def pack(batch: Row[ScheduledSequence]) -> TokenRows:

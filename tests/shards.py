@@ -42,7 +42,9 @@ def view_of(placement: Placement, epoch: int = 1) -> ClusterView:
         for worker in placement.workers
     }
     shards = {worker.worker.worker_id: worker.attention for worker in placement.workers}
-    return ClusterView(placement_epoch=epoch, members=members, chains=chains_of(shards))
+    num_layers = max(shard.first_layer + shard.num_layers for shard in shards.values())
+    chains = chains_of(shards, num_layers)
+    return ClusterView(placement_epoch=epoch, members=members, chains=chains)
 
 
 def place(

@@ -33,8 +33,8 @@ from model.kv_cache import LayerCache, StepBatch, make_kv_cache
 from model.params import AttentionParams, EndParams, ExpertParams
 from model.runner import CacheSize, bucket, draw_tokens, jitted_parts
 from model.sampling_params import SampleRow
+from workers.tenancy import Owner, Tenancy
 
-Owner = tuple[str, int]
 MAX_BATCHES = 16
 
 
@@ -77,7 +77,7 @@ class AttentionShard:
         self._caches = dict(enumerate(cache.layers_L, first_layer))
         self._visible_NP = cache.visible_NP
         self._batches: dict[tuple[Owner, int], _Batch] = {}
-        self._owner: Owner = ("", 0)
+        self._tenancy = Tenancy()
         self._parts = jitted_parts(decoder)
         self._go_on = _combine_and_attend(decoder)
         self._pass = _pass_through(decoder)
@@ -220,12 +220,12 @@ class AttentionShard:
 
     def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
         """Why a batch is not taken in, if it is not."""
-        router_id, life = owner
-        if router_id == self._owner[0] and life < self._owner[1]:
-            return Refusal(RefusalReason.STALE_INCARNATION, f"router {router_id} has a later life")
-        if owner != self._owner:
-            self._owner = owner
+        before = self._tenancy.tenant
+        refusal = self._tenancy.enter(owner)
+        if self._tenancy.tenant != before:
             self._batches.clear()
+        if refusal is not None:
+            return refusal
         num_layers = self._decoder.config.num_layers
         is_end = call.layer == num_layers or (call.layer == 0 and call.hidden_TD is None)
         if not (call.layer in self._params or call.layer == num_layers):

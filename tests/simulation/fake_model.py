@@ -49,11 +49,11 @@ from model.runner import CacheSize
 from model.sampling_params import SampledToken, SamplingParams
 from router.request import GenerateRequest
 from router.sequence import FinishReason
+from workers.tenancy import Owner, Tenancy
 
 PRIME = 8191
 VOCAB_SIZE = 64
 WEIGHTS = (2, 1)
-Owner = tuple[str, int]
 
 
 def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -> ModelConfig:
@@ -234,7 +234,7 @@ class FakeAttention:
             for layer in layers
         }
         self._batches: dict[int, _Batch] = {}
-        self._owner: Owner = ("", 0)
+        self._tenancy = Tenancy()
 
     @property
     def num_batches(self) -> int:
@@ -251,7 +251,7 @@ class FakeAttention:
         if self.refusals:
             return Refusal(self.refusals.popleft(), "as the test has it")
         batch = self._batches.get(call.batch_id)
-        if owner != self._owner or batch is None or batch.layer != call.layer:
+        if owner != self._tenancy.tenant or batch is None or batch.layer != call.layer:
             return Refusal(RefusalReason.UNKNOWN_BATCH, f"{call.batch_id} at layer {call.layer}")
         del self._batches[call.batch_id]
         batch.hidden_TD = _combine(batch.hidden_TD, call.outputs_TAD)
@@ -259,21 +259,22 @@ class FakeAttention:
         return self._run(call.batch_id, batch)
 
     def abandon(self, owner: Owner, batch_id: int) -> None:
-        if owner == self._owner:
+        if owner == self._tenancy.tenant:
             self._batches.pop(batch_id, None)
 
     def release(self, router_id: str) -> None:
-        if router_id == self._owner[0]:
+        if router_id == self._tenancy.tenant[0]:
             self._batches.clear()
 
     def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
         if self.refusals:
             return Refusal(self.refusals.popleft(), "as the test has it")
-        if owner[0] == self._owner[0] and owner[1] < self._owner[1]:
-            return Refusal(RefusalReason.STALE_INCARNATION, f"{owner[0]} has a later life")
-        if owner != self._owner:
-            self._owner = owner
+        before = self._tenancy.tenant
+        refusal = self._tenancy.enter(owner)
+        if self._tenancy.tenant != before:
             self._batches.clear()
+        if refusal is not None:
+            return refusal
         is_end = call.layer == self._config.num_layers or call.layer == 0
         if (is_end and not self._has_ends) or (
             call.layer < self._config.num_layers and call.layer not in self._layers

@@ -1,5 +1,7 @@
 """How a router waits: for ever where it has to, no longer than that, and never in vain."""
 
+import dataclasses
+
 import pytest
 
 from cluster.errors import RefusalReason
@@ -127,6 +129,42 @@ def test_a_chain_that_changes_in_mid_step_is_taken_up_by_the_next(at_s: float) -
     cluster.world.call_at(at_s + 0.003, lambda: cluster.publish(whole))
     simulation.run()
     assert _num_replays(simulation) >= 2
+
+
+def test_a_step_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> None:
+    one_layer = fake_config(num_layers=1)
+    whole = scenario()
+    simulation = Simulation(
+        dataclasses.replace(
+            whole,
+            config=one_layer,
+            view=make_view(
+                one_layer, num_workers=2, replicas=1, cut=AttentionCut.REPLICATED, num_routers=1
+            ),
+            arrivals=(),
+        )
+    )
+    cluster = simulation.cluster
+    assert {e.expert for e in cluster.view.members["w0"].experts} == {0, 2}
+    simulation.supervisor.has_takeover = False
+    simulation.supervisor.restart_s = 600.0
+    simulation.supervisor.kill(worker(simulation, "w1"))
+    # Tokens 1 and 3 go to experts 0 and 1, and to 0 and 2.
+    for name, token in (("lost", 1), ("held", 3)):
+        request = GenerateRequest(prompt_ids=(token,), max_tokens=1, sampling=REQUEST.sampling)
+        heard = cluster.submit(
+            "w0", name, RoutedRequest(request_id=name, request=request, timeout_s=900.0)
+        )
+        if name == "lost":
+            cluster.run_until(lambda: cluster.clock.now_s() > 1.0)
+            cluster.routers["w0"].cancel(name)
+        else:
+            cluster.run_until(lambda heard=heard: heard.has_ended)
+    assert cluster.clock.now_s() < 10.0
+    cluster.settle()
+    simulation.supervisor.close()
+    cluster.settle()
+    cluster.close()
 
 
 def _num_replays(simulation: Simulation) -> int:

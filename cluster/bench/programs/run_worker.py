@@ -107,7 +107,9 @@ def view_of(placement: Placement, addresses: Sequence[str]) -> ClusterView:
         )
         for name, member in members.items()
     }
-    return ClusterView(placement_epoch=_EPOCH, members=members, chains=chains_of(shards))
+    num_layers = max(shard.first_layer + shard.num_layers for shard in shards.values())
+    chains = chains_of(shards, num_layers)
+    return ClusterView(placement_epoch=_EPOCH, members=members, chains=chains)
 
 
 def settings_of(options: argparse.Namespace) -> ClusterConfig:
