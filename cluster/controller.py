@@ -9,9 +9,8 @@ The life of a worker here, one task each (`_keep`):
    one. It is started again, after a pause that grows while it keeps dying.
 
 A view goes to routers first and raises the workers' fences after: no router is refused for acting
-on what it could not know yet. Nothing here is on the path of a token.
-
-No clock, no thread, no Ray: `Fleet` starts and talks to processes.
+on what it could not know yet. Nothing here is on the path of a token. No clock, no thread, no Ray:
+`Fleet` starts and talks to processes.
 """
 
 import logging
@@ -22,11 +21,12 @@ from typing import Any
 from cluster.errors import ClusterError, PlacementError, StartupError
 from cluster.fleet import Existing, Fleet, WorkerDiedError, WorkerRecord
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
-from cluster.restarts import MAX_QUICK_DEATHS, quick_deaths, restart_delay_s
+from cluster.restarts import loop_note, quick_deaths, restart_delay_s
 from cluster.targets import (
     ControllerSettings,
     attention_of,
     check_shrink,
+    experts_of,
     planned,
     planned_anew,
     shared_out,
@@ -131,7 +131,8 @@ class Controller:
     def drain(self, worker_id: str, *, restarts: bool = False) -> Task[None]:
         """Moves a worker's experts and requests away, then stops it, or starts it anew.
 
-        Fails with PlacementError where nobody can take them over.
+        Fails with PlacementError where nobody can. Layers of attention that nobody else has may go
+        for a restart: requests wait.
         """
         return self._change(self._drain(worker_id, restarts))
 
@@ -229,9 +230,7 @@ class Controller:
 
     async def _pause(self, record: WorkerRecord) -> None:
         delay_s = restart_delay_s(record, others_serve=self.is_complete)
-        is_loop = record.num_quick_deaths >= MAX_QUICK_DEATHS
-        loop = f", it died {record.num_quick_deaths} times in a row" if is_loop else ""
-        self._note(record, f"its restart in {delay_s:g} s{loop}")
+        self._note(record, f"its restart in {delay_s:g} s{loop_note(record)}")
         await self._tasks.sleep(delay_s)
 
     def _note(self, record: WorkerRecord, waits_for: str) -> None:
@@ -323,20 +322,15 @@ class Controller:
     # Lost experts
 
     def _lost_experts(self) -> set[ExpertId]:
-        wanted = {
-            ExpertId(layer, expert)
-            for layer in range(self._model.num_layers)
-            for expert in range(self._model.num_experts)
-        }
         held = [r.held for r in self.workers.values() if r.state is not WorkerState.LOST]
-        return wanted.difference(*held)
+        return experts_of(self._model).difference(*held)
 
     def _cover_losses(self) -> None:
         """Has survivors load what nobody holds any more; not what nobody has loaded yet.
 
         What does not fit into their memory waits for its holder to come back.
         """
-        survivors = [r for r in self.workers.values() if r.state is WorkerState.READY]
+        survivors = self._others_ready()
         lost = (self._lost_experts() & self._once_held) - self._covering
         shares = shared_out(self._model, self._settings, survivors, lost)
         for record in survivors:
@@ -419,14 +413,13 @@ class Controller:
 
     async def _become(self, record: WorkerRecord, target: ShardPlan) -> None:
         """Loads what a worker lacks; what it has too much it keeps until all are there."""
-        if record.state is WorkerState.READY:
-            missing = target.experts - record.held
-            if missing:
-                try:
-                    await self._load_more(record, missing)
-                except WorkerDiedError:
-                    # Its next life loads the new target as a whole.
-                    return
+        missing = target.experts - record.held
+        if record.state is WorkerState.READY and missing:
+            try:
+                await self._load_more(record, missing)
+            except WorkerDiedError:
+                # Its next life loads the new target as a whole.
+                return
 
     async def _retire(self, record: WorkerRecord) -> None:
         """Lets a worker go without an error."""
@@ -466,21 +459,28 @@ class Controller:
                 await self._tell(record.worker_id, told)
 
     def _only_held_by(self, record: WorkerRecord) -> frozenset[ExpertId]:
-        others = [r for r in self.workers.values() if r is not record]
-        return record.held.difference(*(r.held for r in others if r.state is WorkerState.READY))
+        return record.held.difference(*(r.held for r in self._others_ready(record)))
+
+    def _others_ready(self, record: WorkerRecord | None = None) -> list[WorkerRecord]:
+        ready = WorkerState.READY
+        return [r for r in self.workers.values() if r.state is ready and r is not record]
 
     async def _drain(self, worker_id: str, restarts: bool) -> None:
         record = self.workers.get(worker_id)
         if record is None or record.state is not WorkerState.READY:
             raise PlacementError(f"{worker_id} is no worker that is ready")
-        check_shrink(self._model, self.workers.values(), [record])
-        ready = [r for r in self.workers.values() if r.state is WorkerState.READY]
-        others = [r for r in ready if r is not record]
+        if not restarts:
+            check_shrink(self._model, self.workers.values(), [record])
+        others = self._others_ready(record)
         if not others:
             raise PlacementError(f"{worker_id} is the last worker that is ready")
         only_here = self._only_held_by(record)
-        if only_here:
-            await self._load_more(min(others, key=lambda r: len(r.held)), only_here)
+        shares = shared_out(self._model, self._settings, others, only_here)
+        if only_here.difference(*shares.values()):
+            raise PlacementError(f"no other worker has memory for the experts of {worker_id}")
+        await self._tasks.gather(
+            self._load_more(r, frozenset(share)) for r in others if (share := shares[r.worker_id])
+        )
         await self._hand_over(record)
         record.is_drained, record.is_leaving = True, not restarts
         await self._tell(worker_id, self._fleet.stop(worker_id))

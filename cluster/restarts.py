@@ -16,6 +16,13 @@ def quick_deaths(record: WorkerRecord, now_s: float) -> int:
     return 0 if was_stable else record.num_quick_deaths + 1
 
 
+def loop_note(record: WorkerRecord) -> str:
+    """What to add to the state of a worker that keeps dying; empty where it does not."""
+    if record.num_quick_deaths < MAX_QUICK_DEATHS:
+        return ""
+    return f", it died {record.num_quick_deaths} times in a row"
+
+
 def restart_delay_s(record: WorkerRecord, *, others_serve: bool) -> float:
     """How long to wait before its next life."""
     if record.num_quick_deaths > 2:

@@ -127,6 +127,15 @@ def _experts_that_fit(model: ModelBytes, settings: ControllerSettings, record: W
     return (record.spawned.memory_bytes - fixed) // model.expert_bytes
 
 
+def experts_of(model: ModelBytes) -> set[ExpertId]:
+    """All experts of a model."""
+    return {
+        ExpertId(layer, expert)
+        for layer in range(model.num_layers)
+        for expert in range(model.num_experts)
+    }
+
+
 def attention_of(shards: ShardPlan) -> AttentionShard:
     """The attention shard among a worker's shards."""
     return AttentionShard(

@@ -190,6 +190,20 @@ def test_drained_worker_hands_everything_over(replicas: int, restarts: bool) -> 
         assert [m.worker_id for m in bench.controller.view.routers()] == ["worker-0", "worker-2"]
 
 
+def test_worker_with_layers_that_nobody_else_has_restarts_but_does_not_leave() -> None:
+    bench = cut_by_layers().start().up()
+    leaving = bench.controller.drain("worker-1")
+    bench.run_until(lambda: leaving.is_done)
+    with pytest.raises(PlacementError, match="layers of attention"):
+        leaving.result()
+    task = bench.controller.drain("worker-1", restarts=True)
+    bench.run_until(lambda: task.is_done)
+    task.result()
+    bench.up()
+    assert bench.controller.workers["worker-1"].incarnation == 2
+    bench.check()
+
+
 def test_last_worker_is_not_drained() -> None:
     bench = Bench(1, replicas=1).start().up()
     for worker_id in ("worker-0", "worker-7"):
