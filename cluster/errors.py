@@ -8,7 +8,7 @@ ClusterError
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
 ├── UnavailableError       nothing can serve the request now; `retry_after_s`
 ├── DeadlineError          the request's deadline passed
-├── PoisonedRequestError   the request took workers down twice and is not tried again
+├── PoisonedRequestError   worker after worker died with the request; it is not tried again
 ├── ModelFaultError        the logits were not finite
 └── PeerError              what a router learns of a worker; it acts on the type, never on the text
     ├── PeerLostError          the stream broke, or the worker is gone
@@ -75,7 +75,7 @@ class DeadlineError(ClusterError):
 
 
 class PoisonedRequestError(ClusterError):
-    """Workers died computing it, twice; it is not passed on to kill the rest."""
+    """Worker after worker died computing it; it is not passed on to kill the rest."""
 
 
 class ModelFaultError(ClusterError):

@@ -8,23 +8,28 @@ For one layer of one micro-batch:
    because a worker died, refused or is slow is asked of another; what arrived is kept.
 4. An expert without a replica parks the layer until a view or a way brings one.
 
-No expert is left out and no sum is taken here: the attention shard combines.
+No expert is left out and no sum is taken here: the attention shard combines. Rows with which worker
+after worker dies are not passed on to the rest (see `suspects`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cluster.calls import ExpertInput, ExpertOutputs, Refusal, Result, RunExperts
-from cluster.errors import PeerError, RefusalReason, RefusedError
+from cluster.errors import PeerError, PeerLostError, RefusalReason, RefusedError
 from cluster.placement import ExpertId
 from cluster.tasks import Pending, Task, Tasks
 from router.link_table import LinkTable
+from router.suspects import WorkersDiedError
 
 BACK_OFF_S = 0.005
 HEDGE_LATENCIES = 4.0
 MAX_FAULTS = 3
+# So many workers that died with a layer's rows may be no chance. So long a view may take to tell.
+MAX_DEATHS = 2
+DEATH_TOLD_WITHIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,8 @@ class _Layer:
     outputs_ND: np.ndarray
     is_missing_N: np.ndarray
     num_faults: int = 0
+    # Lives of workers whose way broke while they had rows of it.
+    broken: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
 
     def missing(self, places: np.ndarray) -> np.ndarray:
         """Those of the places that have no output yet."""
@@ -93,6 +100,7 @@ class Dispatcher:
 
         Raises:
             RefusedError: workers fail to compute it, again and again.
+            WorkersDiedError: they die of it.
         """
         num_rows, num_selected = given.expert_ids_TA.shape
         width = given.rows_TD.shape[1]
@@ -164,6 +172,7 @@ class Dispatcher:
         if way.worker_id is None:
             await self._park()
             return frozenset()
+        life = self._links.life(way.worker_id)
         timeout_s = self._limits.timeout_s * self._links.slowness(way.worker_id)
         pending = self._links.ask(
             way.worker_id,
@@ -190,8 +199,26 @@ class Dispatcher:
             num_missing = layer.missing(way.places).size
             if num_missing:
                 self.num_resent += num_missing
+                if isinstance(error, PeerLostError) and life is not None:
+                    layer.broken.add(life)
+                    await self._judge(layer)
                 return await self._settle(layer, error, avoided)
         return avoided
+
+    async def _judge(self, layer: _Layer) -> None:
+        """Raises WorkersDiedError where several did, of those whose way broke.
+
+        A stream that broke may stand again soon; that a process is gone, a view tells.
+        """
+        until_s = self._tasks.clock.now_s() + DEATH_TOLD_WITHIN_S
+        while len(layer.broken) >= MAX_DEATHS:
+            dead = [life for life in layer.broken if self._links.has_ended(*life)]
+            if len(dead) >= MAX_DEATHS:
+                raise WorkersDiedError(sorted(worker_id for worker_id, _ in dead))
+            left_s = until_s - self._tasks.clock.now_s()
+            if left_s <= 0:
+                return
+            await self._tasks.wait_for(self._links.changed.wait(), left_s)
 
     async def _hedge(
         self,
@@ -211,6 +238,7 @@ class Dispatcher:
                 if all(task.is_done for task in asked.values()):
                     # What is missing although they are done, they failed to compute.
                     avoided |= asked.keys()
+                    _raise_if_workers_died(asked.values())
                     asked = self._ask_others(layer, left, avoided)
                 waits = [task for task in asked.values() if not task.is_done]
                 await self._tasks.first_done(
@@ -277,6 +305,12 @@ class Dispatcher:
             await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
         finally:
             self._num_parked_now -= 1
+
+
+def _raise_if_workers_died(tasks: Iterable[Task[None]]) -> None:
+    for task in tasks:
+        if isinstance(task.error, WorkersDiedError):
+            raise task.error
 
 
 def _call(layer: _Layer, places: np.ndarray) -> RunExperts:

@@ -109,6 +109,20 @@ class LinkTable:
         half_lives = (self._tasks.clock.now_s() - way.slow_since_s) / SLOWNESS_HALF_LIFE_S
         return max(1.0, way.slowness * 0.5**half_lives)
 
+    def life(self, worker_id: str) -> tuple[str, int] | None:
+        """Which life of a worker is asked by the way that is open; None where none is."""
+        way = self._ways.get(worker_id)
+        return (worker_id, way.member.incarnation) if way and way.link else None
+
+    def has_ended(self, worker_id: str, incarnation: int) -> bool:
+        """Whether the view says that this life of a worker is over."""
+        member = self.view.members.get(worker_id)
+        return (
+            member is None
+            or member.incarnation > incarnation
+            or (member.incarnation == incarnation and not member.can_compute)
+        )
+
     def latency_s(self, worker_id: str) -> float | None:
         """About the longest that a worker took to answer of late; None before it ever did."""
         way = self._ways.get(worker_id)

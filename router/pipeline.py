@@ -88,6 +88,7 @@ class Pipeline:
         Raises:
             ShardLostError: keys and values are lost.
             RefusedError: workers fail to compute it, again and again.
+            WorkersDiedError: they die of it.
         """
         # As it was: a new chain is taken up by the next step, since keys and values are lost.
         chain = self.chain

@@ -8,6 +8,8 @@ The life of a request here:
    one is in attention while another waits for experts.
 4. Drawn tokens become text and go to the request's listener; ends free the blocks.
 5. When an attention shard is lost, everything that ran is computed anew: same bits, same tokens.
+6. When workers die one after the other with the same tokens, those sequences are computed alone;
+   one that takes workers down alone is failed.
 
 No clock, no thread, no socket: `Tasks` runs it, in production and in simulation.
 """
@@ -25,6 +27,7 @@ from cluster.errors import (
     DeadlineError,
     ModelFaultError,
     OverloadedError,
+    PoisonedRequestError,
     RefusalReason,
     RefusedError,
     UnavailableError,
@@ -44,6 +47,7 @@ from router.micro_batches import split
 from router.pipeline import Pipeline, ShardLostError
 from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from router.sequence import FinishReason, Sequence, SequenceStatus, TokenEvent
+from router.suspects import Suspects, WorkersDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +128,7 @@ class Router:
         self._dropped = Signal()
         self._num_batches = 0
         self._num_faults = 0
+        self._suspects = Suspects()
         self._is_draining = False
 
     @property
@@ -209,13 +214,17 @@ class Router:
                     await self._recover(error)
                 except RefusedError as error:
                     self._fail_running(error)
+                except WorkersDiedError as error:
+                    logger.error("a step is given up: %s", error)
                 # Requests and cancellations that arrived meanwhile come before the next choice.
                 await self._tasks.sleep(0)
             await self._tasks.first_done((self._changed.wait(), self.links.changed.wait()))
 
     async def step(self) -> None:
         """One step: schedule, compute, deliver."""
-        scheduled = self.scheduler.schedule()
+        suspect = self._suspects.next()
+        alone = self.scheduler.schedule_alone(suspect) if suspect is not None else []
+        scheduled = alone or self.scheduler.schedule()
         if not scheduled:
             return
         self.figures.num_steps += 1
@@ -233,12 +242,25 @@ class Router:
             computing.cancel()
         drawn = computing.result()
         self._num_faults = 0
+        self._suspects.clear(entry.sequence for entry in scheduled if entry.wants_token)
         for batch, tokens in zip(batches, drawn, strict=True):
             self._deliver(batch, tokens)
 
     async def _compute(self, batch: Row[ScheduledSequence]) -> Row[SampledToken]:
         self._num_batches += 1
-        return await self._pipeline.run(self.figures.num_steps, self._num_batches, pack(batch))
+        step, batch_id = self.figures.num_steps, self._num_batches
+        try:
+            return await self._pipeline.run(step, batch_id, pack(batch))
+        except WorkersDiedError as error:
+            self._accuse(batch, error)
+            raise
+
+    def _accuse(self, batch: Row[ScheduledSequence], error: WorkersDiedError) -> None:
+        sequences = [e.sequence for e in batch if e.sequence.status is SequenceStatus.RUNNING]
+        guilty = self._suspects.accuse(sequences)
+        if guilty is not None:
+            message = f"it is given up, for workers die of it again and again: {error}"
+            self._fail(self._active_of(guilty), PoisonedRequestError(message))
 
     def _deliver(self, batch: Row[ScheduledSequence], drawn: Row[SampledToken]) -> None:
         tokens = iter(drawn)
@@ -342,6 +364,7 @@ class Router:
         del self._active[active.routed.request_id]
         if active.timer is not None:
             active.timer.cancel()
+        self._suspects.clear(active.sequences)
         for sequence in active.sequences:
             self.scheduler.finish(sequence, SequenceStatus.FAILED)
         active.sequences = []

@@ -103,6 +103,17 @@ class Scheduler:
         scheduled = [s for s in scheduled if s.sequence.status is SequenceStatus.RUNNING]
         return scheduled + self._admit(budget)
 
+    def schedule_alone(self, sequence: Sequence) -> list[ScheduledSequence]:
+        """The next step's work of one sequence, and of nobody else; empty where it has no room."""
+        if sequence.status is not SequenceStatus.RUNNING:
+            self._waiting.remove(sequence)
+            self._waiting.appendleft(sequence)
+            return self._admit(self.limits.max_step_tokens, max_admitted=1)
+        num_tokens = min(sequence.num_to_compute, self.limits.max_step_tokens)
+        if not self._make_room(sequence, num_tokens):
+            return []
+        return [ScheduledSequence(sequence, num_tokens)]
+
     def computed(self, scheduled: ScheduledSequence) -> None:
         """Notes that a step wrote these tokens' keys and values; offers full blocks for reuse."""
         sequence, block_size = scheduled.sequence, self.pool.block_size
@@ -126,9 +137,11 @@ class Scheduler:
             self._preempt(sequence)
         self.pool.forget()
 
-    def _admit(self, budget: int) -> list[ScheduledSequence]:
+    def _admit(self, budget: int, max_admitted: int | None = None) -> list[ScheduledSequence]:
         admitted: list[ScheduledSequence] = []
         while self._waiting and budget > 0 and len(self._running) < self.limits.max_running:
+            if len(admitted) == max_admitted:
+                break
             sequence = self._waiting[0]
             if self._awaits_sibling(sequence):
                 break

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from random import Random
 
+from cluster.calls import RunExperts
 from cluster.errors import DeadlineError, RefusalReason
 from cluster.placement import ShardPlan
 from cluster.view import Member, WorkerState
@@ -41,6 +42,8 @@ class Simulation:
         self.ingress = Ingress(self.cluster, random)
         self.supervisor = self._make_supervisor(random)
         self.log: list[str] = []
+        # Whether a process dies of computing something.
+        self.is_deadly: Callable[[RunExperts], bool] = lambda call: False
         # Of the run, without those of its end.
         self.num_messages = 0
 
@@ -202,11 +205,18 @@ class Simulation:
         attention.spend, attention.compute_s = process.spend, scenario.compute_s
         return attention
 
+    def _harm(self, process: Process, call: RunExperts) -> None:
+        if self.is_deadly(call):
+            # It never comes to answer.
+            process.spend(LIMIT_S)
+            self._at(self.cluster.clock.now_s(), lambda: self.supervisor.kill(process))
+
     def _make_core(self, member: Member, process: Process) -> WorkerCore:
         scenario = self.scenario
         experts = FakeExperts(scenario.config, member.experts)
         attention = self._make_attention(member, process, experts)
         experts.spend, experts.compute_s = process.spend, scenario.compute_s
+        experts.harm = lambda call: self._harm(process, call)
         self.shards[process] = (experts, attention)
         core = WorkerCore(
             member.worker_id,

@@ -173,6 +173,10 @@ def _no_time(seconds: float) -> None:
     pass
 
 
+def _no_harm(call: RunExperts) -> None:
+    pass
+
+
 class FakeExperts:
     """Experts that multiply. `refusals` are given out before anything is computed again."""
 
@@ -181,6 +185,8 @@ class FakeExperts:
         self.refusals: deque[RefusalReason] = deque()
         self.compute_s = 0.0
         self.spend: Callable[[float], None] = _no_time
+        # Told of each call before it is computed.
+        self.harm: Callable[[RunExperts], None] = _no_harm
         self._config = config
 
     def has_whole_layer(self, layer: int) -> bool:
@@ -196,6 +202,7 @@ class FakeExperts:
 
     def run(self, call: RunExperts) -> np.ndarray:
         self.spend(self.compute_s)
+        self.harm(call)
         rows, columns = np.nonzero(call.expert_ids_TA >= 0)
         ids_N = call.expert_ids_TA[rows, columns]
         if not all(ExpertId(call.layer, int(e)) in self.held for e in ids_N):

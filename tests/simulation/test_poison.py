@@ -1,0 +1,104 @@
+"""A request that workers die of is failed; it takes few of them with it, and no other request."""
+
+import numpy as np
+import pytest
+
+from cluster.calls import RunExperts
+from cluster.errors import PoisonedRequestError
+from cluster.placement import AttentionCut
+from model.runner import CacheSize
+from model.sampling_params import SamplingParams
+from router.admission import RoutedRequest
+from router.dispatch import DispatchLimits
+from router.request import GenerateRequest
+from tests.memory_cluster import ClusterSettings, Heard
+from tests.simulation.cluster import Simulation
+from tests.simulation.fake_model import expected_streams, fake_config
+from tests.simulation.scenario import Scenario, make_view
+
+CONFIG = fake_config(num_layers=3)
+POISON = 13
+# Its row before the experts of layer 0, at position 0: twice what it is embedded as.
+POISON_ROW = (2 * (7 * POISON + 1), 2 * (POISON + 2))
+
+
+def is_deadly(call: RunExperts) -> bool:
+    return call.layer == 0 and bool(np.all(call.rows_TD == POISON_ROW, axis=1).any())
+
+
+def run(requests: list[GenerateRequest], replicas: int) -> tuple[Simulation, list[Heard]]:
+    """All of them at one router, which is a process of its own."""
+    view = make_view(
+        CONFIG, num_workers=8, replicas=replicas, cut=AttentionCut.REPLICATED, num_routers=1
+    )
+    simulation = Simulation(
+        Scenario(
+            seed=1,
+            config=CONFIG,
+            view=view,
+            settings=ClusterSettings(
+                cache_size=CacheSize(num_blocks=64, block_size=2, max_slots=8),
+                dispatch=DispatchLimits(hedge_after_s=0.5, timeout_s=5.0),
+                has_direct_links=False,
+            ),
+        )
+    )
+    simulation.is_deadly = is_deadly
+    heard = [
+        simulation.cluster.submit(
+            "w0", f"r{i}", RoutedRequest(request_id=f"r{i}", request=request, timeout_s=900.0)
+        )
+        for i, request in enumerate(requests)
+    ]
+    simulation.cluster.run_until(lambda: all(one.has_ended for one in heard), 900.0)
+    return simulation, heard
+
+
+def request(*prompt_ids: int) -> GenerateRequest:
+    return GenerateRequest(
+        prompt_ids=prompt_ids, max_tokens=8, sampling=SamplingParams(temperature=0.0)
+    )
+
+
+def finish(simulation: Simulation) -> None:
+    simulation.cluster.settle()
+    simulation.supervisor.close()
+    simulation.cluster.settle()
+    simulation.cluster.close()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("num_others", [0, 1, 5])
+def test_the_guilty_request_alone_is_failed(num_others: int, replicas: int) -> None:
+    others = [request(20 + i, 3, 7 + i) for i in range(num_others)]
+    simulation, heard = run([*others, request(POISON, 5)], replicas)
+    assert isinstance(heard[-1].error, PoisonedRequestError)
+    for one, its_request in zip(heard[:-1], others, strict=True):
+        assert one.error is None
+        (expected,) = expected_streams(its_request, CONFIG)
+        assert [e.token_id for e in one.events] == [t.token_id for t in expected.tokens]
+    # Two when it was in company, two when it was alone; a layer goes to several at a time.
+    assert simulation.supervisor.num_deaths <= 6
+    finish(simulation)
+
+
+def test_workers_that_die_with_the_same_rows_by_chance_fail_nothing() -> None:
+    simulation, _ = run([], 3)
+    num_left = 3
+
+    def is_bad_luck(call: RunExperts) -> bool:
+        nonlocal num_left
+        is_hit = is_deadly(call) and num_left > 0
+        num_left -= is_hit
+        return is_hit
+
+    simulation.is_deadly = is_bad_luck
+    unlucky = request(POISON, 5)
+    routed = RoutedRequest(request_id="r", request=unlucky, timeout_s=900.0)
+    heard = simulation.cluster.submit("w0", "r", routed)
+    simulation.cluster.run_until(lambda: heard.has_ended, 900.0)
+    assert num_left == 0
+    assert heard.error is None
+    (expected,) = expected_streams(unlucky, CONFIG)
+    assert [e.token_id for e in heard.events] == [t.token_id for t in expected.tokens]
+    finish(simulation)
