@@ -6,7 +6,7 @@ RESTART_AFTER_S = 1.0
 BACKOFF_S = 2.0
 BACKOFF_S_MAX = 30.0
 # Who lives that long has come up well, and starts from the shortest pause again.
-STABLE_AFTER_S = 60.0
+STABLE_AFTER_S = 10.0
 MAX_QUICK_DEATHS = 8
 
 

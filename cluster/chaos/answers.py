@@ -1,7 +1,7 @@
 """What a client heard of a request, and whether it is what it heard before. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -83,6 +83,16 @@ class Heard:
     ended_s: float
     answer: Answer
     error: str = ""
+    # Where the answer is not what it was undisturbed; None as long as nobody has looked.
+    difference: str | None = None
+
+    def judged(self, wanted: Mapping[int, Answer]) -> "Heard":
+        """As it was compared with what was wanted of each request; the tokens are let go of."""
+        if self.difference is not None:
+            return self
+        is_comparable = not self.error and self.ask_index in wanted
+        found = difference(wanted[self.ask_index], self.answer) if is_comparable else ""
+        return replace(self, answer=Answer([], self.answer.token_times_s), difference=found)
 
     @property
     def first_token_s(self) -> float | None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.chaos.answers import Answer, Heard, difference
+from cluster.chaos.answers import Heard
 from cluster.chaos.asks import Ask
 from cluster.chaos.faults import Fault
 
@@ -61,6 +62,14 @@ class Report:
         """Of the streams that ran while a fault was being done."""
         return self.rows[-1].stalls_s
 
+    def as_record(self) -> dict[str, Any]:
+        """For a file: of each row the counts, and the stalls in milliseconds."""
+        return {
+            "holds": self.holds,
+            "complaints": list(self.complaints),
+            "rows": [_record(row) for row in self.rows],
+        }
+
 
 def make_report(
     asks: Sequence[Ask],
@@ -70,17 +79,17 @@ def make_report(
 ) -> Report:
     """Compares every answer with that of the undisturbed run."""
     wanted = {heard.ask_index: heard.answer for heard in undisturbed}
-    wrong = {id(heard): _difference(wanted, heard) for heard in disturbed}
-    rows = [_row("none (undisturbed)", undisturbed, {}, ())]
+    disturbed = [heard.judged(wanted) for heard in disturbed]
+    rows = [_row("none (undisturbed)", undisturbed, ())]
     for fault in Fault:
         its = [one for one in struck if one.fault is fault]
         if its:
-            rows.append(_row(fault.value, _running(disturbed, its), wrong, its))
-    rows.append(_row("all", disturbed, wrong, struck))
+            rows.append(_row(fault.value, _running(disturbed, its), its))
+    rows.append(_row("all", disturbed, struck))
     complaints = [
-        f"{asks[heard.ask_index]}: {heard.error or wrong.get(id(heard), '')}"
+        f"{asks[heard.ask_index]}: {heard.error or heard.difference}"
         for heard in [*undisturbed, *disturbed]
-        if heard.error or wrong.get(id(heard))
+        if heard.error or heard.difference
     ]
     complaints += [
         f"{one.fault.value} of {one.victim}: not fully replicated again"
@@ -90,19 +99,13 @@ def make_report(
     return Report(tuple(rows), tuple(complaints))
 
 
-def _difference(wanted: dict[int, Answer], heard: Heard) -> str:
-    if heard.error or heard.ask_index not in wanted:
-        return ""
-    return difference(wanted[heard.ask_index], heard.answer)
-
-
 def _running(heard: Sequence[Heard], struck: Sequence[Struck]) -> list[Heard]:
     """What ran between a fault's beginning and full replication."""
     spans = [(s.began_s, s.ended_s if s.whole_s is None else s.whole_s) for s in struck]
     return [one for one in heard if any(one.was_running(*span) for span in spans)]
 
 
-def _row(name: str, heard: Sequence[Heard], wrong: dict[int, str], struck: Sequence[Struck]) -> Row:
+def _row(name: str, heard: Sequence[Heard], struck: Sequence[Struck]) -> Row:
     hit = [one for one in heard if any(one.was_running(s.began_s, s.ended_s) for s in struck)]
     stalls_s = (
         [max(one.stall_s(s.began_s, s.ended_s + SHOWS_WITHIN_S) for s in struck) for one in hit]
@@ -116,12 +119,28 @@ def _row(name: str, heard: Sequence[Heard], wrong: dict[int, str], struck: Seque
         count=len(struck),
         num_requests=len(heard),
         num_failed=sum(bool(one.error) for one in heard),
-        num_differing=sum(bool(wrong.get(id(one))) for one in heard),
+        num_differing=sum(bool(one.difference) for one in heard),
         stalls_s=tuple(stalls_s),
         first_tokens_s=tuple(s for s in first_tokens_s if s is not None),
         recoveries_s=tuple(r for r in recoveries if r is not None),
         num_not_recovered=sum(r is None for r in recoveries),
     )
+
+
+def _record(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "count": row.count,
+        "requests": row.num_requests,
+        "failed": row.num_failed,
+        "differing": row.num_differing,
+        "hit": len(row.stalls_s),
+        "stall_ms": {
+            f"p{round(100 * share)}": round(1000 * percentile(row.stalls_s, share), 1)
+            for share in (0.5, 0.9, 0.99, 1.0)
+        },
+        "recovery_s_max": round(max(row.recoveries_s, default=0.0), 1),
+    }
 
 
 def format_report(report: Report) -> str:

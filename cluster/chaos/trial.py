@@ -2,13 +2,14 @@
 
 1. Every request once, with nobody disturbing: these are the answers to hold the cluster to.
 2. Clients ask the same over and over. After a pause one fault is done, and when the cluster is as
-   replicated as before, the next, until every kind had its turn and the time is over.
+   replicated as before, the next, until every kind had its turn and the time is over. Or one is
+   done every so many seconds, whatever became of the last.
 3. What was begun is answered to its end, and compared.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.chaos.asks import Ask
 from cluster.chaos.faults import DEADLY, Fault, Strike, strikes
@@ -16,10 +17,11 @@ from cluster.chaos.injectors import Hands, inject
 from cluster.chaos.load import Load
 from cluster.chaos.report import Report, Struck, make_report
 from cluster.chaos.victims import Place, Wholeness
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, StartupError
 
 WHOLE_TIMEOUT_S = 240.0
 POLL_S = 0.1
+NOTICED_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class Plan:
     faults: tuple[Fault, ...]
     seed: int
     duration_s: float
+    # How long from one fault to the next; None: until all is as replicated as before.
+    every_s: float | None = None
 
 
 class Trial:
@@ -49,10 +53,13 @@ class Trial:
         self._say(f"{len(self._asks)} requests, undisturbed …")
         undisturbed = self._load.run_once()
         self._say("the same under faults …")
-        self._load.start()
+        self._load.start({heard.ask_index: heard.answer for heard in undisturbed})
         problem = ""
         try:
-            self._strike_all(plan, whole)
+            if plan.every_s is None:
+                self._strike_all(plan, whole)
+            else:
+                self._strike_steadily(plan, plan.every_s, whole)
         except ClusterError as error:
             problem = f"faults could not be done: {error}"
         finally:
@@ -75,6 +82,52 @@ class Trial:
             self._say(_sentence(struck))
             if struck.whole_s is None:
                 return
+
+    def _strike_steadily(self, plan: Plan, every_s: float, whole: Wholeness) -> None:
+        """A fault whenever it is time. All those before are made good when all is whole again."""
+        began_s = time.monotonic()
+        open_since = 0
+        for number, strike in enumerate(strikes(plan.faults, plan.seed)):
+            due_s = began_s + (number + 1) * every_s
+            is_last = due_s > began_s + plan.duration_s
+            until_s = time.monotonic() + WHOLE_TIMEOUT_S if is_last else due_s
+            whole_s = self._watch(whole, until_s, is_last=is_last)
+            if whole_s is not None:
+                self._made_good(open_since, whole_s)
+                open_since = len(self._struck)
+            if is_last:
+                return
+            try:
+                done = inject(strike, self._hands)
+            except StartupError as error:
+                # Nobody is ready whom it could hit, so soon after the last.
+                self._say(str(error))
+                continue
+            self._struck.append(
+                Struck(
+                    fault=strike.fault,
+                    victim=done.victim,
+                    began_s=done.began_s,
+                    ended_s=done.ended_s,
+                    whole_s=None,
+                )
+            )
+
+    def _made_good(self, first: int, whole_s: float) -> None:
+        self._struck[first:] = [replace(one, whole_s=whole_s) for one in self._struck[first:]]
+        if first < len(self._struck):
+            self._say(f"{len(self._struck)} faults, fully replicated again")
+
+    def _watch(self, whole: Wholeness, until_s: float, *, is_last: bool) -> float | None:
+        """When all was replicated for the first time; takes all of the time but for the last."""
+        whole_s: float | None = None
+        # What was just done is not noticed at once.
+        time.sleep(NOTICED_AFTER_S)
+        while time.monotonic() < until_s and not (is_last and whole_s is not None):
+            if whole_s is None and whole.is_in(self._hands.view()):
+                whole_s = time.monotonic()
+            time.sleep(POLL_S)
+        return whole_s
 
     def _strike(self, strike: Strike, whole: Wholeness) -> Struck:
         epoch, controller = self._hands.view().placement_epoch, self._hands.controller()

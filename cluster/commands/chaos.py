@@ -4,6 +4,7 @@
 # pyright: basic
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Generator
@@ -17,6 +18,7 @@ from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
 from cluster.chaos.local_cluster import local_cluster
 from cluster.chaos.report import Report, format_report
 from cluster.chaos.trial import Plan, Trial
+from cluster.chaos.vitals import Sample, Vitals, as_records, format_growth
 from cluster.commands.serve import say
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ConfigError
@@ -51,6 +53,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of faults, and at least until each had its turn [%(default)s]",
     )
+    option(
+        "--every",
+        type=float,
+        metavar="S",
+        help="from one fault to the next, whatever became of it [until all is replicated again]",
+    )
+    option("--record", type=Path, metavar="FILE.json", help="write what it found, and the vitals")
     option("--histogram", type=Path, metavar="FILE.svg", help="write a picture of the stalls")
     option("--address", metavar="RAY", help="a running cluster to break [starts one of its own]")
     option("--http", metavar="URL", help="its HTTP endpoint [as it was configured]")
@@ -70,9 +79,19 @@ def run(options: argparse.Namespace) -> None:
     faults = parse_faults(options.faults)
     _check(options)
     be_quiet()
-    with _joined(options, faults) as endpoint:
+    samples: list[Sample] = []
+    with _joined(options, faults) as (endpoint, pid):
+        vitals = Vitals(pid) if pid is not None else None
+        if vitals is not None:
+            vitals.start()
         report = _run(options, faults, endpoint)
+        if vitals is not None:
+            samples = vitals.stop()
     print(format_report(report))
+    print(format_growth(samples), flush=True)
+    if options.record is not None:
+        record = {"report": report.as_record(), "vitals": as_records(samples)}
+        options.record.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     if options.histogram is not None:
         title = f"{sum(row.count for row in report.rows[1:-1])} faults under load"
         picture = draw_histogram(title, report.rows[0].stalls_s, report.stalls_s)
@@ -87,19 +106,22 @@ def _check(options: argparse.Namespace) -> None:
         ("--clients", options.clients, MAX_CLIENTS),
         ("--tokens", options.tokens, 1 << 20),
         ("--duration", options.duration, 1e6),
+        ("--every", 1.0 if options.every is None else options.every, 1e6),
     ):
         if not 1 <= value <= most:
             raise ConfigError(name, value, f"between 1 and {most:g}")
 
 
 @contextmanager
-def _joined(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator[Endpoint]:
-    """This process in the cluster's Ray; the cluster is ours, or was there before."""
+def _joined(
+    options: argparse.Namespace, faults: tuple[Fault, ...]
+) -> Generator[tuple[Endpoint, int | None]]:
+    """This process in the cluster's Ray; the cluster is ours, and has a process, or was there."""
     if options.address:
         _show_token(options.address)
         with _ray(options.address):
             _confirm(options, faults)
-            yield _endpoint(options)
+            yield _endpoint(options), None
         return
     arguments: list[str] = []
     for name in ("workers", "expert_replicas", "attention", "transport", "config"):
@@ -110,7 +132,7 @@ def _joined(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator
     with local_cluster(arguments) as running:
         enter(running)
         with _ray(running.address):
-            yield _endpoint_of(running)
+            yield _endpoint_of(running), running.pid
 
 
 def _show_token(address: str) -> None:
@@ -172,7 +194,9 @@ def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpo
     from cluster.chaos.ray_hands import RayHands
 
     asks = draw_asks(options.requests, options.tokens, options.seed)
-    plan = Plan(faults=faults, seed=options.seed, duration_s=options.duration)
+    plan = Plan(
+        faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
+    )
     with open_channel(endpoint) as channel:
         load = Load(asks, make_clients(endpoint, channel), options.clients)
         return Trial(asks, load, RayHands(), say).run(plan)

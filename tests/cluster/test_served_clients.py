@@ -151,8 +151,10 @@ def test_http_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> 
         httpx.Client(base_url=cluster.url, timeout=60) as client,
         client.stream("POST", COMPLETIONS, json=GOOD | LONG | {"stream": True}) as answer,
     ):
-        next(answer.iter_lines())
-        wait_until(lambda: blocks_used(cluster) > 0, "its blocks are taken")
+        first = next(answer.iter_lines())
+        assert answer.status_code == 200, first
+        assert "error" not in first
+        wait_until(lambda: blocks_used(cluster) > 0, f"its blocks are taken, after {first}")
     wait_until(lambda: blocks_used(cluster) == 0, "its blocks are free")
 
 

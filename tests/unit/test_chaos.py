@@ -1,7 +1,11 @@
 """The pure part of `milliways chaos`: what it asks, whom it hits, what it finds, what it draws."""
 
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -14,6 +18,7 @@ from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults
 from cluster.chaos.histogram import BOUNDS_S, counts, draw_histogram
 from cluster.chaos.report import Struck, format_report, make_report, percentile
 from cluster.chaos.victims import Place, Wholeness, WorkerFacts, choose
+from cluster.chaos.vitals import Sample, format_growth, growth, take_sample
 from cluster.errors import ConfigError
 from cluster.placement import ExpertId
 from cluster.view import ClusterView, Member, WorkerState
@@ -234,6 +239,54 @@ def test_cluster_that_stays_broken_is_a_broken_promise() -> None:
     struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=None)]
     run = [heard(0, 0.0, answer(1, 2))]
     assert not make_report(ASKS, run, run, struck).holds
+
+
+def test_what_was_compared_as_it_came_counts_the_same_without_its_tokens() -> None:
+    wanted = {0: answer(1, 2), 1: answer(3)}
+    same, other = (
+        heard(0, 9.0, answer(1, 2)).judged(wanted),
+        heard(1, 9.0, answer(4)).judged(wanted),
+    )
+    assert same.difference == "" and "token_ids[0]" in (other.difference or "")
+    assert same.answer.choices == [] and same.judged({}) is same
+    failed = heard(1, 9.0, answer(4), error="UNAVAILABLE").judged(wanted)
+    assert failed.difference == "" and failed.error
+    undisturbed = [heard(0, 0.0, answer(1, 2)), heard(1, 0.0, answer(3))]
+    total = make_report(ASKS, undisturbed, [same, other, failed], []).rows[-1]
+    assert (total.num_requests, total.num_failed, total.num_differing) == (3, 1, 1)
+
+
+def sample(at_s: float, memory_bytes: int, num_descriptors: int) -> Sample:
+    return Sample(
+        at_s=at_s,
+        num_processes=9,
+        memory_bytes=memory_bytes,
+        num_descriptors=num_descriptors,
+        num_shared_files=3,
+    )
+
+
+def test_growth_is_told_from_the_first_samples_to_the_last() -> None:
+    samples = [sample(10.0 * i, 10**6 * (100 + i), 50) for i in range(10)]
+    assert growth(samples)["memory, MB"] == (100.5, 108.5)
+    assert growth(samples)["descriptors"] == (50, 50)
+    assert "descriptors 50 → 50" in format_growth(samples)
+    assert format_growth(samples[:4]) == ""
+
+
+def test_sample_is_of_a_process_and_its_children() -> None:
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
+        wait_until(lambda: (s := take_sample(process.pid, 0.0)) is not None and s.num_processes > 1)
+        process.communicate(b"\n", timeout=30)
+    assert take_sample(process.pid, 0.0) is None
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 30.0
+    while not holds():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

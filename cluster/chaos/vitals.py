@@ -1,0 +1,112 @@
+"""What a cluster takes of its machine while it is broken over and over: memory, descriptors.
+
+A process that leaks shows only after many faults; those that die take their leaks with them, so
+what is looked at is the sum over all processes of the cluster.
+"""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+# The share of all samples that stands for the beginning, and for the end.
+_ENDS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """All processes of a cluster at one moment; memory is what each has for itself."""
+
+    at_s: float
+    num_processes: int
+    memory_bytes: int
+    num_descriptors: int
+    num_shared_files: int
+
+
+class Vitals:
+    """Takes a sample now and then, in a thread of its own."""
+
+    def __init__(self, root_pid: int, every_s: float = 10.0) -> None:
+        self.samples: list[Sample] = []
+        self._root_pid = root_pid
+        self._every_s = every_s
+        self._began_s = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="vitals", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> list[Sample]:
+        """All samples."""
+        self._stopped.set()
+        self._thread.join()
+        return self.samples
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            sample = take_sample(self._root_pid, time.monotonic() - self._began_s)
+            if sample is not None:
+                self.samples.append(sample)
+
+
+def take_sample(root_pid: int, at_s: float) -> Sample | None:
+    """Of a process and all that came of it; None where it is gone."""
+    try:
+        root = psutil.Process(root_pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return None
+    memory, descriptors, count = 0, 0, 0
+    for process in processes:
+        try:
+            memory += process.memory_full_info().uss
+            descriptors += process.num_fds()
+            count += 1
+        except psutil.Error:
+            # It died since it was listed.
+            continue
+    return Sample(
+        at_s=round(at_s, 1),
+        num_processes=count,
+        memory_bytes=memory,
+        num_descriptors=descriptors,
+        num_shared_files=sum(1 for _ in SHARED_MEMORY.iterdir()),
+    )
+
+
+def growth(samples: Sequence[Sample]) -> Mapping[str, tuple[float, float]]:
+    """Of each figure the median at the beginning and at the end; empty with too few samples."""
+    num = int(_ENDS * len(samples))
+    if num == 0:
+        return {}
+
+    def ends(of: Callable[[Sample], float]) -> tuple[float, float]:
+        first, last = samples[:num], samples[-num:]
+        return statistics.median(map(of, first)), statistics.median(map(of, last))
+
+    return {
+        "processes": ends(lambda s: s.num_processes),
+        "memory, MB": ends(lambda s: s.memory_bytes / 1e6),
+        "descriptors": ends(lambda s: s.num_descriptors),
+        "files in shared memory": ends(lambda s: s.num_shared_files),
+    }
+
+
+def format_growth(samples: Sequence[Sample]) -> str:
+    """A line for a terminal; empty with too few samples."""
+    told = [f"{name} {was:.0f} → {now:.0f}" for name, (was, now) in growth(samples).items()]
+    if not told:
+        return ""
+    return f"first fifth → last fifth of {len(samples)} samples: {'; '.join(told)}"
+
+
+def as_records(samples: Sequence[Sample]) -> list[dict[str, float]]:
+    """For a file."""
+    return [asdict(sample) for sample in samples]
