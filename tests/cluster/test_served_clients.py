@@ -151,7 +151,9 @@ def test_http_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> 
         httpx.Client(base_url=cluster.url, timeout=60) as client,
         client.stream("POST", COMPLETIONS, json=GOOD | LONG | {"stream": True}) as answer,
     ):
-        first = next(answer.iter_lines())
+        # Held: an iterator that nobody holds closes the connection when it is collected.
+        lines = answer.iter_lines()
+        first = next(lines)
         assert answer.status_code == 200, first
         assert "error" not in first
         wait_until(lambda: blocks_used(cluster) > 0, f"its blocks are taken, after {first}")
