@@ -65,6 +65,9 @@ class IncrementalDetokenizer:
             try:
                 # final=False: a valid but unfinished beginning decodes to nothing.
                 complete, num_used = codecs.utf_8_decode(rest, "strict", False)
+                if not num_used and _begins_surrogate(rest):
+                    # Python would wait for its third byte, and refuse it then.
+                    complete, num_used = "\ufffd", 1
             except UnicodeDecodeError:
                 # Byte by byte, as SentencePiece does; Python's "replace" would merge several.
                 complete, num_used = "\ufffd", 1
@@ -72,3 +75,8 @@ class IncrementalDetokenizer:
             rest = rest[num_used:]
         self._unfinished = rest
         return text
+
+
+def _begins_surrogate(content: bytes) -> bool:
+    """Whether no valid character begins like this, whatever follows: half of a UTF-16 pair."""
+    return content[0] == 0xED and content[1:2] >= b"\xa0"

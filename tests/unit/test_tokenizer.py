@@ -307,6 +307,15 @@ UNFINISHED = {
 }
 
 
+def test_prompt_that_ends_in_half_a_surrogate_owns_it(
+    tokenizer: Tokenizer, processor: SentencePieceProcessor
+):
+    prompt_ids = byte_ids(tokenizer, b"\xed\xa0")
+    assert processor.decode(prompt_ids) == "\ufffd\ufffd"
+    assert join_pieces(tokenizer, prompt_ids, []) == ""
+    assert join_pieces(tokenizer, prompt_ids, byte_ids(tokenizer, b"\x80")) == "\ufffd"
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_pieces_join_to_the_whole_text(
