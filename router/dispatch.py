@@ -56,6 +56,12 @@ class _Layer:
     num_faults: int = 0
     # Lives of workers whose way broke while they had rows of it.
     broken: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
+    caution_s: float | None = None
+
+    @property
+    def max_deaths(self) -> int:
+        """How many workers it may cost before it is no longer passed on."""
+        return MAX_DEATHS if self.caution_s is None else 1
 
     def missing(self, places: np.ndarray) -> np.ndarray:
         """Those of the places that have no output yet."""
@@ -95,8 +101,13 @@ class Dispatcher:
             "parked": self.num_parked,
         }
 
-    async def run_experts(self, step: int, given: ExpertInput) -> np.ndarray:
+    async def run_experts(
+        self, step: int, given: ExpertInput, caution_s: float | None = None
+    ) -> np.ndarray:
         """Outputs [T, A, D] of a layer's experts, unweighted; zeros where the id is -1.
+
+        `caution_s` is for rows of a suspect: workers are asked one by one, the first death ends it,
+        and an expert that was waited for is asked so much later, since others waited for it too.
 
         Raises:
             RefusedError: workers fail to compute it, again and again.
@@ -110,6 +121,7 @@ class Dispatcher:
             given=given,
             outputs_ND=np.zeros((num_rows * num_selected, width), given.rows_TD.dtype),
             is_missing_N=is_missing_N,
+            caution_s=caution_s,
         )
         await self._fill(layer, np.flatnonzero(is_missing_N), frozenset())
         return layer.outputs_ND.reshape(num_rows, num_selected, width)
@@ -122,6 +134,11 @@ class Dispatcher:
         """
         while (places := layer.missing(places)).size:
             ways = self._choose(layer, places, avoided)
+            if len(ways) > 1 and layer.caution_s is not None:
+                for way in ways:
+                    # One at a time, so that a death costs one worker.
+                    await self._fill_by(layer, way, avoided)
+                return
             if len(ways) > 1:
                 await self._tasks.gather(self._fill_by(layer, way, avoided) for way in ways)
                 return
@@ -171,6 +188,8 @@ class Dispatcher:
         """Asks the worker of a way once; whom to avoid for what is missing after that."""
         if way.worker_id is None:
             await self._park()
+            if layer.caution_s is not None:
+                await self._tasks.sleep(layer.caution_s)
             return frozenset()
         life = self._links.life(way.worker_id)
         timeout_s = self._limits.timeout_s * self._links.slowness(way.worker_id)
@@ -206,14 +225,14 @@ class Dispatcher:
         return avoided
 
     async def _judge(self, layer: _Layer) -> None:
-        """Raises WorkersDiedError where several did, of those whose way broke.
+        """Raises WorkersDiedError where too many did, of those whose way broke.
 
         A stream that broke may stand again soon; that a process is gone, a view tells.
         """
         until_s = self._tasks.clock.now_s() + DEATH_TOLD_WITHIN_S
-        while len(layer.broken) >= MAX_DEATHS:
+        while len(layer.broken) >= layer.max_deaths:
             dead = [life for life in layer.broken if self._links.has_ended(*life)]
-            if len(dead) >= MAX_DEATHS:
+            if len(dead) >= layer.max_deaths:
                 raise WorkersDiedError(sorted(worker_id for worker_id, _ in dead))
             left_s = until_s - self._tasks.clock.now_s()
             if left_s <= 0:

@@ -82,8 +82,12 @@ class Pipeline:
                 layer += member.num_layers
         return layer == self._num_layers and any(member.has_ends for member in self.chain)
 
-    async def run(self, step: int, batch_id: int, tokens: TokenRows) -> Sequence[SampledToken]:
+    async def run(
+        self, step: int, batch_id: int, tokens: TokenRows, caution_s: float | None = None
+    ) -> Sequence[SampledToken]:
         """The tokens drawn at the end of all layers, one for each sample.
+
+        `caution_s` as for `Dispatcher.run_experts`.
 
         Raises:
             ShardLostError: keys and values are lost.
@@ -97,7 +101,7 @@ class Pipeline:
             while True:
                 turn = await self._ask(shard, step, call)
                 while isinstance(turn, ExpertInput):
-                    outputs_TAD = await self._dispatcher.run_experts(step, turn)
+                    outputs_TAD = await self._dispatcher.run_experts(step, turn, caution_s)
                     turn = await self._ask(
                         shard, step, AdvanceBatch(batch_id, turn.layer, outputs_TAD)
                     )

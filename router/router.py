@@ -17,6 +17,7 @@ No clock, no thread, no socket: `Tasks` runs it, in production and in simulation
 import logging
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
+from random import Random
 from typing import Protocol
 
 import numpy as np
@@ -128,7 +129,7 @@ class Router:
         self._dropped = Signal()
         self._num_batches = 0
         self._num_faults = 0
-        self._suspects = Suspects()
+        self._suspects = Suspects(Random(f"{links.router_id}, life {links.incarnation}"))
         self._is_draining = False
 
     @property
@@ -222,16 +223,21 @@ class Router:
 
     async def step(self) -> None:
         """One step: schedule, compute, deliver."""
+        caution_s = await self._be_cautious()
         suspect = self._suspects.next()
-        alone = self.scheduler.schedule_alone(suspect) if suspect is not None else []
-        scheduled = alone or self.scheduler.schedule()
+        scheduled = self.scheduler.schedule_alone(suspect) if suspect is not None else []
+        if not scheduled:
+            caution_s = None
+            scheduled = self.scheduler.schedule()
         if not scheduled:
             return
         self.figures.num_steps += 1
         batches = split(
             scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
         )
-        computing = self._tasks.start(self._tasks.gather(self._compute(b) for b in batches))
+        computing = self._tasks.start(
+            self._tasks.gather(self._compute(b, caution_s) for b in batches)
+        )
         try:
             while not computing.is_done:
                 if not any(e.sequence.status is SequenceStatus.RUNNING for e in scheduled):
@@ -246,21 +252,30 @@ class Router:
         for batch, tokens in zip(batches, drawn, strict=True):
             self._deliver(batch, tokens)
 
-    async def _compute(self, batch: Row[ScheduledSequence]) -> Row[SampledToken]:
+    async def _be_cautious(self) -> float | None:
+        """Lets a while pass before a suspect is computed; None where nobody is suspected."""
+        suspect = self._suspects.next()
+        if suspect is None:
+            return None
+        pause_s = self._suspects.pause_s(suspect)
+        await self._tasks.sleep(pause_s)
+        return pause_s
+
+    async def _compute(
+        self, batch: Row[ScheduledSequence], caution_s: float | None
+    ) -> Row[SampledToken]:
         self._num_batches += 1
         step, batch_id = self.figures.num_steps, self._num_batches
         try:
-            return await self._pipeline.run(step, batch_id, pack(batch))
+            return await self._pipeline.run(step, batch_id, pack(batch), caution_s)
         except WorkersDiedError as error:
-            self._accuse(batch, error)
+            running = [e.sequence for e in batch if e.sequence.status is SequenceStatus.RUNNING]
+            if caution_s is None:
+                self._suspects.accuse(running)
+            elif running and self._suspects.is_guilty(running[0]):
+                message = f"it is given up, for workers die of it again and again: {error}"
+                self._fail(self._active_of(running[0]), PoisonedRequestError(message))
             raise
-
-    def _accuse(self, batch: Row[ScheduledSequence], error: WorkersDiedError) -> None:
-        sequences = [e.sequence for e in batch if e.sequence.status is SequenceStatus.RUNNING]
-        guilty = self._suspects.accuse(sequences)
-        if guilty is not None:
-            message = f"it is given up, for workers die of it again and again: {error}"
-            self._fail(self._active_of(guilty), PoisonedRequestError(message))
 
     def _deliver(self, batch: Row[ScheduledSequence], drawn: Row[SampledToken]) -> None:
         tokens = iter(drawn)

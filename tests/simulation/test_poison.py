@@ -26,16 +26,27 @@ def is_deadly(call: RunExperts) -> bool:
     return call.layer == 0 and bool(np.all(call.rows_TD == POISON_ROW, axis=1).any())
 
 
-def run(requests: list[GenerateRequest], replicas: int) -> tuple[Simulation, list[Heard]]:
-    """All of them at one router, which is a process of its own."""
+def run(
+    requests: list[GenerateRequest],
+    replicas: int,
+    num_routers: int = 1,
+    seed: int = 1,
+    compute_s: float = 0.0,
+) -> tuple[Simulation, list[Heard]]:
+    """Spread over the routers, which are processes of their own."""
     view = make_view(
-        CONFIG, num_workers=8, replicas=replicas, cut=AttentionCut.REPLICATED, num_routers=1
+        CONFIG,
+        num_workers=8,
+        replicas=replicas,
+        cut=AttentionCut.REPLICATED,
+        num_routers=num_routers,
     )
     simulation = Simulation(
         Scenario(
-            seed=1,
+            seed=seed,
             config=CONFIG,
             view=view,
+            compute_s=compute_s,
             settings=ClusterSettings(
                 cache_size=CacheSize(num_blocks=64, block_size=2, max_slots=8),
                 dispatch=DispatchLimits(hedge_after_s=0.5, timeout_s=5.0),
@@ -46,7 +57,9 @@ def run(requests: list[GenerateRequest], replicas: int) -> tuple[Simulation, lis
     simulation.is_deadly = is_deadly
     heard = [
         simulation.cluster.submit(
-            "w0", f"r{i}", RoutedRequest(request_id=f"r{i}", request=request, timeout_s=900.0)
+            f"w{i % num_routers}",
+            f"r{i}",
+            RoutedRequest(request_id=f"r{i}", request=request, timeout_s=900.0),
         )
         for i, request in enumerate(requests)
     ]
@@ -54,9 +67,9 @@ def run(requests: list[GenerateRequest], replicas: int) -> tuple[Simulation, lis
     return simulation, heard
 
 
-def request(*prompt_ids: int) -> GenerateRequest:
+def request(*prompt_ids: int, max_tokens: int = 8) -> GenerateRequest:
     return GenerateRequest(
-        prompt_ids=prompt_ids, max_tokens=8, sampling=SamplingParams(temperature=0.0)
+        prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=SamplingParams(temperature=0.0)
     )
 
 
@@ -77,8 +90,25 @@ def test_the_guilty_request_alone_is_failed(num_others: int, replicas: int) -> N
         assert one.error is None
         (expected,) = expected_streams(its_request, CONFIG)
         assert [e.token_id for e in one.events] == [t.token_id for t in expected.tokens]
-    # Two when it was in company, two when it was alone; a layer goes to several at a time.
+    # Few in company, where a layer goes to several at a time, and one for each time alone.
     assert simulation.supervisor.num_deaths <= 6
+    finish(simulation)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_who_has_rows_at_the_same_workers_by_another_router_is_not_failed(
+    replicas: int, seed: int
+) -> None:
+    others = [request(20 + i, 3, 7 + i, max_tokens=40) for i in range(8)]
+    simulation, heard = run(
+        [*others, request(POISON, 5)], replicas, num_routers=3, seed=seed, compute_s=0.02
+    )
+    assert isinstance(heard[-1].error, PoisonedRequestError)
+    for one, its_request in zip(heard[:-1], others, strict=True):
+        assert one.error is None
+        (expected,) = expected_streams(its_request, CONFIG)
+        assert [e.token_id for e in one.events] == [t.token_id for t in expected.tokens]
     finish(simulation)
 
 
