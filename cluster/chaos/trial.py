@@ -86,15 +86,13 @@ class Trial:
     def _strike_steadily(self, plan: Plan, every_s: float, whole: Wholeness) -> None:
         """A fault whenever it is time. All those before are made good when all is whole again."""
         began_s = time.monotonic()
-        open_since = 0
         for number, strike in enumerate(strikes(plan.faults, plan.seed)):
             due_s = began_s + (number + 1) * every_s
             is_last = due_s > began_s + plan.duration_s
             until_s = time.monotonic() + WHOLE_TIMEOUT_S if is_last else due_s
             whole_s = self._watch(whole, until_s, is_last=is_last)
             if whole_s is not None:
-                self._made_good(open_since, whole_s)
-                open_since = len(self._struck)
+                self._made_good(whole_s)
             if is_last:
                 return
             try:
@@ -113,10 +111,11 @@ class Trial:
                 )
             )
 
-    def _made_good(self, first: int, whole_s: float) -> None:
-        self._struck[first:] = [replace(one, whole_s=whole_s) for one in self._struck[first:]]
-        if first < len(self._struck):
-            self._say(f"{len(self._struck)} faults, fully replicated again")
+    def _made_good(self, whole_s: float) -> None:
+        self._struck = [
+            replace(one, whole_s=whole_s) if one.whole_s is None else one for one in self._struck
+        ]
+        self._say(f"{len(self._struck)} faults, fully replicated again")
 
     def _watch(self, whole: Wholeness, until_s: float, *, is_last: bool) -> float | None:
         """When all was replicated for the first time; takes all of the time but for the last."""

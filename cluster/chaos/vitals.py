@@ -7,13 +7,12 @@ what is looked at is the sum over all processes of the cluster.
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import psutil
 
-SHARED_MEMORY = Path("/dev/shm")
 # The share of all samples that stands for the beginning, and for the end.
 _ENDS = 0.2
 
@@ -26,34 +25,30 @@ class Sample:
     num_processes: int
     memory_bytes: int
     num_descriptors: int
-    num_shared_files: int
 
 
-class Vitals:
-    """Takes a sample now and then, in a thread of its own."""
+@contextmanager
+def watched(root_pid: int | None, every_s: float = 10.0) -> Generator[list[Sample]]:
+    """Samples as they come, from a thread of its own; none of nobody."""
+    samples: list[Sample] = []
+    began_s, stopped = time.monotonic(), threading.Event()
 
-    def __init__(self, root_pid: int, every_s: float = 10.0) -> None:
-        self.samples: list[Sample] = []
-        self._root_pid = root_pid
-        self._every_s = every_s
-        self._began_s = time.monotonic()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="vitals", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> list[Sample]:
-        """All samples."""
-        self._stopped.set()
-        self._thread.join()
-        return self.samples
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._every_s):
-            sample = take_sample(self._root_pid, time.monotonic() - self._began_s)
+    def watch(pid: int) -> None:
+        while not stopped.wait(every_s):
+            sample = take_sample(pid, time.monotonic() - began_s)
             if sample is not None:
-                self.samples.append(sample)
+                samples.append(sample)
+
+    if root_pid is None:
+        yield samples
+        return
+    thread = threading.Thread(target=watch, args=(root_pid,), name="vitals", daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def take_sample(root_pid: int, at_s: float) -> Sample | None:
@@ -77,7 +72,6 @@ def take_sample(root_pid: int, at_s: float) -> Sample | None:
         num_processes=count,
         memory_bytes=memory,
         num_descriptors=descriptors,
-        num_shared_files=sum(1 for _ in SHARED_MEMORY.iterdir()),
     )
 
 
@@ -95,7 +89,6 @@ def growth(samples: Sequence[Sample]) -> Mapping[str, tuple[float, float]]:
         "processes": ends(lambda s: s.num_processes),
         "memory, MB": ends(lambda s: s.memory_bytes / 1e6),
         "descriptors": ends(lambda s: s.num_descriptors),
-        "files in shared memory": ends(lambda s: s.num_shared_files),
     }
 
 

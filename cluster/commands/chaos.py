@@ -18,7 +18,7 @@ from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
 from cluster.chaos.local_cluster import local_cluster
 from cluster.chaos.report import Report, format_report
 from cluster.chaos.trial import Plan, Trial
-from cluster.chaos.vitals import Sample, Vitals, as_records, format_growth
+from cluster.chaos.vitals import as_records, format_growth, watched
 from cluster.commands.serve import say
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError, ConfigError
@@ -79,16 +79,10 @@ def run(options: argparse.Namespace) -> None:
     faults = parse_faults(options.faults)
     _check(options)
     be_quiet()
-    samples: list[Sample] = []
-    with _joined(options, faults) as (endpoint, pid):
-        vitals = Vitals(pid) if pid is not None else None
-        if vitals is not None:
-            vitals.start()
+    with _joined(options, faults) as (endpoint, pid), watched(pid) as samples:
         report = _run(options, faults, endpoint)
-        if vitals is not None:
-            samples = vitals.stop()
     print(format_report(report))
-    print(format_growth(samples), flush=True)
+    print(format_growth(samples))
     if options.record is not None:
         record = {"report": report.as_record(), "vitals": as_records(samples)}
         options.record.write_text(json.dumps(record, indent=1) + "\n", "utf-8")

@@ -262,7 +262,6 @@ def sample(at_s: float, memory_bytes: int, num_descriptors: int) -> Sample:
         num_processes=9,
         memory_bytes=memory_bytes,
         num_descriptors=num_descriptors,
-        num_shared_files=3,
     )
 
 

@@ -204,6 +204,17 @@ def test_worker_with_layers_that_nobody_else_has_restarts_but_does_not_leave() -
     bench.check()
 
 
+def test_worker_whose_experts_fit_nowhere_else_is_not_drained() -> None:
+    # Each holds its 4 experts of 8, and has room for one more.
+    bench = Bench(2, replicas=1, memory_bytes=20 + 50).start().up()
+    task = bench.controller.drain("worker-1", restarts=True)
+    bench.run_until(lambda: task.is_done)
+    with pytest.raises(PlacementError, match="memory for the experts of worker-1"):
+        task.result()
+    assert bench.is_up()
+    bench.check()
+
+
 def test_last_worker_is_not_drained() -> None:
     bench = Bench(1, replicas=1).start().up()
     for worker_id in ("worker-0", "worker-7"):

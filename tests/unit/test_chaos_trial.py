@@ -1,0 +1,117 @@
+"""A run of `milliways chaos` from its beginning to its end, against a cluster of one hand."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from cluster.chaos import injectors, trial
+from cluster.chaos.answers import Answer, Heard
+from cluster.chaos.asks import draw_asks
+from cluster.chaos.faults import Fault
+from cluster.chaos.report import Report
+from cluster.chaos.trial import Plan, Trial
+from cluster.chaos.victims import Place, WorkerFacts
+from cluster.view import ClusterView, Member, WorkerState
+
+ASKS = draw_asks(1, max_tokens=2, seed=1)
+PLACE = Place(name="w0", node_id="n", pid=7)
+
+
+class Time:
+    """Passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+    def sleep(self, seconds: float) -> None:
+        self._now_s += seconds
+
+
+class Hands:
+    """One worker, which is away for a while after each kill; or for ever after the last."""
+
+    def __init__(self, heals_after_s: float, num_healed: int = 1000) -> None:
+        self.kills: list[float] = []
+        self.time = Time()
+        self._heals_after_s = heals_after_s
+        self._num_healed = num_healed
+
+    def workers(self) -> Sequence[WorkerFacts]:
+        return [WorkerFacts(place=PLACE, num_experts=1, num_layers=1, is_router=True)]
+
+    def controller(self) -> Place:
+        return PLACE
+
+    def view(self) -> ClusterView:
+        is_down = bool(self.kills) and (
+            len(self.kills) > self._num_healed
+            or self.time.monotonic() < self.kills[-1] + self._heals_after_s
+        )
+        member = Member(
+            worker_id="w0",
+            incarnation=1,
+            address="",
+            state=WorkerState.LOST if is_down else WorkerState.READY,
+        )
+        return ClusterView(placement_epoch=len(self.kills), members={"w0": member})
+
+    def send(self, place: Place, number: signal.Signals) -> None:
+        assert (place, number) == (PLACE, signal.SIGKILL)
+        self.kills.append(self.time.monotonic())
+
+    def limit_files(self, place: Place, max_bytes: int | None) -> None:
+        raise AssertionError
+
+
+class Load:
+    """One answer undisturbed, and the same again."""
+
+    def run_once(self) -> list[Heard]:
+        return [Heard(ask_index=0, started_s=0.0, ended_s=1.0, answer=Answer.of(ASKS[0]))]
+
+    def start(self, wanted: Mapping[int, Answer]) -> None:
+        assert list(wanted) == [0]
+
+    def stop(self) -> list[Heard]:
+        return self.run_once()
+
+
+def run(hands: Hands, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Report:
+    for module in (trial, injectors):
+        monkeypatch.setattr(module, "time", hands.time)
+    load: Any = Load()
+    said: list[str] = []
+    one = Trial(ASKS, load, hands, said.append)
+    return one.run(Plan(faults=(Fault.KILL_ROUTER,), seed=1, **plan))
+
+
+def test_faults_come_when_it_is_time_whether_or_not_all_is_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hands = Hands(heals_after_s=12.0)
+    report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
+    assert len(hands.kills) == 4
+    # Nothing was well between them: all of them are made good at the end, by the same.
+    recoveries_s = sorted(report.rows[-1].recoveries_s)
+    assert len(recoveries_s) == 4 and report.holds
+    assert recoveries_s == pytest.approx([12.0, 17.0, 22.0, 27.0], abs=0.2)
+
+
+def test_each_fault_is_made_good_where_there_is_time_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = run(Hands(heals_after_s=2.0), monkeypatch, duration_s=21.0, every_s=5.0)
+    assert len(report.rows[-1].recoveries_s) == 4
+    assert report.rows[-1].recoveries_s == pytest.approx([2.0] * 4, abs=0.2)
+
+
+def test_what_is_never_made_good_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    hands = Hands(heals_after_s=2.0, num_healed=3)
+    report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
+    assert report.rows[-1].num_not_recovered == 1
+    assert not report.holds
