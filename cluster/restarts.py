@@ -26,7 +26,9 @@ def loop_note(record: WorkerRecord) -> str:
 def restart_delay_s(record: WorkerRecord, *, others_serve: bool) -> float:
     """How long to wait before its next life."""
     if record.num_quick_deaths > 2:
-        return min(BACKOFF_S_MAX, BACKOFF_S * 2 ** (record.num_quick_deaths - 3))
+        # While nobody serves there is nothing to spare: only the processors from a tight loop.
+        most_s = BACKOFF_S_MAX if others_serve else BACKOFF_S
+        return min(most_s, BACKOFF_S * 2 ** (record.num_quick_deaths - 3))
     # Where others can serve, coming up can wait until they have taken over: it takes their
     # processors.
     return RESTART_AFTER_S if others_serve else 0.0

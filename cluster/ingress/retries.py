@@ -4,13 +4,16 @@ from cluster.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
+# What a request kills, it kills as soon as it is computed. Whoever dies later died of something else:
+# where nobody can make a token for a while, any number of routers may come and go.
+DIES_WITHIN_S = 1.0
 
 
 class Retries:
     """The history of one request's attempts: whom to avoid, how long to wait, when to give up.
 
-    A router that died with the request counts against the request; one that never had it does not:
-    waiting for a router to come is bounded by the deadline alone.
+    A router that died as soon as it had the request counts against the request; one that never had
+    it, or had it for long, does not: waiting is bounded by the deadline alone.
     """
 
     def __init__(self, max_attempts_without_progress: int, *, is_patient: bool = True) -> None:
@@ -33,15 +36,17 @@ class Retries:
         self._num_without_progress = 0
         self._backoff_s = _FIRST_BACKOFF_S
 
-    def broke(self, worker_id: str, reason: str, *, was_accepted: bool) -> None:
-        """A router's stream ended early.
+    def broke(
+        self, worker_id: str, reason: str, *, was_accepted: bool, lasted_s: float = 0.0
+    ) -> None:
+        """A router's stream ended early, so long after it was asked.
 
         Raises:
             PoisonedRequestError: too many did, without a token between. Two may be chance.
         """
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {reason}"
-        self._num_without_progress += was_accepted
+        self._num_without_progress += was_accepted and lasted_s < DIES_WITHIN_S
         if self._num_without_progress >= self._max_attempts_without_progress:
             number = self._num_without_progress
             raise PoisonedRequestError(

@@ -110,19 +110,20 @@ class RouterSource:
     ) -> AsyncGenerator[TokenEvent]:
         while not journal.is_complete:
             router = await self._choose(journal, retries, deadline_s)
+            since_s = self._clock()
             stream = self._attempt(router, journal, request_id, deadline_s)
             try:
                 async with aclosing(stream) as events:
                     async for event in events:
                         retries.progressed()
-                        self._token_at_s = self._clock()
+                        self._token_at_s = since_s = self._clock()
                         yield event
             except RouterMovedError:
                 retries.moved(router.worker_id)
             except (StreamBrokenError, OutOfOrderError) as error:
-                self._broke(router, retries, str(error), was_accepted=True)
+                self._broke(router, retries, str(error), since_s, was_accepted=True)
             except aio.AioRpcError as error:
-                self._judge(router, retries, error, deadline_s)
+                self._judge(router, retries, error, since_s, deadline_s)
 
     async def probe(self) -> None:
         """As `TokenSource.probe`: a token that just came, or one made for it."""
@@ -214,9 +215,17 @@ class RouterSource:
             self._choice.end(router.worker_id)
 
     def _judge(
-        self, router: RouterInfo, retries: Retries, error: aio.AioRpcError, deadline_s: float
+        self,
+        router: RouterInfo,
+        retries: Retries,
+        error: aio.AioRpcError,
+        since_s: float,
+        deadline_s: float,
     ) -> None:
-        """Goes on after a call that failed, or raises what the client has to know."""
+        """Goes on after a call that failed, or raises what the client has to know.
+
+        `since_s` is when the router was asked, or gave its last token.
+        """
         details = error.details() or ""
         named = error_of(details, _texts(error.trailing_metadata()))
         code = error.code()
@@ -226,7 +235,7 @@ class RouterSource:
             full = named if isinstance(named, OverloadedError) else OverloadedError(details)
             retries.was_full(router.worker_id, full)
         elif isinstance(named, UnavailableError):
-            self._broke(router, retries, str(named), was_accepted=False)
+            self._broke(router, retries, str(named), since_s, was_accepted=False)
         elif named is not None:
             raise named
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED and self._clock() >= deadline_s - 0.05:
@@ -235,14 +244,23 @@ class RouterSource:
             was_accepted = ACCEPTED_KEY in _texts(error.initial_metadata())
             # Whoever answers at all is there: only what cannot be reached never had the request.
             was_accepted |= code is not grpc.StatusCode.UNAVAILABLE
-            self._broke(router, retries, f"{code.name}: {details}", was_accepted=was_accepted)
+            reason = f"{code.name}: {details}"
+            self._broke(router, retries, reason, since_s, was_accepted=was_accepted)
 
     def _broke(
-        self, router: RouterInfo, retries: Retries, reason: str, *, was_accepted: bool
+        self,
+        router: RouterInfo,
+        retries: Retries,
+        reason: str,
+        since_s: float,
+        *,
+        was_accepted: bool,
     ) -> None:
         logger.warning("router %s: a stream broke: %s", router.worker_id, reason)
-        self._choice.suspect(router.worker_id, self._clock() + _SUSPECT_FOR_S)
-        retries.broke(router.worker_id, reason, was_accepted=was_accepted)
+        now_s = self._clock()
+        self._choice.suspect(router.worker_id, now_s + _SUSPECT_FOR_S)
+        lasted_s = now_s - since_s
+        retries.broke(router.worker_id, reason, was_accepted=was_accepted, lasted_s=lasted_s)
 
     def _connect(self, router: RouterInfo) -> Connection:
         key = (router.worker_id, router.address)

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.errors import OverloadedError, PoisonedRequestError
-from cluster.ingress.retries import Retries
+from cluster.ingress.retries import DIES_WITHIN_S, Retries
 from cluster.ingress.router_choice import RouterChoice, RouterInfo
 
 A, B, C = (RouterInfo(name, f"{name}:1") for name in "abc")
@@ -72,6 +72,15 @@ def test_router_that_never_had_the_request_does_not_count() -> None:
     for _ in range(100):
         retries.broke("a", "refused", was_accepted=False)
     assert retries.avoided == {"a"}
+
+
+def test_router_that_had_the_request_for_long_died_of_something_else() -> None:
+    retries = Retries(2)
+    for _ in range(100):
+        retries.broke("a", "died", was_accepted=True, lasted_s=DIES_WITHIN_S)
+    retries.broke("a", "died", was_accepted=True, lasted_s=0.1)
+    with pytest.raises(PoisonedRequestError):
+        retries.broke("b", "died", was_accepted=True, lasted_s=0.1)
 
 
 def test_rounds_are_farther_and_farther_apart_until_a_token_comes() -> None:
