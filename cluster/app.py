@@ -61,7 +61,7 @@ class Directory:
         while True:
             try:
                 controller = find_or_make_controller(self._config)
-                await controller.begin.remote()
+                await controller.begin.remote(self._view)
                 while True:
                     known_epoch = self._view.placement_epoch
                     self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))

@@ -15,11 +15,11 @@ on what it could not know yet. Nothing here is on the path of a token. No clock,
 
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import ClusterError, PlacementError, StartupError
-from cluster.fleet import Existing, Fleet, WorkerDiedError, WorkerRecord
+from cluster.fleet import ControllerFigures, Existing, Fleet, WorkerDiedError, WorkerRecord
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
 from cluster.restarts import loop_note, quick_deaths, restart_delay_s
 from cluster.targets import (
@@ -39,15 +39,6 @@ logger = logging.getLogger(__name__)
 
 # What a record waits for until there is a process; the fleet knows more.
 A_NODE = "a node that has room for it"
-
-
-@dataclass(slots=True)
-class ControllerFigures:
-    """Counts since the start, for status and metrics."""
-
-    num_deaths: int = 0
-    num_covers: int = 0
-    num_views: int = 0
 
 
 class Controller:
@@ -83,23 +74,30 @@ class Controller:
         """Whether every expert has a holder, and there is a router."""
         return not self._lost_experts() and bool(self.view.routers())
 
-    def start(self, existing: Sequence[Existing] = ()) -> None:
+    def start(self, existing: Sequence[Existing] = (), known: ClusterView = EMPTY_VIEW) -> None:
         """Begins to bring the cluster up, or goes on with the workers that there are.
 
         `changed` tells of progress. Nothing is saved anywhere: what a controller knew, its workers
-        know, and they serve on while there is none.
+        know, and they serve on while there is none. Where they died too, whoever asks for a new
+        controller knows at least the last view that it was told.
         """
         self._tasks.start_service(self._publish_changes())
-        if existing:
-            self._adopt(existing)
+        self._adopt(existing, known)
         num_wanted = len(self.view.members) or self._settings.num_workers
         for number in range(num_wanted):
             if f"worker-{number}" not in self.workers:
                 self._hire(f"worker-{number}")
         self._tasks.start_service(self._place_when_all_there())
 
-    def _adopt(self, existing: Sequence[Existing]) -> None:
-        self.view = max((e.view for e in existing), key=lambda view: view.placement_epoch)
+    def overtake(self, placement_epoch: int) -> None:
+        """Somebody knows of an earlier controller's view that is later than ours: not for long."""
+        if placement_epoch > self.view.placement_epoch:
+            self.view = replace(self.view, placement_epoch=placement_epoch)
+            self._touch()
+
+    def _adopt(self, existing: Sequence[Existing], known: ClusterView) -> None:
+        views = [known, *(e.view for e in existing)]
+        self.view = max(views, key=lambda view: view.placement_epoch)
         self._told_epoch = self.view.placement_epoch
         for found in existing:
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)

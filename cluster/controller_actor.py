@@ -21,7 +21,7 @@ from cluster.model_bytes import checkpoint_bytes
 from cluster.model_dir import resolve_model_dir
 from cluster.ray_fleet import NAMESPACE, RayFleet
 from cluster.targets import make_settings, number
-from cluster.view import ClusterView, WorkerState
+from cluster.view import EMPTY_VIEW, ClusterView, WorkerState
 from model.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ class ControllerActor:
         self._shell: AsyncTasks | None = None
         self._has_begun = asyncio.Event()
 
-    async def begin(self) -> None:
-        """Brings the cluster up; without effect the second time."""
+    async def begin(self, known: ClusterView = EMPTY_VIEW) -> None:
+        """Brings the cluster up, or on from the view that the caller knows; does so once."""
         if self._shell is not None:
             await self._has_begun.wait()
             return
         self._shell = AsyncTasks()
         try:
-            await self._begin(self._shell)
+            await self._begin(self._shell, known)
         except BaseException:
             # Half begun it would be asked for ever, and never answer.
             self._shell = None
@@ -58,7 +58,7 @@ class ControllerActor:
         self._shell.kick()
         self._has_begun.set()
 
-    async def _begin(self, shell: AsyncTasks) -> None:
+    async def _begin(self, shell: AsyncTasks, known: ClusterView) -> None:
         config = self._config
         with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
             model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
@@ -74,7 +74,7 @@ class ControllerActor:
         )
         self._fleet = RayFleet(config, model, shell)
         self._controller = Controller(model, settings, self._fleet, shell.tasks)
-        self._controller.start(await self._fleet.find_existing())
+        self._controller.start(await self._fleet.find_existing(), known)
 
     async def _begun(self) -> Controller:
         """The controller; one that was just made anew has to find its workers first.
@@ -99,6 +99,7 @@ class ControllerActor:
     async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
         """The view, as soon as it is newer than the known one, or when the time is over."""
         controller = await self._begun()
+        controller.overtake(known_epoch)
         until_s = time.monotonic() + timeout_s
         while controller.view.placement_epoch <= known_epoch:
             left_s = until_s - time.monotonic()

@@ -13,6 +13,15 @@ class WorkerDiedError(ClusterError):
     """A process is gone, or could not do what it was asked."""
 
 
+@dataclass(slots=True)
+class ControllerFigures:
+    """Counts since the start, for status and metrics."""
+
+    num_deaths: int = 0
+    num_covers: int = 0
+    num_views: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spawned:
     """Where a process came up."""

@@ -4,8 +4,8 @@ from cluster.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
-# What a request kills, it kills as soon as it is computed. Whoever dies later died of something else:
-# where nobody can make a token for a while, any number of routers may come and go.
+# What a request kills, it kills as soon as it is computed. Who dies later died of something else:
+# while nobody can make a token, any number of routers may come and go.
 DIES_WITHIN_S = 1.0
 
 

@@ -228,6 +228,34 @@ def test_new_controller_goes_on_with_the_workers_that_there_are(dead: tuple[str,
     new.check()
 
 
+def test_new_controller_goes_on_behind_the_view_that_others_know_where_no_worker_lives() -> None:
+    old = Bench(3).start().up()
+    for _ in range(3):
+        old.fleet.kill("worker-1")
+        old.up()
+    known = old.controller.view
+    new = Bench(2)
+    new.controller.start(known=known)
+    new.up()
+    assert new.controller.view.placement_epoch > known.placement_epoch
+    # As many as there were, and no life has the number of an earlier one.
+    lives = {m.worker_id: m.incarnation for m in new.controller.view.members.values()}
+    assert lives == {"worker-0": 2, "worker-1": 5, "worker-2": 2}
+    new.check()
+
+
+def test_controller_overtakes_a_later_view_that_somebody_knows() -> None:
+    bench = Bench(2).start().up()
+    bench.controller.overtake(3)
+    assert bench.controller.view.placement_epoch < 40
+    bench.controller.overtake(46)
+    bench.run_for(1.0)
+    view = bench.controller.view
+    assert view.placement_epoch == 47
+    assert [w.views[-1] for w in bench.fleet.now.values()] == [view, view]
+    bench.check()
+
+
 def test_cut_attention_has_one_router_which_stops_with_its_chain() -> None:
     bench = Bench(2, cut=AttentionCut.LAYERS).start().up()
     assert [m.worker_id for m in bench.controller.view.routers()] == ["worker-0"]
