@@ -152,7 +152,12 @@ class RayFleet:
             "resources": dict(settings.resources),
             "scheduling_strategy": strategy,
         }
-        actor = make_worker_actor(self._config, worker_id, incarnation, options)
+        try:
+            actor = make_worker_actor(self._config, worker_id, incarnation, options)
+        except ValueError as error:
+            # An earlier controller gave somebody this life, and died before it told anybody. The
+            # next one is free, or the one after that.
+            raise WorkerDiedError(f"life {incarnation} of {worker_id} is taken") from error
         self._actors[worker_id] = actor
         self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
         return await _answer(worker_id, actor.start.remote())
