@@ -288,15 +288,11 @@ class Controller:
             await self.changed.wait()
 
     def _make_view(self) -> ClusterView:
-        members = {
-            record.worker_id: member
-            for record in self.workers.values()
-            if (member := record.member()) is not None
-        }
+        members = {record.worker_id: record.member() for record in self.workers.values()}
         shards = {
             record.worker_id: attention_of(record.shards)
             for record in self.workers.values()
-            if record.worker_id in members and record.shards is not None
+            if record.shards is not None
         }
         return ClusterView(
             placement_epoch=self.view.placement_epoch + 1,

@@ -80,6 +80,10 @@ class Fleet(Protocol):
         ...
 
 
+_NOWHERE = Spawned(address="", router_address="", node_id="", pid=0, memory_bytes=0)
+_NOTHING = ShardPlan(first_layer=0, num_layers=0, has_ends=False, experts=frozenset())
+
+
 @dataclass(slots=True)
 class WorkerRecord:
     """What is known of a worker; `waits_for` is for people."""
@@ -103,20 +107,22 @@ class WorkerRecord:
     is_adopted: bool = False
     last_error: str = ""
 
-    def member(self) -> Member | None:
-        """How others see it; None before it has a process."""
-        if self.spawned is None or self.shards is None:
-            return None
+    def member(self) -> Member:
+        """How others see it: before it has a process and shards too, so that a view has everybody.
+
+        The next controller learns from it how many there were, and which of their lives.
+        """
+        spawned, shards = self.spawned or _NOWHERE, self.shards or _NOTHING
         return Member(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
-            address=self.spawned.address,
-            router_address=self.spawned.router_address,
+            address=spawned.address,
+            router_address=spawned.router_address,
             state=self.state,
-            node_id=self.spawned.node_id,
-            pid=self.spawned.pid,
-            first_layer=self.shards.first_layer,
-            num_layers=self.shards.num_layers,
-            has_ends=self.shards.has_ends,
+            node_id=spawned.node_id,
+            pid=spawned.pid,
+            first_layer=shards.first_layer,
+            num_layers=shards.num_layers,
+            has_ends=shards.has_ends,
             experts=self.held,
         )
