@@ -13,7 +13,9 @@ from ray.actor import ActorHandle
 
 from cluster.cli import keep_programs
 from cluster.config import LOOPBACK, ClusterConfig
+from cluster.errors import StartupError
 from cluster.fleet import Existing, Spawned
+from cluster.local_devices import tell_jax
 from cluster.placement import ExpertId, ShardPlan
 from cluster.view import ClusterView
 
@@ -27,6 +29,7 @@ class WorkerActor:
 
     def __init__(self, config: ClusterConfig, worker_id: str, incarnation: int) -> None:
         keep_programs()
+        tell_jax(config.workers.gpus_each, os.environ)
         # JAX reads its settings when it is imported, which this does.
         from cluster.worker_process import WorkerProcess
 
@@ -85,6 +88,9 @@ def _memory_bytes(config: ClusterConfig) -> int:
     if config.workers.gpus_each > 0:
         import jax
 
+        if jax.default_backend() == "cpu":
+            wanted = f"workers.gpus_each is {config.workers.gpus_each:g}"
+            raise StartupError(f"{wanted}, and JAX finds no GPU here: is jax[cuda12] installed?")
         stats = [device.memory_stats() for device in jax.local_devices()]
         return sum(int(s["bytes_limit"]) for s in stats if s)
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

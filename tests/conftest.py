@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UNIT_TESTS = REPOSITORY / "tests" / "unit"
 
 JAX_SETTINGS = {
-    "JAX_PLATFORMS": "cpu",
+    # tests/numerics/test_gpu_ops.py passes on a GPU too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
+    "JAX_PLATFORMS": os.environ.get("MILLIWAYS_TEST_PLATFORMS", "cpu"),
     # Eight devices on one machine, so that every sharding of eight experts can be tried.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     # An operand promoted or broadcast by accident gives other bits, or another shape, and no error.
