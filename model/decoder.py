@@ -86,7 +86,7 @@ class Decoder:
         """Attention with its two norms, the residual add, then the experts' norm and the gate."""
         attention_input_TD = self.ops.rms_norm(hidden_TD, params.attention_norm_D)
         attended_TD, cache = self.attend(
-            params, attention_input_TD.astype(self.dtype), batch, cache, visible_NP
+            params, self._rounded(attention_input_TD), batch, cache, visible_NP
         )
         hidden_TD += self.ops.rms_norm(attended_TD, params.attention_post_norm_D)
         # The gate sees the input before rounding: near ties then flip less often in bfloat16.
@@ -96,7 +96,7 @@ class Decoder:
         )
         # Padding goes to no expert: it would have weights read that nobody needs.
         expert_ids_TA = jnp.where(batch.positions_T[:, None] >= 0, expert_ids_TA, -1)
-        expert_input_TD = gate_input_TD.astype(self.dtype)
+        expert_input_TD = self._rounded(gate_input_TD)
         return AttentionResult(hidden_TD, expert_input_TD, expert_ids_TA, gate_weights_TA, cache)
 
     def attend(
@@ -114,9 +114,9 @@ class Decoder:
             return rows.reshape(rows.shape[0], -1, self.config.key_size)
 
         positions_T = batch.positions_T
-        query_THK = self.ops.rope(project(params.query), positions_T).astype(self.dtype)
-        keys_TRK = self.ops.rope(project(params.key), positions_T).astype(self.dtype)
-        values_TRK = project(params.value).astype(self.dtype)
+        query_THK = self._rounded(self.ops.rope(project(params.query), positions_T))
+        keys_TRK = self._rounded(self.ops.rope(project(params.key), positions_T))
+        values_TRK = self._rounded(project(params.value))
         places_T = token_places(batch, *visible_NP.shape)
         cache = LayerCache(
             keys_NPRK=self.ops.write_rows(cache.keys_NPRK, keys_TRK, places_T),
@@ -131,7 +131,7 @@ class Decoder:
             positions_T,
             self.config.attn_output_multiplier,
         )
-        mixed_TK = mixed_THK.reshape(mixed_THK.shape[0], -1).astype(self.dtype)
+        mixed_TK = self._rounded(mixed_THK.reshape(mixed_THK.shape[0], -1))
         attended_TD = self._sum(self.ops.linear(mixed_TK, params.out), self.axes.heads)
         return attended_TD, cache
 
@@ -149,7 +149,7 @@ class Decoder:
             expert_ids_TA = expert_ids_TA - lax.axis_index(self.axes.experts) * params.num_experts
         outputs_TAD = self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params)
         outputs_TAD = self._sum(outputs_TAD, self.axes.ffn, self.axes.experts)
-        return outputs_TAD.astype(self.dtype)
+        return self._rounded(outputs_TAD)
 
     def combine(
         self,
@@ -167,7 +167,7 @@ class Decoder:
     ) -> Float[Array, "W V"]:
         """Final norm and tied-embedding logits of the wanted rows, float32. No final cap."""
         hidden_WD = self.ops.rms_norm(hidden_TD[rows_W], ends.final_norm_D)
-        logits_WV = self.ops.linear(hidden_WD.astype(self.dtype), ends.head)
+        logits_WV = self.ops.linear(self._rounded(hidden_WD), ends.head)
         return logits_WV * self.config.output_multiplier_scale
 
     def parts(self) -> "DecoderParts":
@@ -186,6 +186,16 @@ class Decoder:
     ) -> tuple[Float[Array, "W V"], KVCache]:
         """The whole model over one batch: logits of the wanted rows, and the cache written."""
         return run_step(self.parts(), params, batch, cache)
+
+    def _rounded(self, array: Array) -> Array:
+        """In the activation dtype, wherever the program ends that this is part of.
+
+        XLA leaves out a conversion to bfloat16 where it sees the one back to float32, in the same
+        program; but the other may be in another process. A named rounding it never leaves out.
+        """
+        if array.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
+            array = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
+        return array.astype(self.dtype)
 
     def _sum(self, partial: Array, *axis_names: str | None) -> Array:
         """Adds the shards' float32 partial results where the mesh splits a reduction."""

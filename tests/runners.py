@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,12 +11,16 @@ from model.activations import Activations
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.ops import Ops, PureOps
+from model.ops.gpu import GpuOps
 from model.ops.native import NativeLoader, NativeOps
 from model.params import DeviceLoader, Loader, ModelParams, load_model
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode, make_runner
 
 CACHE_SIZE = CacheSize(num_blocks=16, block_size=16, max_slots=8)
 BACKENDS = ("native", "pure")
+# Where tests run on a GPU (MILLIWAYS_TEST_PLATFORMS), its kernels are the ones to test.
+ON_GPU = jax.default_backend() == "gpu"
+BACKEND = "gpu" if ON_GPU else "native"
 
 Model = tuple[Decoder, ModelParams]
 
@@ -24,13 +29,15 @@ def kernels_of(backend: str, activations: Activations = Activations.EXACT) -> tu
     """The kernels of a name, and what loads matrices for them."""
     if backend == "native":
         return NativeOps(), NativeLoader(activations)
+    if backend == "gpu":
+        return GpuOps(deterministic=True), DeviceLoader()
     return PureOps(activations), DeviceLoader(activations=activations)
 
 
 def load(
     model_dir: Path,
     dtype: str = "float32",
-    backend: str = "native",
+    backend: str = BACKEND,
     activations: Activations = Activations.EXACT,
 ) -> Model:
     """Decoder and parameters of a model directory."""

@@ -18,7 +18,7 @@ from cluster.view import ClusterView, Member, WorkerState, chains_of
 from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.runner import CacheSize
-from tests.runners import kernels_of
+from tests.runners import BACKEND, kernels_of
 from workers.core import WorkerCore
 from workers.experts import ExpertShard
 from workers.loading import ShardLoader
@@ -68,7 +68,7 @@ class ShardFactory:
         model_dir: Path,
         cache_size: CacheSize,
         dtype: str = "float32",
-        backend: str = "native",
+        backend: str = BACKEND,
     ) -> None:
         self.bytes_read: dict[str, int] = {}
         self._model_dir = model_dir

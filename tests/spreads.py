@@ -6,14 +6,15 @@ from pathlib import Path
 from random import Random
 
 from cluster.placement import AttentionCut
-from model.runner import CacheSize
+from model.runner import CacheSize, StepMode
 from model.sampling_params import SamplingParams
 from router.engine import LocalEngine
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
-from tests.runners import load, runner_of
+from tests.runners import ON_GPU, load, runner_of
 
 CACHE = CacheSize(num_blocks=64, block_size=4, max_slots=16)
+DTYPES = ["float32", "bfloat16"] if ON_GPU else ["float32"]
 # Of the smaller vocabulary of the two models.
 VOCAB_SIZE = 256
 Told = list[TokenEvent]
@@ -67,14 +68,17 @@ def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
 
 
 @cache
-def alone(model_dir: Path, count: int, seed: int = 0) -> list[Told]:
+def alone(model_dir: Path, count: int, seed: int = 0, dtype: str = "float32") -> list[Told]:
     """What one process tells of each request, one after another."""
-    return answers(model_dir, requests(count, seed))
+    return answers(model_dir, requests(count, seed), dtype)
 
 
-def answers(model_dir: Path, wanted: list[GenerateRequest]) -> list[Told]:
+def answers(model_dir: Path, wanted: list[GenerateRequest], dtype: str = "float32") -> list[Told]:
     """What one process tells of these, one after another."""
-    engine = LocalEngine(runner_of(load(model_dir), cache_size=CACHE), tokenizer=None)
+    # As `milliways generate` computes there; on a CPU, whole steps take long to compile.
+    mode = StepMode.FUSED if ON_GPU else StepMode.HALVES
+    runner = runner_of(load(model_dir, dtype), mode, CACHE)
+    engine = LocalEngine(runner, tokenizer=None)
     return [by_sample(list(engine.generate(request))) for request in wanted]
 
 

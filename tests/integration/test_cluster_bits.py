@@ -18,7 +18,7 @@ from router.scheduler import SchedulerLimits
 from router.sequence import NoText
 from tests.memory_cluster import ClusterSettings, Heard, MemoryCluster, all_ended
 from tests.shards import ShardFactory, place, view_of
-from tests.spreads import CACHE, SPREADS, Spread, Told, alone, by_sample, requests
+from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, by_sample, requests
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:
@@ -36,13 +36,15 @@ def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int
     return [by_sample(one.events) for one in heard.values()]
 
 
-def make_cluster(model_dir: Path, spread: Spread, settings: ClusterSettings) -> MemoryCluster:
+def make_cluster(
+    model_dir: Path, spread: Spread, settings: ClusterSettings, dtype: str = "float32"
+) -> MemoryCluster:
     """A cluster in which every worker has read its own bytes of the checkpoint, and no others."""
     placement = place(model_dir, spread.num_workers, spread.replicas, spread.cut)
     view = view_of(placement)
     with Checkpoint.open(model_dir) as checkpoint:
         config, sizes = checkpoint.config, checkpoint_bytes(checkpoint, 4)
-    factory = ShardFactory(model_dir, settings.cache_size)
+    factory = ShardFactory(model_dir, settings.cache_size, dtype)
     cluster = MemoryCluster(
         config,
         settings,
@@ -59,12 +61,16 @@ def make_cluster(model_dir: Path, spread: Spread, settings: ClusterSettings) -> 
     return cluster
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", SPREADS, ids=str)
-def test_any_spread_gives_the_tokens_of_one_process(golden_dir: Path, spread: Spread) -> None:
+def test_any_spread_gives_the_tokens_of_one_process(
+    golden_dir: Path, spread: Spread, dtype: str
+) -> None:
     model_dir = golden_dir / "tiny"
     settings = ClusterSettings(cache_size=CACHE, seed=spread.num_workers)
-    cluster = make_cluster(model_dir, spread, settings)
-    assert served(cluster, requests(8), at_a_time=4) == alone(model_dir, 8)
+    cluster = make_cluster(model_dir, spread, settings, dtype)
+    expected = alone(model_dir, 8, dtype=dtype)
+    assert served(cluster, requests(8), at_a_time=4) == expected
 
 
 def test_a_long_chain_gives_the_tokens_of_one_process(golden_dir: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from model.activations import Activations
 from model.ops import NativeOps, native
 from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
-from tests.runners import Model, load, logits_of, runner_of
+from tests.runners import ON_GPU, Model, load, logits_of, runner_of
 
 NUM_TOKENS = 60
 
@@ -23,6 +23,9 @@ WAYS = [
     ("pure", "float32", Activations.INT8),
     ("pure", "bfloat16", Activations.INT8),
 ]
+if ON_GPU:
+    WAYS = [("gpu", dtype, Activations.EXACT) for dtype in ("float32", "bfloat16")]
+for_cpus = pytest.mark.skipif(ON_GPU, reason="about the kernels for CPUs")
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}-{way[2].value}")
@@ -115,6 +118,7 @@ def test_fused_step_keeps_the_bits(model: Model, tokens: list[int], whole: np.nd
     np.testing.assert_array_equal(logits_of(fused, tokens, [59, 1]), whole)
 
 
+@for_cpus
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("activations", Activations)
 def test_number_of_threads_does_not_matter(
@@ -131,6 +135,7 @@ def test_number_of_threads_does_not_matter(
         native.set_num_threads(usual)
 
 
+@for_cpus
 @pytest.mark.parametrize("activations", Activations)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_instruction_set_does_not_matter(
@@ -147,6 +152,7 @@ def test_instruction_set_does_not_matter(
         native.use_kernel_set(usual)
 
 
+@for_cpus
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_numbers_too_small_to_be_normal_are_zero_on_every_thread(num_threads: int) -> None:
     """XLA's threads flush them; were ours not to, bits would tell who computed a row."""
