@@ -12,7 +12,8 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check lint types layers demo serve chaos proto train-demo lock clean
+.PHONY: help env test test-slow check lint types layers demo serve chaos proto train-demo lock \
+	lock-deploy clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -64,6 +65,21 @@ lock: $(READY)  ## Resolve all dependencies anew and write locks/ (ARGS=--upgrad
 	$(LOCK) --all-extras --group dev --group build --fork-strategy fewest $(ARGS) \
 		--output-file locks/requirements.txt pyproject.toml
 	echo 'uv==$(UV_VERSION)' | $(LOCK) --output-file locks/bootstrap.txt -
+
+# What the images have besides: CUDA for JAX as it is locked, and Google's client for `ray up`.
+DEPLOY_LOCK := $(BIN)/uv pip compile -c locks/requirements.txt --quiet --generate-hashes \
+	--python-platform x86_64-manylinux_2_28 --python-version 3.11 \
+	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+
+lock-deploy: $(READY)  ## Resolve the images' additions anew, after `make lock`
+	sed -n 's/^jax==\([0-9.]*\).*/jax[cuda12]==\1/p' locks/requirements.txt | $(DEPLOY_LOCK) - \
+		| awk '/^[a-z]/ { kept = /^(jax-cuda12-|nvidia-)/ } kept' > $(VENV)/cuda.txt
+	$(DEPLOY_LOCK) pyproject.toml --group build > $(VENV)/image.txt
+	echo google-api-python-client | $(DEPLOY_LOCK) - | awk '/^[a-z]/ { split($$1, name, "==") } \
+		NR == FNR { there[name[1]]; next } !(name[1] in there)' $(VENV)/image.txt - \
+		> $(VENV)/google.txt
+	mv $(VENV)/cuda.txt deploy/cuda-requirements.txt
+	mv $(VENV)/google.txt deploy/ray-up/requirements.txt
 
 clean:  ## Remove the environment, caches and build products
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info model/ops/_kernels*

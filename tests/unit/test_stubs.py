@@ -29,6 +29,13 @@ def test_stubs_have_not_drifted(tmp_path: Path) -> None:
         assert (PROTO / name).read_text("utf-8") == path.read_text("utf-8"), f"{name}: `make proto`"
 
 
+def test_buf_has_no_complaint(tmp_path: Path) -> None:
+    buf = Path(sys.executable).with_name("buf")
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([buf, "lint", "."], cwd=PROTO, env=environment, capture_output=True)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_every_field_and_message_is_documented_and_named_by_rule(source: Path) -> None:
     """What `buf lint` asks for, as far as it can be seen from descriptors."""
