@@ -199,10 +199,11 @@ class Controller:
         while record.worker_id not in self._targets:
             await self._or_death(record, self._placed.wait())
         self._note(record, "its shards to be loaded")
-        # Again where it shall hold others by the time it is through.
+        # Again where it shall hold others by the time it is through; no more where it is to go.
         loaded: ShardPlan | None = None
-        while loaded != self._targets[record.worker_id]:
-            record.shards = loaded = self._targets[record.worker_id]
+        while loaded != (target := self._targets.get(record.worker_id, loaded)):
+            assert target is not None
+            record.shards = loaded = target
             await self._or_death(record, self._fleet.load(record.worker_id, loaded))
             record.held |= loaded.experts
 

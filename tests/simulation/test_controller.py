@@ -21,3 +21,8 @@ def test_no_fault_and_no_scaling_costs_a_token(seed: int) -> None:
 def test_what_is_being_loaded_is_not_unloaded(seed: int, num_faults: int) -> None:
     """Seeds in which a placement was trimmed while workers loaded for the next."""
     ControlledSimulation(random_controlled_scenario(seed, num_faults)).run()
+
+
+def test_a_cluster_may_shrink_while_a_worker_that_is_to_go_comes_back() -> None:
+    # It dies, and is loading when the new placement no longer names it.
+    ControlledSimulation(random_controlled_scenario(2005, MAX_FAULTS)).run()
