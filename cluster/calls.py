@@ -1,7 +1,7 @@
 """What a router asks of a worker and what comes back, as values: the wire's content without a wire.
 
-    Call:   RunExperts | BeginBatch | AdvanceBatch | AbandonBatch
-    Result: ExpertOutputs | ExpertInput | Departure | Drawn | Abandoned | Refusal
+    Call:   RunExperts | BeginBatch | AdvanceBatch | AbandonBatch | StoreBlocks
+    Result: ExpertOutputs | ExpertInput | Departure | Drawn | Abandoned | BlocksStored | Refusal
 
 A batch goes through attention shards in turns: `BeginBatch` takes it in at a layer, each
 `ExpertInput` asks for the outputs of that layer's experts, `AdvanceBatch` brings them, and the turn
@@ -89,7 +89,28 @@ class AbandonBatch:
     batch_id: int
 
 
-Call = RunExperts | BeginBatch | AdvanceBatch | AbandonBatch
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StoreBlocks:
+    """Full KV blocks, one after another in one sequence, to be kept for equal prefixes.
+
+    Tokens [C, P] int32; keys and values [C, L, P, R, K] of the activation type, of all layers from
+    `first_layer` on. `parent` is the digest before the first block (`model.block_pool`), empty at
+    the beginning of a sequence.
+    """
+
+    first_layer: int
+    parent: bytes
+    token_ids_CP: np.ndarray
+    keys_CLPRK: np.ndarray
+    values_CLPRK: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values."""
+        return self.keys_CLPRK.nbytes + self.values_CLPRK.nbytes
+
+
+Call = RunExperts | BeginBatch | AdvanceBatch | AbandonBatch | StoreBlocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +149,13 @@ class Abandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """The first `num_blocks` of the blocks are kept; for the others there was no room."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """The call was not computed."""
 
@@ -137,4 +165,4 @@ class Refusal:
 
 
 Turn = ExpertInput | Departure | Drawn
-Result = ExpertOutputs | Turn | Abandoned | Refusal
+Result = ExpertOutputs | Turn | Abandoned | BlocksStored | Refusal

@@ -29,6 +29,7 @@ from cluster.calls import (
     Abandoned,
     AdvanceBatch,
     BeginBatch,
+    BlocksStored,
     Call,
     Departure,
     Drawn,
@@ -38,6 +39,7 @@ from cluster.calls import (
     Refusal,
     Result,
     RunExperts,
+    StoreBlocks,
     TokenRows,
 )
 from cluster.errors import RefusalReason
@@ -74,13 +76,15 @@ _JOIN_ALIGNMENT = 16
 _RUN_EXPERTS = _FIRST_CALL = 3
 _BEGIN_BATCH = 4
 _ADVANCE_BATCH = 5
-_ABANDON_BATCH = _LAST_CALL = 6
+_ABANDON_BATCH = 6
+_STORE_BLOCKS = _LAST_CALL = 7
 _EXPERT_OUTPUTS = _FIRST_RESULT = 2
 _EXPERT_INPUT = 3
 _DEPARTURE = 4
 _DRAWN_TOKENS = 5
 _REFUSAL = 6
-_ABANDONED = _LAST_RESULT = 7
+_ABANDONED = 7
+_BLOCKS_STORED = _LAST_RESULT = 8
 _MAX_TIMEOUT_MS = 2**32 - 1
 _NUM_FENCES = 64
 _REASONS = {reason.value: reason for reason in RefusalReason}
@@ -340,6 +344,34 @@ def _decode_abandon_batch(data: bytes, payload: PayloadReader) -> AbandonBatch:
     return AbandonBatch(_parse(pb.AbandonBatchCall(), data).batch_id)
 
 
+def _store_blocks_field(call: StoreBlocks) -> tuple[bytes, Payload]:
+    arrays = [call.token_ids_CP, call.keys_CLPRK, call.values_CLPRK]
+    payload, (token_ids, keys, values) = _laid_out(arrays)
+    message = pb.StoreBlocksCall(
+        first_layer=call.first_layer,
+        parent=call.parent,
+        token_ids=token_ids,
+        keys=keys,
+        values=values,
+    )
+    return pack_field(_STORE_BLOCKS, message), payload
+
+
+def _decode_store_blocks(data: bytes, payload: PayloadReader) -> StoreBlocks:
+    message = _parse(pb.StoreBlocksCall(), data)
+    # Looked at before the response, and not after it.
+    call = StoreBlocks(
+        first_layer=message.first_layer,
+        parent=message.parent,
+        token_ids_CP=payload.read(place_of(message.token_ids, INT32, 2)),
+        keys_CLPRK=payload.read(place_of(message.keys, ACTIVATIONS, 5)),
+        values_CLPRK=payload.read(place_of(message.values, ACTIVATIONS, 5)),
+    )
+    _check_equal("token_ids and keys", len(call.token_ids_CP), len(call.keys_CLPRK))
+    _check_equal("keys and values", len(call.keys_CLPRK), len(call.values_CLPRK))
+    return call
+
+
 def _departure_field(result: Departure) -> tuple[bytes, Payload]:
     payload, (hidden,) = _laid_out([result.hidden_TD])
     return pack_field(_DEPARTURE, pb.Departure(hidden=hidden)), payload
@@ -365,6 +397,15 @@ def _decode_abandoned(data: bytes, payload: PayloadReader) -> Abandoned:
     return Abandoned()
 
 
+def _blocks_stored_field(result: BlocksStored) -> tuple[bytes, Payload]:
+    message = pb.BlocksStored(num_blocks=result.num_blocks)
+    return pack_field(_BLOCKS_STORED, message), NO_PAYLOAD
+
+
+def _decode_blocks_stored(data: bytes, payload: PayloadReader) -> BlocksStored:
+    return BlocksStored(_parse(pb.BlocksStored(), data).num_blocks)
+
+
 def _refusal_field(result: Refusal) -> tuple[bytes, Payload]:
     message = pb.Refusal(
         reason=pb.RefusalReason.Name(result.reason.value),
@@ -386,12 +427,14 @@ _CALL_ENCODERS: dict[type[Any], Callable[[Any], tuple[bytes, Payload]]] = {
     BeginBatch: _begin_batch_field,
     AdvanceBatch: _advance_batch_field,
     AbandonBatch: _abandon_batch_field,
+    StoreBlocks: _store_blocks_field,
 }
 _CALL_DECODERS: dict[int, Callable[[bytes, PayloadReader], Call]] = {
     _RUN_EXPERTS: _decode_run_experts,
     _BEGIN_BATCH: _decode_begin_batch,
     _ADVANCE_BATCH: _decode_advance_batch,
     _ABANDON_BATCH: _decode_abandon_batch,
+    _STORE_BLOCKS: _decode_store_blocks,
 }
 _RESULT_ENCODERS: dict[type[Any], Callable[[Any], tuple[bytes, Payload]]] = {
     ExpertOutputs: _expert_outputs_field,
@@ -400,6 +443,7 @@ _RESULT_ENCODERS: dict[type[Any], Callable[[Any], tuple[bytes, Payload]]] = {
     Drawn: _drawn_tokens_field,
     Refusal: _refusal_field,
     Abandoned: _abandoned_field,
+    BlocksStored: _blocks_stored_field,
 }
 _RESULT_DECODERS: dict[int, Callable[[bytes, PayloadReader], Result]] = {
     _EXPERT_OUTPUTS: _decode_expert_outputs,
@@ -408,6 +452,7 @@ _RESULT_DECODERS: dict[int, Callable[[bytes, PayloadReader], Result]] = {
     _DRAWN_TOKENS: _decode_drawn_tokens,
     _REFUSAL: _decode_refusal,
     _ABANDONED: _decode_abandoned,
+    _BLOCKS_STORED: _decode_blocks_stored,
 }
 
 

@@ -5,7 +5,8 @@ one lets go, kept for reuse if its contents were published, else free -> evicted
 free blocks run out.
 
 A full block is published under a digest of all tokens up to its end, so equal digests mean equal
-prefixes and a sequence may attend to another's block. Nothing here touches an array.
+prefixes and a sequence may attend to another's block. One computed in another process is published
+by its digest alone (`hold_chain`, `publish_next`). Nothing here touches an array.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._digests: dict[int, bytes] = {}
         self._published: dict[bytes, int] = {}
+        # Of each published digest, that of the block before: empty at the beginning of a sequence.
+        self._parents: dict[bytes, bytes] = {}
         # Published blocks that nobody holds, the least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
@@ -75,8 +78,7 @@ class BlockPool:
             block_id = self._published.get(digest)
             if block_id is None:
                 break
-            self._idle.pop(block_id, None)
-            self._ref_counts[block_id] += 1
+            self._hold(block_id)
             matched.append(block_id)
         return matched
 
@@ -85,14 +87,46 @@ class BlockPool:
 
         A prefix that is published already keeps its first block.
         """
+        parent = b""
         for block_id, digest in zip(block_ids, self._chain(token_ids), strict=False):
             if digest not in self._published and block_id not in self._digests:
-                self._published[digest] = block_id
-                self._digests[block_id] = digest
+                self._publish(block_id, digest, parent)
+            parent = digest
+
+    def hold_chain(self, digest: bytes) -> list[int] | None:
+        """Takes hold of the published block of a digest and of all before it, first to last.
+
+        None, and no hold, where one of them is not here. Of no digest the chain is empty.
+        """
+        block_ids: list[int] = []
+        while digest:
+            block_id = self._published.get(digest)
+            if block_id is None:
+                return None
+            block_ids.append(block_id)
+            digest = self._parents[digest]
+        block_ids.reverse()
+        for block_id in block_ids:
+            self._hold(block_id)
+        return block_ids
+
+    def try_hold(self, digest: bytes) -> int | None:
+        """Takes hold of the published block of a digest; None where it is not here."""
+        block_id = self._published.get(digest)
+        if block_id is not None:
+            self._hold(block_id)
+        return block_id
+
+    def publish_next(self, block_id: int, digest: bytes, parent: bytes) -> None:
+        """Offers one block, held by the caller, for reuse; `parent` is the digest before it."""
+        assert self._ref_counts[block_id] > 0 and block_id not in self._digests
+        assert digest not in self._published
+        self._publish(block_id, digest, parent)
 
     def forget(self) -> None:
         """Takes back all offers: the contents of the blocks are lost."""
         self._published.clear()
+        self._parents.clear()
         self._digests.clear()
         self._free.extend(reversed(self._idle))
         self._idle.clear()
@@ -105,15 +139,26 @@ class BlockPool:
         assert len(free) + len(idle) + len(held) == self.num_blocks
         assert idle <= set(self._digests)
         assert {block: digest for digest, block in self._published.items()} == self._digests
+        assert self._parents.keys() == self._published.keys()
 
     def _take(self) -> int:
         if not self._free:
             oldest, _ = self._idle.popitem(last=False)
-            del self._published[self._digests.pop(oldest)]
+            digest = self._digests.pop(oldest)
+            del self._published[digest], self._parents[digest]
             self._free.append(oldest)
         block_id = self._free.pop()
         self._ref_counts[block_id] = 1
         return block_id
+
+    def _hold(self, block_id: int) -> None:
+        self._idle.pop(block_id, None)
+        self._ref_counts[block_id] += 1
+
+    def _publish(self, block_id: int, digest: bytes, parent: bytes) -> None:
+        self._published[digest] = block_id
+        self._digests[block_id] = digest
+        self._parents[digest] = parent
 
     def _release(self, block_id: int) -> None:
         if block_id in self._digests:
@@ -125,6 +170,10 @@ class BlockPool:
         """Digest of each full block together with everything before it."""
         digest = b""
         for end in range(self.block_size, len(token_ids) + 1, self.block_size):
-            block = array("q", token_ids[end - self.block_size : end]).tobytes()
-            digest = hashlib.blake2b(digest + block, digest_size=16).digest()
+            digest = chain_digest(digest, token_ids[end - self.block_size : end])
             yield digest
+
+
+def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The name of a full block: of its tokens and, by the digest before it, of all before them."""
+    return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.config import ModelConfig
@@ -66,6 +67,37 @@ def scatter_rows(
     """The blocks with each row written to its place; a place out of range drops it."""
     flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
     return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
+
+
+def read_block(
+    layers_L: tuple[LayerCache, ...], block_id: Int[Array, ""]
+) -> tuple[Float[Array, "L P R K"], Float[Array, "L P R K"]]:
+    """Keys and values of one block in all layers."""
+
+    def of(arrays_NPRK: list[Array]) -> Array:
+        return jnp.stack([lax.dynamic_index_in_dim(a, block_id, 0, False) for a in arrays_NPRK])
+
+    return of([layer.keys_NPRK for layer in layers_L]), of([la.values_NPRK for la in layers_L])
+
+
+def write_block(
+    layers_L: tuple[LayerCache, ...],
+    visible_NP: Bool[Array, "N P"],
+    block_id: Int[Array, ""],
+    is_visible_P: Bool[Array, " P"],
+    keys_LPRK: Float[Array, "L P R K"],
+    values_LPRK: Float[Array, "L P R K"],
+) -> tuple[tuple[LayerCache, ...], Bool[Array, "N P"]]:
+    """The layers, and what is visible, with one block put in."""
+    put = lax.dynamic_update_index_in_dim
+    layers_L = tuple(
+        LayerCache(
+            keys_NPRK=put(layer.keys_NPRK, keys_LPRK[i], block_id, 0),
+            values_NPRK=put(layer.values_NPRK, values_LPRK[i], block_id, 0),
+        )
+        for i, layer in enumerate(layers_L)
+    )
+    return layers_L, put(visible_NP, is_visible_P, block_id, 0)
 
 
 def mark_visible(

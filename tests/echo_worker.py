@@ -16,6 +16,7 @@ from cluster.calls import (
     Abandoned,
     AdvanceBatch,
     BeginBatch,
+    BlocksStored,
     Call,
     Departure,
     Drawn,
@@ -25,6 +26,7 @@ from cluster.calls import (
     Refusal,
     Result,
     RunExperts,
+    StoreBlocks,
 )
 from cluster.clock import SystemClock
 from cluster.config import TlsSettings
@@ -53,6 +55,8 @@ class EchoCore:
 
     def __init__(self) -> None:
         self.routers_gone: list[str] = []
+        # Copies of what was sent.
+        self.stored: list[StoreBlocks] = []
         self._held: list[Callable[[], None]] = []
         self._num_tokens: dict[int, int] = {}
 
@@ -89,6 +93,16 @@ class EchoCore:
             case AbandonBatch():
                 self._num_tokens.pop(call.batch_id, None)
                 return Abandoned()
+            case StoreBlocks():
+                kept = StoreBlocks(
+                    first_layer=call.first_layer,
+                    parent=call.parent,
+                    token_ids_CP=call.token_ids_CP.copy(),
+                    keys_CLPRK=call.keys_CLPRK.copy(),
+                    values_CLPRK=call.values_CLPRK.copy(),
+                )
+                self.stored.append(kept)
+                return BlocksStored(len(call.token_ids_CP))
 
     def _begin(self, call: BeginBatch) -> Result:
         tokens = call.tokens

@@ -6,12 +6,14 @@ Layers whose experts are all in this process do not stop: consecutive ones run a
 without leaving the device.
 
 The blocks belong to one router at a time. Which block belongs to which sequence is that router's
-business; a new one starts from nothing.
+business; a new one starts from nothing. That router may also read and write whole blocks: copies of
+keys and values, from and for another process.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,13 @@ from cluster.calls import (
     Drawn,
     ExpertInput,
     Refusal,
+    StoreBlocks,
     TokenRows,
     Turn,
 )
 from cluster.errors import RefusalReason
 from model.decoder import AttentionResult, Decoder
-from model.kv_cache import LayerCache, StepBatch, make_kv_cache
+from model.kv_cache import LayerCache, StepBatch, make_kv_cache, read_block, write_block
 from model.params import AttentionParams, EndParams, ExpertParams
 from model.runner import CacheSize, bucket, draw_tokens, jitted_parts
 from model.sampling_params import SampleRow
@@ -94,6 +97,71 @@ class AttentionShard:
     def read_cache(self) -> Mapping[int, LayerCache]:
         """The KV arrays by layer, for inspection; the next call invalidates them."""
         return self._caches
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the keys and values of one block, in all layers of the shard."""
+        values = np.prod(self._block_shape, dtype=np.int64) * self._decoder.dtype.itemsize
+        return 2 * int(values)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [C, L, P, R, K] of blocks, copied."""
+        read, _ = _block_programs()
+        layers_L = tuple(self._caches.values())
+        # One at a time: a program for each number of blocks would have to be compiled.
+        blocks = [jax.device_get(read(layers_L, np.int32(block_id))) for block_id in block_ids]
+        keys_CLPRK, values_CLPRK = zip(*blocks, strict=True)
+        return np.stack(keys_CLPRK), np.stack(values_CLPRK)
+
+    def write_block(
+        self,
+        block_id: int,
+        token_ids_P: np.ndarray,
+        keys_LPRK: np.ndarray,
+        values_LPRK: np.ndarray,
+    ) -> None:
+        """Puts keys and values into a block, as if its tokens had been computed there."""
+        _, write = _block_programs()
+        layers_L, self._visible_NP = write(
+            tuple(self._caches.values()),
+            self._visible_NP,
+            np.int32(block_id),
+            token_ids_P != self._decoder.config.pad_token,
+            # Copied: a device may still read them when whoever sent them writes there again.
+            keys_LPRK.copy(),
+            values_LPRK.copy(),
+        )
+        self._caches = dict(zip(self._caches, layers_L, strict=True))
+
+    def visible(self, block_id: int) -> np.ndarray:
+        """Which positions [P] of a block later queries may see, for inspection."""
+        return np.asarray(self._visible_NP)[block_id].copy()
+
+    def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
+        """Why blocks cannot lie here, if they cannot."""
+        wanted, dtype = self._block_shape, self._decoder.dtype
+        num_blocks = len(call.token_ids_CP)
+        layers = (call.first_layer, call.keys_CLPRK.shape[1])
+        if layers != (self.first_layer, self.num_layers):
+            message = f"layers {layers[0]} and following, {layers[1]} of them, are not these"
+            return Refusal(RefusalReason.NOT_HELD, message)
+        is_sound = (
+            num_blocks > 0
+            and call.token_ids_CP.shape == (num_blocks, wanted[1])
+            and call.keys_CLPRK.shape == call.values_CLPRK.shape == (num_blocks, *wanted)
+            and call.keys_CLPRK.dtype == call.values_CLPRK.dtype == dtype
+        )
+        if is_sound:
+            return None
+        message = f"blocks {call.keys_CLPRK.shape} of {call.keys_CLPRK.dtype}, wanted {wanted}"
+        return Refusal(RefusalReason.MALFORMED, message)
+
+    @property
+    def _block_shape(self) -> tuple[int, int, int, int]:
+        """L, P, R, K of a block."""
+        config = self._decoder.config
+        size = self.cache_size.block_size
+        return (self.num_layers, size, config.num_kv_heads, config.key_size)
 
     def begin(self, owner: Owner, call: BeginBatch) -> Turn | Refusal:
         """Takes a batch in before its layer, as far as the first stop."""
@@ -336,6 +404,12 @@ def _pass_through(decoder: Decoder) -> Callable[..., tuple[jax.Array, tuple[Laye
         return hidden_TD, tuple(kept)
 
     return jax.jit(run, donate_argnums=(4,))
+
+
+@cache
+def _block_programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Reads a block of all layers, and writes one in place."""
+    return jax.jit(read_block), jax.jit(write_block, donate_argnums=(0,))
 
 
 def _blocks_per_sequence(sequence_len: int, size: CacheSize) -> int:

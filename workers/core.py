@@ -8,6 +8,8 @@ Life of a call:
    another router is about to ask for them, it waits for that a little (see `company`).
 3. `serve` computes it, unless its deadline has passed, and replies.
 
+Copies of KV blocks do not wait here: they are for the router of this process, who has the blocks.
+
 No clock, no thread, no socket: time comes from `Tasks`, calls from transports, arrays from shards.
 """
 
@@ -30,6 +32,7 @@ from cluster.calls import (
     Refusal,
     Result,
     RunExperts,
+    StoreBlocks,
     Turn,
 )
 from cluster.errors import RefusalReason
@@ -40,6 +43,8 @@ from workers.company import Company
 logger = logging.getLogger(__name__)
 
 Reply = Callable[[Result], None]
+# Takes a call in and replies once, sooner or later.
+KeepCopies = Callable[[StoreBlocks, Reply], None]
 
 
 class ExpertRunner(Protocol):
@@ -120,6 +125,7 @@ class WorkerCore:
         self._attention = attention
         self._tasks = tasks
         self._limits = limits or CoreLimits()
+        self._keep_copies: KeepCopies | None = None
         self._queue: deque[_Waiting] = deque()
         self._num_waiting_rows = 0
         self._arrived = Signal()
@@ -141,6 +147,10 @@ class WorkerCore:
         """Takes in the attention shard, which is there only after loading."""
         self._attention = attention
 
+    def attach_copies(self, keep_copies: KeepCopies) -> None:
+        """Has KV blocks that other routers send taken in; refused else."""
+        self._keep_copies = keep_copies
+
     def raise_epoch(self, placement_epoch: int) -> None:
         """From now on refuses callers that act on an older placement."""
         self.placement_epoch = max(self.placement_epoch, placement_epoch)
@@ -150,6 +160,10 @@ class WorkerCore:
         refusal = self._fault_of(call, fence) or self._lack_of_room(call)
         if refusal is not None:
             reply(refusal)
+            return
+        if isinstance(call, StoreBlocks):
+            assert self._keep_copies is not None
+            self._keep_copies(call, reply)
             return
         now_s = self._tasks.clock.now_s()
         deadline_s = now_s + fence.timeout_s if fence.timeout_s > 0 else None
@@ -308,7 +322,7 @@ class WorkerCore:
             case AbandonBatch():
                 self._attention.abandon(owner, call.batch_id)
                 return [Abandoned()]
-            case RunExperts():
+            case RunExperts() | StoreBlocks():
                 raise AssertionError
 
     def _is_of_newest_step(self, fence: Fence) -> bool:
@@ -332,6 +346,8 @@ class WorkerCore:
             return refusal
         if isinstance(call, RunExperts):
             return self._experts.fault_of(call)
+        if isinstance(call, StoreBlocks) and self._keep_copies is None:
+            return self._refuse(RefusalReason.NOT_HELD, "no copies are kept here")
         if self._attention is None:
             return self._refuse(RefusalReason.NOT_HELD, "no attention shard here")
         return None

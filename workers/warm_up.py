@@ -26,6 +26,7 @@ def warm_up(
     experts: ExpertShard,
     dtype: np.dtype,
     max_step_tokens: int,
+    copies_blocks: bool = False,
     on_size: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
     """Runs every size once; for a worker that nobody uses yet."""
@@ -36,7 +37,15 @@ def warm_up(
             for num_logprobs in _NUM_LOGPROBS:
                 _run_attention(config, cache_size, attention, dtype, num_tokens, num_logprobs)
     if attention is not None:
+        if copies_blocks:
+            _copy_block(cache_size, attention)
         attention.release(_OWNER[0])
+
+
+def _copy_block(cache_size: CacheSize, attention: AttentionShard) -> None:
+    keys_CLPRK, values_CLPRK = attention.read_blocks((0,))
+    token_ids_P = np.zeros(cache_size.block_size, np.int32)
+    attention.write_block(0, token_ids_P, keys_CLPRK[0], values_CLPRK[0])
 
 
 def _sizes(largest: int) -> Iterator[int]:

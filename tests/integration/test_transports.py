@@ -20,11 +20,13 @@ from cluster.calls import (
     Abandoned,
     AdvanceBatch,
     BeginBatch,
+    BlocksStored,
     Departure,
     Drawn,
     ExpertInput,
     Refusal,
     RunExperts,
+    StoreBlocks,
     TokenRows,
 )
 from cluster.clock import SystemClock
@@ -122,6 +124,28 @@ def test_batch_takes_its_turns_over_every_transport(router: Router, wanted: str)
         assert refused == Refusal(RefusalReason.UNKNOWN_BATCH, "3")
         drawn = router.ask(link, BeginBatch(4, LOGITS_LAYER, tokens_of(1)))
         assert drawn == Drawn((drawn_token(3),))
+
+
+@pytest.mark.parametrize("wanted", ALL)
+def test_blocks_arrive_to_the_bit_over_every_transport(router: Router, wanted: str) -> None:
+    with linked(router, wanted) as (link, core):
+        for num_blocks, dtype in ((1, np.float32), (3, ml_dtypes.bfloat16)):
+            keys_CLPRK = np.random.default_rng(3).standard_normal((num_blocks, 2, 4, 2, 8))
+            call = StoreBlocks(
+                first_layer=1,
+                parent=b"sixteen bytes of",
+                token_ids_CP=np.arange(num_blocks * 4, dtype=np.int32).reshape(num_blocks, 4),
+                keys_CLPRK=keys_CLPRK.astype(dtype),
+                values_CLPRK=-keys_CLPRK.astype(dtype),
+            )
+            assert router.ask(link, call) == BlocksStored(num_blocks)
+            (stored,) = core.stored
+            core.stored.clear()
+            assert (stored.first_layer, stored.parent) == (1, call.parent)
+            for name in ("token_ids_CP", "keys_CLPRK", "values_CLPRK"):
+                sent, came = getattr(call, name), getattr(stored, name)
+                assert (came.dtype, came.shape) == (sent.dtype, sent.shape)
+                assert came.tobytes() == sent.tobytes()
 
 
 @pytest.mark.parametrize("wanted", REMOTE)

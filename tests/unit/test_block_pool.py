@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model.block_pool import BlockPool
+from model.block_pool import BlockPool, chain_digest
 from model.errors import OutOfBlocksError
 
 BLOCK = 4
@@ -71,6 +71,45 @@ def test_failed_allocation_takes_nothing_and_says_both_numbers() -> None:
     with pytest.raises(OutOfBlocksError, match="needs 2 KV blocks, 1 are free"):
         pool.allocate(2)
     assert pool.num_available == 1
+
+
+def digests_of(token_ids: list[int]) -> list[bytes]:
+    """The names of the full blocks of a sequence."""
+    digests = [b""]
+    for start in range(0, len(token_ids) - BLOCK + 1, BLOCK):
+        digests.append(chain_digest(digests[-1], token_ids[start : start + BLOCK]))
+    return digests[1:]
+
+
+def test_block_published_by_its_digest_is_found_by_its_tokens() -> None:
+    pool = BlockPool(4, BLOCK)
+    tokens = list(range(8))
+    first, second = digests_of(tokens)
+    blocks = pool.allocate(2)
+    pool.publish_next(blocks[0], first, b"")
+    pool.publish_next(blocks[1], second, first)
+    pool.free(blocks)
+    pool.check_integrity()
+    assert pool.num_held == 0
+    assert pool.match_prefix([*tokens, 9]) == blocks
+
+
+def test_a_chain_is_held_whole_or_not_at_all() -> None:
+    pool = BlockPool(3, BLOCK)
+    blocks = published(pool, [1, 1, 1, 1, 2, 2, 2, 2])
+    first, second = digests_of([1, 1, 1, 1, 2, 2, 2, 2])
+    assert pool.hold_chain(second) == blocks and pool.num_held == 2
+    pool.free(blocks)
+    assert pool.hold_chain(b"") == []
+    assert pool.hold_chain(b"nobody knows it.") is None
+    # The later block is evicted first; the earlier one after it makes a chain of its own.
+    pool.allocate(2)
+    assert pool.hold_chain(second) is None and pool.num_held == 2
+    assert pool.hold_chain(first) == blocks[:1]
+    assert pool.try_hold(second) is None and pool.try_hold(first) == blocks[0]
+    pool.free(blocks[:1])
+    pool.free(blocks[:1])
+    pool.check_integrity()
 
 
 class PoolMachine(RuleBasedStateMachine):

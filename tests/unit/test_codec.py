@@ -18,6 +18,7 @@ from cluster.calls import (
     Abandoned,
     AdvanceBatch,
     BeginBatch,
+    BlocksStored,
     Call,
     Departure,
     Drawn,
@@ -27,6 +28,7 @@ from cluster.calls import (
     Refusal,
     Result,
     RunExperts,
+    StoreBlocks,
     TokenRows,
 )
 from cluster.errors import RefusalReason
@@ -109,7 +111,7 @@ def token_rows(draw: st.DrawFn, num_rows: int) -> TokenRows:
 def calls(draw: st.DrawFn) -> Call:
     num_rows, width, layer = draw(SIZES), draw(SIZES), draw(UINT32)
     dtype = draw(ACTIVATION_TYPES)
-    match draw(st.integers(0, 3)):
+    match draw(st.integers(0, 4)):
         case 0:
             ids_TA = array_of(draw, np.int32, num_rows, 2)
             return RunExperts(layer, array_of(draw, dtype, num_rows, width), ids_TA)
@@ -119,6 +121,15 @@ def calls(draw: st.DrawFn) -> Call:
             return BeginBatch(draw(UINT64), layer, draw(token_rows(num_rows)), hidden)
         case 2:
             return AdvanceBatch(draw(UINT64), layer, array_of(draw, dtype, num_rows, 2, width))
+        case 3:
+            shape = (num_rows, draw(SIZES), 2, 1, width)
+            return StoreBlocks(
+                first_layer=layer,
+                parent=draw(st.binary(max_size=16)),
+                token_ids_CP=array_of(draw, np.int32, num_rows, 2),
+                keys_CLPRK=array_of(draw, dtype, *shape),
+                values_CLPRK=array_of(draw, dtype, *shape),
+            )
         case _:
             return AbandonBatch(draw(UINT64))
 
@@ -139,7 +150,7 @@ def sampled_tokens(draw: st.DrawFn) -> SampledToken:
 def results(draw: st.DrawFn) -> Result:
     num_rows, width = draw(SIZES), draw(SIZES)
     dtype = draw(ACTIVATION_TYPES)
-    match draw(st.integers(0, 5)):
+    match draw(st.integers(0, 6)):
         case 0:
             return ExpertOutputs(array_of(draw, dtype, num_rows, width))
         case 1:
@@ -151,6 +162,8 @@ def results(draw: st.DrawFn) -> Result:
             return Drawn(tuple(draw(st.lists(sampled_tokens(), max_size=3))))
         case 4:
             return Refusal(draw(st.sampled_from(RefusalReason)), draw(st.text()), draw(UINT64))
+        case 5:
+            return BlocksStored(draw(UINT32))
         case _:
             return Abandoned()
 

@@ -6,12 +6,14 @@ import pytest
 from cluster.calls import (
     AbandonBatch,
     BeginBatch,
+    BlocksStored,
     Call,
     ExpertOutputs,
     Fence,
     Refusal,
     Result,
     RunExperts,
+    StoreBlocks,
     TokenRows,
 )
 from cluster.clock import FakeClock
@@ -164,3 +166,25 @@ def test_calls_to_experts_do_not_crowd_out_a_batch() -> None:
     assert bench.reasons() == [RefusalReason.OVERLOADED]
     bench.serve()
     assert bench.reasons() == [RefusalReason.OVERLOADED, None, None]
+
+
+def blocks() -> StoreBlocks:
+    keys = np.zeros((1, 2, 2, 1, 2), np.float32)
+    tokens = np.zeros((1, 2), np.int32)
+    return StoreBlocks(
+        first_layer=0, parent=b"", token_ids_CP=tokens, keys_CLPRK=keys, values_CLPRK=keys
+    )
+
+
+def test_copies_are_for_the_router_of_the_process_and_wait_for_no_call() -> None:
+    bench = Bench()
+    bench.submit(blocks(), fence())
+    assert bench.reasons() == [RefusalReason.NOT_HELD]
+    bench.core.attach_copies(lambda call, reply: reply(BlocksStored(len(call.token_ids_CP))))
+    bench.submit(begin(1), fence())
+    bench.submit(blocks(), fence(router_id="other"))
+    assert bench.results[1:] == [BlocksStored(1)]
+    bench.core.raise_epoch(5)
+    bench.submit(blocks(), fence(epoch=4))
+    assert bench.reasons()[2:] == [RefusalReason.STALE_EPOCH]
+    bench.serve()

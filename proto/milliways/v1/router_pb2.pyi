@@ -52,12 +52,14 @@ class DeliveredTokens(_message.Message):
     def __init__(self, sample_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., is_finished: _Optional[bool] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
-    __slots__ = ("events", "has_moved")
+    __slots__ = ("events", "has_moved", "standby_id")
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     HAS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_ID_FIELD_NUMBER: _ClassVar[int]
     events: _containers.RepeatedCompositeFieldContainer[TokenEvent]
     has_moved: bool
-    def __init__(self, events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., has_moved: _Optional[bool] = ...) -> None: ...
+    standby_id: str
+    def __init__(self, events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., has_moved: _Optional[bool] = ..., standby_id: _Optional[str] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("sample_index", "index", "token_id", "text", "logprob", "top_token_ids", "top_logprobs", "finish_reason")

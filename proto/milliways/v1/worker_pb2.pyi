@@ -80,13 +80,14 @@ class Fence(_message.Message):
     def __init__(self, placement_epoch: _Optional[int] = ..., incarnation: _Optional[int] = ..., step: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., router_id: _Optional[str] = ..., router_incarnation: _Optional[int] = ...) -> None: ...
 
 class ExchangeRequest(_message.Message):
-    __slots__ = ("call_id", "fence", "run_experts", "begin_batch", "advance_batch", "abandon_batch", "padding", "payload")
+    __slots__ = ("call_id", "fence", "run_experts", "begin_batch", "advance_batch", "abandon_batch", "store_blocks", "padding", "payload")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     RUN_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     BEGIN_BATCH_FIELD_NUMBER: _ClassVar[int]
     ADVANCE_BATCH_FIELD_NUMBER: _ClassVar[int]
     ABANDON_BATCH_FIELD_NUMBER: _ClassVar[int]
+    STORE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     call_id: int
@@ -95,9 +96,10 @@ class ExchangeRequest(_message.Message):
     begin_batch: BeginBatchCall
     advance_batch: AdvanceBatchCall
     abandon_batch: AbandonBatchCall
+    store_blocks: StoreBlocksCall
     padding: bytes
     payload: bytes
-    def __init__(self, call_id: _Optional[int] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., run_experts: _Optional[_Union[RunExpertsCall, _Mapping]] = ..., begin_batch: _Optional[_Union[BeginBatchCall, _Mapping]] = ..., advance_batch: _Optional[_Union[AdvanceBatchCall, _Mapping]] = ..., abandon_batch: _Optional[_Union[AbandonBatchCall, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ..., run_experts: _Optional[_Union[RunExpertsCall, _Mapping]] = ..., begin_batch: _Optional[_Union[BeginBatchCall, _Mapping]] = ..., advance_batch: _Optional[_Union[AdvanceBatchCall, _Mapping]] = ..., abandon_batch: _Optional[_Union[AbandonBatchCall, _Mapping]] = ..., store_blocks: _Optional[_Union[StoreBlocksCall, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class RunExpertsCall(_message.Message):
     __slots__ = ("layer", "rows", "expert_ids")
@@ -161,8 +163,22 @@ class AbandonBatchCall(_message.Message):
     batch_id: int
     def __init__(self, batch_id: _Optional[int] = ...) -> None: ...
 
+class StoreBlocksCall(_message.Message):
+    __slots__ = ("first_layer", "parent", "token_ids", "keys", "values")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    parent: bytes
+    token_ids: _tensor_pb2.TensorSpec
+    keys: _tensor_pb2.TensorSpec
+    values: _tensor_pb2.TensorSpec
+    def __init__(self, first_layer: _Optional[int] = ..., parent: _Optional[bytes] = ..., token_ids: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., keys: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., values: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ...) -> None: ...
+
 class ExchangeResponse(_message.Message):
-    __slots__ = ("call_id", "expert_outputs", "expert_input", "departure", "drawn_tokens", "refusal", "abandoned", "padding", "payload")
+    __slots__ = ("call_id", "expert_outputs", "expert_input", "departure", "drawn_tokens", "refusal", "abandoned", "blocks_stored", "padding", "payload")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     EXPERT_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +186,7 @@ class ExchangeResponse(_message.Message):
     DRAWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ABANDONED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_STORED_FIELD_NUMBER: _ClassVar[int]
     PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     call_id: int
@@ -179,9 +196,10 @@ class ExchangeResponse(_message.Message):
     drawn_tokens: DrawnTokens
     refusal: Refusal
     abandoned: Abandoned
+    blocks_stored: BlocksStored
     padding: bytes
     payload: bytes
-    def __init__(self, call_id: _Optional[int] = ..., expert_outputs: _Optional[_Union[ExpertOutputs, _Mapping]] = ..., expert_input: _Optional[_Union[ExpertInput, _Mapping]] = ..., departure: _Optional[_Union[Departure, _Mapping]] = ..., drawn_tokens: _Optional[_Union[DrawnTokens, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abandoned: _Optional[_Union[Abandoned, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, call_id: _Optional[int] = ..., expert_outputs: _Optional[_Union[ExpertOutputs, _Mapping]] = ..., expert_input: _Optional[_Union[ExpertInput, _Mapping]] = ..., departure: _Optional[_Union[Departure, _Mapping]] = ..., drawn_tokens: _Optional[_Union[DrawnTokens, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., abandoned: _Optional[_Union[Abandoned, _Mapping]] = ..., blocks_stored: _Optional[_Union[BlocksStored, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class ExpertOutputs(_message.Message):
     __slots__ = ("rows",)
@@ -226,6 +244,12 @@ class DrawnToken(_message.Message):
 class Abandoned(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class BlocksStored(_message.Message):
+    __slots__ = ("num_blocks",)
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "message", "placement_epoch")
