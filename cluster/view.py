@@ -83,6 +83,27 @@ class ClusterView:
             and all(self.members[link].can_compute for link in chain)
         )
 
+    def buddies(self, worker_id: str) -> tuple[Member, ...]:
+        """Whom a router may send copies of its KV blocks to, best first.
+
+        Routers that take requests and have all layers themselves, as this one must; on other nodes
+        where there are any. Each router prefers another one: which, follows from its own place.
+        """
+        if self.chains.get(worker_id) != (worker_id,):
+            return ()
+        others = [
+            member
+            for member in self.routers()
+            if member.worker_id != worker_id and len(self.chains[member.worker_id]) == 1
+        ]
+        node_id = self.members[worker_id].node_id
+        elsewhere = [member for member in others if member.node_id != node_id]
+        others = elsewhere or others
+        if not others:
+            return ()
+        first = sorted(self.chains).index(worker_id) % len(others)
+        return (*others[first:], *others[:first])
+
 
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 

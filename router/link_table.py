@@ -144,9 +144,19 @@ class LinkTable:
         return way.link is not None and way.link.transport == "direct"
 
     def ask(
-        self, worker_id: str, call: Call, *, step: int, timeout_s: float, num_rows: int = 0
+        self,
+        worker_id: str,
+        call: Call,
+        *,
+        step: int,
+        timeout_s: float,
+        num_rows: int = 0,
+        is_timed: bool = True,
     ) -> Pending[Result]:
-        """Asks a worker; fails with PeerLostError where there is no way, or it breaks."""
+        """Asks a worker; fails with PeerLostError where there is no way, or it breaks.
+
+        What is not timed says nothing of how long others may take: nobody waits for it.
+        """
         way = self._ways.get(worker_id)
         if way is None or way.link is None:
             lost: Pending[Result] = Pending()
@@ -163,7 +173,10 @@ class LinkTable:
         link, asked_at_s = way.link, self._tasks.clock.now_s()
         way.num_rows_out += num_rows
         pending = link.ask(call, fence)
-        pending.when_done(lambda: self._answered(way, link, pending, num_rows, asked_at_s))
+        if is_timed:
+            pending.when_done(lambda: self._answered(way, link, pending, num_rows, asked_at_s))
+        else:
+            pending.when_done(lambda: self._look_for_loss(way, link, pending))
         return pending
 
     def give_up(self, worker_id: str) -> None:
@@ -198,6 +211,9 @@ class LinkTable:
             took_s = self._tasks.clock.now_s() - asked_at_s
             way.latency_s = max(took_s, LATENCY_FADING * (way.latency_s or 0.0))
             way.is_silent = False
+        self._look_for_loss(way, link, pending)
+
+    def _look_for_loss(self, way: _Way, link: WorkerLink, pending: Pending[Result]) -> None:
         if isinstance(pending.error, PeerLostError) and way.link is link:
             self._lost(way)
 

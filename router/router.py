@@ -8,7 +8,9 @@ The life of a request here:
    one is in attention while another waits for experts.
 4. Drawn tokens become text and go to the request's listener; ends free the blocks.
 5. When an attention shard is lost, everything that ran is computed anew: same bits, same tokens.
-6. When workers die one after the other with the same tokens, those sequences are computed alone;
+6. Where there is a buddy, full KV blocks are copied there meanwhile: a request that is carried on
+   there finds them.
+7. When workers die one after the other with the same tokens, those sequences are computed alone;
    one that takes workers down alone is failed.
 
 No clock, no thread, no socket: `Tasks` runs it, in production and in simulation.
@@ -22,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.calls import TokenRows
+from cluster.calls import Refusal, Result, StoreBlocks, TokenRows
 from cluster.errors import (
     ClusterError,
     DeadlineError,
@@ -43,6 +45,7 @@ from router.admission import (
     make_sequences,
     max_completion_tokens,
 )
+from router.block_copies import ArraysNow, BlockCopies
 from router.link_table import LinkTable
 from router.micro_batches import split
 from router.pipeline import Pipeline, ShardLostError
@@ -64,6 +67,8 @@ class RouterLimits:
     max_micro_batches: int = 2
     # A micro-batch smaller than this is not worth another sweep through the weights.
     min_micro_batch_tokens: int = 16
+    # A buddy that does not answer for so long, and as long again, is given up.
+    copy_timeout_s: float = 10.0
 
 
 class Listener(Protocol):
@@ -97,6 +102,8 @@ class RouterFigures:
 
     num_requests: int = 0
     num_tokens: int = 0
+    # Positions of sequences that went through the layers, or were to; those reused did not.
+    num_positions: int = 0
     num_steps: int = 0
     num_replays: int = 0
     recent_steps: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
@@ -114,10 +121,17 @@ class Router:
         pipeline: Pipeline,
         detokenizer_for: DetokenizerFor,
         tasks: Tasks,
+        arrays_now: ArraysNow | None = None,
     ) -> None:
+        """`arrays_now` are the keys and values behind the pool, where they are to be copied."""
         self.figures = RouterFigures()
         self.links = links
         self.scheduler = Scheduler(pool, limits.scheduler)
+        self.copies: BlockCopies | None = None
+        if arrays_now is not None:
+            self.copies = BlockCopies(
+                self.scheduler, links, tasks, arrays_now, limits.copy_timeout_s
+            )
         self._config = config
         self._limits = limits
         self._pipeline = pipeline
@@ -136,6 +150,17 @@ class Router:
     def num_active(self) -> int:
         """Requests that have not ended."""
         return len(self._active)
+
+    @property
+    def standby_id(self) -> str:
+        """The router that has copies of this one's KV blocks; empty where none has."""
+        return self.copies.buddy_id if self.copies is not None else ""
+
+    def store_blocks(self, call: StoreBlocks) -> Result:
+        """Keeps KV blocks of another router, for sequences that are carried on here."""
+        if self.copies is None:
+            return Refusal(RefusalReason.NOT_HELD, "no copies are kept here")
+        return self.copies.store(call)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Admits a request.
@@ -203,6 +228,8 @@ class Router:
         if before and not chain:
             # Sequences run through another router now; here nothing would ever become of them.
             self._hand_over()
+        if self.copies is not None:
+            self.copies.view_changed()
         self._changed.notify()
 
     async def serve(self) -> None:
@@ -232,6 +259,7 @@ class Router:
         if not scheduled:
             return
         self.figures.num_steps += 1
+        self.figures.num_positions += sum(entry.num_tokens for entry in scheduled)
         batches = split(
             scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
         )
@@ -251,6 +279,8 @@ class Router:
         self._suspects.clear(entry.sequence for entry in scheduled if entry.wants_token)
         for batch, tokens in zip(batches, drawn, strict=True):
             self._deliver(batch, tokens)
+        if self.copies is not None:
+            self.copies.look()
 
     async def _be_cautious(self) -> float | None:
         """Lets a while pass before a suspect is computed; None where nobody is suspected."""

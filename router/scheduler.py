@@ -8,6 +8,7 @@ A pure object: no clock, no arrays, no threads.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from model.block_pool import BlockPool
@@ -53,6 +54,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
+
+    @property
+    def running(self) -> Iterable[Sequence]:
+        """Those that take part in steps, in the order of their admission."""
+        return self._running
 
     @property
     def num_running(self) -> int:

@@ -6,13 +6,13 @@ be busy, freeze or die; a stream can stall or break; each end learns of it when 
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 from cluster.calls import Call, Fence, Result
 from cluster.clock import FakeClock
-from cluster.errors import ClusterError, PeerLostError
+from cluster.errors import PeerLostError
 from cluster.links import WorkerLink
 from cluster.tasks import Pending, Tasks
 from cluster.view import ClusterView, Member
@@ -20,12 +20,13 @@ from model.block_pool import BlockPool
 from model.config import ModelConfig
 from model.runner import CacheSize
 from router.admission import DetokenizerFor, RoutedRequest
+from router.block_copies import BlockArrays
 from router.dispatch import Dispatcher, DispatchLimits
 from router.link_table import LinkTable
 from router.pipeline import Pipeline
 from router.router import Router, RouterLimits
 from router.scheduler import SchedulerLimits
-from router.sequence import TokenEvent
+from tests.heard import Heard
 from workers.core import WorkerCore
 
 
@@ -39,6 +40,8 @@ class Process:
         self.is_alive = True
         self.core: WorkerCore | None = None
         self.router: Router | None = None
+        # The keys and values behind the router's blocks, where copies are made of them.
+        self.arrays: BlockArrays | None = None
         self._clock = clock
         self._asleep_until_s = 0.0
 
@@ -271,27 +274,6 @@ class DirectLink:
         pass
 
 
-@dataclass(slots=True)
-class Heard:
-    """A listener that keeps what it hears."""
-
-    events: list[TokenEvent] = field(default_factory=list)
-    error: ClusterError | None = None
-    has_ended: bool = False
-    has_moved: bool = False
-
-    def tokens(self, events: Sequence[TokenEvent]) -> None:
-        assert not self.has_ended
-        self.events += events
-
-    def ended(self, error: ClusterError | None) -> None:
-        assert not self.has_ended
-        self.has_ended, self.error = True, error
-
-    def moved(self) -> None:
-        self.has_moved = True
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
     """What a test may want of routers, and of the network."""
@@ -305,6 +287,8 @@ class ClusterSettings:
     delay_s_max: float = 0.002
     # Whether a router shares its process with the worker of its name, and asks it directly.
     has_direct_links: bool = True
+    # Whether routers with direct links copy their blocks to one another.
+    kv_standby: bool = False
 
 
 class MemoryCluster:
@@ -379,9 +363,20 @@ class MemoryCluster:
             min_micro_batch_tokens=settings.min_micro_batch_tokens,
         )
         pool = BlockPool(settings.cache_size.num_blocks, settings.cache_size.block_size)
-        process.router = Router(
-            self.config, pool, limits, links, pipeline, self._detokenizer_for, tasks
+        has_copies = settings.kv_standby and settings.has_direct_links
+        router = process.router = Router(
+            self.config,
+            pool,
+            limits,
+            links,
+            pipeline,
+            self._detokenizer_for,
+            tasks,
+            (lambda: process.arrays) if has_copies else None,
         )
+        if has_copies:
+            assert process.core is not None
+            process.core.attach_copies(lambda call, reply: reply(router.store_blocks(call)))
         tasks.start_service(process.router.serve())
         return process
 
@@ -485,7 +480,3 @@ def take_view(process: Process, view: ClusterView) -> None:
     if process.router is not None:
         process.router.links.update(view)
         process.router.chain_changed()
-
-
-def all_ended(heard: Mapping[str, Heard]) -> bool:
-    return all(one.has_ended or one.has_moved for one in heard.values())

@@ -19,6 +19,7 @@ from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.runner import CacheSize
 from tests.runners import BACKEND, kernels_of
+from workers.attention import AttentionShard
 from workers.core import WorkerCore
 from workers.experts import ExpertShard
 from workers.loading import ShardLoader
@@ -71,6 +72,7 @@ class ShardFactory:
         backend: str = BACKEND,
     ) -> None:
         self.bytes_read: dict[str, int] = {}
+        self.attention: dict[str, AttentionShard | None] = {}
         self._model_dir = model_dir
         self._cache_size = cache_size
         self._dtype = jnp.dtype(dtype)
@@ -91,6 +93,7 @@ class ShardFactory:
             for layer, group in loader.load_experts(member.experts).items():
                 experts.add(layer, group)
             self.bytes_read[member.worker_id] = loader.bytes_read
+            self.attention[member.worker_id] = attention
         core = WorkerCore(member.worker_id, member.incarnation, experts, attention, tasks)
         core.move(WorkerState.READY)
         return core

@@ -11,14 +11,19 @@ import pytest
 
 from cluster.model_bytes import checkpoint_bytes
 from cluster.placement import AttentionCut
+from cluster.view import Member
 from model.checkpoint import Checkpoint
+from model.sampling_params import SamplingParams
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
 from router.scheduler import SchedulerLimits
 from router.sequence import NoText
-from tests.memory_cluster import ClusterSettings, Heard, MemoryCluster, all_ended
+from tests.heard import Heard, all_ended
+from tests.memory_cluster import ClusterSettings, MemoryCluster, Process
 from tests.shards import ShardFactory, place, view_of
-from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, by_sample, requests
+from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
+from workers.attention import AttentionShard
+from workers.core import WorkerCore
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:
@@ -45,10 +50,16 @@ def make_cluster(
     with Checkpoint.open(model_dir) as checkpoint:
         config, sizes = checkpoint.config, checkpoint_bytes(checkpoint, 4)
     factory = ShardFactory(model_dir, settings.cache_size, dtype)
+
+    def make_core(member: Member, process: Process) -> WorkerCore:
+        core = factory(member, process.tasks)
+        process.arrays = factory.attention[member.worker_id]
+        return core
+
     cluster = MemoryCluster(
         config,
         settings,
-        lambda member, process: factory(member, process.tasks),
+        make_core,
         view,
         lambda request: NoText(),
     )
@@ -97,3 +108,60 @@ def test_preemption_changes_nothing(golden_dir: Path, cut: AttentionCut) -> None
     settings = ClusterSettings(cache_size=small, scheduler=scheduler)
     cluster = make_cluster(model_dir, Spread(2, 1, cut), settings)
     assert served(cluster, requests(8), at_a_time=8) == alone(model_dir, 8)
+
+
+# With a token that is never visible as a key.
+COPIED = GenerateRequest(
+    prompt_ids=(5, 9, 0, 17, 4, 0, 8, 30, 31, 32, 33, 34, 35),
+    max_tokens=12,
+    sampling=SamplingParams(temperature=0.0),
+    ignore_eos=True,
+)
+
+
+def run_at(cluster: MemoryCluster, name: str, routed: RoutedRequest) -> Told:
+    heard = cluster.submit(name, routed.request_id, routed)
+    cluster.run_until(lambda: heard.has_ended, 1e6)
+    cluster.settle()
+    assert heard.error is None
+    return by_sample(heard.events)
+
+
+def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[bytes]:
+    """Keys, values and visibility of the blocks that a router has of a sequence."""
+    (process,) = [p for p in cluster.processes if p.name == name]
+    arrays, pool = process.arrays, cluster.routers[name].scheduler.pool
+    assert isinstance(arrays, AttentionShard)
+    block_ids = pool.match_prefix(token_ids)
+    pool.free(block_ids)
+    keys_CLPRK, values_CLPRK = arrays.read_blocks(block_ids)
+    return [
+        keys.tobytes() + values.tobytes() + arrays.visible(block_id).tobytes()
+        for block_id, keys, values in zip(block_ids, keys_CLPRK, values_CLPRK, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_are_the_bits_that_their_buddy_would_compute(golden_dir: Path, dtype: str) -> None:
+    model_dir = golden_dir / "tiny"
+    settings = ClusterSettings(cache_size=CACHE, kv_standby=True)
+    cluster = make_cluster(model_dir, Spread(3, 2, AttentionCut.REPLICATED), settings, dtype)
+    routed = RoutedRequest(request_id="whole", request=COPIED, timeout_s=1e6)
+    (told,) = answers(model_dir, [COPIED], dtype)
+    assert run_at(cluster, "w0", routed) == told
+    token_ids = [*COPIED.prompt_ids, *(event.token_id for event in told)]
+    buddy = cluster.routers["w0"].standby_id
+    (third,) = {"w0", "w1", "w2"} - {"w0", buddy}
+    assert run_at(cluster, third, routed) == told
+    copied = blocks_of(cluster, buddy, token_ids)
+    # The last block became full with the last token, when nobody had use for it any more.
+    assert len(copied) == (len(token_ids) - 2) // CACHE.block_size == 5
+    assert copied == blocks_of(cluster, third, token_ids)[:5]
+    # The buddy goes on with them as if it had computed them.
+    num_positions = cluster.routers[buddy].figures.num_positions
+    half = tuple(event.token_id for event in told[:6])
+    carried_on = dataclasses.replace(routed, request_id="rest", delivered={0: half})
+    assert run_at(cluster, buddy, carried_on) == told[6:]
+    num_positions = cluster.routers[buddy].figures.num_positions - num_positions
+    assert num_positions <= CACHE.block_size + len(told) - len(half)
+    cluster.close()

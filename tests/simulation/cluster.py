@@ -203,6 +203,7 @@ class Simulation:
         cache_size = scenario.settings.cache_size
         attention = FakeAttention(scenario.config, layers, member.has_ends, cache_size, experts)
         attention.spend, attention.compute_s = process.spend, scenario.compute_s
+        process.arrays = attention
         return attention
 
     def _harm(self, process: Process, call: RunExperts) -> None:

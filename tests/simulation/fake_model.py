@@ -39,6 +39,7 @@ from cluster.calls import (
     ExpertInput,
     Refusal,
     RunExperts,
+    StoreBlocks,
     TokenRows,
     Turn,
 )
@@ -246,6 +247,36 @@ class FakeAttention:
     @property
     def num_batches(self) -> int:
         return len(self._batches)
+
+    @property
+    def first_layer(self) -> int:
+        return self._layers.start
+
+    @property
+    def block_bytes(self) -> int:
+        return len(self._layers) * self._size.block_size * 2 * 8
+
+    def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """What is kept, as keys; values are none."""
+        kept = np.stack([self._kept[layer][list(block_ids)] for layer in self._layers], axis=1)
+        keys_CLPRK = kept[:, :, :, None, :]
+        return keys_CLPRK, keys_CLPRK[..., :0]
+
+    def write_block(
+        self,
+        block_id: int,
+        token_ids_P: np.ndarray,
+        keys_LPRK: np.ndarray,
+        values_LPRK: np.ndarray,
+    ) -> None:
+        for layer, keys_PRK in zip(self._layers, keys_LPRK, strict=True):
+            assert not np.isnan(keys_PRK).any(), "a copy of what was never computed"
+            self._kept[layer][block_id] = keys_PRK[:, 0]
+
+    def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
+        if (call.first_layer, call.keys_CLPRK.shape[1]) == (self.first_layer, len(self._layers)):
+            return None
+        return Refusal(RefusalReason.NOT_HELD, "other layers are here")
 
     def begin(self, owner: Owner, call: BeginBatch) -> Turn | Refusal:
         refusal = self._fault_of(owner, call)

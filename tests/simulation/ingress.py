@@ -34,6 +34,8 @@ class Journal:
     is_cancelled: bool = False
     error: Exception | None = None
     num_attempts: int = 0
+    # Who has copies of its keys and values, as it was told.
+    standby_id: str = ""
 
     def tell(self, event: TokenEvent) -> None:
         events = self.delivered.setdefault(event.sample_index, [])
@@ -100,6 +102,7 @@ class RequestStream:
         self.there.send(self._cancel)
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
+        self._tell_standby()
         self._back.send(lambda: self._if_not_over(lambda: self._ingress.heard(self, events)))
 
     def ended(self, error: ClusterError | None) -> None:
@@ -112,8 +115,18 @@ class RequestStream:
         assert self.router.router is not None
         try:
             self.router.router.submit(routed, self)
+            self._tell_standby()
         except ClusterError as error:
             self.ended(error)
+
+    def _tell_standby(self) -> None:
+        assert self.router.router is not None
+        standby_id = self.router.router.standby_id
+        if standby_id:
+            self._back.send(lambda: self._if_not_over(lambda: self._take_standby(standby_id)))
+
+    def _take_standby(self, standby_id: str) -> None:
+        self.journal.standby_id = standby_id
 
     def _cancel(self) -> None:
         assert self.router.router is not None
@@ -213,7 +226,8 @@ class Ingress:
         if not routers:
             self.process.tasks.call_later(RETRY_S, lambda: self._send(journal))
             return
-        stream = RequestStream(self, journal, self._random.choice(routers))
+        best = [p for p in routers if p.router and p.router.links.router_id == journal.standby_id]
+        stream = RequestStream(self, journal, self._random.choice(best or routers))
         self._streams[journal.request_id] = stream
         stream.open(journal.routed(now_s))
 

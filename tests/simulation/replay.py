@@ -5,7 +5,7 @@ import logging
 
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation
-from tests.simulation.scenario import random_controlled_scenario, random_scenario
+from tests.simulation.scenario import random_controlled_scenario, random_scenario, with_standby
 
 
 def main() -> None:
@@ -13,15 +13,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
     parser.add_argument("--controlled", action="store_true", help="under the real controller")
+    parser.add_argument("--standby", action="store_true", help="routers copy their blocks")
     parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.CRITICAL)
-    if arguments.controlled:
-        scenario = random_controlled_scenario(arguments.seed, arguments.faults)
-        simulation = ControlledSimulation(scenario)
-    else:
-        scenario = random_scenario(arguments.seed, arguments.faults)
-        simulation = Simulation(scenario)
+    draw = random_controlled_scenario if arguments.controlled else random_scenario
+    scenario = draw(arguments.seed, arguments.faults)
+    if arguments.standby:
+        scenario = with_standby(scenario)
+    simulation = (ControlledSimulation if arguments.controlled else Simulation)(scenario)
     print(repr(scenario))
     try:
         simulation.run()

@@ -139,6 +139,12 @@ def random_controlled_scenario(seed: int, num_faults: int = 0) -> Scenario:
     )
 
 
+def with_standby(scenario: Scenario) -> Scenario:
+    """The same run, with routers that copy their blocks to one another."""
+    settings = dataclasses.replace(scenario.settings, kv_standby=True, has_direct_links=True)
+    return dataclasses.replace(scenario, settings=settings)
+
+
 def random_strikes(random: Random, num_max: int, end_s: float) -> tuple[Strike, ...]:
     """Up to so many faults; few that fail a step, for a router gives one up after the third."""
     faults = [random.choice(list(Fault)) for _ in range(random.randint(min(1, num_max), num_max))]

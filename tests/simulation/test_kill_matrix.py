@@ -53,10 +53,12 @@ class Shape:
     cut: AttentionCut
     num_routers: int = 1
     has_direct_links: bool = True
+    kv_standby: bool = False
 
     def __str__(self) -> str:
         where = "in" if self.has_direct_links else "out"
-        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}"
+        copies = "-copied" if self.kv_standby else ""
+        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}{copies}"
 
 
 SHAPES = (
@@ -64,6 +66,7 @@ SHAPES = (
     Shape(num_workers=2, replicas=2, cut=AttentionCut.LAYERS),
     Shape(num_workers=3, replicas=2, cut=AttentionCut.REPLICATED, num_routers=2),
     Shape(num_workers=2, replicas=1, cut=AttentionCut.LAYERS, has_direct_links=False),
+    Shape(num_workers=3, replicas=2, cut=AttentionCut.REPLICATED, num_routers=2, kv_standby=True),
 )
 
 
@@ -83,6 +86,7 @@ def scenario(shape: Shape) -> Scenario:
             cache_size=CacheSize(num_blocks=16, block_size=2, max_slots=4),
             dispatch=DispatchLimits(hedge_after_s=0.05, timeout_s=1.0),
             has_direct_links=shape.has_direct_links,
+            kv_standby=shape.kv_standby,
         ),
         arrivals=tuple(Arrival(at_s=0.0, request=request) for request in REQUESTS),
         has_takeover=False,

@@ -11,7 +11,8 @@ from model.sampling_params import SamplingParams
 from router.admission import RoutedRequest
 from router.dispatch import DispatchLimits
 from router.request import GenerateRequest
-from tests.memory_cluster import ClusterSettings, Heard
+from tests.heard import Heard
+from tests.memory_cluster import ClusterSettings
 from tests.simulation.cluster import Simulation
 from tests.simulation.fake_model import expected_streams, fake_config
 from tests.simulation.scenario import Scenario, make_view

@@ -59,6 +59,9 @@ class Bench:
     def ask(self, num_rows: int = 0) -> Pending[Result]:
         return self.table.ask("w", AbandonBatch(1), step=1, timeout_s=1.0, num_rows=num_rows)
 
+    def ask_untimed(self) -> Pending[Result]:
+        return self.table.ask("w", AbandonBatch(1), step=1, timeout_s=1.0, is_timed=False)
+
     def _connect(self, member: Member) -> Pending[WorkerLink]:
         self.opening.append(Pending())
         return self.opening[-1]
@@ -126,3 +129,19 @@ def test_another_life_of_a_worker_starts_with_a_clean_record(bench: Bench) -> No
     later = Member(worker_id="w", incarnation=2, address="", state=WorkerState.READY)
     bench.table.update(ClusterView(placement_epoch=2, members={"w": later}))
     assert bench.table.slowness("w") == 1.0
+
+
+def test_what_nobody_waits_for_says_nothing_of_how_long_others_may_take(bench: Bench) -> None:
+    link = bench.open()
+    asked, untimed = bench.ask(), bench.ask_untimed()
+    bench.advance(0.01)
+    link.asked[0].resolve(Abandoned())
+    bench.table.note_late("w")
+    bench.advance(50.0)
+    link.asked[1].resolve(Abandoned())
+    assert asked.is_done and untimed.is_done
+    assert bench.table.latency_s("w") == pytest.approx(0.01)
+    assert bench.table.is_silent("w")
+    bench.ask_untimed()
+    link.asked[-1].fail(PeerLostError("w", "it broke"))
+    assert not bench.table.is_open("w")

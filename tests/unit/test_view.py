@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.placement import AttentionShard
-from cluster.view import chains_of
+from cluster.view import ClusterView, Member, WorkerState, chains_of
 
 FIRST = AttentionShard(first_layer=0, num_layers=2, has_ends=False)
 LAST = AttentionShard(first_layer=2, num_layers=2, has_ends=True)
@@ -23,3 +23,47 @@ def test_a_chain_has_its_router_where_tokens_enter_and_leave() -> None:
 @pytest.mark.parametrize("shards", [{}, {"a": FIRST}, {"b": LAST}, {"c": NONE}])
 def test_there_is_no_router_before_all_layers_are_there(shards: dict[str, AttentionShard]) -> None:
     assert chains_of(shards, 4) == {}
+
+
+def view_of(nodes: dict[str, str], **states: WorkerState) -> ClusterView:
+    """Workers with all of attention, by node."""
+    members = {
+        name: Member(
+            worker_id=name,
+            incarnation=1,
+            address="",
+            state=states.get(name, WorkerState.READY),
+            node_id=node,
+        )
+        for name, node in nodes.items()
+    }
+    chains = {name: (name,) for name in nodes}
+    return ClusterView(placement_epoch=1, members=members, chains=chains)
+
+
+def buddy(view: ClusterView, name: str) -> str:
+    return next((member.worker_id for member in view.buddies(name)), "")
+
+
+def test_each_router_has_another_one_for_its_buddy() -> None:
+    view = view_of(dict.fromkeys("abcd", "n"))
+    assert [buddy(view, name) for name in "abcd"] == ["b", "c", "d", "a"]
+    assert [member.worker_id for member in view.buddies("b")] == ["c", "d", "a"]
+
+
+def test_a_buddy_is_on_another_node_where_there_is_one() -> None:
+    view = view_of({"a": "m", "b": "m", "c": "n", "d": "n"})
+    assert [buddy(view, name) for name in "abcd"] == ["c", "d", "a", "b"]
+
+
+@pytest.mark.parametrize("state", set(WorkerState) - {WorkerState.READY})
+def test_who_takes_no_requests_is_nobodys_buddy(state: WorkerState) -> None:
+    view = view_of(dict.fromkeys("abc", "n"), b=state)
+    assert (buddy(view, "a"), buddy(view, "c")) == ("c", "a")
+    assert buddy(view_of({"a": "n", "b": "n"}, b=state), "a") == ""
+
+
+def test_a_router_of_a_chain_has_no_buddy_and_is_none() -> None:
+    view = view_of(dict.fromkeys("ab", "n"))
+    chained = ClusterView(placement_epoch=1, members=view.members, chains={"a": ("a", "b")})
+    assert [buddy(chained, name) for name in "ab"] == ["", ""]

@@ -1,0 +1,32 @@
+"""What a router told of its requests, kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import ClusterError
+from router.sequence import TokenEvent
+
+
+@dataclass(slots=True)
+class Heard:
+    """A listener that keeps what it hears."""
+
+    events: list[TokenEvent] = field(default_factory=list)
+    error: ClusterError | None = None
+    has_ended: bool = False
+    has_moved: bool = False
+
+    def tokens(self, events: Sequence[TokenEvent]) -> None:
+        assert not self.has_ended
+        self.events += events
+
+    def ended(self, error: ClusterError | None) -> None:
+        assert not self.has_ended
+        self.has_ended, self.error = True, error
+
+    def moved(self) -> None:
+        self.has_moved = True
+
+
+def all_ended(heard: Mapping[str, Heard]) -> bool:
+    return all(one.has_ended or one.has_moved for one in heard.values())
