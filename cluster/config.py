@@ -59,6 +59,8 @@ class WorkerSettings:
     # Positions of KV cache on each attention shard; 0: eight contexts.
     kv_tokens: int = 0
     block_size: int = 16
+    # Full KV blocks of running sequences are copied to another worker, which carries them on.
+    kv_standby: bool = False
     # Compute threads of a worker on a CPU; 0: as many as it has CPUs.
     threads_each: int = 0
     # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
@@ -78,6 +80,9 @@ class WorkerSettings:
         _between("workers.memory_gb_each", self.memory_gb_each, 0, 1e6)
         _between("workers.kv_tokens", self.kv_tokens, 0, 2**31 - 1)
         _between("workers.block_size", self.block_size, 1, 4096)
+        if self.kv_standby and self.attention == "layers":
+            limit = "false where workers.attention is layers: copies take a worker with all of them"
+            raise ConfigError("workers.kv_standby", self.kv_standby, limit)
         _between("workers.threads_each", self.threads_each, 0, 256)
         _between("workers.load_timeout_s", self.load_timeout_s, 0.1, 1e6)
         _between("workers.start_timeout_s", self.start_timeout_s, 0.1, 1e6)

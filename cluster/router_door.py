@@ -1,7 +1,7 @@
 """A router's gRPC: requests of the ingress in, drawn tokens out, in the router's own thread."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,13 @@ class RouterDoor:
     async def _route(
         self, message: router_pb2.RouteRequest, context: Any
     ) -> AsyncIterator[router_pb2.RouteResponse]:
-        stream = _Stream()
+        stream = _Stream(lambda: self._router.standby_id)
         routed: RoutedRequest | None = None
         try:
             routed = routed_request(message, self._request_timeout_s)
             stream.num_delivered = {i: len(tokens) for i, tokens in routed.delivered.items()}
             self._router.submit(routed, stream)
+            stream.begin()
         except (ClusterError, InvalidRequestError) as error:
             await _abort(context, error)
         assert routed is not None
@@ -110,15 +111,23 @@ class RouterDoor:
 class _Stream:
     """A listener whose news go to one call. Bounded by the tokens that a request may have."""
 
-    def __init__(self) -> None:
+    def __init__(self, standby_id: Callable[[], str]) -> None:
         self.error: ClusterError | None = None
         self.num_delivered: dict[int, int] = {}
         self._news: list[router_pb2.RouteResponse] = []
         self._has_ended = False
         self._rung = asyncio.Event()
+        self._standby_id = standby_id
+        self._told_standby_id = ""
+
+    def begin(self) -> None:
+        """Says who has copies, where anybody has: the router may die before the first token."""
+        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
+        if response.standby_id:
+            self._ring(response)
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
-        response = router_pb2.RouteResponse()
+        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
         for event in events:
             index = self.num_delivered.get(event.sample_index, 0)
             self.num_delivered[event.sample_index] = index + 1
@@ -144,6 +153,14 @@ class _Stream:
             if not self._news:
                 self._rung.clear()
                 await self._rung.wait()
+
+    def _news_of_standby(self) -> str:
+        """Who has copies now; empty where that was told."""
+        standby_id = self._standby_id()
+        if standby_id == self._told_standby_id:
+            return ""
+        self._told_standby_id = standby_id
+        return standby_id
 
     def _ring(self, response: router_pb2.RouteResponse) -> None:
         self._news.append(response)

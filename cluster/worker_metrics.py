@@ -15,8 +15,27 @@ _ROUTER_GAUGES = {
 _ROUTER_COUNTERS = {
     "requests": ("milliways_router_requests_total", "Requests admitted."),
     "tokens": ("milliways_router_tokens_total", "Tokens drawn."),
+    "positions": ("milliways_router_positions_total", "Positions that went through the layers."),
     "steps": ("milliways_router_steps_total", "Steps."),
     "replays": ("milliways_router_replays_total", "Times that keys and values were made anew."),
+}
+_STANDBY_COUNTERS = {
+    "standby_blocks_copied": (
+        "milliways_standby_blocks_copied_total",
+        "KV blocks that the router's buddy took in.",
+    ),
+    "standby_bytes_copied": (
+        "milliways_standby_copied_bytes_total",
+        "Bytes of keys and values that the router's buddy took in.",
+    ),
+    "standby_blocks_dropped": (
+        "milliways_standby_blocks_dropped_total",
+        "KV blocks refused by the buddy, lost on the way, or not sent before their sequence ended.",
+    ),
+    "standby_blocks_kept": (
+        "milliways_standby_blocks_kept_total",
+        "KV blocks of other routers that this one took in.",
+    ),
 }
 _WORKER_COUNTERS = {
     "calls": ("milliways_worker_calls_total", "Calls computed."),
@@ -36,7 +55,11 @@ def render_metrics(status: Mapping[str, Any]) -> str:
     for name, (metric, text) in _WORKER_COUNTERS.items():
         lines += _family(metric, "counter", text)
         lines += [f"{metric}{_labels(w)} {w[name]}" for w in workers if name in w]
-    for table, kind in ((_ROUTER_GAUGES, "gauge"), (_ROUTER_COUNTERS, "counter")):
+    for table, kind in (
+        (_ROUTER_GAUGES, "gauge"),
+        (_ROUTER_COUNTERS, "counter"),
+        (_STANDBY_COUNTERS, "counter"),
+    ):
         for name, (metric, text) in table.items():
             lines += _family(metric, kind, text)
             lines += [f"{metric}{_labels(w)} {w['router'][name]}" for w in workers if "router" in w]

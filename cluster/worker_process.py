@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cluster.calls import Call, Fence, Refusal, Result, RunExperts
+from cluster.calls import Call, Fence, Refusal, Result, RunExperts, StoreBlocks
 from cluster.clock import SystemClock
 from cluster.config import ClusterConfig
 from cluster.errors import RefusalReason
@@ -47,6 +47,7 @@ from model.ops.select import KernelChoice, Residence, select_ops
 from model.runner import CacheSize
 from model.tokenizer import Tokenizer
 from router.admission import RoutedRequest
+from router.block_copies import NO_COPIES
 from router.connect import Connector
 from router.direct_link import DirectLink
 from router.dispatch import Dispatcher, DispatchLimits
@@ -68,6 +69,8 @@ from workers.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 CONTEXTS_BY_DEFAULT = 8
+# Calls with copies of KV blocks that the router has not looked at.
+MAX_WAITING_COPIES = 8
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 Fault = Callable[[BaseException], None]
@@ -144,6 +147,37 @@ class _OwnCore:
         self._routing.post(lambda: reply(result))
 
 
+class _OwnBlocks:
+    """The blocks of this process' router, as the core gives copies to them, in its own thread."""
+
+    def __init__(self, router: Router, compute: Reactor, routing: Reactor) -> None:
+        self._router = router
+        self._compute = compute
+        self._routing = routing
+        self._num_waiting = 0
+
+    def keep(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
+        """Has the router take them in when it has a turn; too many are refused at once."""
+        if self._num_waiting >= MAX_WAITING_COPIES:
+            text = f"{self._num_waiting} calls with copies wait"
+            reply(Refusal(RefusalReason.OVERLOADED, text))
+            return
+        self._num_waiting += 1
+        self._routing.post(lambda: self._store(call, reply))
+
+    def _store(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
+        try:
+            result = self._router.store_blocks(call)
+        except Exception as error:
+            logger.exception("the router failed to take copies in")
+            result = Refusal(RefusalReason.FAULT, repr(error))
+        self._compute.post(lambda: self._answer(reply, result))
+
+    def _answer(self, reply: Callable[[Result], None], result: Result) -> None:
+        self._num_waiting -= 1
+        reply(result)
+
+
 class WorkerProcess:
     """Owns everything of one life of a worker. Methods may be called from any one thread."""
 
@@ -180,6 +214,9 @@ class WorkerProcess:
         )
         self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
         self._router, self._links = self._make_router()
+        if config.workers.kv_standby:
+            own_blocks = _OwnBlocks(self._router, self._compute, self._routing)
+            self._core.attach_copies(own_blocks.keep)
 
     def start(self) -> Spawned:
         """Opens the doors; says where they are."""
@@ -231,6 +268,7 @@ class WorkerProcess:
             self._experts,
             self._decoder.dtype,
             self._config.router.max_step_tokens,
+            copies_blocks=self._config.workers.kv_standby,
         )
         logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
 
@@ -317,11 +355,13 @@ class WorkerProcess:
 
     def _router_status(self) -> dict[str, Any]:
         router, pool = self._router, self._router.scheduler.pool
+        copies = router.copies.figures() if router.copies is not None else NO_COPIES
         return {
             "router": {
                 "requests": router.figures.num_requests,
                 "tokens": router.figures.num_tokens,
                 "tokens_per_s": round(self._rates.per_s(router.figures.num_tokens), 2),
+                "positions": router.figures.num_positions,
                 "steps": router.figures.num_steps,
                 "replays": router.figures.num_replays,
                 "active_requests": router.num_active,
@@ -332,6 +372,8 @@ class WorkerProcess:
                 "kv_blocks_total": pool.num_blocks,
                 "transports": self._links.transports(),
                 "dispatch": self._dispatcher.figures(),
+                "standby": router.standby_id,
+                **copies,
             }
         }
 
@@ -402,9 +444,19 @@ class WorkerProcess:
             ),
             max_micro_batches=settings.max_micro_batches,
             min_micro_batch_tokens=settings.min_micro_batch_tokens,
+            copy_timeout_s=settings.step_timeout_s,
         )
         pool = BlockPool(self._cache_size.num_blocks, self._cache_size.block_size)
-        router = Router(model, pool, router_limits, links, pipeline, self._detokenizer_for, tasks)
+        router = Router(
+            model,
+            pool,
+            router_limits,
+            links,
+            pipeline,
+            self._detokenizer_for,
+            tasks,
+            (lambda: self._attention) if self._config.workers.kv_standby else None,
+        )
         return router, links
 
     def _detokenizer_for(self, request: GenerateRequest) -> Detokenizer:

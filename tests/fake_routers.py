@@ -73,6 +73,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     # Streams wait before their first event until it is set.
     gate: asyncio.Event | None = None
     events_each: int = 1
+    # Said with the first response.
+    standby_id: str = ""
     info: RouterInfo = field(default_factory=lambda: RouterInfo("", ""))
     server: aio.Server | None = None
     stopping: asyncio.Task[None] | None = None
@@ -96,6 +98,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 
     async def _stream(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
         events = remaining_events(request)
+        if self.standby_id:
+            await context.write(router_pb2.RouteResponse(standby_id=self.standby_id))
         is_faulty = self.fault is not None and self.num_faults > 0
         stop = self.num_before_fault if is_faulty else len(events)
         for start in range(0, min(stop, len(events)), self.events_each):

@@ -48,6 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--gpus-per-worker", type=float, metavar="G", help="GPUs of each worker [0]")
     option("--attention", choices=("auto", "replicated", "layers"), help="[auto]")
     option("--transport", choices=("auto", "grpc", "shm"), help="between workers [auto]")
+    option(
+        "--kv-standby",
+        action="store_const",
+        const=True,
+        help="copy KV blocks to a second worker, so that a death costs no replay of them",
+    )
     option("--dtype", choices=DTYPE_NAMES, help="of activations and KV cache [float32]")
     option("--activations", choices=ACTIVATION_NAMES, help="[exact]")
     option("--experts", choices=RESIDENCE_NAMES, help="[loaded]")
@@ -96,6 +102,7 @@ def settings_of(options: argparse.Namespace) -> ClusterConfig:
             "gpus_each": options.gpus_per_worker,
             "attention": options.attention,
             "transport": options.transport,
+            "kv_standby": options.kv_standby,
         },
         "ingress": {
             "host": options.host,

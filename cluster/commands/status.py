@@ -85,6 +85,9 @@ def _line(worker: dict[str, Any]) -> str:
     rate = f"{router['tokens_per_s']:.1f}" if router else "-"
     ways = router.get("transports", {})
     transports = ", ".join(f"{name} {way}" for name, way in ways.items())
+    if router.get("standby"):
+        # What of its KV blocks is at another worker.
+        transports += f"  copies {router['standby_blocks_copied']} to {router['standby']}"
     note = f"  waits for {worker['waits_for']}" if worker["waits_for"] else ""
     return (
         f"{worker['worker_id']:<11} {worker['incarnation']:>4} {worker['pid']:>8}"

@@ -31,6 +31,8 @@ class Journal:
 
     def __init__(self, request: GenerateRequest, delivered: Sequence[DeliveredSample] = ()) -> None:
         self.request = request
+        # The router that has copies of its keys and values, as far as it was told; empty: none.
+        self.standby_id = ""
         self._token_ids: list[list[int]] = [[] for _ in range(request.num_samples)]
         self._is_finished = [False] * request.num_samples
         for sample in delivered:

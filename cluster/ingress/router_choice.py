@@ -1,5 +1,7 @@
 """Which router gets a request: the least busy, and of those one that knows the prompt's beginning.
 
+What was begun elsewhere goes to whoever has copies of its keys and values, however busy.
+
 A pure object; times are given.
 """
 
@@ -45,13 +47,20 @@ class RouterChoice:
         return self._num_running.get(worker_id, 0)
 
     def try_pick(
-        self, routers: Sequence[RouterInfo], prompt_ids: Sequence[int], now_s: float
+        self,
+        routers: Sequence[RouterInfo],
+        prompt_ids: Sequence[int],
+        now_s: float,
+        standby_id: str = "",
     ) -> RouterInfo | None:
-        """The router for a prompt; None if there is none. Changes nothing."""
+        """The router for a prompt; None if there is none. Changes nothing.
+
+        One that has copies of the request's keys and values comes before those that are less busy.
+        """
         if len(routers) < 2:
             return routers[0] if routers else None
         runs = list(_chained_runs(prompt_ids))
-        return min(routers, key=self._cost(runs, now_s))
+        return min(routers, key=self._cost(runs, now_s, standby_id))
 
     def begin(self, worker_id: str, prompt_ids: Sequence[int]) -> None:
         """Notes that a request goes to a router; `end` has to follow."""
@@ -78,13 +87,14 @@ class RouterChoice:
             known.pop(worker_id, None)
 
     def _cost(
-        self, runs: Sequence[int], now_s: float
-    ) -> Callable[[RouterInfo], tuple[bool, float, int, str]]:
-        def cost(router: RouterInfo) -> tuple[bool, float, int, str]:
+        self, runs: Sequence[int], now_s: float, standby_id: str
+    ) -> Callable[[RouterInfo], tuple[bool, bool, float, int, str]]:
+        def cost(router: RouterInfo) -> tuple[bool, bool, float, int, str]:
             is_suspect = now_s < self._suspect_until_s.get(router.worker_id, now_s)
             load = self.num_running(router.worker_id) + router.load_hint
             shared = self._num_shared(router.worker_id, runs)
-            return is_suspect, load, -shared, router.worker_id
+            has_no_copies = router.worker_id != standby_id
+            return is_suspect, has_no_copies, load, -shared, router.worker_id
 
         return cost
 

@@ -5,7 +5,8 @@ The life of a request here:
 1. `RouterChoice` picks a router; `Route` opens a stream of tokens.
 2. Every token is written into the `Journal` and handed on.
 3. A stream that breaks, or a router that drains, sends the request with its journal to another one,
-   which goes on behind the last token. `Retries` says when to wait and when to give up.
+   which goes on behind the last token; to the one with copies of its KV blocks, if there is one.
+   `Retries` says when to wait and when to give up.
 4. The last token ends it; closing the generator cancels the call, which frees its blocks.
 """
 
@@ -165,7 +166,9 @@ class RouterSource:
             await self._close_unlisted(routers)
             untried = [router for router in routers if router.worker_id not in retries.avoided]
             now_s = self._clock()
-            picked = self._choice.try_pick(untried, journal.request.prompt_ids, now_s)
+            picked = self._choice.try_pick(
+                untried, journal.request.prompt_ids, now_s, journal.standby_id
+            )
             if picked is not None and now_s < deadline_s:
                 return picked
             # A stream that has begun waits for room instead: no death costs a token.
@@ -197,6 +200,8 @@ class RouterSource:
         self._choice.begin(router.worker_id, journal.request.prompt_ids)
         try:
             async for response in call:
+                if response.standby_id:
+                    journal.standby_id = response.standby_id
                 for event in _new_events(response, journal):
                     yield event
                 if journal.is_complete:

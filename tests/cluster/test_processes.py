@@ -59,7 +59,9 @@ def model(golden_dir: Path) -> Model:
     return Model(path, sizes, wanted, told[: len(wanted)], wanted_long, told[len(wanted) :])
 
 
-def config_of(model: Model, spread: Spread, transport: str) -> ClusterConfig:
+def config_of(
+    model: Model, spread: Spread, transport: str, *, kv_standby: bool = False
+) -> ClusterConfig:
     return ClusterConfig(
         model=ModelSettings(path=str(model.path)),
         workers=WorkerSettings(
@@ -70,6 +72,7 @@ def config_of(model: Model, spread: Spread, transport: str) -> ClusterConfig:
             threads_each=1,
             kv_tokens=KV_TOKENS,
             block_size=CACHE.block_size,
+            kv_standby=kv_standby,
         ),
         router=RouterSettings(max_running=CACHE.max_slots, min_micro_batch_tokens=1),
     )
@@ -195,6 +198,46 @@ def test_death_in_the_middle_costs_no_token(
             check_replicas(cluster, model, spread)
             # The one that came back serves, too.
             assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            await check_idle(cluster)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
+    hosts: HostPool, model: Model, transport: str
+) -> None:
+    spread = Spread(3, 2, AttentionCut.REPLICATED)
+    # The longest there is; the first router gets it, since all are idle.
+    index = max(range(len(model.wanted)), key=lambda i: len(model.wanted_long[i].prompt_ids))
+    wanted, told = model.wanted_long[index], model.told_long[index]
+    killed_at = LONG - 4
+
+    async def main() -> None:
+        config = config_of(model, spread, transport, kv_standby=True)
+        async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
+            before = await cluster.status()
+            victim = "worker-0"
+            buddy = before[victim]["router"]["standby"]
+            assert buddy and buddy != victim
+
+            def after(num_tokens: int) -> None:
+                if num_tokens == killed_at:
+                    cluster.fleet.kill(victim)
+
+            assert await served(cluster, [wanted], 1, after) == [told]
+            assert cluster.controller.figures.num_deaths == 1
+            router = (await cluster.shell.wait(cluster.fleet.status(buddy)))["router"]
+            num_positions = router["positions"] - before[buddy]["router"]["positions"]
+            # Tokens may come faster than they are told, and copies later than they are made.
+            assert num_positions <= LONG - killed_at + 3 * CACHE.block_size
+            num_blocks = (len(wanted.prompt_ids) + killed_at) // CACHE.block_size
+            assert router["standby_blocks_kept"] >= num_blocks - 3
+            await cluster.until_ready()
+            # Who came back has a buddy again, and is one.
+            assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            standbys = {w: s["router"]["standby"] for w, s in (await cluster.status()).items()}
+            assert all(standbys.values()) and victim in standbys.values()
             await check_idle(cluster)
 
     asyncio.run(main())

@@ -109,6 +109,21 @@ def test_stream_that_breaks_anywhere_goes_on_elsewhere(fault: Fault, num_samples
         assert len(routers[0].asked) == 1
 
 
+@pytest.mark.parametrize("num_before_fault", [0, 2])
+def test_stream_that_breaks_goes_on_where_copies_are(num_before_fault: int) -> None:
+    request = request_for(num_samples=1)
+    fault = Fault.UNAVAILABLE
+    # Of two routers that are equally busy, the name decides.
+    first = FakeRouter(fault=fault, num_before_fault=num_before_fault, standby_id="r2")
+    routers = [first, FakeRouter(), FakeRouter()]
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        assert await collect(source, request) == expected_events(request)
+
+    run(scenario, *routers)
+    assert [len(router.asked) for router in routers] == [1, 0, 1]
+
+
 def test_next_router_is_told_all_that_was_delivered() -> None:
     request = request_for(num_samples=2)
     routers = [FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=7), FakeRouter()]

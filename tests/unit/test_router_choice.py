@@ -47,6 +47,15 @@ def test_router_whose_stream_broke_comes_last_for_a_while() -> None:
     assert picked(choice, A, B, now_s=5.0) == "a"
 
 
+def test_who_has_copies_is_picked_however_busy_unless_its_streams_break() -> None:
+    choice = RouterChoice()
+    choice.begin("b", (1,))
+    assert choice.try_pick((A, B, C), PROMPT, 0.0, standby_id="b") == B
+    assert choice.try_pick((A, C), PROMPT, 0.0, standby_id="b") == A
+    choice.suspect("b", until_s=5.0)
+    assert choice.try_pick((A, B, C), PROMPT, 0.0, standby_id="b") == A
+
+
 def test_memory_of_prefixes_is_bounded() -> None:
     choice = RouterChoice()
     for i in range(100):
