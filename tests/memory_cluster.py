@@ -25,7 +25,7 @@ from router.link_table import LinkTable
 from router.pipeline import Pipeline
 from router.router import Router, RouterLimits
 from router.scheduler import SchedulerLimits
-from router.sequence import TokenEvent
+from router.sequence import PromptScores, TokenEvent
 from workers.core import WorkerCore
 
 
@@ -276,9 +276,14 @@ class Heard:
     """A listener that keeps what it hears."""
 
     events: list[TokenEvent] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
     error: ClusterError | None = None
     has_ended: bool = False
     has_moved: bool = False
+
+    def scored(self, scores: PromptScores) -> None:
+        assert not (self.has_ended or self.events)
+        self.scores.append(scores)
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         assert not self.has_ended
