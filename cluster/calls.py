@@ -46,7 +46,10 @@ class RunExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenRows:
-    """The tokens of a micro-batch, where their KV lies, and who wants a token drawn; all int32."""
+    """The tokens of a micro-batch and where their KV lies, all int32.
+
+    Behind each of `logits_rows_W` a token is drawn, or scored where its sample has it given.
+    """
 
     token_ids_T: np.ndarray
     positions_T: np.ndarray
@@ -138,7 +141,7 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The end of a step: a token for each sample, in order."""
+    """The end of a step: a token for each sample, in order; those given came scored."""
 
     tokens: tuple[SampledToken, ...]
 

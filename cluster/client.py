@@ -6,7 +6,8 @@
 
 The life of a request here:
 
-1. It goes to one of the addresses; every token that comes is noted, and handed on.
+1. It goes to one of the addresses; every token that comes is noted, and handed on. So is every
+   log-probability of the prompt, where it asks for those.
 2. A connection that breaks, or a server that cannot serve now, sends it to the next address, with
    its request id and the tokens so far. Who has none of them waits a little longer each time.
 3. The stream goes on behind the last token, as if nothing had happened, until its usage came or its
@@ -142,9 +143,15 @@ class _Progress:
         """
         if response.HasField("started"):
             self._begin(response)
+        resume = self._request.resume
+        for score in response.prompt_logprobs:
+            if score.position != resume.num_prompt_logprobs + 1:
+                had = resume.num_prompt_logprobs
+                raise StreamChangedError(f"prompt token {score.position} came after {had}")
+            resume.num_prompt_logprobs += 1
         for event in response.events:
             if event.sample_index not in self._had:
-                had = self._request.resume.received.add(sample_index=event.sample_index)
+                had = resume.received.add(sample_index=event.sample_index)
                 self._had[event.sample_index] = had
             had = self._had[event.sample_index]
             if event.index != had.num_tokens:

@@ -1,4 +1,4 @@
-"""A router's gRPC: requests of the ingress in, drawn tokens out, in the router's own thread."""
+"""A router's gRPC: requests of the ingress in, tokens out, in the router's own thread."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,7 +10,12 @@ from milliways.v1 import router_pb2
 
 from cluster.config import TlsSettings
 from cluster.errors import ClusterError
-from cluster.ingress.codec import checked_seed, event_to_wire, sampling_from_wire
+from cluster.ingress.codec import (
+    checked_seed,
+    event_to_wire,
+    sampling_from_wire,
+    scores_to_wire,
+)
 from cluster.reactor import Reactor
 from cluster.status_codes import ACCEPTED_KEY, Verbatim, status_of
 from cluster.tasks import Pending
@@ -18,7 +23,7 @@ from model.errors import InvalidRequestError
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
 from router.router import Router
-from router.sequence import TokenEvent
+from router.sequence import PromptScores, TokenEvent
 
 _SERVICE = "milliways.v1.RouterService"
 # Prompts of the longest context there is, as 5-byte varints, with room to spare.
@@ -126,6 +131,9 @@ class _Stream:
         if response.standby_id:
             self._ring(response)
 
+    def scored(self, scores: PromptScores) -> None:
+        self._ring(router_pb2.RouteResponse(prompt_logprobs=scores_to_wire(scores)))
+
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
         for event in events:
@@ -184,6 +192,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
     for delivered in message.delivered:
         if delivered.sample_index >= request.num_samples:
@@ -196,6 +205,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
         timeout_s=min(timeout_s, longest_s),
         delivered={d.sample_index: tuple(d.token_ids) for d in message.delivered},
         finished=frozenset(d.sample_index for d in message.delivered if d.is_finished),
+        num_scored=message.num_delivered_prompt_logprobs,
     )
 
 

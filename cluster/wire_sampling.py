@@ -66,6 +66,7 @@ def encode_sample(row: SampleRow) -> worker_pb2.SampleRow:
         num_prompt_tokens=row.num_prompt_tokens,
         sample_index=row.sample_index,
         token_ids=row.token_ids if row.params.has_penalty else (),
+        given_token_id=row.given_id,
     )
 
 
@@ -101,7 +102,9 @@ def decode_drawn(messages: Iterable[worker_pb2.DrawnToken]) -> tuple[SampledToke
 
 
 def _decode_sample(message: worker_pb2.SampleRow) -> SampleRow:
-    largest = max(message.position, message.num_prompt_tokens, message.sample_index)
+    largest = max(
+        message.position, message.num_prompt_tokens, message.sample_index, message.given_token_id
+    )
     if largest > _MAX_INT32:
         raise MalformedMessageError(f"sample row with a field of {largest}")
     try:
@@ -113,6 +116,7 @@ def _decode_sample(message: worker_pb2.SampleRow) -> SampleRow:
         token_ids=_history(message, params),
         num_prompt_tokens=message.num_prompt_tokens,
         sample_index=message.sample_index,
+        given_id=message.given_token_id if message.HasField("given_token_id") else None,
     )
 
 

@@ -218,6 +218,18 @@ def run_step(
     parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
 ) -> tuple[Float[Array, "W V"], KVCache]:
     """One step of the whole model, whoever computes its parts."""
+    hidden_TD, cache = run_layers(parts, params, batch, cache)
+    if batch.logits_rows_W.shape[0]:
+        logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
+    else:
+        logits_WV = jnp.zeros((0, params.ends.embedding_VD.shape[0]), jnp.float32)
+    return logits_WV, cache
+
+
+def run_layers(
+    parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
+) -> tuple[Float[Array, "T D"], KVCache]:
+    """The same without its end: the residual stream of all rows behind the last layer, float32."""
     visible_NP = parts.mark_visible(cache.visible_NP, batch)
     hidden_TD = parts.embed(params.ends, batch.token_ids_T)
     layer_caches = []
@@ -228,8 +240,4 @@ def run_step(
         outputs_TAD = parts.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
         hidden_TD = parts.combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
         layer_caches.append(result.cache)
-    if batch.logits_rows_W.shape[0]:
-        logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
-    else:
-        logits_WV = jnp.zeros((0, params.ends.embedding_VD.shape[0]), jnp.float32)
-    return logits_WV, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
+    return hidden_TD, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)

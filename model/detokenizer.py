@@ -77,6 +77,26 @@ class IncrementalDetokenizer:
         return text
 
 
+def prompt_pieces(tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> list[str]:
+    """The text that each token of a prompt completes; what the last ones leave unfinished is not.
+
+    Raises:
+        InvalidRequestError: an id is outside the vocabulary.
+    """
+    detokenizer = IncrementalDetokenizer(tokenizer, ())
+    return [detokenizer.push(token_id) for token_id in prompt_ids]
+
+
+def text_offsets(pieces: Iterable[str]) -> list[int]:
+    """Where each piece begins in the text that they make, in characters."""
+    offsets: list[int] = []
+    num_chars = 0
+    for piece in pieces:
+        offsets.append(num_chars)
+        num_chars += len(piece)
+    return offsets
+
+
 def _begins_surrogate(content: bytes) -> bool:
     """Whether no valid character begins like this, whatever follows: half of a UTF-16 pair."""
     return content[0] == 0xED and content[1:2] >= b"\xa0"

@@ -3,25 +3,31 @@
 The only place that turns a ragged set of sequences into padded arrays. Two ways through the same
 layers: `fused` compiles the whole model as one program, `halves` calls each layer's attention half
 and expert half as a cluster of workers would.
+
+A row of logits is as long as the vocabulary, so few are held at once: `CacheSize.max_logits_rows`.
+More are wanted only where a prompt is scored; they are then computed that many at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache, partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
 
 from model.config import ModelConfig
-from model.decoder import Decoder, DecoderParts, run_step
+from model.decoder import Decoder, DecoderParts, run_layers, run_step
 from model.kv_cache import KVCache, StepBatch, make_kv_cache
 from model.ops import Ops
-from model.params import ModelParams
+from model.params import EndParams, ModelParams
 from model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
 from model.sampling_params import SampledToken, SampleRow
 from model.sharding import ShardingRules, shard_model
+
+# 16 MiB of Grok-1's logits; the next power of two would cost as much again and save little.
+MAX_LOGITS_ROWS = 32
 
 
 class StepMode(Enum):
@@ -35,7 +41,8 @@ class StepMode(Enum):
 class ScheduledTokens:
     """The tokens of one sequence to compute in a step, and where its keys and values lie.
 
-    Logits are wanted of the last `num_logits` tokens: 0 for a prefill chunk that is not the last.
+    Logits are wanted of the last `num_logits` tokens: 0 for a prefill chunk that is not the last,
+    unless the prompt is scored.
     """
 
     token_ids: Sequence[int]
@@ -52,8 +59,21 @@ class CacheSize:
     block_size: int = 16
     max_slots: int = 32
 
+    @property
+    def max_logits_rows(self) -> int:
+        """Rows of logits that are held at once: one for each sequence that decodes, at least."""
+        return max(MAX_LOGITS_ROWS, self.max_slots)
+
 
 Step = Callable[[ModelParams, StepBatch, KVCache], tuple[jax.Array, KVCache]]
+Unembed = Callable[[EndParams, np.ndarray, np.ndarray], jax.Array]
+
+
+class DividedStep(NamedTuple):
+    """A step in two: the layers, up to the residual stream [T, D]; and the logits of rows."""
+
+    layers: Step
+    unembed: Unembed
 
 
 class ModelRunner:
@@ -68,6 +88,7 @@ class ModelRunner:
         cache_size: CacheSize,
         ops: Ops,
         owner: object = None,
+        divided: DividedStep | None = None,
     ) -> None:
         self.config = config
         self._ops = ops
@@ -77,6 +98,8 @@ class ModelRunner:
         self._params = params
         self._cache = cache
         self._step = step
+        # Where there is none (on a mesh), all logits of a step are computed at once.
+        self._divided = divided
 
     @property
     def blocks_per_sequence(self) -> int:
@@ -92,9 +115,18 @@ class ModelRunner:
         self, scheduled: Sequence[ScheduledTokens], rows: Sequence[SampleRow]
     ) -> list[SampledToken]:
         """Computes all scheduled tokens and draws one token for each wanted logits row."""
-        logits_WV = self._compute(scheduled)
         assert len(rows) == sum(entry.num_logits for entry in scheduled)
-        return draw_tokens(logits_WV, rows, self._ops)
+        max_rows = self.cache_size.max_logits_rows
+        if len(rows) <= max_rows or self._divided is None:
+            return draw_tokens(self._compute(scheduled), rows, self._ops)
+        batch = self._batch(scheduled)
+        rows_W = np.asarray(batch.logits_rows_W)[: len(rows)]
+        # The layers do not ask who wants logits: one program less for each number of rows.
+        batch = replace(batch, logits_rows_W=cast(jax.Array, np.zeros(0, np.int32)))
+        hidden_TD, self._cache = self._divided.layers(self._params, batch, self._cache)
+        hidden_WD = np.asarray(hidden_TD)[rows_W]
+        unembed = partial(self._divided.unembed, self._params.ends)
+        return draw_from_hidden(unembed, hidden_WD, rows, self._ops, max_rows)
 
     def _compute(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
         assert 0 < len(scheduled) <= self.cache_size.max_slots
@@ -113,7 +145,7 @@ class ModelRunner:
         positions_T = np.full(len(token_ids_T), -1, np.int32)
         slots_T = np.zeros(len(token_ids_T), np.int32)
         tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
-        # A prefill chunk that is not the last wants no logits, and then none are computed.
+        # Most prefill chunks want no logits, and then none are computed.
         num_rows = bucket(num_logits, self._ops.min_rows) if num_logits else 0
         logits_rows_W = np.zeros(num_rows, np.int32)
         first = first_row = 0
@@ -142,6 +174,28 @@ def draw_tokens(logits_WV: jax.Array, rows: Sequence[SampleRow], ops: Ops) -> li
     return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
 
 
+def draw_from_hidden(
+    unembed: Callable[[np.ndarray, np.ndarray], jax.Array],
+    hidden_WD: np.ndarray,
+    rows: Sequence[SampleRow],
+    ops: Ops,
+    max_rows: int,
+) -> list[SampledToken]:
+    """Draws one token for each row of the residual stream, with `max_rows` logits at a time.
+
+    Rows come picked, on the host: programs then depend on how many they are, and not also on the
+    size of the step, of which a replay brings pairs that nobody has seen before.
+    """
+    drawn: list[SampledToken] = []
+    for first in range(0, len(rows), max_rows):
+        some = rows[first : first + max_rows]
+        num_padded = bucket(len(some), ops.min_rows)
+        piece_WD = padded_rows(hidden_WD[first : first + max_rows], num_padded)
+        logits_WV = unembed(piece_WD, np.arange(num_padded, dtype=np.int32))
+        drawn += draw_tokens(logits_WV, some, ops)
+    return drawn
+
+
 def _sampled_token(sampled: SampledTokens, i: int, row: SampleRow) -> SampledToken:
     num_logprobs = row.params.num_logprobs
     top_ids = sampled.top_ids_BK[i][:num_logprobs].tolist()
@@ -159,6 +213,15 @@ def bucket(num_rows: int, min_rows: int) -> int:
     return max(min_rows, 1 << (num_rows - 1).bit_length())
 
 
+def padded_rows(array: np.ndarray, num_rows: int) -> np.ndarray:
+    """The array with zeros after its rows, up to `num_rows` of them."""
+    if len(array) == num_rows:
+        return array
+    padded = np.zeros((num_rows, *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
 def make_runner(
     decoder: Decoder,
     params: ModelParams,
@@ -172,9 +235,12 @@ def make_runner(
     if mode is StepMode.FUSED:
         # The parts stay jitted inside: a layer is then traced once and not once for each layer.
         step = jax.jit(partial(run_step, parts), donate_argnums=(2,))
+        layers = jax.jit(partial(run_layers, parts), donate_argnums=(2,))
     else:
-        step = partial(_step_by_halves, parts)
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, owner)
+        step = partial(_by_halves, run_step, parts)
+        layers = partial(_by_halves, run_layers, parts)
+    divided = DividedStep(layers, parts.unembed)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, owner, divided)
 
 
 def make_mesh_runner(
@@ -216,8 +282,12 @@ def jitted_parts(decoder: Decoder) -> DecoderParts:
     )
 
 
-def _step_by_halves(
-    parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
+def _by_halves(
+    run: Callable[[DecoderParts, ModelParams, StepBatch, KVCache], tuple[jax.Array, KVCache]],
+    parts: DecoderParts,
+    params: ModelParams,
+    batch: StepBatch,
+    cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
     # Once for all layers: each of them would put the host's arrays on the device again.
-    return run_step(parts, params, jax.device_put(batch), cache)
+    return run(parts, params, jax.device_put(batch), cache)

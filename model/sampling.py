@@ -8,6 +8,9 @@ In order, for each row of logits:
 4. top-k, then top-p among those left, then min-p;
 5. plus Gumbel noise of key = f(seed, sample index, position); the highest wins.
 
+Where the token is given, as within a prompt, nothing is drawn: it is scored, which is to have its
+log-probability told as that of a drawn one is.
+
 A draw is a function of (logits, parameters, tokens so far), so whoever takes over a sequence goes
 on with the same tokens. Ties go to the lowest token id. Reported log-probabilities are those of the
 raw logits. `docs/departures.md` says where this leaves the reference, and where each semantic
@@ -85,12 +88,13 @@ class SampleInputs(NamedTuple):
     num_prompt_tokens: Int[HostArray, "*B"]
     bias_ids_J: Int[HostArray, "*B J"]  # padded with V
     bias_values_J: Float[HostArray, "*B J"]
+    given_id: Int[HostArray, "*B"]  # INVALID_TOKEN where the token is to be drawn
 
 
 class SampledTokens(NamedTuple):
     """One token for each row; the best K tokens are those of the raw logits, best first."""
 
-    token_B: Int[HostArray, "*B"]  # INVALID_TOKEN where not valid
+    token_B: Int[HostArray, "*B"]  # drawn or given; INVALID_TOKEN where not valid
     logprob_B: Float[HostArray, "*B"]
     top_ids_BK: Int[HostArray, "*B K"]
     top_logprobs_BK: Float[HostArray, "*B K"]
@@ -128,6 +132,9 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs
         num_prompt_tokens=np.array([row.num_prompt_tokens for row in full_rows], np.int32),
         bias_ids_J=_padded([list(bias) for bias in biases], num_biases, vocab_size, np.int32),
         bias_values_J=_padded([list(bias.values()) for bias in biases], num_biases, 0, np.float32),
+        given_id=np.array(
+            [INVALID_TOKEN if row.given_id is None else row.given_id for row in full_rows], np.int32
+        ),
     )
 
 
@@ -226,6 +233,7 @@ def _sample_row(
         adjusted_V,
         row,
     )
+    token = jnp.where(row.given_id == INVALID_TOKEN, token, row.given_id)
     num_best = min(num_logprobs, logits_V.size)
     top_logits_K, top_ids_K = _best_logits(logits_V, num_best)
     return SampledTokens(

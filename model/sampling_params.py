@@ -65,17 +65,22 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
-    """One sequence about to get a token: its prompt and completion so far, in `token_ids`."""
+    """One sequence about to get a token: its prompt and completion so far, in `token_ids`.
+
+    With `given_id`, the token that follows is known, as within a prompt: nothing is drawn, and what
+    comes back is that token with its log-probability.
+    """
 
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
     sample_index: int = 0
+    given_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """A drawn token on the host, with the log-probabilities (of the raw logits) asked for."""
+    """A token, drawn or given, with the log-probabilities (of the raw logits) asked for."""
 
     token_id: int
     logprob: float

@@ -16,7 +16,8 @@ class RoutedRequest:
     """A request on its way: who it is, until when it matters, and what its client has of it.
 
     `delivered` are the tokens of each sample that another router drew; samples in `finished` had
-    come to their end.
+    come to their end. `num_scored` log-probabilities of the prompt were delivered; all that are
+    wanted, where a token was.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class RoutedRequest:
     timeout_s: float
     delivered: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     finished: frozenset[int] = frozenset()
+    num_scored: int = 0
 
 
 def max_completion_tokens(request: GenerateRequest, config: ModelConfig) -> int:
@@ -35,7 +37,9 @@ def max_completion_tokens(request: GenerateRequest, config: ModelConfig) -> int:
 def make_sequences(
     routed: RoutedRequest, config: ModelConfig, detokenizer_for: DetokenizerFor
 ) -> list[Sequence]:
-    """One sequence for each sample that has not ended.
+    """One sequence for each sample that has not ended; the first one scores the prompt.
+
+    Where the prompt is only scored, there is one until it is, whatever the number of samples.
 
     Raises:
         InvalidRequestError: the request does not fit the model, or what was delivered not the
@@ -44,11 +48,23 @@ def make_sequences(
     request = routed.request
     request.check_fits(config)
     num_tokens = max_completion_tokens(request, config)
+    _check_scored(routed)
+    num_samples = request.num_samples
+    if num_tokens == 0:
+        num_samples = int(routed.num_scored < request.num_to_score)
     sequences: list[Sequence] = []
-    for index in range(request.num_samples):
+    for index in range(num_samples):
         if index in routed.finished:
             continue
-        sequence = Sequence(request, index, detokenizer_for(request), num_tokens, config.eos_token)
+        sequence = Sequence(
+            request,
+            index,
+            detokenizer_for(request),
+            num_tokens,
+            config.eos_token,
+            # Sample 0 has not ended where this matters: no token came.
+            num_scored=request.num_to_score if index else routed.num_scored,
+        )
         delivered = routed.delivered.get(index, ())
         _check_delivered(delivered, num_tokens, config)
         sequence.replay(delivered)
@@ -56,8 +72,18 @@ def make_sequences(
     return sequences
 
 
+def _check_scored(routed: RoutedRequest) -> None:
+    """Scores come before tokens."""
+    num_to_score = routed.request.num_to_score
+    has_tokens = bool(routed.finished) or any(routed.delivered.values())
+    least = num_to_score if has_tokens else 0
+    if not least <= routed.num_scored <= num_to_score:
+        limit = f"between {least} and {num_to_score}, all of which come before a token"
+        raise InvalidRequestError("num_delivered_prompt_logprobs", routed.num_scored, limit)
+
+
 def _check_delivered(delivered: tuple[int, ...], num_tokens: int, config: ModelConfig) -> None:
-    if len(delivered) >= num_tokens:
+    if delivered and len(delivered) >= num_tokens:
         limit = f"fewer than {num_tokens} tokens, the most that the request has"
         raise InvalidRequestError("delivered", f"{len(delivered)} tokens", limit)
     for token_id in delivered:

@@ -4,28 +4,30 @@ The life of a request here:
 
 1. `add` checks it and makes one sequence for each sample.
 2. Each `step` the scheduler picks tokens of many sequences.
-3. The runner computes them and draws the next token where a sequence's last one was reached.
+3. The runner computes them, scores the prompts that are to be scored, and draws the next token
+   where a sequence's last one was reached.
 4. Each drawn token becomes a `TokenEvent`: text as far as it can be shown, and perhaps the end.
 5. A finished sequence gives its blocks back; full ones stay for equal prefixes.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 
 from model.block_pool import BlockPool
 from model.detokenizer import IncrementalDetokenizer
 from model.runner import ModelRunner, ScheduledTokens
-from model.sampling_params import SampleRow
 from model.tokenizer import Tokenizer
 from router.admission import RoutedRequest, make_sequences, max_completion_tokens
 from router.request import GenerateRequest
+from router.rows import sample_rows, take_events
 from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 from router.sequence import (
     Detokenizer,
+    Event,
     FinishReason,
     NoText,
     Sequence,
     SequenceStatus,
-    TokenEvent,
 )
 
 
@@ -56,7 +58,7 @@ class LocalEngine:
         return self._scheduler.has_work
 
     def add(self, request: GenerateRequest) -> list[Sequence]:
-        """Queues a request: one sequence for each sample.
+        """Queues a request: one sequence for each sample; none where nothing is wanted of it.
 
         Raises:
             InvalidRequestError: it does not fit the model or the KV cache.
@@ -69,22 +71,25 @@ class LocalEngine:
             self._scheduler.add(sequence, num_tokens - 1)
         return sequences
 
-    def step(self) -> list[tuple[Sequence, TokenEvent]]:
-        """Computes one step; returns the tokens drawn in it."""
+    def step(self) -> list[tuple[Sequence, Event]]:
+        """Computes one step; returns the tokens drawn in it, and the scores of prompts."""
         scheduled = self._scheduler.schedule()
-        drawing = [entry.sequence for entry in scheduled if entry.wants_token]
-        sampled = self._runner.compute_and_sample(
-            [_tokens_of(entry) for entry in scheduled], [_row_of(seq) for seq in drawing]
+        rows = [row for entry in scheduled for row in sample_rows(entry)]
+        sampled = iter(
+            self._runner.compute_and_sample([_tokens_of(entry) for entry in scheduled], rows)
         )
+        events: list[tuple[Sequence, Event]] = []
         for entry in scheduled:
             self._scheduler.computed(entry)
-        return [
-            (sequence, self._advance(sequence.append(token), sequence))
-            for sequence, token in zip(drawing, sampled, strict=True)
-        ]
+            own = list(islice(sampled, entry.num_logits))
+            events += [(entry.sequence, event) for event in take_events(entry, own)]
+            self._finish(entry.sequence)
+        return events
 
-    def generate(self, request: GenerateRequest) -> Iterator[TokenEvent]:
+    def generate(self, request: GenerateRequest) -> Iterator[Event]:
         """Runs one request to its end, streaming the tokens of all its samples.
+
+        Where the prompt is scored, its scores come before.
 
         A consumer that stops listening cancels what is left.
         """
@@ -92,7 +97,7 @@ class LocalEngine:
         try:
             while unfinished:
                 for sequence, event in self.step():
-                    if event.finish_reason is not None and sequence in unfinished:
+                    if sequence.finish_reason is not None and sequence in unfinished:
                         unfinished.remove(sequence)
                     if sequence.request is request:
                         yield event
@@ -105,12 +110,11 @@ class LocalEngine:
             return NoText()
         return IncrementalDetokenizer(self._tokenizer, request.prompt_ids)
 
-    def _advance(self, event: TokenEvent, sequence: Sequence) -> TokenEvent:
-        if event.finish_reason is FinishReason.ERROR:
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.finish_reason is FinishReason.ERROR:
             self._scheduler.finish(sequence, SequenceStatus.FAILED)
-        elif event.finish_reason is not None:
+        elif sequence.finish_reason is not None:
             self._scheduler.finish(sequence, SequenceStatus.FINISHED)
-        return event
 
 
 def _tokens_of(scheduled: ScheduledSequence) -> ScheduledTokens:
@@ -119,14 +123,5 @@ def _tokens_of(scheduled: ScheduledSequence) -> ScheduledTokens:
         token_ids=sequence.next_tokens(scheduled.num_tokens),
         start_position=sequence.num_computed,
         block_table=sequence.block_table,
-        num_logits=1 if scheduled.wants_token else 0,
-    )
-
-
-def _row_of(sequence: Sequence) -> SampleRow:
-    return SampleRow(
-        params=sequence.request.sampling,
-        token_ids=sequence.token_ids,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        sample_index=sequence.sample_index,
+        num_logits=scheduled.num_logits,
     )

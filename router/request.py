@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from model.config import ModelConfig
 from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling_params import SamplingParams
+from model.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -18,6 +18,10 @@ class GenerateRequest:
     `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not
     part of its text. The end-of-sequence token ends it too, unless `ignore_eos`.
 
+    `prompt_logprobs` has the prompt scored: the log-probability of each of its tokens but the first
+    comes before any token, with so many of the most likely ones in its place. `max_tokens` may be 0
+    then: nothing is drawn.
+
     Raises:
         InvalidRequestError: names field, value and limit.
     """
@@ -28,17 +32,28 @@ class GenerateRequest:
     num_samples: int = 1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise InvalidRequestError("prompt", "", "at least one token")
-        _check_count("max_tokens", self.max_tokens, None)
-        _check_count("num_samples", self.num_samples, MAX_SAMPLES)
+        if self.prompt_logprobs is None:
+            limit = "at least 1, or 0 with log-probabilities of the prompt"
+            _check_count("max_tokens", self.max_tokens, 1, None, limit)
+        else:
+            _check_count("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+            _check_count("max_tokens", self.max_tokens, 0, None)
+        _check_count("num_samples", self.num_samples, 1, MAX_SAMPLES)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequestError("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequestError("stop", text, f"1 to {MAX_STOP_CHARS} characters long")
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose log-probabilities are wanted: those at positions 1 and following."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt_ids) - 1
 
     def check_fits(self, config: ModelConfig) -> None:
         """Holds the request against the model.
@@ -56,9 +71,12 @@ class GenerateRequest:
         self.sampling.check_vocab(config.vocab_size)
 
 
-def _check_count(name: str, value: object, largest: int | None) -> None:
-    limit = "at least 1" if largest is None else f"between 1 and {largest}"
+def _check_count(
+    name: str, value: object, least: int, largest: int | None, limit: str | None = None
+) -> None:
+    if limit is None:
+        limit = f"at least {least}" if largest is None else f"between {least} and {largest}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(name, value, f"a whole number, {limit}")
-    if value < 1 or (largest is not None and value > largest):
+    if value < least or (largest is not None and value > largest):
         raise InvalidRequestError(name, value, limit)

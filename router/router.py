@@ -6,7 +6,8 @@ The life of a request here:
 2. Each step the scheduler picks the running sequences' next tokens and chunks of prefill.
 3. The picked tokens go through the layers in micro-batches, several on their way at a time, so that
    one is in attention while another waits for experts.
-4. Drawn tokens become text and go to the request's listener; ends free the blocks.
+4. Drawn tokens become text and go to the request's listener, after the prompt's log-probabilities
+   where it wants those; ends free the blocks.
 5. When an attention shard is lost, everything that ran is computed anew: same bits, same tokens.
 6. Where there is a buddy, full KV blocks are copied there meanwhile: a request that is carried on
    there finds them.
@@ -19,12 +20,11 @@ No clock, no thread, no socket: `Tasks` runs it, in production and in simulation
 import logging
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 from typing import Protocol
 
-import numpy as np
-
-from cluster.calls import Refusal, Result, StoreBlocks, TokenRows
+from cluster.calls import Refusal, Result, StoreBlocks
 from cluster.errors import (
     ClusterError,
     DeadlineError,
@@ -38,7 +38,7 @@ from cluster.errors import (
 from cluster.tasks import Signal, Tasks, Timer
 from model.block_pool import BlockPool
 from model.config import ModelConfig
-from model.sampling_params import SampledToken, SampleRow
+from model.sampling_params import SampledToken
 from router.admission import (
     DetokenizerFor,
     RoutedRequest,
@@ -49,8 +49,9 @@ from router.block_copies import ArraysNow, BlockCopies
 from router.link_table import LinkTable
 from router.micro_batches import split
 from router.pipeline import Pipeline, ShardLostError
+from router.rows import pack, take_events
 from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
-from router.sequence import FinishReason, Sequence, SequenceStatus, TokenEvent
+from router.sequence import FinishReason, PromptScores, Sequence, SequenceStatus, TokenEvent
 from router.suspects import Suspects, WorkersDiedError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,10 @@ class RouterLimits:
 
 class Listener(Protocol):
     """Who waits for a request. Called from the router's thread; must not block or raise."""
+
+    def scored(self, scores: PromptScores) -> None:
+        """Log-probabilities of prompt tokens, in order; all that are wanted before any token."""
+        ...
 
     def tokens(self, events: Row[TokenEvent]) -> None:
         """Tokens of a step, of any of its samples."""
@@ -276,7 +281,7 @@ class Router:
             computing.cancel()
         drawn = computing.result()
         self._num_faults = 0
-        self._suspects.clear(entry.sequence for entry in scheduled if entry.wants_token)
+        self._suspects.clear(entry.sequence for entry in scheduled if entry.reaches_end)
         for batch, tokens in zip(batches, drawn, strict=True):
             self._deliver(batch, tokens)
         if self.copies is not None:
@@ -312,27 +317,32 @@ class Router:
         events: dict[str, tuple[_Active, list[TokenEvent]]] = {}
         for entry in batch:
             sequence = entry.sequence
-            token = next(tokens) if entry.wants_token else None
+            own = list(islice(tokens, entry.num_logits))
             # Cancelled while it was computed.
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             self.scheduler.computed(entry)
-            if token is None:
+            if not own:
                 continue
             active = self._active_of(sequence)
-            event = sequence.append(token)
-            events.setdefault(active.routed.request_id, (active, []))[1].append(event)
-            self._finish_sequence(active, sequence, event)
+            its_events = events.setdefault(active.routed.request_id, (active, []))[1]
+            for event in take_events(entry, own):
+                if isinstance(event, PromptScores):
+                    active.listener.scored(event)
+                else:
+                    its_events.append(event)
+            self._finish_sequence(active, sequence)
         num_tokens = 0
         for active, its_events in events.values():
             num_tokens += len(its_events)
             self._tell(active, its_events)
         self.figures.num_tokens += num_tokens
 
-    def _finish_sequence(self, active: _Active, sequence: Sequence, event: TokenEvent) -> None:
-        if event.finish_reason is None:
+    def _finish_sequence(self, active: _Active, sequence: Sequence) -> None:
+        reason = sequence.finish_reason
+        if reason is None:
             return
-        is_fault = event.finish_reason is FinishReason.ERROR
+        is_fault = reason is FinishReason.ERROR
         status = SequenceStatus.FAILED if is_fault else SequenceStatus.FINISHED
         self.scheduler.finish(sequence, status)
         active.sequences.remove(sequence)
@@ -414,45 +424,3 @@ class Router:
             self.scheduler.finish(sequence, SequenceStatus.FAILED)
         active.sequences = []
         self._dropped.notify()
-
-
-def pack(batch: Row[ScheduledSequence]) -> TokenRows:
-    """The rows of a micro-batch, in the order of its sequences, one slot for each."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    logits_rows: list[int] = []
-    samples: list[SampleRow] = []
-    for slot, entry in enumerate(batch):
-        sequence = entry.sequence
-        start = sequence.num_computed
-        token_ids += sequence.next_tokens(entry.num_tokens)
-        positions += range(start, start + entry.num_tokens)
-        slots += [slot] * entry.num_tokens
-        if entry.wants_token:
-            logits_rows.append(len(token_ids) - 1)
-            samples.append(sample_row(sequence))
-    width = max(len(entry.sequence.block_table) for entry in batch)
-    tables_BM = np.zeros((len(batch), width), np.int32)
-    for slot, entry in enumerate(batch):
-        table = entry.sequence.block_table
-        tables_BM[slot, : len(table)] = table
-    return TokenRows(
-        token_ids_T=np.array(token_ids, np.int32),
-        positions_T=np.array(positions, np.int32),
-        slots_T=np.array(slots, np.int32),
-        block_tables_BM=tables_BM,
-        logits_rows_W=np.array(logits_rows, np.int32),
-        samples=tuple(samples),
-    )
-
-
-def sample_row(sequence: Sequence) -> SampleRow:
-    """What drawing the next token of a sequence needs."""
-    return SampleRow(
-        params=sequence.request.sampling,
-        # A copy: the sequence grows while a message with it may still be under way.
-        token_ids=tuple(sequence.token_ids),
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        sample_index=sequence.sample_index,
-    )

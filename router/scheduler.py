@@ -29,17 +29,32 @@ class SchedulerLimits:
 class ScheduledSequence:
     """A sequence and how many of its tokens this step computes.
 
-    `wants_token` says whether the step reaches its last token, so that the next can be drawn. It is
+    `reaches_end` says whether the step computes all that there is of it, so that the next token can
+    be drawn; `scored` are the positions whose rows score the prompt token behind them. Both are
     settled when the step is chosen: the sequence may end while others of the step are computed.
     """
 
     sequence: Sequence
     num_tokens: int
-    wants_token: bool = field(init=False)
+    reaches_end: bool = field(init=False)
+    scored: range = field(init=False)
 
     def __post_init__(self) -> None:
-        wants_token = self.num_tokens == self.sequence.num_to_compute
-        object.__setattr__(self, "wants_token", wants_token)
+        sequence = self.sequence
+        end = sequence.num_computed + self.num_tokens
+        scored = range(sequence.num_scored, min(end, sequence.request.num_to_score))
+        object.__setattr__(self, "reaches_end", self.num_tokens == sequence.num_to_compute)
+        object.__setattr__(self, "scored", scored)
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether the next token is drawn."""
+        return self.reaches_end and self.sequence.wants_tokens
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits it takes; they are its last ones."""
+        return len(self.scored) + self.wants_token
 
 
 class Scheduler:
@@ -164,11 +179,15 @@ class Scheduler:
         return admitted
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
-        """Samples of one request wait until the first has the prompt's full blocks to share."""
+        """Samples of one request wait until the first has the prompt's full blocks to share.
+
+        It has also scored the prompt then, where that is wanted: no token comes before.
+        """
         block_size = self.pool.block_size
         num_shareable = (sequence.num_prompt_tokens - 1) // block_size * block_size
         return any(
-            other.request is sequence.request and other.num_computed < num_shareable
+            other.request is sequence.request
+            and (other.num_computed < num_shareable or not other.is_scored)
             for other in self._running
         )
 
@@ -190,7 +209,7 @@ class Scheduler:
         return True
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        sequence.block_table = self.pool.match_prefix(sequence.token_ids)
+        sequence.block_table = self.pool.match_prefix(sequence.reusable_ids)
         sequence.num_computed = len(sequence.block_table) * self.pool.block_size
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -54,6 +54,22 @@ class TokenEvent:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens from `position` on, each given those before it.
+
+    The first token of a prompt has none, so the first `position` is 1. They are the request's: the
+    same for all its samples.
+    """
+
+    position: int
+    tokens: tuple[SampledToken, ...]
+
+
+# What comes of a request: first all scores that it wants, then the tokens of its samples.
+Event = PromptScores | TokenEvent
+
+
 class Detokenizer(Protocol):
     """Turns the tokens of one sequence into text, as far as characters are complete."""
 
@@ -73,7 +89,12 @@ class NoText:
 
 
 class Sequence:
-    """A prompt and what was drawn so far. `num_computed` tokens have their keys and values."""
+    """A prompt and what was drawn so far. `num_computed` tokens have their keys and values.
+
+    `num_scored` tokens of the prompt need not be scored any more: of a request's sequences one
+    scores the prompt for all. Until it has, the prefix cache takes it no further than that: a block
+    holds keys and values, and not the rows that score.
+    """
 
     def __init__(
         self,
@@ -82,12 +103,16 @@ class Sequence:
         detokenizer: Detokenizer,
         max_completion_tokens: int,
         eos_token: int,
+        num_scored: int = 0,
     ) -> None:
         self.request = request
         self.sample_index = sample_index
         self.status = SequenceStatus.WAITING
         self.token_ids = list(request.prompt_ids)
         self.num_computed = 0
+        self.num_scored = num_scored
+        # Set by what ends it: its last token, or its last score where no token is wanted.
+        self.finish_reason: FinishReason | None = None
         self.block_table: list[int] = []
         self._max_tokens = len(request.prompt_ids) + max_completion_tokens
         self._eos_token = eos_token
@@ -105,7 +130,24 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
-        return len(self.token_ids) - self.num_computed
+        # The last row says what follows; where nothing is to follow, nobody needs it.
+        num_wanted = len(self.token_ids) - (not self.wants_tokens)
+        return num_wanted - self.num_computed
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether any is to be drawn; else the prompt is only scored."""
+        return self.request.max_tokens > 0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all log-probabilities of the prompt were given that are wanted."""
+        return self.num_scored >= self.request.num_to_score
+
+    @property
+    def reusable_ids(self) -> TokenIds[int]:
+        """The tokens of which all but the last may have come from the prefix cache."""
+        return self.token_ids if self.is_scored else self.token_ids[: self.num_scored + 1]
 
     def next_tokens(self, num_tokens: int) -> TokenIds[int]:
         """The next tokens to compute, from position `num_computed` on."""
@@ -115,6 +157,15 @@ class Sequence:
         """The one door between states."""
         assert to in ALLOWED_MOVES[self.status], f"{self.status} -> {to}"
         self.status = to
+
+    def score(self, tokens: TokenIds[SampledToken]) -> PromptScores:
+        """Takes in the log-probabilities of the next prompt tokens."""
+        scores = PromptScores(position=self.num_scored + 1, tokens=tuple(tokens))
+        self.num_scored += len(tokens)
+        assert self.num_scored <= self.request.num_to_score
+        if self.is_scored and not self.wants_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        return scores
 
     def append(self, sampled: SampledToken) -> TokenEvent:
         """Adds a drawn token and says what it means: text, and whether the sequence ends."""
@@ -141,6 +192,7 @@ class Sequence:
         return self._stop_matcher.push(self._detokenizer.flush()) + self._stop_matcher.flush()
 
     def _event(self, sampled: SampledToken, text: str, reason: FinishReason | None) -> TokenEvent:
+        self.finish_reason = reason
         return TokenEvent(
             sample_index=self.sample_index,
             token_id=sampled.token_id,

@@ -13,12 +13,12 @@ from milliways.v1 import router_pb2, router_pb2_grpc
 from cluster.config import TlsSettings
 from cluster.errors import OverloadedError
 from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
-from cluster.ingress.codec import event_to_wire, sampling_from_wire
+from cluster.ingress.codec import event_to_wire, sampling_from_wire, scores_to_wire
 from cluster.ingress.router_choice import RouterInfo
 from cluster.status_codes import ACCEPTED_KEY, status_of
 from router.request import GenerateRequest
 from router.sequence import TokenEvent
-from tests.sources import counted_events
+from tests.sources import counted_events, counted_score_events
 
 
 class Fault(Enum):
@@ -69,6 +69,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     fault: Fault | None = None
     num_before_fault: int = 0
     num_faults: int = 1
+    # Whatever the fault, it is UNAVAILABLE before more of the prompt is scored.
+    num_scores_before_fault: int = 1 << 30
     refusal: Exception | None = None
     # Streams wait before their first event until it is set.
     gate: asyncio.Event | None = None
@@ -97,10 +99,18 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
             self.num_running -= 1
 
     async def _stream(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
-        events = remaining_events(request)
         if self.standby_id:
             await context.write(router_pb2.RouteResponse(standby_id=self.standby_id))
         is_faulty = self.fault is not None and self.num_faults > 0
+        num_scored = request.num_delivered_prompt_logprobs
+        for scores in counted_score_events(request_of(request), num_scored, self.events_each):
+            if is_faulty and num_scored >= self.num_scores_before_fault:
+                self.num_faults -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "RST_STREAM")
+            num_scored += len(scores.tokens)
+            wired = scores_to_wire(scores)
+            await context.write(router_pb2.RouteResponse(prompt_logprobs=wired))
+        events = remaining_events(request)
         stop = self.num_before_fault if is_faulty else len(events)
         for start in range(0, min(stop, len(events)), self.events_each):
             some = events[start : min(start + self.events_each, stop)]
@@ -156,6 +166,7 @@ def request_of(message: router_pb2.RouteRequest) -> GenerateRequest:
         num_samples=message.num_samples,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 

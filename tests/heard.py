@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import ClusterError
-from router.sequence import TokenEvent
+from router.sequence import PromptScores, TokenEvent
 
 
 @dataclass(slots=True)
@@ -12,9 +12,14 @@ class Heard:
     """A listener that keeps what it hears."""
 
     events: list[TokenEvent] = field(default_factory=list)
+    scores: list[PromptScores] = field(default_factory=list)
     error: ClusterError | None = None
     has_ended: bool = False
     has_moved: bool = False
+
+    def scored(self, scores: PromptScores) -> None:
+        assert not (self.has_ended or self.events)
+        self.scores.append(scores)
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         assert not self.has_ended

@@ -12,9 +12,17 @@ from dataclasses import dataclass, field
 from cluster.errors import DeadlineError, UnavailableError
 from cluster.ingress.journal import DeliveredSample
 from model.errors import InvalidRequestError
+from model.sampling_params import SampledToken
 from router.engine import LocalEngine
 from router.request import GenerateRequest
-from router.sequence import FinishReason, Sequence, SequenceStatus, TokenEvent
+from router.sequence import (
+    Event,
+    FinishReason,
+    PromptScores,
+    Sequence,
+    SequenceStatus,
+    TokenEvent,
+)
 
 EOS = 2
 
@@ -40,6 +48,30 @@ def counted_events(request: GenerateRequest, vocab_size: int = 1280) -> list[Tok
                 )
             )
     return events
+
+
+def counted_scores(request: GenerateRequest) -> list[SampledToken]:
+    """Hand-computable: a prompt token t has log-probability -t / 2, and t + 1 is likelier."""
+    return [
+        SampledToken(
+            token_id=token,
+            logprob=-token / 2,
+            top_logprobs=((token + 1, -token / 4),) * min(1, request.prompt_logprobs or 0),
+            is_valid=True,
+        )
+        for token in request.prompt_ids[1 : request.num_to_score + 1]
+    ]
+
+
+def counted_score_events(
+    request: GenerateRequest, num_scored: int = 0, events_each: int = 2
+) -> list[PromptScores]:
+    """What of these a client has not had, in pieces."""
+    scores = counted_scores(request)
+    return [
+        PromptScores(position=first + 1, tokens=tuple(scores[first : first + events_each]))
+        for first in range(num_scored, len(scores), events_each)
+    ]
 
 
 def without_delivered(
@@ -71,6 +103,7 @@ class CountingSource:
     requests: list[GenerateRequest] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     deadlines_s: list[float] = field(default_factory=list)
+    nums_scored: list[int] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_probes: int = 0
@@ -82,14 +115,17 @@ class CountingSource:
         request_id: str,
         deadline_s: float,
         delivered: SequenceOf[DeliveredSample] = (),
-    ) -> AsyncGenerator[TokenEvent]:
+        num_scored: int = 0,
+    ) -> AsyncGenerator[Event]:
+        self.nums_scored.append(num_scored)
         self.request_ids.append(request_id)
         self.requests.append(request)
         self.deadlines_s.append(deadline_s)
         self.num_running += 1
         is_done = False
         try:
-            events = without_delivered(self.make_events(request), delivered)
+            events: list[Event] = [*counted_score_events(request, num_scored)]
+            events += without_delivered(self.make_events(request), delivered)
             for i, event in enumerate(events):
                 if self.error is not None and i == self.num_before_error:
                     raise self.error
@@ -124,7 +160,7 @@ class LocalSource:
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
         self._inbox: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._streams: dict[Sequence, Callable[[TokenEvent], None]] = {}
+        self._streams: dict[Sequence, Callable[[Event], None]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -147,12 +183,13 @@ class LocalSource:
         request_id: str,
         deadline_s: float,
         delivered: SequenceOf[DeliveredSample] = (),
-    ) -> AsyncGenerator[TokenEvent]:
+        num_scored: int = 0,
+    ) -> AsyncGenerator[Event]:
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[TokenEvent | Exception] = asyncio.Queue()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         sequences: list[Sequence] = []
 
-        def hand_over(event: TokenEvent | Exception) -> None:
+        def hand_over(event: Event | Exception) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         def join() -> None:
@@ -161,6 +198,8 @@ class LocalSource:
             except InvalidRequestError as error:
                 hand_over(error)
             self._streams.update(dict.fromkeys(sequences, hand_over))
+            if sequences:
+                sequences[0].num_scored = num_scored
             for had in delivered:
                 sequence = sequences[had.sample_index]
                 sequence.replay(had.token_ids)
@@ -176,11 +215,15 @@ class LocalSource:
         self._inbox.put(join)
         try:
             num_unfinished = request.num_samples - sum(had.is_finished for had in delivered)
-            while num_unfinished:
+            num_unscored = request.num_to_score - num_scored
+            while num_unscored or (request.max_tokens and num_unfinished):
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise event
-                num_unfinished -= event.finish_reason is not None
+                if isinstance(event, PromptScores):
+                    num_unscored -= len(event.tokens)
+                else:
+                    num_unfinished -= event.finish_reason is not None
                 yield event
         finally:
             self._inbox.put(leave)
@@ -192,15 +235,15 @@ class LocalSource:
                 if change is None:
                     return
                 change()
-            for sequence, event in self._engine.step():
+            events = self._engine.step()
+            for sequence, event in events:
                 self._streams[sequence](event)
-                if event.finish_reason is not None:
+            for sequence in {sequence for sequence, _ in events}:
+                if sequence.finish_reason is not None:
                     del self._streams[sequence]
 
 
-async def collect(
-    source: CountingSource | LocalSource, request: GenerateRequest
-) -> list[TokenEvent]:
+async def collect(source: CountingSource | LocalSource, request: GenerateRequest) -> list[Event]:
     """All events of a request."""
     deadline_s = time.monotonic() + 60
     stream = source.generate(request, request_id="test", deadline_s=deadline_s)

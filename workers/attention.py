@@ -12,7 +12,7 @@ keys and values, from and for another process.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from cluster.errors import RefusalReason
 from model.decoder import AttentionResult, Decoder
 from model.kv_cache import LayerCache, StepBatch, make_kv_cache, read_block, write_block
 from model.params import AttentionParams, EndParams, ExpertParams
-from model.runner import CacheSize, bucket, draw_tokens, jitted_parts
+from model.runner import CacheSize, bucket, draw_from_hidden, jitted_parts, padded_rows
 from model.sampling_params import SampleRow
 from workers.tenancy import Owner, Tenancy
 
@@ -173,7 +173,7 @@ class AttentionShard:
             assert self._ends is not None
             hidden_TD = self._parts.embed(self._ends, step.token_ids_T)
         else:
-            hidden_TD = jnp.asarray(_padded_rows(call.hidden_TD, len(step.token_ids_T)))
+            hidden_TD = jnp.asarray(padded_rows(call.hidden_TD, len(step.token_ids_T)))
         if call.layer < self._decoder.config.num_layers:
             self._visible_NP = self._parts.mark_visible(self._visible_NP, step)
         tokens = call.tokens
@@ -192,7 +192,7 @@ class AttentionShard:
         if fault is not None:
             return fault
         del self._batches[(owner, call.batch_id)]
-        outputs_TAD = _padded_rows(call.outputs_TAD, batch.hidden_TD.shape[0])
+        outputs_TAD = padded_rows(call.outputs_TAD, batch.hidden_TD.shape[0])
         following = call.layer + 1
         if following in self._params and self._whole_layer(following) is None:
             return self._combine_and_stop(owner, call.batch_id, batch, outputs_TAD)
@@ -221,14 +221,10 @@ class AttentionShard:
             return Departure(np.asarray(batch.hidden_TD)[: batch.num_rows])
         if not batch.samples:
             return Drawn(())
-        # Rows are picked on the host: programs then depend on how many they are, and not also on
-        # the size of the step, of which a replay brings pairs that nobody has seen before.
-        rows_W = batch.logits_rows_W
-        num_rows = bucket(len(rows_W), self._decoder.ops.min_rows)
-        hidden_WD = _padded_rows(np.asarray(batch.hidden_TD)[rows_W], num_rows)
-        all_W = np.arange(num_rows, dtype=np.int32)
-        logits_WV = self._parts.unembed(self._ends, hidden_WD, all_W)
-        return Drawn(tuple(draw_tokens(logits_WV, batch.samples, self._decoder.ops)))
+        hidden_WD = np.asarray(batch.hidden_TD)[batch.logits_rows_W]
+        unembed = partial(self._parts.unembed, self._ends)
+        ops, max_rows = self._decoder.ops, self.cache_size.max_logits_rows
+        return Drawn(tuple(draw_from_hidden(unembed, hidden_WD, batch.samples, ops, max_rows)))
 
     def _pass_local_layers(self, batch: _Batch) -> None:
         """Runs the layers ahead whose experts are all here."""
@@ -326,6 +322,7 @@ class AttentionShard:
             and _within(tokens.slots_T, tables.shape[0])
             and _within(tokens.logits_rows_W, num_rows)
             and len(tokens.samples) == len(tokens.logits_rows_W) <= num_rows
+            and all((row.given_id or 0) < config.vocab_size for row in tokens.samples)
         )
         if is_sound:
             return None
@@ -350,9 +347,9 @@ class AttentionShard:
         positions_T = np.full(num_rows, -1, np.int32)
         positions_T[: tokens.num_rows] = tokens.positions_T
         arrays = (
-            _padded_rows(tokens.token_ids_T, num_rows),
+            padded_rows(tokens.token_ids_T, num_rows),
             positions_T,
-            _padded_rows(tokens.slots_T, num_rows),
+            padded_rows(tokens.slots_T, num_rows),
             tables_BM,
             # Attention does not ask who wants a token.
             np.zeros(0, np.int32),
@@ -418,11 +415,3 @@ def _blocks_per_sequence(sequence_len: int, size: CacheSize) -> int:
 
 def _within(indices: np.ndarray, end: int) -> bool:
     return indices.size == 0 or (int(indices.min()) >= 0 and int(indices.max()) < end)
-
-
-def _padded_rows(array: np.ndarray, num_rows: int) -> np.ndarray:
-    if len(array) == num_rows:
-        return array
-    padded = np.zeros((num_rows, *array.shape[1:]), array.dtype)
-    padded[: len(array)] = array
-    return padded

@@ -93,12 +93,12 @@ def _run_attention(
 def _tokens(
     config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
 ) -> TokenRows:
-    """So many rows of as few sequences as hold them, each wanting a token as far as may be."""
+    """So many rows of as few sequences as hold them, with as many logits as are held at once."""
     capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
     positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
     slots_T = np.arange(num_tokens, dtype=np.int32) // capacity
     blocks = np.arange(-(-capacity // cache_size.block_size), dtype=np.int32)
-    num_samples = min(num_tokens, cache_size.max_slots)
+    num_samples = min(num_tokens, cache_size.max_logits_rows)
     params = SamplingParams(temperature=0.5, num_logprobs=num_logprobs)
     row = SampleRow(params=params, token_ids=(1,), num_prompt_tokens=1)
     return TokenRows(

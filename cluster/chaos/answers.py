@@ -1,6 +1,6 @@
 """What a client heard of a request, and whether it is what it heard before. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -42,6 +42,8 @@ class Answer:
 
     choices: list[Choice]
     token_times_s: list[float] = field(default_factory=list[float])
+    # Of a gRPC stream; over HTTP they are among those of each choice.
+    prompt_logprobs: list[object] = field(default_factory=list[object])
 
     @classmethod
     def of(cls, ask: Ask) -> "Answer":
@@ -60,6 +62,15 @@ class Answer:
                 piece["token_ids"], piece["text"], piece["logprobs"], piece["finish_reason"] or ""
             )
             self.token_times_s.append(now_s)
+
+    def add_scores(self, scores: Iterable[router_pb2.PromptLogprob]) -> None:
+        """Log-probabilities of the prompt, of a gRPC stream."""
+        for score in scores:
+            if score.position != len(self.prompt_logprobs) + 1:
+                number = len(self.prompt_logprobs)
+                raise ValueError(f"prompt token {score.position} came after {number}")
+            tops = [*score.top_token_ids], [*score.top_logprobs]
+            self.prompt_logprobs.append((score.token_id, score.logprob, tops))
 
     def add_event(self, event: router_pb2.TokenEvent, now_s: float) -> None:
         """A token of a gRPC stream."""
@@ -120,6 +131,10 @@ class Heard:
 
 def difference(wanted: Answer, got: Answer) -> str:
     """Where an answer is not what it was before; empty where it is, to the bit."""
+    was, now = wanted.prompt_logprobs, got.prompt_logprobs
+    if was != now:
+        at = _first_difference(was, now)
+        return f"prompt_logprobs[{at}]: {now[at : at + 3]}, was {was[at : at + 3]}"
     for index, (one, other) in enumerate(zip(wanted.choices, got.choices, strict=True)):
         for name in ("token_ids", "logprobs"):
             was, now = getattr(one, name), getattr(other, name)

@@ -27,6 +27,7 @@ MODES: Mapping[str, Mapping[str, Any]] = {
         "frequency_penalty": 0.25,
     },
     "logprobs": {"temperature": 0.7, "logprobs": 5},
+    "scored prompt": {"temperature": 0.7, "logprobs": 2, "echo": True},
     "n=3": {"temperature": 1.0, "n": 3},
     "stop string": {"temperature": 0.5, "stop": ["universe", "42", " of the"]},
 }
@@ -73,13 +74,15 @@ class Ask:
         """For GenerateService.Generate."""
         drawn = dict(MODES[self.mode])
         stop, num_samples = drawn.pop("stop", []), drawn.pop("n", 0)
-        num_logprobs = drawn.pop("logprobs", 0)
+        num_logprobs, is_scored = drawn.pop("logprobs", 0), drawn.pop("echo", False)
         return generate_pb2.GenerateRequest(
             text=self.prompt,
             max_tokens=self.max_tokens,
             num_samples=num_samples,
             stop=stop,
             ignore_eos=True,
+            echo=is_scored,
+            prompt_logprobs=num_logprobs if is_scored else None,
             sampling=sampling_pb2.SamplingParams(
                 num_logprobs=num_logprobs, seed=self.seed, **drawn
             ),

@@ -101,6 +101,7 @@ class GrpcClient:
         try:
             for response in call:
                 now_s = time.monotonic()
+                answer.add_scores(response.prompt_logprobs)
                 for event in response.events:
                     answer.add_event(event, now_s)
         except grpc.RpcError as error:

@@ -16,11 +16,12 @@ from cluster.local import (
     wanted_kernels,
 )
 from cluster.model_dir import DEMO_NAME, resolve_model_dir
+from model.detokenizer import prompt_pieces, text_offsets
 from model.errors import InvalidRequestError, NonFiniteLogitsError, TokenizerError
-from model.sampling_params import SamplingParams
+from model.sampling_params import SampledToken, SamplingParams
 from model.tokenizer import Tokenizer
 from router.request import GenerateRequest
-from router.sequence import FinishReason, TokenEvent
+from router.sequence import FinishReason, PromptScores, TokenEvent
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a text")
     add_model_options(parser, default_model=DEMO_NAME)
     option = parser.add_argument
-    option("--max-tokens", type=int, default=256, metavar="N", help="at most N [%(default)s]")
+    option(
+        "--max-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="at most N; 0 with --echo and --logprobs: score the prompt alone [%(default)s]",
+    )
     option("--temperature", type=float, default=0.7, metavar="T", help="0: greedy [%(default)s]")
     option("--top-p", type=float, default=1.0, metavar="P", help="nucleus [%(default)s]")
     option("--top-k", type=int, default=0, metavar="K", help="0: off [%(default)s]")
@@ -41,18 +48,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--stop", action="append", default=[], metavar="S", help="ends the text; repeatable")
     option("--n", type=int, default=1, metavar="N", help="samples [%(default)s]")
     option("--logprobs", type=int, metavar="K", help="with the K best tokens at each position")
+    option("--echo", action="store_true", help="begin with the prompt, logprobs as well")
     option("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     option("--json", action="store_true", help="print one JSON object at the end")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What `--echo` begins each choice with."""
+
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    text_offsets: tuple[int, ...] = ()
+
+
 @dataclass(slots=True)
 class Choice:
-    """One sample as it grows."""
+    """One sample as it grows, behind its prompt where that is wanted."""
 
+    prompt: Prompt = field(default_factory=Prompt)
+    # Of the prompt's tokens from the second one on, where they are wanted.
+    scores: list[SampledToken] = field(default_factory=list[SampledToken])
     text: str = ""
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
     text_offsets: list[int] = field(default_factory=list[int])
     finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.text = self.prompt.text
 
     def add(self, event: TokenEvent) -> None:
         self.finish_reason = event.finish_reason
@@ -65,7 +88,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of one run, by the wall clock; compiling counts towards the first token."""
+    """Seconds of one run, by the wall clock; compiling counts towards the first token.
+
+    Where nothing is drawn, the end of the run is that of its first token.
+    """
 
     load_s: float
     first_token_s: float
@@ -86,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
         num_samples=options.n,
         stop=tuple(options.stop),
         ignore_eos=options.ignore_eos,
+        prompt_logprobs=options.logprobs if options.echo else None,
     )
     request.check_fits(model.decoder.config)
     loaded_s = time.perf_counter()
@@ -153,14 +180,39 @@ def collect(
         len(request.prompt_ids) + request.max_tokens, model.decoder.config.sequence_len + 1
     )
     engine = make_local_engine(model, cache_size_for(request.num_samples, num_tokens))
-    choices = [Choice() for _ in range(request.num_samples)]
+    prompt = _prompt(options, model, request) if options.echo else Prompt()
+    choices = [Choice(prompt) for _ in range(request.num_samples)]
     token_times_s: list[float] = []
+    if stream:
+        print(_shown_prompt(prompt), end="", flush=True)
     for event in engine.generate(request):
+        if isinstance(event, PromptScores):
+            for choice in choices:
+                choice.scores += event.tokens
+            continue
         token_times_s.append(time.perf_counter())
         choices[event.sample_index].add(event)
         if stream:
             print(_shown(event, model.tokenizer), end="", flush=True)
-    return choices, token_times_s
+    if request.max_tokens == 0:
+        for choice in choices:
+            choice.finish_reason = FinishReason.LENGTH
+    return choices, token_times_s or [time.perf_counter()]
+
+
+def _prompt(options: argparse.Namespace, model: LocalModel, request: GenerateRequest) -> Prompt:
+    pieces = [""] * len(request.prompt_ids)
+    if model.tokenizer is not None:
+        pieces = prompt_pieces(model.tokenizer, request.prompt_ids)
+    # A text that was given is given back, whatever its tokens make of it.
+    given: str | None = options.prompt
+    text = "".join(pieces) if given is None or given == "-" else given
+    offsets = tuple(min(offset, len(text)) for offset in text_offsets(pieces))
+    return Prompt(token_ids=request.prompt_ids, text=text, text_offsets=offsets)
+
+
+def _shown_prompt(prompt: Prompt) -> str:
+    return prompt.text or "".join(f"{token_id} " for token_id in prompt.token_ids)
 
 
 def _shown(event: TokenEvent, tokenizer: Tokenizer | None) -> str:
@@ -173,7 +225,8 @@ def _shown(event: TokenEvent, tokenizer: Tokenizer | None) -> str:
 def print_choices(choices: list[Choice]) -> None:
     """All samples, one after another, each under its number."""
     for index, choice in enumerate(choices):
-        shown = choice.text or " ".join(str(event.token_id) for event in choice.events)
+        token_ids = [*choice.prompt.token_ids, *(event.token_id for event in choice.events)]
+        shown = choice.text or " ".join(map(str, token_ids))
         print(f"[{index}]{shown}")
 
 
@@ -213,6 +266,8 @@ def to_json(
 def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Log-probabilities of the raw logits, in the shape of OpenAI's completions.
 
+    With the prompt, its tokens come first, and its first one has none.
+
     Tokens go by `Tokenizer.name_of`, or by their ids where there is no tokenizer. Ids stand beside
     the names, since even so a few tokens look alike.
     """
@@ -220,15 +275,21 @@ def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
     def name(token_id: int) -> str:
         return tokenizer.name_of(token_id) if tokenizer else str(token_id)
 
+    prompt = choice.prompt
+    scored = [*choice.scores, *choice.events]
+    unscored: list[None] = [None] * min(1, len(prompt.token_ids))
     return {
-        "tokens": [name(event.token_id) for event in choice.events],
-        "token_logprobs": [event.logprob for event in choice.events],
-        "top_logprobs": [
-            {name(token_id): logprob for token_id, logprob in reversed(event.top_logprobs)}
-            for event in choice.events
+        "tokens": [
+            name(token_id)
+            for token_id in (*prompt.token_ids[:1], *(token.token_id for token in scored))
         ],
-        "top_token_ids": [[i for i, _ in event.top_logprobs] for event in choice.events],
-        "text_offset": choice.text_offsets,
+        "token_logprobs": [*unscored, *(token.logprob for token in scored)],
+        "top_logprobs": [
+            *unscored,
+            *({name(i): logprob for i, logprob in reversed(t.top_logprobs)} for t in scored),
+        ],
+        "top_token_ids": [*unscored, *([i for i, _ in t.top_logprobs] for t in scored)],
+        "text_offset": [*prompt.text_offsets, *choice.text_offsets],
     }
 
 

@@ -10,8 +10,8 @@ from milliways.v1 import router_pb2, sampling_pb2
 from cluster.ingress.journal import Journal
 from cluster.wire_sampling import encode_params
 from model.errors import InvalidRequestError
-from model.sampling_params import INVALID_TOKEN, SamplingParams
-from router.sequence import FinishReason, TokenEvent
+from model.sampling_params import INVALID_TOKEN, SampledToken, SamplingParams
+from router.sequence import FinishReason, PromptScores, TokenEvent
 
 _TO_WIRE = {
     FinishReason.STOP: router_pb2.FINISH_REASON_STOP,
@@ -65,6 +65,8 @@ def route_request(journal: Journal, request_id: str, timeout_s: float) -> router
             )
             for sample in journal.delivered()
         ],
+        prompt_logprobs=request.prompt_logprobs,
+        num_delivered_prompt_logprobs=journal.num_scored,
     )
 
 
@@ -95,6 +97,30 @@ def event_from_wire(message: router_pb2.TokenEvent) -> TokenEvent:
         logprob=message.logprob,
         top_logprobs=tuple(zip(message.top_token_ids, message.top_logprobs, strict=False)),
         finish_reason=reason,
+    )
+
+
+def scores_to_wire(scores: PromptScores) -> list[router_pb2.PromptLogprob]:
+    """Log-probabilities of prompt tokens, each with its position."""
+    return [
+        router_pb2.PromptLogprob(
+            position=position,
+            token_id=score.token_id,
+            logprob=score.logprob,
+            top_token_ids=[token_id for token_id, _ in score.top_logprobs],
+            top_logprobs=[logprob for _, logprob in score.top_logprobs],
+        )
+        for position, score in enumerate(scores.tokens, scores.position)
+    ]
+
+
+def score_from_wire(message: router_pb2.PromptLogprob) -> SampledToken:
+    """The log-probability of a prompt token as the router sent it."""
+    return SampledToken(
+        token_id=message.token_id,
+        logprob=message.logprob,
+        top_logprobs=tuple(zip(message.top_token_ids, message.top_logprobs, strict=False)),
+        is_valid=True,
     )
 
 

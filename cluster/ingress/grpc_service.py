@@ -10,8 +10,13 @@ from grpc import aio
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 
 from cluster.errors import code_of
-from cluster.ingress.codec import checked_seed, event_to_wire, sampling_from_wire
-from cluster.ingress.ingress import Ingress, off_loop
+from cluster.ingress.codec import (
+    checked_seed,
+    event_to_wire,
+    sampling_from_wire,
+    scores_to_wire,
+)
+from cluster.ingress.ingress import Ingress, PromptEvent, off_loop
 from cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
 from cluster.ingress.outcome import log_error
 from cluster.ingress.request_id import is_request_id, new_request_id, seed_of
@@ -63,6 +68,7 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
     request.check_fits(model.config)
     return GrpcAsk(
@@ -111,13 +117,24 @@ def _resume(
             limit = f"below num_samples = {request.num_samples}"
             raise InvalidRequestError("resume.received.sample_index", had.sample_index, limit)
         received[had.sample_index] = _received(had, request, model)
+    _check_scored(message.resume.num_prompt_logprobs, received, request)
     point = ResumePoint(
         request_id=message.resume.request_id,
         received=tuple(received),
         field="resume.received.num_tokens",
+        num_scored=message.resume.num_prompt_logprobs,
     )
     point.check_fits([request])
     return point
+
+
+def _check_scored(count: int, received: list[Received], request: GenerateRequest) -> None:
+    """Log-probabilities of the prompt come before tokens: who has one of these has all of those."""
+    most = request.num_to_score
+    least = most if any(had.num_tokens for had in received) else 0
+    if not least <= count <= most:
+        limit = f"all {most}, since a token was received" if least else f"at most {most}"
+        raise InvalidRequestError("resume.num_prompt_logprobs", count, limit)
 
 
 def _received(
@@ -184,6 +201,13 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             stream = self._ingress.generate([ask.request], ask.request_id, timeout_s, ask.resume)
             async with aclosing(stream) as events:
                 async for choice in events:
+                    if isinstance(choice, PromptEvent):
+                        scores = scores_to_wire(choice.scores)
+                        await context.write(
+                            generate_pb2.GenerateResponse(started=started, prompt_logprobs=scores)
+                        )
+                        started = None
+                        continue
                     counts[choice.choice_index] = choice.index + 1
                     if choice.is_news:
                         wired = event_to_wire(choice.event, choice.index)

@@ -25,7 +25,7 @@ from cluster.ingress.resume import Received, ResumePoint
 from cluster.ingress.served_model import ServedModel
 from cluster.ingress.source import TokenSource
 from router.request import GenerateRequest
-from router.sequence import FinishReason, TokenEvent
+from router.sequence import FinishReason, PromptScores, TokenEvent
 
 # Below it, text is tokenised in less time than a thread takes to start.
 _INLINE_BYTES = 8192
@@ -47,6 +47,17 @@ class ChoiceEvent:
     index: int
     # False where the client has had it before its connection broke.
     is_news: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Log-probabilities of a prompt, in order, and before any token of it."""
+
+    prompt_index: int
+    scores: PromptScores
+
+
+IngressEvent = ChoiceEvent | PromptEvent
 
 
 class Ingress:
@@ -98,8 +109,8 @@ class Ingress:
         request_id: str,
         timeout_s: float | None = None,
         resume: ResumePoint | None = None,
-    ) -> AsyncGenerator[ChoiceEvent]:
-        """Streams the tokens of all prompts. Closing it cancels them.
+    ) -> AsyncGenerator[IngressEvent]:
+        """Streams the tokens of all prompts, scores before them. Closing it cancels them.
 
         With `resume`, tokens that the client told are left out, and those that it counted come
         again, marked as no news.
@@ -123,6 +134,10 @@ class Ingress:
                     # Tokens that are there already are no reason to wait: others would starve,
                     # and that the client has gone would not be seen.
                     await asyncio.sleep(0)
+                if isinstance(event, PromptEvent):
+                    watch.note_prompt()
+                    yield event
+                    continue
                 if event.event.finish_reason is FinishReason.ERROR:
                     raise ModelFaultError("the model computed logits that are not finite")
                 if event.is_news:
@@ -135,7 +150,7 @@ class Ingress:
         request_id: str,
         deadline_s: float,
         resume: ResumePoint | None,
-    ) -> AsyncGenerator[ChoiceEvent]:
+    ) -> AsyncGenerator[IngressEvent]:
         if len(requests) == 1:
             return self._one(requests[0], 0, request_id, deadline_s, resume)
         return merged(
@@ -152,16 +167,25 @@ class Ingress:
         request_id: str,
         deadline_s: float,
         resume: ResumePoint | None,
-    ) -> AsyncGenerator[ChoiceEvent]:
+    ) -> AsyncGenerator[IngressEvent]:
         had = (Received(),) * request.num_samples
+        num_scored = 0
         if resume is not None:
             had = resume.received[first_choice : first_choice + request.num_samples]
+            num_scored = resume.num_scored_of(request, had)
         counts = [len(received.token_ids) for received in had]
         stream = self._source.generate(
-            request, request_id=request_id, deadline_s=deadline_s, delivered=_told(had)
+            request,
+            request_id=request_id,
+            deadline_s=deadline_s,
+            delivered=_told(had),
+            num_scored=num_scored,
         )
         async with aclosing(stream) as events:
             async for event in events:
+                if isinstance(event, PromptScores):
+                    yield PromptEvent(first_choice // request.num_samples, event)
+                    continue
                 i = event.sample_index
                 is_news = counts[i] >= had[i].num_tokens
                 yield ChoiceEvent(first_choice + i, event, counts[i], is_news)
@@ -181,12 +205,12 @@ def _told(had: Sequence[Received]) -> list[DeliveredSample]:
 
 
 async def merged(
-    streams: Sequence[AsyncGenerator[ChoiceEvent]],
-) -> AsyncGenerator[ChoiceEvent]:
+    streams: Sequence[AsyncGenerator[IngressEvent]],
+) -> AsyncGenerator[IngressEvent]:
     """Events of all streams as they come; the first error ends them all."""
-    queue: asyncio.Queue[ChoiceEvent | Exception | None] = asyncio.Queue(_MAX_MERGED_EVENTS)
+    queue: asyncio.Queue[IngressEvent | Exception | None] = asyncio.Queue(_MAX_MERGED_EVENTS)
 
-    async def pump(stream: AsyncGenerator[ChoiceEvent]) -> None:
+    async def pump(stream: AsyncGenerator[IngressEvent]) -> None:
         try:
             async with aclosing(stream) as events:
                 async for event in events:

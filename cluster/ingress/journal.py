@@ -1,5 +1,8 @@
 """The journal of a request: what was asked, and every token that its client has had.
 
+Where the prompt is scored, its log-probabilities come before any token. They are counted, each by
+the position of its token: how many the client has had says which.
+
 With it any router can carry the request on, because all that a router knows of a sequence is a
 function of its tokens. A pure object: no clock, no network.
 """
@@ -26,13 +29,20 @@ class DeliveredSample:
 class Journal:
     """Grows by one token at a time, never twice by the same, never past a missing one.
 
-    `delivered` is what the client has had elsewhere.
+    `delivered` is what the client has had elsewhere, and `num_scored` how many log-probabilities
+    of the prompt.
     """
 
-    def __init__(self, request: GenerateRequest, delivered: Sequence[DeliveredSample] = ()) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        delivered: Sequence[DeliveredSample] = (),
+        num_scored: int = 0,
+    ) -> None:
         self.request = request
         # The router that has copies of its keys and values, as far as it was told; empty: none.
         self.standby_id = ""
+        self._num_scored = num_scored
         self._token_ids: list[list[int]] = [[] for _ in range(request.num_samples)]
         self._is_finished = [False] * request.num_samples
         for sample in delivered:
@@ -46,8 +56,37 @@ class Journal:
         return self._num_delivered
 
     @property
+    def num_scored(self) -> int:
+        """Log-probabilities of the prompt that the client has had."""
+        return self._num_scored
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has had anything."""
+        return self._num_delivered > 0 or self._num_scored > 0
+
+    @property
     def is_complete(self) -> bool:
-        return all(self._is_finished)
+        is_scored = self._num_scored == self.request.num_to_score
+        return is_scored and (self.request.max_tokens == 0 or all(self._is_finished))
+
+    def try_score(self, position: int, token_id: int) -> bool:
+        """Writes the log-probability of a prompt token down; False if the client has had it.
+
+        Raises:
+            OutOfOrderError: others between are missing, or the prompt has another token there.
+        """
+        if not 1 <= position <= self.request.num_to_score:
+            raise OutOfOrderError(f"no log-probability is wanted of prompt token {position}")
+        wanted = self.request.prompt_ids[position]
+        if token_id != wanted:
+            raise OutOfOrderError(f"prompt token {position} is {wanted}, and {token_id} was scored")
+        if position > self._num_scored + 1:
+            raise OutOfOrderError(f"prompt token {position} came after {self._num_scored}")
+        if position <= self._num_scored:
+            return False
+        self._num_scored = position
+        return True
 
     def try_deliver(
         self, sample_index: int, index: int, token_id: int, *, is_finished: bool
@@ -55,8 +94,11 @@ class Journal:
         """Writes a token down; False if the client has had it.
 
         Raises:
-            OutOfOrderError: tokens between are missing, or the client has had another one.
+            OutOfOrderError: tokens between are missing, or the client has had another one; or the
+                prompt is not scored yet.
         """
+        if self._num_scored < self.request.num_to_score:
+            raise OutOfOrderError(f"a token came, with {self._num_scored} prompt tokens scored")
         if not 0 <= sample_index < self.request.num_samples:
             raise OutOfOrderError(f"there is no sample {sample_index}")
         token_ids = self._token_ids[sample_index]

@@ -72,15 +72,23 @@ class TokenWatch:
         self._per_token = per_token
         self._num_prompt_tokens = num_prompt_tokens
         self._started_s = metrics.clock()
+        self._has_begun = False
         # Of each choice: when its first token came, and how many came after it.
         self._first_s: dict[int, float] = {}
         self._num_later: dict[int, int] = {}
 
+    def note_prompt(self) -> None:
+        """Something came of the prompts, which are counted once."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._metrics.count_tokens("prompt", self._num_prompt_tokens)
+
     def note(self, choice_index: int, event: TokenEvent) -> None:
+        """A token of a choice came."""
         now_s = self._metrics.clock()
+        self.note_prompt()
         if not self._first_s:
             self._first_token.observe(now_s - self._started_s)
-            self._metrics.count_tokens("prompt", self._num_prompt_tokens)
         if choice_index in self._first_s:
             self._num_later[choice_index] += 1
         else:

@@ -3,13 +3,13 @@
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
-from cluster.ingress.ingress import ChoiceEvent, Ingress, off_loop
+from cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
 from cluster.ingress.openai_errors import error_body, http_status
 from cluster.ingress.openai_requests import (
     Ask,
@@ -31,6 +31,10 @@ from cluster.ingress.served_model import ServedModel
 from model.errors import InvalidRequestError
 
 _DONE = "data: [DONE]\n\n"
+# Of JSON, about.
+_BYTES_EACH_SCORE = 30
+
+Packed = TypeVar("Packed")
 
 ReadAsk = Callable[[bytes, ServedModel, str], Ask]
 
@@ -78,15 +82,15 @@ def _exchange(
             answer = make_answer(ask, ingress.model, request_id)
             stream = ingress.generate(ask.requests, request_id, resume=resume)
             async with aclosing(stream) as events:
-                if resume is not None and resume.has_usage:
+                if resume is not None and (resume.has_usage or ask.draws_nothing):
+                    # Where nothing is drawn there is one event with an id: who has that has all.
                     await sender.begin_events()
-                    await sender.send_piece(_DONE, is_last=True)
+                    await _end(answer, sender, request_id, has_usage=resume.has_usage)
                 elif ask.stream:
                     await _stream(events, answer, sender, request_id, outcome)
                 else:
-                    async for event in events:
-                        answer.keep(event)
-                    await sender.respond(JSONResponse(answer.whole()))
+                    await _collect(events, answer)
+                    await sender.respond(await _off_loop(answer, answer.whole, JSONResponse))
 
     def when_gone() -> None:
         outcome.code = CLIENT_GONE
@@ -102,8 +106,16 @@ def _check_resume(resume: ResumePoint | None, ask: Ask) -> None:
     resume.check_fits(ask.requests)
 
 
+async def _collect(events: AsyncGenerator[IngressEvent], answer: Answer) -> None:
+    async for event in events:
+        if isinstance(event, PromptEvent):
+            answer.keep_scores(event)
+        else:
+            answer.keep(event)
+
+
 async def _stream(
-    events: AsyncGenerator[ChoiceEvent],
+    events: AsyncGenerator[IngressEvent],
     answer: Answer,
     sender: Sender,
     request_id: str,
@@ -115,6 +127,9 @@ async def _stream(
     """
     try:
         async for event in events:
+            if isinstance(event, PromptEvent):
+                answer.keep_scores(event)
+                continue
             chunk = answer.chunk(event)
             if chunk is not None and event.is_news:
                 if not sender.has_begun:
@@ -123,14 +138,32 @@ async def _stream(
         # There is nothing more to say to a client that has had it all.
         if not sender.has_begun:
             await sender.begin_events()
-        if answer.ask.include_usage:
-            name = event_id(request_id, answer.counts, has_usage=True)
-            await sender.send_piece(_sse(answer.usage_chunk(), name))
+        if answer.ask.draws_nothing:
+            name = event_id(request_id, answer.counts)
+            piece = await _off_loop(answer, answer.only_chunk, lambda chunk: _sse(chunk, name))
+            await sender.send_piece(piece)
     except Exception as error:
         if not sender.has_begun:
             raise
         outcome.fail(error, http_status(error))
         await sender.send_piece(_sse(error_body(error)))
+        await sender.send_piece(_DONE, is_last=True)
+        return
+    await _end(answer, sender, request_id)
+
+
+async def _off_loop(
+    answer: Answer, make: Callable[[], dict[str, Any]], pack: Callable[[dict[str, Any]], Packed]
+) -> Packed:
+    """Makes a piece of JSON, on a thread where it holds the log-probabilities of long prompts."""
+    return await off_loop(lambda: pack(make()), answer.num_scores * _BYTES_EACH_SCORE)
+
+
+async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bool = False) -> None:
+    """What follows the last token."""
+    if answer.ask.include_usage and not has_usage:
+        name = event_id(request_id, answer.counts, has_usage=True)
+        await sender.send_piece(_sse(answer.usage_chunk(), name))
     await sender.send_piece(_DONE, is_last=True)
 
 

@@ -5,8 +5,8 @@ one of several types (`prompt`, `stop`, `content`) is taken apart by hand, so th
 the one place that is wrong and not every type that it might have been.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +17,7 @@ from cluster.ingress.openai_fields import drop_foreign_fields
 from cluster.ingress.request_id import seed_of
 from cluster.ingress.served_model import ServedModel
 from cluster.status_codes import Verbatim, abridged
+from model.detokenizer import text_offsets
 from model.errors import InvalidRequestError
 from model.sampling_params import MAX_LOGPROBS, SamplingParams
 from router.request import MAX_SAMPLES, GenerateRequest
@@ -25,6 +26,8 @@ DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
+# Of prompts, in all choices of an answer together; some 30 MB of JSON.
+MAX_ECHOED_LOGPROBS = 1 << 20
 
 
 class StreamOptions(BaseModel):
@@ -105,6 +108,8 @@ class Ask:
     requests: tuple[GenerateRequest, ...]
     # The text before each prompt's completions, where the client wants its prompt back.
     echoes: tuple[str, ...]
+    # Where each of a prompt's tokens begins in its echo, where log-probabilities come with it.
+    echo_offsets: tuple[tuple[int, ...], ...]
     wants_logprobs: bool
     wants_token_ids: bool
     stream: bool
@@ -113,6 +118,11 @@ class Ask:
     @property
     def num_samples(self) -> int:
         return self.requests[0].num_samples
+
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether the prompts are only scored."""
+        return self.requests[0].max_tokens == 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -130,15 +140,12 @@ def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
         UnknownModelError: another model is meant.
     """
     body = _validated(CompletionBody, _object(raw), model)
-    if body.echo and body.logprobs is not None:
-        limit = "left out with echo: log-probabilities of the prompt are not available"
-        raise InvalidRequestError("logprobs", body.logprobs, limit)
     _check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     prompts = parse_prompts(body.prompt)
     prompt_ids = [model.encode(p) if isinstance(p, str) else p for p in prompts]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     echoes = [p if isinstance(p, str) else model.echo(_known(p, model)) for p in prompts]
-    return _ask(
+    ask = _ask(
         body,
         model,
         request_id,
@@ -146,8 +153,13 @@ def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
         max_tokens=[max_tokens] * len(prompts),
         stop=parse_stop(body.stop),
         num_logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
         echoes=echoes if body.echo else [""] * len(prompts),
     )
+    if ask.requests[0].prompt_logprobs is None:
+        return ask
+    _check_echo(ask, ask.requests[0].prompt_logprobs)
+    return replace(ask, echo_offsets=tuple(_echo_offsets(ask, model)))
 
 
 def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
@@ -183,6 +195,7 @@ def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
         max_tokens=[max_tokens],
         stop=(*parse_stop(body.stop), *model.chat_template.stop),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=None,
         echoes=[""],
     )
 
@@ -196,6 +209,7 @@ def _ask(
     max_tokens: Sequence[int],
     stop: tuple[str, ...],
     num_logprobs: int | None,
+    prompt_logprobs: int | None,
     echoes: Sequence[str],
 ) -> Ask:
     num_samples = _num_samples(body, len(prompts))
@@ -210,6 +224,7 @@ def _ask(
             num_samples=num_samples,
             stop=stop,
             ignore_eos=body.ignore_eos or False,
+            prompt_logprobs=prompt_logprobs,
         )
         for i, (prompt_ids, max_tokens) in enumerate(zip(prompts, max_tokens, strict=True))
     )
@@ -218,11 +233,27 @@ def _ask(
     return Ask(
         requests=requests,
         echoes=tuple(echoes),
+        echo_offsets=(),
         wants_logprobs=num_logprobs is not None,
         wants_token_ids=body.return_token_ids or False,
         stream=body.stream or False,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )
+
+
+def _check_echo(ask: Ask, num_logprobs: int) -> None:
+    """A prompt is scored once, but its log-probabilities are told with each of its choices."""
+    number = ask.num_prompt_tokens * ask.num_samples * (1 + num_logprobs)
+    if number > MAX_ECHOED_LOGPROBS:
+        limit = f"at most {MAX_ECHOED_LOGPROBS} of the prompts in all choices of an answer"
+        raise InvalidRequestError("logprobs", Verbatim(f"{number} of the prompts"), limit)
+
+
+def _echo_offsets(ask: Ask, model: ServedModel) -> Iterator[tuple[int, ...]]:
+    """Of each prompt, as its tokens give it back, which of a text need not be to the letter."""
+    for request, echo in zip(ask.requests, ask.echoes, strict=True):
+        offsets = text_offsets(model.echo_pieces(request.prompt_ids))
+        yield tuple(min(offset, len(echo)) for offset in offsets)
 
 
 def _num_samples(body: CommonBody, num_prompts: int) -> int:

@@ -2,18 +2,21 @@
 
 A token is one chunk: text, log-probabilities and finish reason of the same token never part, so
 that whoever has had N tokens of a choice can say so with one number. Tokens without anything to
-show (a character that is not complete yet) are left out of a stream, but counted.
+show (a character that is not complete yet) are left out of a stream, but counted. The prompt's text
+and its log-probabilities are part of a choice's first chunk.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.ingress.ingress import ChoiceEvent
+from cluster.ingress.ingress import ChoiceEvent, PromptEvent
 from cluster.ingress.openai_requests import Ask
 from cluster.ingress.request_id import created_s_of
 from cluster.ingress.served_model import ServedModel
-from router.sequence import TokenEvent
+from model.detokenizer import text_offsets
+from model.sampling_params import SampledToken
+from router.sequence import FinishReason, TokenEvent
 
 
 @dataclass(slots=True)
@@ -40,11 +43,19 @@ class Answer:
         self._created_s = created_s_of(request_id)
         num_choices = len(ask.requests) * ask.num_samples
         self._choices = [ChoiceProgress() for _ in range(num_choices)]
+        # By prompt, from its second token on.
+        self._scores: list[list[SampledToken]] = [[] for _ in ask.requests]
 
     @property
     def counts(self) -> list[int]:
         """How many tokens of each choice there were so far."""
         return [choice.num_events for choice in self._choices]
+
+    @property
+    def num_scores(self) -> int:
+        """Log-probabilities of prompts that an answer repeats with every choice."""
+        num_each = 1 + (self.ask.requests[0].prompt_logprobs or 0)
+        return sum(map(len, self._scores)) * self.ask.num_samples * num_each
 
     def usage(self) -> dict[str, int]:
         """Exact counts: every prompt once, every token drawn, the end-of-sequence token too."""
@@ -55,6 +66,10 @@ class Answer:
             "total_tokens": num_prompt + num_completion,
         }
 
+    def keep_scores(self, event: PromptEvent) -> None:
+        """Adds log-probabilities of a prompt, for all its choices."""
+        self._scores[event.prompt_index] += event.scores.tokens
+
     def keep(self, event: ChoiceEvent) -> None:
         """Adds a token to the whole answer."""
         self._choices[event.choice_index].events.append(event.event)
@@ -62,8 +77,7 @@ class Answer:
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        choices = [self._whole_choice(i, c.events) for i, c in enumerate(self._choices)]
-        return self._object(self.object_name, choices) | {"usage": self.usage()}
+        return self._object(self.object_name, self._whole_choices()) | {"usage": self.usage()}
 
     def chunk(self, event: ChoiceEvent) -> dict[str, Any] | None:
         """The piece of a stream that a token makes; None if it shows nothing."""
@@ -73,9 +87,16 @@ class Answer:
         choice = self._piece(event.choice_index, progress, event.event, is_first=is_first)
         return None if choice is None else self._chunk([choice])
 
+    def only_chunk(self) -> dict[str, Any]:
+        """The one piece of a stream without a token: all choices, each with its scored prompt."""
+        return self._chunk(self._whole_choices())
+
     def usage_chunk(self) -> dict[str, Any]:
         """The last piece, where a client asked for it."""
         return self._chunk([]) | {"usage": self.usage()}
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        return [self._whole_choice(i, c.events) for i, c in enumerate(self._choices)]
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._object(self.chunk_name, choices)
@@ -110,6 +131,16 @@ class Answer:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A token of a choice; of the prompt's first one there is no more than the token."""
+
+    token_id: int
+    text_offset: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+
+
 class CompletionAnswer(Answer):
     """/v1/completions."""
 
@@ -122,7 +153,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": echo + _text(events),
-            "logprobs": self._logprobs(events, len(echo)),
+            "logprobs": self._logprobs(self._prompt_entries(index) + _entries(events, len(echo))),
             "finish_reason": _finish_reason(events),
         } | self._token_ids(events)
 
@@ -130,6 +161,7 @@ class CompletionAnswer(Answer):
         self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
     ) -> dict[str, Any] | None:
         echo = self._echo(index) if is_first else ""
+        prompt = self._prompt_entries(index) if is_first else []
         progress.num_chars += len(echo)
         offset = progress.num_chars
         progress.num_chars += len(event.text)
@@ -138,31 +170,43 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": echo + event.text,
-            "logprobs": self._logprobs([event], offset),
+            "logprobs": self._logprobs(prompt + _entries([event], offset)),
             "finish_reason": _finish_reason([event]),
         } | self._token_ids([event])
 
     def _echo(self, index: int) -> str:
         return self.ask.echoes[index // self.ask.num_samples]
 
-    def _logprobs(self, events: Sequence[TokenEvent], text_offset: int) -> dict[str, Any] | None:
+    def _prompt_entries(self, index: int) -> list[_Entry]:
+        """The prompt of a choice, where it is scored."""
+        prompt_index = index // self.ask.num_samples
+        request = self.ask.requests[prompt_index]
+        if request.prompt_logprobs is None:
+            return []
+        offsets = self.ask.echo_offsets[prompt_index]
+        first = _Entry(request.prompt_ids[0], offsets[0])
+        # There are none where a client that goes on has had them: its piece is not sent again.
+        scores = zip(self._scores[prompt_index], offsets[1:], strict=False)
+        return [first] + [_Entry(s.token_id, at, s.logprob, s.top_logprobs) for s, at in scores]
+
+    def _logprobs(self, entries: Sequence[_Entry]) -> dict[str, Any] | None:
         if not self.ask.wants_logprobs:
             return None
-        name = self.model.token_name
-        offsets: list[int] = []
-        for event in events:
-            offsets.append(text_offset)
-            text_offset += len(event.text)
         return {
-            "tokens": [name(event.token_id) for event in events],
-            "token_logprobs": [_finite(event.logprob) for event in events],
-            # Best last, so that of two tokens that look alike the better one stays.
-            "top_logprobs": [
-                {name(token_id): _finite(lp) for token_id, lp in reversed(event.top_logprobs)}
-                for event in events
+            "tokens": [self.model.token_name(entry.token_id) for entry in entries],
+            "token_logprobs": [
+                None if entry.logprob is None else _finite(entry.logprob) for entry in entries
             ],
-            "text_offset": offsets,
+            "top_logprobs": [self._named(entry.top_logprobs) for entry in entries],
+            "text_offset": [entry.text_offset for entry in entries],
         }
+
+    def _named(self, top: tuple[tuple[int, float], ...] | None) -> dict[str, float] | None:
+        """By name, the best last, so that of two tokens that look alike the better one stays."""
+        if top is None:
+            return None
+        name = self.model.token_name
+        return {name(token_id): _finite(logprob) for token_id, logprob in reversed(top)}
 
 
 class ChatAnswer(Answer):
@@ -229,11 +273,21 @@ def _text(events: Sequence[TokenEvent]) -> str:
     return "".join(event.text for event in events)
 
 
+def _entries(events: Sequence[TokenEvent], text_offset: int) -> list[_Entry]:
+    """Of a completion's tokens, the first of which begins at an offset."""
+    offsets = text_offsets(event.text for event in events)
+    return [
+        _Entry(event.token_id, text_offset + offset, event.logprob, event.top_logprobs)
+        for event, offset in zip(events, offsets, strict=True)
+    ]
+
+
 def _finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI's stand-in for it."""
     return max(logprob, -9999.0)
 
 
 def _finish_reason(events: Sequence[TokenEvent]) -> str | None:
-    reason = events[-1].finish_reason if events else None
+    """Of a choice that has no token: as many came as were asked for, which is none."""
+    reason = events[-1].finish_reason if events else FinishReason.LENGTH
     return reason.value if reason else None

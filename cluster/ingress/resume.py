@@ -6,7 +6,9 @@ come back: it asks again, anywhere, with the same body, the request's id, and ho
 - HTTP: `Last-Event-ID`, the id of the last event it received, `<request id>/<counts>`: how many
   tokens of each choice it has had with that event, with dots between. Choices run beside each
   other, in an order that no two runs share, so one count for all would not say which tokens.
-- gRPC: `GenerateRequest.resume`, counts of each sample, and the tokens themselves if it kept them.
+- gRPC: `GenerateRequest.resume`, counts of each sample, and the tokens themselves if it kept them;
+  and how many log-probabilities of the prompt. Over HTTP those come with each choice's first token,
+  so that whoever has had that has had them.
 
 Tokens that are only counted are computed again, and not sent again; a prompt costs little where its
 prefix is still in the cache. Tokens that are told are taken in like a prompt, which is faster.
@@ -50,6 +52,8 @@ class ResumePoint:
     field: str
     # The usage that follows the tokens came as well.
     has_usage: bool = False
+    # Log-probabilities of the prompt; only where there is one prompt.
+    num_scored: int = 0
 
     def check_fits(self, requests: Sequence[GenerateRequest]) -> None:
         """Raises InvalidRequestError unless the requests could have given so much."""
@@ -62,6 +66,12 @@ class ResumePoint:
         for had in self.received:
             if had.num_tokens > most:
                 self.refuse_count(had.num_tokens, most)
+
+    def num_scored_of(self, request: GenerateRequest, received: Sequence[Received]) -> int:
+        """How many scores of a prompt need not come, of whose samples so much was received."""
+        if all(had.num_tokens for had in received):
+            return request.num_to_score
+        return self.num_scored
 
     def refuse_count(self, count: int, most: int) -> None:
         """Raises InvalidRequestError: a choice has not so many tokens."""

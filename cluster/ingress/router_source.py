@@ -3,7 +3,7 @@
 The life of a request here:
 
 1. `RouterChoice` picks a router; `Route` opens a stream of tokens.
-2. Every token is written into the `Journal` and handed on.
+2. Every token, and every score of the prompt, is written into the `Journal` and handed on.
 3. A stream that breaks, or a router that drains, sends the request with its journal to another one,
    which goes on behind the last token; to the one with copies of its KV blocks, if there is one.
    `Retries` says when to wait and when to give up.
@@ -29,7 +29,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.ingress.channels import open_channel
-from cluster.ingress.codec import event_from_wire, route_request
+from cluster.ingress.codec import event_from_wire, route_request, score_from_wire
 from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
 from cluster.ingress.request_id import new_request_id
 from cluster.ingress.retries import Retries
@@ -38,7 +38,7 @@ from cluster.status_codes import ACCEPTED_KEY, Verbatim, error_of
 from model.errors import InvalidRequestError
 from model.sampling_params import SamplingParams
 from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from router.sequence import Event, PromptScores
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,11 @@ class RouterSource:
         request_id: str,
         deadline_s: float,
         delivered: Sequence[DeliveredSample] = (),
-    ) -> AsyncGenerator[TokenEvent]:
+        num_scored: int = 0,
+    ) -> AsyncGenerator[Event]:
         """As `TokenSource.generate`."""
         retries = Retries(self._max_attempts_without_progress)
-        journal = Journal(request, delivered)
+        journal = Journal(request, delivered, num_scored)
         stream = self._generate(journal, retries, request_id, deadline_s)
         async with aclosing(stream) as events:
             async for event in events:
@@ -108,7 +109,7 @@ class RouterSource:
 
     async def _generate(
         self, journal: Journal, retries: Retries, request_id: str, deadline_s: float
-    ) -> AsyncGenerator[TokenEvent]:
+    ) -> AsyncGenerator[Event]:
         while not journal.is_complete:
             router = await self._choose(journal, retries, deadline_s)
             since_s = self._clock()
@@ -172,7 +173,7 @@ class RouterSource:
             if picked is not None and now_s < deadline_s:
                 return picked
             # A stream that has begun waits for room instead: no death costs a token.
-            if retries.full is not None and journal.num_delivered == 0:
+            if retries.full is not None and not journal.has_begun:
                 raise retries.full
             if now_s >= deadline_s or not retries.is_patient:
                 raise UnavailableError(retries.reason)
@@ -187,7 +188,7 @@ class RouterSource:
 
     async def _attempt(
         self, router: RouterInfo, journal: Journal, request_id: str, deadline_s: float
-    ) -> AsyncGenerator[TokenEvent]:
+    ) -> AsyncGenerator[Event]:
         """What one router gives, as far as its client has not had it.
 
         Raises:
@@ -288,8 +289,16 @@ class RouterSource:
                 await self._connections.pop(key).channel.close(None)
 
 
-def _new_events(response: router_pb2.RouteResponse, journal: Journal) -> Iterator[TokenEvent]:
+def _new_events(response: router_pb2.RouteResponse, journal: Journal) -> Iterator[Event]:
     """Events that the client has not had, each written into the journal before it is given."""
+    position = journal.num_scored + 1
+    scores = [
+        score_from_wire(message)
+        for message in response.prompt_logprobs
+        if journal.try_score(message.position, message.token_id)
+    ]
+    if scores:
+        yield PromptScores(position=position, tokens=tuple(scores))
     for message in response.events:
         event = event_from_wire(message)
         is_new = journal.try_deliver(

@@ -12,7 +12,7 @@ from cluster.ingress.chat_template import ChatTemplate, load_chat_template
 from cluster.model_dir import load_tokenizer, resolve_model_dir
 from cluster.status_codes import abridged
 from model.config import ModelConfig, load_config
-from model.detokenizer import IncrementalDetokenizer
+from model.detokenizer import prompt_pieces
 from model.errors import InvalidRequestError
 from model.tokenizer import Tokenizer
 
@@ -57,10 +57,13 @@ class ServedModel:
 
     def echo(self, token_ids: tuple[int, ...]) -> str:
         """Text of a prompt as far as its characters are complete; its completion goes on there."""
+        return "".join(self.echo_pieces(token_ids))
+
+    def echo_pieces(self, token_ids: tuple[int, ...]) -> list[str]:
+        """What each token of a prompt adds to that; nothing, where there is no tokenizer."""
         if self.tokenizer is None:
-            return ""
-        detokenizer = IncrementalDetokenizer(self.tokenizer, ())
-        return "".join(map(detokenizer.push, token_ids))
+            return [""] * len(token_ids)
+        return prompt_pieces(self.tokenizer, token_ids)
 
     def token_name(self, token_id: int) -> str:
         """What stands for a token in a list of tokens; its id, where there is no tokenizer."""

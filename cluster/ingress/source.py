@@ -5,7 +5,7 @@ from typing import Protocol
 
 from cluster.ingress.journal import DeliveredSample
 from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from router.sequence import Event
 
 
 class TokenSource(Protocol):
@@ -18,10 +18,14 @@ class TokenSource(Protocol):
         request_id: str,
         deadline_s: float,
         delivered: Sequence[DeliveredSample] = (),
-    ) -> AsyncGenerator[TokenEvent]:
+        num_scored: int = 0,
+    ) -> AsyncGenerator[Event]:
         """Streams the tokens of all samples, each sample's in order. Closing it cancels.
 
-        Goes on after what was `delivered` of some samples, as if it had been drawn here.
+        Where the request wants its prompt scored, the scores come first, in order.
+
+        Goes on after what was `delivered` of some samples, as if it had been drawn here, and after
+        the first `num_scored` scores; all of them, where a token was delivered.
 
         `deadline_s` is a time of `time.monotonic`. `request_id` is unique among those running.
 

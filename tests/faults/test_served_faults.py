@@ -11,7 +11,7 @@ from tests.served_cluster import ServedCluster, run_command, wait_until
 
 NUM_WORKERS = 3
 # One of each mode and surface, all of them running at any time.
-NUM_ASKS = 12
+NUM_ASKS = 14
 TIMEOUT_S = 500.0
 
 

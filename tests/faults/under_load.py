@@ -26,7 +26,7 @@ from tests.served_cluster import (
 )
 
 # One of each mode and surface, all of them running at any time.
-NUM_ASKS = 12
+NUM_ASKS = 14
 MAX_TOKENS = 64
 WHOLE_TIMEOUT_S = 240.0
 

@@ -153,6 +153,8 @@ def sampling(**fields: Any) -> dict[str, Any]:
         ("prompt token", {"tokens": [1280]}),
         ("prompt token", {"tokens": [2**32 - 1], "echo": True}),
         ("max_tokens", {"max_tokens": 0}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": 2**32 - 1, "max_tokens": 0}),
         ("num_samples", {"num_samples": 65}),
         ("stop", {"stop": [""]}),
         ("stop", {"stop": ["x"] * 17}),

@@ -7,12 +7,14 @@ from cluster.calls import RunExperts
 from cluster.errors import DeadlineError, RefusalReason
 from cluster.placement import ShardPlan
 from cluster.view import Member, WorkerState
+from model.sampling_params import SampledToken
 from tests.memory_cluster import MemoryCluster, Process
 from tests.simulation.fake_model import (
     FakeAttention,
     FakeExperts,
     Letters,
     Stream,
+    expected_scores,
     expected_streams,
 )
 from tests.simulation.faults import Fault
@@ -70,7 +72,10 @@ class Simulation:
     def check(self) -> None:
         """Every stream is what it must be, and no batch is left at a shard."""
         for journal in self.ingress.journals:
-            check_journal(journal, expected_streams(journal.request, self.scenario.config))
+            request, config = journal.request, self.scenario.config
+            check_journal(
+                journal, expected_streams(request, config), expected_scores(request, config)
+            )
         if not self.scenario.strikes and not self.supervisor.num_deaths:
             for process, (_, attention) in self.shards.items():
                 assert attention is None or attention.num_batches == 0, process.name
@@ -231,9 +236,10 @@ class Simulation:
         return core
 
 
-def check_journal(journal: Journal, expected: list[Stream]) -> None:
+def check_journal(journal: Journal, expected: list[Stream], scores: list[SampledToken]) -> None:
     """The oracle: exactly the tokens of the undisturbed run, or its beginning where it was cut."""
     told = journal.streams()
+    assert journal.scores == scores[: len(journal.scores)], journal.request_id
     if journal.is_cancelled or isinstance(journal.error, DeadlineError):
         for one, whole in zip(told, expected, strict=True):
             assert one.tokens == whole.tokens[: len(one.tokens)], journal.request_id
@@ -241,3 +247,4 @@ def check_journal(journal: Journal, expected: list[Stream]) -> None:
         return
     assert journal.error is None, f"{journal.request_id}: {journal.error!r}"
     assert told == expected, journal.request_id
+    assert journal.scores == scores, journal.request_id

@@ -10,6 +10,7 @@ no token can be drawn from it.
     gate      best = (a0 + l) mod E, second = (best + 1 + a1 mod (E-1)) mod E
     combine   x = a + 2 (output of best) + (output of second)
     draw      (x0 + 3 x1) mod V, and what sampling parameters add; see `draw`
+    score     a drawn token has log-probability -x0 / prime, a given one that minus its id
 
 An example with 4 experts, 1 layer, vocabulary 64, prompt (5, 3):
 
@@ -28,6 +29,7 @@ An example with 4 experts, 1 layer, vocabulary 64, prompt (5, 3):
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -82,6 +84,7 @@ def draw(
     token_ids: Sequence[int],
     num_prompt: int,
     index: int,
+    given_id: int | None = None,
 ) -> SampledToken:
     """The token after `token_ids`: a function of all that a true draw depends on."""
     if np.isnan(row).any():
@@ -94,6 +97,8 @@ def draw(
     token_id = total % VOCAB_SIZE
     logprob = -float(row[0]) / PRIME
     top = tuple(((token_id + i) % VOCAB_SIZE, logprob - i) for i in range(params.num_logprobs))
+    if given_id is not None:
+        token_id, logprob = given_id, logprob - given_id
     return SampledToken(token_id=token_id, logprob=logprob, top_logprobs=top, is_valid=True)
 
 
@@ -125,7 +130,21 @@ def expected_streams(request: GenerateRequest, config: ModelConfig) -> list[Stre
     return [_expected_stream(request, config, index) for index in range(request.num_samples)]
 
 
+def expected_scores(request: GenerateRequest, config: ModelConfig) -> list[SampledToken]:
+    """What the prompt of a request must be scored."""
+    if request.prompt_logprobs is None:
+        return []
+    rows = _Rows(config)
+    params = SamplingParams(temperature=0.0, num_logprobs=request.prompt_logprobs)
+    return [
+        draw(rows.push(token_id), params, (), 0, 0, given_id)
+        for token_id, given_id in pairwise(request.prompt_ids)
+    ]
+
+
 def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int) -> Stream:
+    if request.max_tokens == 0:
+        return Stream((), "", None)
     rows = _Rows(config)
     row = [rows.push(token_id) for token_id in request.prompt_ids][-1]
     token_ids = list(request.prompt_ids)
@@ -336,7 +355,14 @@ class FakeAttention:
         rows = batch.hidden_TD[batch.tokens.logits_rows_W]
         return Drawn(
             tuple(
-                draw(row.tolist(), s.params, s.token_ids, s.num_prompt_tokens, s.sample_index)
+                draw(
+                    row.tolist(),
+                    s.params,
+                    s.token_ids,
+                    s.num_prompt_tokens,
+                    s.sample_index,
+                    s.given_id,
+                )
                 for row, s in zip(rows, batch.tokens.samples, strict=True)
             )
         )

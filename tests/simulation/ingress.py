@@ -14,7 +14,7 @@ from cluster.view import ClusterView
 from model.sampling_params import SampledToken
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from router.sequence import PromptScores, TokenEvent
 from tests.memory_cluster import Channel, MemoryCluster, Process
 from tests.simulation.fake_model import Stream
 
@@ -30,6 +30,7 @@ class Journal:
     request: GenerateRequest
     deadline_s: float
     delivered: dict[int, list[TokenEvent]] = field(default_factory=dict[int, list[TokenEvent]])
+    scores: list[SampledToken] = field(default_factory=list[SampledToken])
     is_done: bool = False
     is_cancelled: bool = False
     error: Exception | None = None
@@ -37,9 +38,14 @@ class Journal:
     # Who has copies of its keys and values, as it was told.
     standby_id: str = ""
 
+    def tell_scores(self, scores: PromptScores) -> None:
+        assert scores.position == len(self.scores) + 1, "a score twice, or left out"
+        self.scores += scores.tokens
+
     def tell(self, event: TokenEvent) -> None:
         events = self.delivered.setdefault(event.sample_index, [])
         assert not events or events[-1].finish_reason is None, "a token after the last"
+        assert len(self.scores) == self.request.num_to_score, "a token before the scores"
         events.append(event)
 
     def streams(self) -> list[Stream]:
@@ -61,6 +67,7 @@ class Journal:
                 for index, events in self.delivered.items()
                 if events[-1].finish_reason is not None
             ),
+            num_scored=len(self.scores),
         )
 
 
@@ -100,6 +107,9 @@ class RequestStream:
         """The client is gone, or listens elsewhere."""
         self.is_over = True
         self.there.send(self._cancel)
+
+    def scored(self, scores: PromptScores) -> None:
+        self._back.send(lambda: self._if_not_over(lambda: self.journal.tell_scores(scores)))
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         self._tell_standby()

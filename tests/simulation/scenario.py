@@ -243,9 +243,14 @@ def random_request(random: Random, shared: tuple[int, ...]) -> GenerateRequest:
         seed=random.randrange(100),
     )
     stop = "".join(letter(token) for token in random_tokens(random, random.randint(1, 2)))
+    prompt_ids = shared + own if random.random() < 0.6 else own
+    max_tokens = random.choice((1, 4, 12, 40))
+    # No draw of their own, so that runs without them stay what they were.
+    is_scored, is_only_scored = sampling.seed % 4 == 0, sampling.seed % 12 == 0
     return GenerateRequest(
-        prompt_ids=shared + own if random.random() < 0.6 else own,
-        max_tokens=random.choice((1, 4, 12, 40)),
+        prompt_ids=prompt_ids,
+        max_tokens=0 if is_only_scored else max_tokens,
+        prompt_logprobs=2 if is_scored else None,
         sampling=sampling,
         num_samples=random.choice((1, 1, 1, 2, 3)),
         stop=(stop,) if random.random() < 0.3 else (),

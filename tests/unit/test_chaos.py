@@ -24,22 +24,23 @@ from cluster.placement import ExpertId
 from cluster.view import ClusterView, Member, WorkerState
 from tests.simulation.faults import Fault as SimulatedFault
 
-ASKS = draw_asks(24, max_tokens=8, seed=1)
+ASKS = draw_asks(28, max_tokens=8, seed=1)
 
 
 def test_asks_are_of_all_modes_over_both_surfaces() -> None:
     kinds = Counter((ask.mode, ask.surface) for ask in ASKS)
     assert kinds == {(mode, surface): 2 for mode in MODES for surface in Surface}
-    assert ASKS == draw_asks(24, max_tokens=8, seed=1) != draw_asks(24, max_tokens=8, seed=2)
+    assert ASKS == draw_asks(28, max_tokens=8, seed=1) != draw_asks(28, max_tokens=8, seed=2)
 
 
-@pytest.mark.parametrize("ask", ASKS[:12], ids=str)
+@pytest.mark.parametrize("ask", ASKS[:14], ids=str)
 def test_both_surfaces_are_asked_the_same(ask: Any) -> None:
     body, message = ask.http_body("demo"), ask.grpc_message()
     assert (body["prompt"], body["seed"]) == (message.text, message.sampling.seed)
     assert body.get("n", 1) == max(1, message.num_samples) == ask.num_samples
     assert body.get("stop", []) == list(message.stop)
     assert body.get("logprobs", 0) == message.sampling.num_logprobs
+    assert body.get("echo", False) == message.echo == message.HasField("prompt_logprobs")
     for name in ("temperature", "top_p", "presence_penalty", "frequency_penalty"):
         default = getattr(type(message.sampling)(), name)
         assert getattr(message.sampling, name) == pytest.approx(body.get(name, default))
@@ -169,6 +170,18 @@ def test_token_that_comes_twice_is_no_answer() -> None:
     got.add_event(event, 0.0)
     with pytest.raises(ValueError, match="token 0 came after 1"):
         got.add_event(event, 0.0)
+
+
+def test_scores_of_a_prompt_are_compared_and_come_once() -> None:
+    scores = [router_pb2.PromptLogprob(position=i, token_id=5, logprob=-i) for i in (1, 2)]
+    wanted, got = Answer.of(ASKS[0]), Answer.of(ASKS[0])
+    wanted.add_scores(scores)
+    got.add_scores(scores[:1])
+    assert "prompt_logprobs[1]" in difference(wanted, got)
+    with pytest.raises(ValueError, match="prompt token 1 came after 1"):
+        got.add_scores(scores[:1])
+    got.add_scores(scores[1:])
+    assert difference(wanted, got) == ""
 
 
 def test_pieces_of_http_make_the_same_answer_as_events_of_grpc() -> None:

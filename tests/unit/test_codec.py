@@ -89,6 +89,7 @@ def sample_rows(draw: st.DrawFn) -> SampleRow:
         token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=9)),
         num_prompt_tokens=draw(st.integers(0, 9)),
         sample_index=draw(st.integers(0, 2**31 - 1)),
+        given_id=draw(st.none() | st.integers(0, VOCAB_SIZE - 1)),
     )
 
 

@@ -39,7 +39,7 @@ from model.checkpoint import Checkpoint
 from model.sampling import SamplingParams
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from router.sequence import PromptScores, TokenEvent
 
 _HOST = "127.0.0.1"
 _INCARNATION = 1
@@ -57,6 +57,9 @@ class Arrivals:
         self.times: list[float] = []
         self.error: ClusterError | None = None
         self.has_ended = threading.Event()
+
+    def scored(self, scores: PromptScores) -> None:
+        """None are asked for."""
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         now_s = time.perf_counter()

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RouterServiceStub:
-    """Between ingress and router: token ids in, drawn tokens out.
+    """Between ingress and router: token ids in, drawn and scored tokens out.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class RouterServiceStub:
 
 
 class RouterServiceServicer:
-    """Between ingress and router: token ids in, drawn tokens out.
+    """Between ingress and router: token ids in, drawn and scored tokens out.
     """
 
     def Route(self, request, context):
@@ -70,7 +70,7 @@ def add_RouterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouterService:
-    """Between ingress and router: token ids in, drawn tokens out.
+    """Between ingress and router: token ids in, drawn and scored tokens out.
     """
 
     @staticmethod

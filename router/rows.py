@@ -1,0 +1,82 @@
+"""The rows of a step: what scheduled sequences give it to compute, and what comes back to them."""
+
+from collections.abc import Sequence as Row
+
+import numpy as np
+
+from cluster.calls import TokenRows
+from model.sampling_params import SampledToken, SampleRow, SamplingParams
+from router.scheduler import ScheduledSequence
+from router.sequence import Event
+
+
+def pack(batch: Row[ScheduledSequence]) -> TokenRows:
+    """The rows of a micro-batch, in the order of its sequences, one slot for each."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logits_rows: list[int] = []
+    samples: list[SampleRow] = []
+    for slot, entry in enumerate(batch):
+        sequence = entry.sequence
+        start = sequence.num_computed
+        token_ids += sequence.next_tokens(entry.num_tokens)
+        positions += range(start, start + entry.num_tokens)
+        slots += [slot] * entry.num_tokens
+        logits_rows += range(len(token_ids) - entry.num_logits, len(token_ids))
+        samples += sample_rows(entry)
+    width = max(len(entry.sequence.block_table) for entry in batch)
+    tables_BM = np.zeros((len(batch), width), np.int32)
+    for slot, entry in enumerate(batch):
+        table = entry.sequence.block_table
+        tables_BM[slot, : len(table)] = table
+    return TokenRows(
+        token_ids_T=np.array(token_ids, np.int32),
+        positions_T=np.array(positions, np.int32),
+        slots_T=np.array(slots, np.int32),
+        block_tables_BM=tables_BM,
+        logits_rows_W=np.array(logits_rows, np.int32),
+        samples=tuple(samples),
+    )
+
+
+def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
+    """What the logits of an entry are wanted for: prompt tokens to score, then one to draw."""
+    sequence = entry.sequence
+    request = sequence.request
+    # Greedy, since nothing is drawn.
+    scoring = SamplingParams(temperature=0.0, num_logprobs=request.prompt_logprobs or 0)
+    rows = [
+        SampleRow(
+            params=scoring,
+            # Nobody looks at the tokens themselves.
+            token_ids=range(position + 1),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            sample_index=sequence.sample_index,
+            given_id=request.prompt_ids[position + 1],
+        )
+        for position in entry.scored
+    ]
+    if entry.wants_token:
+        rows.append(
+            SampleRow(
+                params=request.sampling,
+                # A copy: the sequence grows while a message with it may still be under way.
+                token_ids=tuple(sequence.token_ids),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                sample_index=sequence.sample_index,
+            )
+        )
+    return rows
+
+
+def take_events(entry: ScheduledSequence, drawn: Row[SampledToken]) -> list[Event]:
+    """Takes what came of an entry's rows of logits into its sequence; says what it means."""
+    sequence = entry.sequence
+    num_scores = len(entry.scored)
+    scores, tokens = drawn[:num_scores], drawn[num_scores:]
+    broken = [score for score in scores if not score.is_valid]
+    if broken:
+        return [sequence.append(broken[0])]
+    events: list[Event] = [sequence.score(scores)] if scores else []
+    return events + [sequence.append(token) for token in tokens]
