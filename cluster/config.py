@@ -52,6 +52,7 @@ class WorkerSettings:
     expert_replicas: int = 0
     attention: str = "auto"
     transport: str = "auto"
+    # A part of one, or a whole number: a worker with several spreads layers and experts over them.
     gpus_each: float = 0.0
     cpus_each: float = 1.0
     # 0: the memory of its GPUs, or an even share of the machine's without any.
@@ -76,6 +77,8 @@ class WorkerSettings:
         _one_of("workers.attention", self.attention, ("auto", "replicated", "layers"))
         _one_of("workers.transport", self.transport, ("auto", "grpc", "shm"))
         _between("workers.gpus_each", self.gpus_each, 0, 1024)
+        if self.gpus_each > 1 and self.gpus_each != round(self.gpus_each):
+            raise ConfigError("workers.gpus_each", self.gpus_each, "a whole number where above 1")
         _between("workers.cpus_each", self.cpus_each, 0, 4096)
         _between("workers.memory_gb_each", self.memory_gb_each, 0, 1e6)
         _between("workers.kv_tokens", self.kv_tokens, 0, 2**31 - 1)

@@ -36,7 +36,9 @@ class WorkerActor:
         host = ray.util.get_node_ip_address() or LOOPBACK
         self._memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
         self._spawned: Spawned | None = None
-        self._process = WorkerProcess(config, worker_id, incarnation, host, _exit_with)
+        self._process = WorkerProcess(
+            config, worker_id, incarnation, host, _exit_with, self._memory_bytes
+        )
 
     async def start(self) -> Spawned:
         """Opens the doors."""
@@ -46,7 +48,7 @@ class WorkerActor:
             router_address=spawned.router_address,
             node_id=ray.get_runtime_context().get_node_id(),
             pid=spawned.pid,
-            memory_bytes=self._memory_bytes,
+            memory_bytes=spawned.memory_bytes,
         )
         return self._spawned
 
@@ -91,7 +93,9 @@ def _memory_bytes(config: ClusterConfig) -> int:
         if jax.default_backend() == "cpu":
             wanted = f"workers.gpus_each is {config.workers.gpus_each:g}"
             raise StartupError(f"{wanted}, and JAX finds no GPU here: is jax[cuda12] installed?")
-        stats = [device.memory_stats() for device in jax.local_devices()]
+        from workers.devices import find_devices
+
+        stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
         return sum(int(s["bytes_limit"]) for s in stats if s)
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return round(0.8 * machine_bytes / config.workers.count)

@@ -13,24 +13,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cluster.calls import Call, Fence, Refusal, Result, RunExperts, StoreBlocks
 from cluster.clock import SystemClock
 from cluster.config import ClusterConfig
-from cluster.errors import RefusalReason
 from cluster.fleet import Existing, Spawned
 from cluster.hosted_loop import AsyncioLoop
 from cluster.link_limits import LinkLimits
 from cluster.links import WorkerLink
 from cluster.malloc import keep_freed_blocks
+from cluster.model_bytes import checkpoint_bytes
 from cluster.model_dir import load_tokenizer, resolve_model_dir
+from cluster.own_calls import OwnBlocks, OwnCore
 from cluster.placement import ExpertId, ShardPlan
 from cluster.reactor import Reactor
 from cluster.router_door import RouterDoor
@@ -59,18 +58,19 @@ from router.scheduler import SchedulerLimits
 from router.sequence import Detokenizer, NoText
 from workers.attention import AttentionShard
 from workers.core import WorkerCore
+from workers.devices import Device, LocalDevices, find_devices
 from workers.experts import ExpertGroup, ExpertShard
 from workers.grpc_server import DoorPlate, GrpcServer
 from workers.intake import Presence
-from workers.loading import ShardLoader
+from workers.kv_arrays import KvArrays
+from workers.loading import ShardLoader, shares_now
 from workers.shm_server import ShmServer
+from workers.spreading import DeviceShare, PartBytes
 from workers.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
 CONTEXTS_BY_DEFAULT = 8
-# Calls with copies of KV blocks that the router has not looked at.
-MAX_WAITING_COPIES = 8
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 Fault = Callable[[BaseException], None]
@@ -115,74 +115,22 @@ def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
     )
 
 
-class _OwnCore:
-    """The core of this process, as its router calls it, in the router's thread.
+class WorkerProcess:
+    """Owns everything of one life of a worker. Methods may be called from any one thread.
 
-    At once, past the queue; except experts that routers of other processes ask for as well: in the
-    queue, calls of a layer meet, and their weights are read once for all.
+    `memory_bytes` is what its devices may be filled with together, 0 where nobody limits it;
+    `devices` are those that it computes on, by default as many as the settings say.
     """
 
-    def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
-        self._core = core
-        self._compute = compute
-        self._routing = routing
-
-    def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
-        if isinstance(call, RunExperts) and self._core.has_company(fence.router_id):
-            self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
-        else:
-            reply(self._core.compute_now(call, fence))
-
-    def router_gone(self, router_id: str) -> None:
-        self._core.router_gone(router_id)
-
-    def _queue(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
-        try:
-            self._core.submit(call, fence, reply)
-        except Exception as error:
-            logger.exception("the core failed to take a call of %s", fence.router_id)
-            reply(Refusal(RefusalReason.FAULT, repr(error)))
-
-    def _post(self, reply: Callable[[Result], None], result: Result) -> None:
-        self._routing.post(lambda: reply(result))
-
-
-class _OwnBlocks:
-    """The blocks of this process' router, as the core gives copies to them, in its own thread."""
-
-    def __init__(self, router: Router, compute: Reactor, routing: Reactor) -> None:
-        self._router = router
-        self._compute = compute
-        self._routing = routing
-        self._num_waiting = 0
-
-    def keep(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
-        """Has the router take them in when it has a turn; too many are refused at once."""
-        if self._num_waiting >= MAX_WAITING_COPIES:
-            text = f"{self._num_waiting} calls with copies wait"
-            reply(Refusal(RefusalReason.OVERLOADED, text))
-            return
-        self._num_waiting += 1
-        self._routing.post(lambda: self._store(call, reply))
-
-    def _store(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
-        try:
-            result = self._router.store_blocks(call)
-        except Exception as error:
-            logger.exception("the router failed to take copies in")
-            result = Refusal(RefusalReason.FAULT, repr(error))
-        self._compute.post(lambda: self._answer(reply, result))
-
-    def _answer(self, reply: Callable[[Result], None], result: Result) -> None:
-        self._num_waiting -= 1
-        reply(result)
-
-
-class WorkerProcess:
-    """Owns everything of one life of a worker. Methods may be called from any one thread."""
-
     def __init__(
-        self, config: ClusterConfig, worker_id: str, incarnation: int, host: str, on_fault: Fault
+        self,
+        config: ClusterConfig,
+        worker_id: str,
+        incarnation: int,
+        host: str,
+        on_fault: Fault,
+        memory_bytes: int = 0,
+        devices: Sequence[Device] | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.incarnation = incarnation
@@ -199,7 +147,15 @@ class WorkerProcess:
         self._cache_size = cache_size_of(config, model)
         ops, loader = select_ops(_kernels(config))
         self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
-        self._loader = ShardLoader(self._checkpoint, self._decoder, loader, self._note_read)
+        sizes = checkpoint_bytes(self._checkpoint, self._decoder.dtype.itemsize)
+        self._local = LocalDevices(
+            devices=tuple(devices or find_devices(config.workers.gpus_each)),
+            parts=PartBytes.of(sizes, kv_tokens_of(config, model)),
+            memory_bytes=memory_bytes,
+        )
+        self._loader = ShardLoader(
+            self._checkpoint, self._decoder, loader, self._note_read, self._local
+        )
         self._experts = ExpertShard(self._decoder)
         self._attention: AttentionShard | None = None
         self._shards: ShardPlan | None = None
@@ -215,7 +171,7 @@ class WorkerProcess:
         self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
         self._router, self._links = self._make_router()
         if config.workers.kv_standby:
-            own_blocks = _OwnBlocks(self._router, self._compute, self._routing)
+            own_blocks = OwnBlocks(self._router, self._compute, self._routing)
             self._core.attach_copies(own_blocks.keep)
 
     def start(self) -> Spawned:
@@ -230,7 +186,7 @@ class WorkerProcess:
             router_address=router_address,
             node_id="",
             pid=os.getpid(),
-            memory_bytes=0,
+            memory_bytes=self._local.plannable_bytes,
         )
 
     def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
@@ -238,24 +194,33 @@ class WorkerProcess:
 
         Raises:
             CheckpointError: a file cannot be read.
+            PlacementError: a device has too little memory for its share.
         """
         with self._loading:
             self.progress.bytes_wanted = bytes_wanted
             if self._shards is None:
+                self._local.check(shards)
                 self._attention = self._loader.load_attention(
                     shards, self._experts, self._cache_size
                 )
                 self._compute.call(lambda: self._core.attach(self._attention))
-            groups = self._loader.load_experts(shards.experts - self._experts.held)
+            wanted = shards.experts - self._experts.held
+            groups = self._loader.load_experts(wanted, self._shares_now())
             self._shards = shards
             self._compute.call(lambda: self._take_in(groups))
             if self._core.state is WorkerState.LOADING:
                 self._warm_up()
                 self._compute.call(lambda: self._core.move(WorkerState.READY))
 
-    def _take_in(self, groups: dict[int, ExpertGroup]) -> None:
-        for layer, group in groups.items():
-            self._experts.add(layer, group)
+    def _take_in(self, groups: dict[int, list[ExpertGroup]]) -> None:
+        for layer, of_layer in groups.items():
+            self._experts.add(layer, of_layer)
+
+    def _kv_now(self) -> KvArrays | None:
+        return None if self._attention is None else self._attention.kv
+
+    def _shares_now(self) -> list[DeviceShare]:
+        return shares_now(self._local, self._attention, self._experts)
 
     def _warm_up(self) -> None:
         if not self._config.workers.warm_up:
@@ -345,6 +310,7 @@ class WorkerProcess:
             "layers": [shards.first_layer, shards.num_layers] if shards else [0, 0],
             "has_ends": bool(shards and shards.has_ends),
             "num_experts": len(self._experts.held),
+            "devices": self._local.describe(self._shares_now()),
             "bytes_read": self._loader.bytes_read,
             "bytes_wanted": self.progress.bytes_wanted,
             "calls": core.num_calls,
@@ -417,7 +383,7 @@ class WorkerProcess:
             limits=LinkLimits(),
         )
 
-        own_core = _OwnCore(self._core, self._compute, self._routing)
+        own_core = OwnCore(self._core, self._compute, self._routing)
 
         def connect(member: Member) -> Pending[WorkerLink]:
             if member.worker_id != self.worker_id:
@@ -455,7 +421,7 @@ class WorkerProcess:
             pipeline,
             self._detokenizer_for,
             tasks,
-            (lambda: self._attention) if self._config.workers.kv_standby else None,
+            self._kv_now if self._config.workers.kv_standby else None,
         )
         return router, links
 

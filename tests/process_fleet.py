@@ -33,17 +33,18 @@ TIMEOUT_S = 60.0
 
 
 class HostPool:
-    """Processes that wait for a worker to hold."""
+    """Processes that wait for a worker to hold, each with so many devices."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_devices: int = 1) -> None:
         self._folder = folder
+        self._num_devices = num_devices
         self._idle: list[WorkerHost] = []
         self._taken: list[WorkerHost] = []
         self._gone: dict[int, Callable[[], None]] = {}
 
     def take(self, gone: Callable[[], None]) -> WorkerHost:
         """An idle process, or a new one; `gone` is called when it dies, on some thread."""
-        host = self._idle.pop() if self._idle else WorkerHost(self._folder, self._on_gone)
+        host = self._idle.pop() if self._idle else self._start()
         self._taken.append(host)
         self._gone[host.pid] = gone
         return host
@@ -66,6 +67,9 @@ class HostPool:
             host.end()
         self._idle.clear()
         self._taken.clear()
+
+    def _start(self) -> WorkerHost:
+        return WorkerHost(self._folder, self._on_gone, self._num_devices)
 
     def _on_gone(self, host: WorkerHost) -> None:
         call = self._gone.pop(host.pid, None)

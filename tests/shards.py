@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from cluster.model_bytes import checkpoint_bytes
@@ -19,10 +20,12 @@ from model.checkpoint import Checkpoint
 from model.decoder import Decoder
 from model.runner import CacheSize
 from tests.runners import BACKEND, kernels_of
-from workers.attention import AttentionShard
 from workers.core import WorkerCore
+from workers.devices import LocalDevices
 from workers.experts import ExpertShard
+from workers.kv_arrays import KvArrays
 from workers.loading import ShardLoader
+from workers.spreading import PartBytes
 
 PLENTY_BYTES = 1 << 40
 
@@ -70,13 +73,20 @@ class ShardFactory:
         cache_size: CacheSize,
         dtype: str = "float32",
         backend: str = BACKEND,
+        num_devices: int = 1,
     ) -> None:
         self.bytes_read: dict[str, int] = {}
-        self.attention: dict[str, AttentionShard | None] = {}
+        self.arrays: dict[str, KvArrays | None] = {}
         self._model_dir = model_dir
         self._cache_size = cache_size
         self._dtype = jnp.dtype(dtype)
         self._ops, self._kernels = kernels_of(backend)
+        with Checkpoint.open(model_dir) as checkpoint:
+            sizes = checkpoint_bytes(checkpoint, self._dtype.itemsize)
+        self._local = LocalDevices(
+            devices=tuple(jax.local_devices()[:num_devices]),
+            parts=PartBytes.of(sizes, cache_size.num_blocks * cache_size.block_size),
+        )
 
     def __call__(self, member: Member, tasks: Tasks) -> WorkerCore:
         with Checkpoint.open(self._model_dir) as checkpoint:
@@ -87,13 +97,15 @@ class ShardFactory:
                 has_ends=member.has_ends,
                 experts=member.experts,
             )
-            loader = ShardLoader(checkpoint, decoder, self._kernels, lambda num_bytes: None)
+            loader = ShardLoader(
+                checkpoint, decoder, self._kernels, lambda num_bytes: None, self._local
+            )
             experts = ExpertShard(decoder)
             attention = loader.load_attention(shard_plan, experts, self._cache_size)
-            for layer, group in loader.load_experts(member.experts).items():
-                experts.add(layer, group)
+            for layer, groups in loader.load_experts(member.experts).items():
+                experts.add(layer, groups)
             self.bytes_read[member.worker_id] = loader.bytes_read
-            self.attention[member.worker_id] = attention
+            self.arrays[member.worker_id] = attention.kv if attention else None
         core = WorkerCore(member.worker_id, member.incarnation, experts, attention, tasks)
         core.move(WorkerState.READY)
         return core

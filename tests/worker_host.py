@@ -28,7 +28,9 @@ Answer = tuple[int, Any, str]
 class WorkerHost:
     """The process as its parent sees it. Answers come on a thread of its own."""
 
-    def __init__(self, folder: Path, gone: Callable[["WorkerHost"], None]) -> None:
+    def __init__(
+        self, folder: Path, gone: Callable[["WorkerHost"], None], num_devices: int = 1
+    ) -> None:
         ours, theirs = Pipe()
         self._pipe = ours
         self._gone = gone
@@ -36,7 +38,13 @@ class WorkerHost:
         self._number = 0
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.worker_host", str(theirs.fileno())],
+            [
+                sys.executable,
+                "-m",
+                "tests.worker_host",
+                str(theirs.fileno()),
+                str(num_devices),
+            ],
             cwd=REPOSITORY,
             env=child_environment(folder),
             pass_fds=[theirs.fileno()],
@@ -87,8 +95,9 @@ class WorkerHost:
 class _Host:
     """The process itself."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, pipe: Connection, num_devices: int) -> None:
         self._pipe = pipe
+        self._num_devices = num_devices
         self._sending = threading.Lock()
         self._worker: Any = None
 
@@ -115,10 +124,15 @@ class _Host:
 
     def _spawn(self, config: ClusterConfig, worker_id: str, incarnation: int) -> Any:
         # Not before: importing it is most of what a process like this costs.
+        import jax
+
         from cluster.worker_process import WorkerProcess
 
         assert self._worker is None
-        self._worker = WorkerProcess(config, worker_id, incarnation, LOOPBACK, _exit)
+        devices = jax.local_devices()[: self._num_devices]
+        self._worker = WorkerProcess(
+            config, worker_id, incarnation, LOOPBACK, _exit, devices=devices
+        )
         return self._worker.start()
 
 
@@ -128,5 +142,5 @@ def _exit(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    _Host(Connection(int(sys.argv[1]))).run()
+    _Host(Connection(int(sys.argv[1])), int(sys.argv[2])).run()
     os._exit(0)

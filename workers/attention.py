@@ -2,21 +2,19 @@
 
 A batch enters before a layer, stops at the experts of each layer (`ExpertInput`), goes on with
 their outputs, and leaves: for another shard, or with tokens where the shard has the output head.
-Layers whose experts are all in this process do not stop: consecutive ones run as one program,
-without leaving the device.
+Layers whose experts are all in this process do not stop, and no array of theirs comes to the host:
+consecutive ones that lie whole on one device run as one program; where a layer's experts lie on
+several devices, its rows go to all of these at once, and come back.
 
 The blocks belong to one router at a time. Which block belongs to which sequence is that router's
-business; a new one starts from nothing. That router may also read and write whole blocks: copies of
-keys and values, from and for another process.
+business; a new one starts from nothing. That router may also read and write whole blocks (`kv`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cluster.calls import (
@@ -26,16 +24,24 @@ from cluster.calls import (
     Drawn,
     ExpertInput,
     Refusal,
-    StoreBlocks,
     TokenRows,
     Turn,
 )
 from cluster.errors import RefusalReason
 from model.decoder import AttentionResult, Decoder
-from model.kv_cache import LayerCache, StepBatch, make_kv_cache, read_block, write_block
+from model.kv_cache import LayerCache, StepBatch
 from model.params import AttentionParams, EndParams, ExpertParams
 from model.runner import CacheSize, bucket, draw_from_hidden, jitted_parts, padded_rows
 from model.sampling_params import SampleRow
+from workers.devices import Device
+from workers.experts import ExpertGroup, places_in
+from workers.kv_arrays import KvArrays
+from workers.programs import (
+    attend_and_deal,
+    combine_and_attend,
+    gather_and_combine,
+    pass_through,
+)
 from workers.tenancy import Owner, Tenancy
 
 MAX_BATCHES = 16
@@ -43,19 +49,37 @@ MAX_BATCHES = 16
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch on its way: the rows are padded, `num_rows` of them are real."""
+    """A batch on its way: the rows are padded, `num_rows` of them are real.
 
-    step: StepBatch
+    The step lies on every device of the shard, the residual stream on `device`.
+    """
+
+    steps: Mapping[Device, StepBatch]
     num_rows: int
     samples: tuple[SampleRow, ...]
     logits_rows_W: np.ndarray
     hidden_TD: jax.Array
+    device: Device
     layer: int
     gate_weights_TA: jax.Array | None = None
 
+    @property
+    def step(self) -> StepBatch:
+        """Where the residual stream is."""
+        return self.steps[self.device]
+
+    def move(self, device: Device) -> None:
+        """Has the batch go on on a device."""
+        if device != self.device:
+            self.hidden_TD = jax.device_put(self.hidden_TD, device)
+            self.device = device
+
 
 class AttentionShard:
-    """Owns the attention parameters and KV arrays of layers `first_layer` and following."""
+    """Owns the attention parameters and KV arrays of layers `first_layer` and following.
+
+    A layer's parameters lie on its device of `layer_devices`, the ends on `end_device`.
+    """
 
     def __init__(
         self,
@@ -64,9 +88,10 @@ class AttentionShard:
         attention: tuple[AttentionParams, ...],
         ends: EndParams | None,
         cache_size: CacheSize,
-        whole_layer: Callable[[int], ExpertParams | None],
+        whole_layer: Callable[[int], tuple[ExpertGroup, ...] | None],
+        layer_devices: Sequence[Device],
+        end_device: Device,
     ) -> None:
-        config = decoder.config
         self.first_layer = first_layer
         self.num_layers = len(attention)
         self.cache_size = cache_size
@@ -74,16 +99,16 @@ class AttentionShard:
         self._params = dict(enumerate(attention, first_layer))
         self._ends = ends
         self._whole_layer = whole_layer
-        cache = make_kv_cache(
-            config, len(attention), cache_size.num_blocks, cache_size.block_size, decoder.dtype
-        )
-        self._caches = dict(enumerate(cache.layers_L, first_layer))
-        self._visible_NP = cache.visible_NP
+        self._devices = dict(enumerate(layer_devices, first_layer))
+        self._end_device = end_device
+        self.kv = KvArrays(decoder, first_layer, layer_devices, cache_size)
         self._batches: dict[tuple[Owner, int], _Batch] = {}
         self._tenancy = Tenancy()
         self._parts = jitted_parts(decoder)
-        self._go_on = _combine_and_attend(decoder)
-        self._pass = _pass_through(decoder)
+        self._go_on = combine_and_attend(decoder)
+        self._pass = pass_through(decoder)
+        self._deal = attend_and_deal(decoder)
+        self._gather = gather_and_combine(decoder)
 
     @property
     def has_ends(self) -> bool:
@@ -94,91 +119,34 @@ class AttentionShard:
         """Batches on their way; 0 when nothing runs."""
         return len(self._batches)
 
+    def layers_on(self, device: Device) -> tuple[int, ...]:
+        """The layers that lie on one device."""
+        return tuple(layer for layer, on in self._devices.items() if on == device)
+
     def read_cache(self) -> Mapping[int, LayerCache]:
         """The KV arrays by layer, for inspection; the next call invalidates them."""
-        return self._caches
-
-    @property
-    def block_bytes(self) -> int:
-        """Of the keys and values of one block, in all layers of the shard."""
-        values = np.prod(self._block_shape, dtype=np.int64) * self._decoder.dtype.itemsize
-        return 2 * int(values)
-
-    def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values [C, L, P, R, K] of blocks, copied."""
-        read, _ = _block_programs()
-        layers_L = tuple(self._caches.values())
-        # One at a time: a program for each number of blocks would have to be compiled.
-        blocks = [jax.device_get(read(layers_L, np.int32(block_id))) for block_id in block_ids]
-        keys_CLPRK, values_CLPRK = zip(*blocks, strict=True)
-        return np.stack(keys_CLPRK), np.stack(values_CLPRK)
-
-    def write_block(
-        self,
-        block_id: int,
-        token_ids_P: np.ndarray,
-        keys_LPRK: np.ndarray,
-        values_LPRK: np.ndarray,
-    ) -> None:
-        """Puts keys and values into a block, as if its tokens had been computed there."""
-        _, write = _block_programs()
-        layers_L, self._visible_NP = write(
-            tuple(self._caches.values()),
-            self._visible_NP,
-            np.int32(block_id),
-            token_ids_P != self._decoder.config.pad_token,
-            # Copied: a device may still read them when whoever sent them writes there again.
-            keys_LPRK.copy(),
-            values_LPRK.copy(),
-        )
-        self._caches = dict(zip(self._caches, layers_L, strict=True))
-
-    def visible(self, block_id: int) -> np.ndarray:
-        """Which positions [P] of a block later queries may see, for inspection."""
-        return np.asarray(self._visible_NP)[block_id].copy()
-
-    def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
-        """Why blocks cannot lie here, if they cannot."""
-        wanted, dtype = self._block_shape, self._decoder.dtype
-        num_blocks = len(call.token_ids_CP)
-        layers = (call.first_layer, call.keys_CLPRK.shape[1])
-        if layers != (self.first_layer, self.num_layers):
-            message = f"layers {layers[0]} and following, {layers[1]} of them, are not these"
-            return Refusal(RefusalReason.NOT_HELD, message)
-        is_sound = (
-            num_blocks > 0
-            and call.token_ids_CP.shape == (num_blocks, wanted[1])
-            and call.keys_CLPRK.shape == call.values_CLPRK.shape == (num_blocks, *wanted)
-            and call.keys_CLPRK.dtype == call.values_CLPRK.dtype == dtype
-        )
-        if is_sound:
-            return None
-        message = f"blocks {call.keys_CLPRK.shape} of {call.keys_CLPRK.dtype}, wanted {wanted}"
-        return Refusal(RefusalReason.MALFORMED, message)
-
-    @property
-    def _block_shape(self) -> tuple[int, int, int, int]:
-        """L, P, R, K of a block."""
-        config = self._decoder.config
-        size = self.cache_size.block_size
-        return (self.num_layers, size, config.num_kv_heads, config.key_size)
+        return self.kv.layers
 
     def begin(self, owner: Owner, call: BeginBatch) -> Turn | Refusal:
         """Takes a batch in before its layer, as far as the first stop."""
         refusal = self._fault_of(owner, call)
         if refusal is not None:
             return refusal
-        step = self._pad(call.tokens)
+        tokens = call.tokens
+        steps = self._pad(tokens)
         if call.hidden_TD is None:
             assert self._ends is not None
-            hidden_TD = self._parts.embed(self._ends, step.token_ids_T)
+            device = self._end_device
+            hidden_TD = self._parts.embed(self._ends, steps[device].token_ids_T)
         else:
-            hidden_TD = jnp.asarray(padded_rows(call.hidden_TD, len(step.token_ids_T)))
+            device = self._devices.get(call.layer, self._end_device)
+            num_rows = len(steps[device].token_ids_T)
+            hidden_TD = jax.device_put(padded_rows(call.hidden_TD, num_rows), device)
         if call.layer < self._decoder.config.num_layers:
-            self._visible_NP = self._parts.mark_visible(self._visible_NP, step)
-        tokens = call.tokens
+            self.kv.mark_visible(steps)
+        rows_W = tokens.logits_rows_W
         batch = _Batch(
-            step, tokens.num_rows, tokens.samples, tokens.logits_rows_W, hidden_TD, call.layer
+            steps, tokens.num_rows, tokens.samples, rows_W, hidden_TD, device, call.layer
         )
         return self._run(owner, call.batch_id, batch)
 
@@ -194,7 +162,8 @@ class AttentionShard:
         del self._batches[(owner, call.batch_id)]
         outputs_TAD = padded_rows(call.outputs_TAD, batch.hidden_TD.shape[0])
         following = call.layer + 1
-        if following in self._params and self._whole_layer(following) is None:
+        is_near = self._devices.get(following) == batch.device
+        if is_near and self._whole_layer(following) is None:
             return self._combine_and_stop(owner, call.batch_id, batch, outputs_TAD)
         params = self._params[call.layer]
         batch.hidden_TD = self._parts.combine(
@@ -228,30 +197,79 @@ class AttentionShard:
 
     def _pass_local_layers(self, batch: _Batch) -> None:
         """Runs the layers ahead whose experts are all here."""
-        layers: list[int] = []
-        experts: list[ExpertParams] = []
+        while batch.layer in self._params:
+            batch.move(self._devices[batch.layer])
+            stacks = self._stacks_ahead(batch)
+            if stacks:
+                self._pass_stacks(batch, stacks)
+                continue
+            groups = self._whole_layer(batch.layer)
+            if groups is None:
+                return
+            self._pass_groups(batch, groups)
+
+    def _stacks_ahead(self, batch: _Batch) -> list[ExpertParams]:
+        """The experts of the layers ahead, as far as each has one stack of them on this device."""
+        everything = tuple(range(self._decoder.config.num_experts))
+        stacks: list[ExpertParams] = []
         layer = batch.layer
-        while layer in self._params and (whole := self._whole_layer(layer)) is not None:
-            layers.append(layer)
-            experts.append(whole)
+        while self._devices.get(layer) == batch.device:
+            groups = self._whole_layer(layer)
+            if groups is None:
+                break
+            first = groups[0]
+            if (first.device, first.expert_ids) != (batch.device, everything):
+                break
+            stacks.append(first.params)
             layer += 1
-        if not layers:
-            return
+        return stacks
+
+    def _pass_stacks(self, batch: _Batch, stacks: Sequence[ExpertParams]) -> None:
+        layers = range(batch.layer, batch.layer + len(stacks))
         batch.hidden_TD, caches = self._pass(
             tuple(self._params[layer] for layer in layers),
-            tuple(experts),
+            tuple(stacks),
             batch.hidden_TD,
             batch.step,
-            tuple(self._caches[layer] for layer in layers),
-            self._visible_NP,
+            tuple(self.kv.layers[layer] for layer in layers),
+            self.kv.visible_NP[batch.device],
         )
-        self._caches.update(zip(layers, caches, strict=True))
-        batch.layer = layer
+        self.kv.layers.update(zip(layers, caches, strict=True))
+        batch.layer = layers.stop
+
+    def _pass_groups(self, batch: _Batch, groups: Sequence[ExpertGroup]) -> None:
+        """Runs one layer with its experts in several stacks, on whatever devices they lie."""
+        layer, num_experts = batch.layer, self._decoder.config.num_experts
+        params = self._params[layer]
+        tables_GE = np.stack([places_in(group.expert_ids, num_experts) for group in groups])
+        result, places_GTA = self._deal(
+            params,
+            batch.hidden_TD,
+            batch.step,
+            self.kv.layers[layer],
+            self.kv.visible_NP[batch.device],
+            tables_GE,
+        )
+        self.kv.layers[layer] = result.cache
+        outputs_GTAD: list[jax.Array] = []
+        # Nothing here waits for a device: all of them compute when the last has been asked.
+        for group, places_TA in zip(groups, places_GTA, strict=True):
+            rows = jax.device_put((result.expert_input_TD, places_TA), group.device)
+            outputs_TAD = self._parts.expert_half(group.params, *rows)
+            outputs_GTAD.append(jax.device_put(outputs_TAD, batch.device))
+        batch.hidden_TD = self._gather(
+            params, result.hidden_TD, tuple(outputs_GTAD), places_GTA, result.gate_weights_TA
+        )
+        batch.layer += 1
 
     def _attend_and_stop(self, owner: Owner, batch_id: int, batch: _Batch) -> ExpertInput:
         layer = batch.layer
         result = self._parts.attention_half(
-            self._params[layer], batch.hidden_TD, batch.step, self._caches[layer], self._visible_NP
+            self._params[layer],
+            batch.hidden_TD,
+            batch.step,
+            self.kv.layers[layer],
+            self.kv.visible_NP[batch.device],
         )
         return self._stop(owner, batch_id, batch, result)
 
@@ -267,8 +285,8 @@ class AttentionShard:
             outputs_TAD,
             batch.gate_weights_TA,
             batch.step,
-            self._caches[following],
-            self._visible_NP,
+            self.kv.layers[following],
+            self.kv.visible_NP[batch.device],
         )
         batch.layer = following
         return self._stop(owner, batch_id, batch, result)
@@ -276,7 +294,7 @@ class AttentionShard:
     def _stop(
         self, owner: Owner, batch_id: int, batch: _Batch, result: AttentionResult
     ) -> ExpertInput:
-        self._caches[batch.layer] = result.cache
+        self.kv.layers[batch.layer] = result.cache
         batch.hidden_TD, batch.gate_weights_TA = result.hidden_TD, result.gate_weights_TA
         self._batches[(owner, batch_id)] = batch
         rows_TD, ids_TA = jax.device_get((result.expert_input_TD, result.expert_ids_TA))
@@ -336,7 +354,7 @@ class AttentionShard:
         message = f"outputs {call.outputs_TAD.shape} of {call.outputs_TAD.dtype}, wanted {wanted}"
         return Refusal(RefusalReason.MALFORMED, message)
 
-    def _pad(self, tokens: TokenRows) -> StepBatch:
+    def _pad(self, tokens: TokenRows) -> dict[Device, StepBatch]:
         """Rows and tables in few different sizes, so that few programs are compiled."""
         min_rows, size = self._decoder.ops.min_rows, self.cache_size
         num_rows = bucket(tokens.num_rows, min_rows)
@@ -355,58 +373,8 @@ class AttentionShard:
             np.zeros(0, np.int32),
         )
         # Once for all layers: each of them would put the host's arrays on the device again.
-        return StepBatch(*jax.device_put(arrays))
-
-
-@cache
-def _combine_and_attend(decoder: Decoder) -> Callable[..., AttentionResult]:
-    """From the outputs of a layer's experts to the next layer's, as one program."""
-
-    def go_on(
-        before: AttentionParams,
-        params: AttentionParams,
-        hidden_TD: jax.Array,
-        outputs_TAD: jax.Array,
-        gate_weights_TA: jax.Array,
-        step: StepBatch,
-        cache: LayerCache,
-        visible_NP: jax.Array,
-    ) -> AttentionResult:
-        hidden_TD = decoder.combine(before, hidden_TD, outputs_TAD, gate_weights_TA)
-        return decoder.attention_half(params, hidden_TD, step, cache, visible_NP)
-
-    return jax.jit(go_on, donate_argnums=(6,))
-
-
-@cache
-def _pass_through(decoder: Decoder) -> Callable[..., tuple[jax.Array, tuple[LayerCache, ...]]]:
-    """Several layers with all their experts, as one program."""
-    # The parts stay jitted inside: a layer is then traced once and not once for each layer.
-    parts = jitted_parts(decoder)
-
-    def run(
-        attention_L: tuple[AttentionParams, ...],
-        experts_L: tuple[ExpertParams, ...],
-        hidden_TD: jax.Array,
-        step: StepBatch,
-        caches_L: tuple[LayerCache, ...],
-        visible_NP: jax.Array,
-    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        kept: list[LayerCache] = []
-        for params, experts, layer_cache in zip(attention_L, experts_L, caches_L, strict=True):
-            result = parts.attention_half(params, hidden_TD, step, layer_cache, visible_NP)
-            outputs_TAD = parts.expert_half(experts, result.expert_input_TD, result.expert_ids_TA)
-            hidden_TD = parts.combine(params, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
-            kept.append(result.cache)
-        return hidden_TD, tuple(kept)
-
-    return jax.jit(run, donate_argnums=(4,))
-
-
-@cache
-def _block_programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Reads a block of all layers, and writes one in place."""
-    return jax.jit(read_block), jax.jit(write_block, donate_argnums=(0,))
+        devices = dict.fromkeys((self._end_device, *self.kv.visible_NP))
+        return {device: StepBatch(*jax.device_put(arrays, device)) for device in devices}
 
 
 def _blocks_per_sequence(sequence_len: int, size: CacheSize) -> int:

@@ -1,12 +1,15 @@
 """The experts that a worker holds, and their computation.
 
 Experts come in groups, as they were loaded: what a placement gives at first, and what a later one
-adds. A group is a stack on the device; a call goes to each group that holds experts it wants.
+adds, on each device. A group is a stack; a call goes to each group that holds experts it wants, and
+groups on several devices compute at the same time.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import jax
 import numpy as np
 
 from cluster.calls import Refusal, RunExperts
@@ -15,6 +18,7 @@ from cluster.placement import ExpertId
 from model.decoder import Decoder
 from model.params import ExpertParams
 from model.runner import bucket, jitted_parts
+from workers.devices import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class ExpertGroup:
 
     expert_ids: tuple[int, ...]
     params: ExpertParams
+    device: Device
 
 
 class ExpertShard:
@@ -32,6 +37,8 @@ class ExpertShard:
         self._decoder = decoder
         self._config = decoder.config
         self._groups: dict[int, list[ExpertGroup]] = {}
+        self._whole_layers: dict[int, tuple[ExpertGroup, ...]] = {}
+        self._is_spread = False
         self._expert_half = jitted_parts(decoder).expert_half
 
     @property
@@ -43,9 +50,23 @@ class ExpertShard:
             for expert in group.expert_ids
         )
 
-    def add(self, layer: int, group: ExpertGroup) -> None:
-        """Takes in experts that are not held yet."""
-        self._groups.setdefault(layer, []).append(group)
+    def held_on(self, device: Device) -> frozenset[ExpertId]:
+        """What lies on one device."""
+        return frozenset(
+            ExpertId(layer, expert)
+            for layer, groups in self._groups.items()
+            for group in groups
+            if group.device == device
+            for expert in group.expert_ids
+        )
+
+    def add(self, layer: int, groups: Sequence[ExpertGroup]) -> None:
+        """Takes in experts that are not held yet, of one layer, as they were loaded."""
+        self._groups.setdefault(layer, []).extend(groups)
+        if sum(len(group.expert_ids) for group in groups) == self._config.num_experts:
+            self._whole_layers[layer] = tuple(groups)
+        devices = {group.device for groups in self._groups.values() for group in groups}
+        self._is_spread = self._is_spread or len(devices) > 1
 
     def keep_only(self, wanted: Iterable[ExpertId]) -> None:
         """Drops groups of which nothing is wanted any more; a stack goes as a whole or not."""
@@ -56,25 +77,29 @@ class ExpertShard:
                 for group in groups
                 if any(ExpertId(layer, expert) in wanted for expert in group.expert_ids)
             ]
+            if len(kept) < len(groups):
+                self._whole_layers.pop(layer, None)
             if kept:
                 self._groups[layer] = kept
             else:
                 del self._groups[layer]
 
     def examples(self) -> list[tuple[int, int]]:
-        """A (layer, expert) of each size of stack: a call for each runs every program."""
+        """A (layer, expert) of each size of stack on each device: they run every program."""
         by_size = {
-            len(group.expert_ids): (layer, group.expert_ids[0])
+            (group.device, len(group.expert_ids)): (layer, group.expert_ids[0])
             for layer, groups in self._groups.items()
             for group in groups
         }
         return list(by_size.values())
 
-    def whole_layer(self, layer: int) -> ExpertParams | None:
-        """The parameters of a layer of which all experts are here, in order, as one stack."""
-        groups = self._groups.get(layer, [])
-        everything = tuple(range(self._config.num_experts))
-        return next((group.params for group in groups if group.expert_ids == everything), None)
+    def whole_layer(self, layer: int) -> tuple[ExpertGroup, ...] | None:
+        """The groups of a layer of which all experts were loaded at once.
+
+        One that became whole by taking over from the dead is none: the programs that run it were
+        not compiled when this worker warmed up.
+        """
+        return self._whole_layers.get(layer)
 
     def fault_of(self, call: RunExperts) -> Refusal | None:
         """Why a call cannot be computed here, if it cannot."""
@@ -108,13 +133,19 @@ class ExpertShard:
         rows_TD = _padded(call.rows_TD, padded, 0)
         ids_TA = _padded(call.expert_ids_TA, padded, -1)
         is_wanted = ids_TA >= 0
-        outputs_TAD: np.ndarray | None = None
+        started: list[tuple[np.ndarray, jax.Array]] = []
         for group in self._groups[call.layer]:
-            places_TA = _places_in(group.expert_ids, ids_TA, self._config.num_experts)
-            is_here = places_TA >= 0
-            if not is_here.any():
-                continue
-            computed = np.asarray(self._expert_half(group.params, rows_TD, places_TA))
+            places_TA = places_in(group.expert_ids, self._config.num_experts)[ids_TA]
+            if (places_TA >= 0).any():
+                rows = (rows_TD, places_TA)
+                if self._is_spread:
+                    # As they come from other devices: one program for both.
+                    rows = jax.device_put(rows, group.device)
+                computing = self._expert_half(group.params, *rows)
+                started.append((places_TA >= 0, computing))
+        # Not before all have begun: each device has its own to compute.
+        outputs_TAD: np.ndarray | None = None
+        for is_here, computed in jax.device_get(started):
             if outputs_TAD is None and np.array_equal(is_here, is_wanted):
                 outputs_TAD = computed
             else:
@@ -127,12 +158,13 @@ class ExpertShard:
         return outputs_TAD[is_wanted]
 
 
-def _places_in(expert_ids: Sequence[int], ids_TA: np.ndarray, num_experts: int) -> np.ndarray:
-    """Where in a stack the wanted experts lie; -1 for those elsewhere, and for padding."""
+@lru_cache(maxsize=1024)
+def places_in(expert_ids: tuple[int, ...], num_experts: int) -> np.ndarray:
+    """Where in a stack each expert lies [E + 1]; -1 for those elsewhere, and for the id -1."""
     # The last entry answers for the id -1.
     table = np.full(num_experts + 1, -1, np.int32)
     table[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
-    return table[ids_TA]
+    return table
 
 
 def _padded(array: np.ndarray, num_rows: int, value: int) -> np.ndarray:

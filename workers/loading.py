@@ -1,7 +1,13 @@
-"""Reads a worker's shards from the checkpoint: its own bytes, a layer at a time, and no others."""
+"""Reads a worker's shards from the checkpoint: its own bytes, a layer at a time, and no others.
+
+Each part goes straight to the device that it shall lie on.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import jax
 
 from cluster.placement import ExpertId, ShardPlan
 from model.checkpoint import Checkpoint
@@ -9,7 +15,11 @@ from model.decoder import Decoder
 from model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
 from model.runner import CacheSize
 from workers.attention import AttentionShard
+from workers.devices import Device, LocalDevices, settle
 from workers.experts import ExpertGroup, ExpertShard
+from workers.spreading import DeviceShare
+
+T = TypeVar("T")
 
 
 class ShardLoader:
@@ -21,12 +31,14 @@ class ShardLoader:
         decoder: Decoder,
         loader: Loader,
         on_progress: Callable[[int], None],
+        local: LocalDevices,
     ) -> None:
         self._checkpoint = checkpoint
         self._decoder = decoder
         # Mapped experts live as long as their loader.
         self._loader = loader
         self._on_progress = on_progress
+        self._local = local
 
     @property
     def bytes_read(self) -> int:
@@ -38,28 +50,63 @@ class ShardLoader:
         """The attention shard of a plan; None where it has none."""
         if not plan.has_attention:
             return None
-        ends = load_ends(self._checkpoint, self._loader) if plan.has_ends else None
-        self._report()
-        layers = range(plan.first_layer, plan.first_layer + plan.num_layers)
-        attention: list[AttentionParams] = []
-        for layer in layers:
-            attention.append(load_attention(self._checkpoint, layer, self._loader))
-            self._report()
+        local = self._local
+        ends = None
+        if plan.has_ends:
+            ends = self._on(local.end_device, lambda: load_ends(self._checkpoint, self._loader))
+        layer_devices = local.layer_devices(plan)
+        attention = tuple(
+            self._load_layer(layer, device)
+            for layer, device in enumerate(layer_devices, plan.first_layer)
+        )
         return AttentionShard(
-            self._decoder, plan.first_layer, tuple(attention), ends, cache_size, experts.whole_layer
+            self._decoder,
+            plan.first_layer,
+            attention,
+            ends,
+            cache_size,
+            experts.whole_layer,
+            layer_devices,
+            local.end_device,
         )
 
-    def load_experts(self, wanted: Iterable[ExpertId]) -> dict[int, ExpertGroup]:
-        """Experts by layer, those of a layer in one stack."""
-        by_layer: defaultdict[int, list[int]] = defaultdict(list)
-        for expert_id in sorted(wanted):
-            by_layer[expert_id.layer].append(expert_id.expert)
-        groups: dict[int, ExpertGroup] = {}
-        for layer, expert_ids in by_layer.items():
-            params = load_experts(self._checkpoint, layer, self._loader, expert_ids)
-            groups[layer] = ExpertGroup(tuple(expert_ids), params)
-            self._report()
+    def load_experts(
+        self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare] = ()
+    ) -> dict[int, list[ExpertGroup]]:
+        """Experts by layer, beside what the devices hold: a stack on each device."""
+        stacks: defaultdict[tuple[int, Device], list[int]] = defaultdict(list)
+        for expert_id, device in self._local.expert_devices(wanted, shares).items():
+            stacks[(expert_id.layer, device)].append(expert_id.expert)
+        groups: defaultdict[int, list[ExpertGroup]] = defaultdict(list)
+        for (layer, device), expert_ids in stacks.items():
+            groups[layer].append(self._load_stack(layer, expert_ids, device))
         return groups
 
-    def _report(self) -> None:
+    def _load_layer(self, layer: int, device: Device) -> AttentionParams:
+        return self._on(device, lambda: load_attention(self._checkpoint, layer, self._loader))
+
+    def _load_stack(self, layer: int, expert_ids: list[int], device: Device) -> ExpertGroup:
+        params = self._on(
+            device, lambda: load_experts(self._checkpoint, layer, self._loader, expert_ids)
+        )
+        return ExpertGroup(tuple(expert_ids), params, device)
+
+    def _on(self, device: Device, load: Callable[[], T]) -> T:
+        with jax.default_device(device):
+            loaded = settle(load(), device)
         self._on_progress(self._checkpoint.bytes_read)
+        return loaded
+
+
+def shares_now(
+    local: LocalDevices, attention: AttentionShard | None, experts: ExpertShard
+) -> list[DeviceShare]:
+    """What lies on each device."""
+    return [
+        DeviceShare(
+            has_ends=attention is not None and attention.has_ends and device == local.end_device,
+            layers=() if attention is None else attention.layers_on(device),
+            experts=experts.held_on(device),
+        )
+        for device in local.devices
+    ]

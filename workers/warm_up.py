@@ -14,6 +14,7 @@ from model.runner import CacheSize
 from model.sampling_params import SampleRow, SamplingParams
 from workers.attention import AttentionShard
 from workers.experts import ExpertShard
+from workers.kv_arrays import KvArrays
 
 _OWNER = ("warm-up", 0)
 _NUM_LOGPROBS = (0, 1)
@@ -38,14 +39,14 @@ def warm_up(
                 _run_attention(config, cache_size, attention, dtype, num_tokens, num_logprobs)
     if attention is not None:
         if copies_blocks:
-            _copy_block(cache_size, attention)
+            _copy_block(attention.kv)
         attention.release(_OWNER[0])
 
 
-def _copy_block(cache_size: CacheSize, attention: AttentionShard) -> None:
-    keys_CLPRK, values_CLPRK = attention.read_blocks((0,))
-    token_ids_P = np.zeros(cache_size.block_size, np.int32)
-    attention.write_block(0, token_ids_P, keys_CLPRK[0], values_CLPRK[0])
+def _copy_block(kv: KvArrays) -> None:
+    keys_CLPRK, values_CLPRK = kv.read_blocks((0,))
+    token_ids_P = np.zeros(kv.cache_size.block_size, np.int32)
+    kv.write_block(0, token_ids_P, keys_CLPRK[0], values_CLPRK[0])
 
 
 def _sizes(largest: int) -> Iterator[int]:

@@ -45,7 +45,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--model", metavar=f"DIR|{DEMO_NAME}", help="model directory [demo]")
     option("--workers", type=int, metavar="N", help="worker processes [3]")
     option("--expert-replicas", type=int, metavar="R", help="copies of each expert [2, if it can]")
-    option("--gpus-per-worker", type=float, metavar="G", help="GPUs of each worker [0]")
+    option(
+        "--gpus-per-worker",
+        type=float,
+        metavar="G",
+        help="GPUs of each worker, or a part of one [0]",
+    )
     option("--attention", choices=("auto", "replicated", "layers"), help="[auto]")
     option("--transport", choices=("auto", "grpc", "shm"), help="between workers [auto]")
     option(

@@ -65,7 +65,7 @@ def ask_controller(
 
 
 def format_status(status: dict[str, Any]) -> str:
-    """A table for a terminal, one line a worker."""
+    """A table for a terminal, one line a worker, and one for each device where it has several."""
     health = "complete" if status["is_complete"] else "INCOMPLETE"
     lines = [
         f"model {status['model']}, placement epoch {status['placement_epoch']}, {health},"
@@ -74,12 +74,15 @@ def format_status(status: dict[str, Any]) -> str:
         f"{'worker':<11} {'life':>4} {'pid':>8} {'node':<9} {'state':<9} {'role':<25}"
         f" {'layers':>7} {'experts':>7} {'kv':>11} {'tok/s':>7}  transports",
     ]
-    return "\n".join([*lines, *(_line(worker) for worker in status["workers"])])
+    for worker in status["workers"]:
+        lines.append(_line(worker))
+        devices = worker.get("devices", [])
+        lines += [_device_line(device) for device in devices if len(devices) > 1]
+    return "\n".join(lines)
 
 
 def _line(worker: dict[str, Any]) -> str:
-    first, count = worker.get("layers", [0, 0])
-    layers = f"{first}-{first + count - 1}" if count else "-"
+    layers = _layers(worker)
     router = worker.get("router", {})
     kv = f"{router['kv_blocks_used']}/{router['kv_blocks_total']}" if router else "-"
     rate = f"{router['tokens_per_s']:.1f}" if router else "-"
@@ -94,3 +97,18 @@ def _line(worker: dict[str, Any]) -> str:
         f" {worker['node'][:8]:<9} {worker['state']:<9} {worker['role']:<25}"
         f" {layers:>7} {len(worker['experts']):>7} {kv:>11} {rate:>7}  {transports}{note}"
     )
+
+
+def _device_line(device: dict[str, Any]) -> str:
+    """What lies on a device of the worker above."""
+    ends = ", embedding and output head" if device["has_ends"] else ""
+    has = f" of {device['memory_bytes'] / 1e9:.1f}" if device["memory_bytes"] else ""
+    return (
+        f"  {device['device']:<9} layers {_layers(device)}, {device['num_experts']} experts{ends};"
+        f" {device['bytes'] / 1e9:.1f}{has} GB"
+    )
+
+
+def _layers(holder: dict[str, Any]) -> str:
+    first, count = holder.get("layers", [0, 0])
+    return f"{first}-{first + count - 1}" if count else "-"

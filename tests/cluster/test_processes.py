@@ -177,30 +177,33 @@ def test_death_in_the_middle_costs_no_token(
     async def main() -> None:
         config = config_of(model, spread, transport)
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
-            killed: list[int] = []
-
-            def after(num_tokens: int) -> None:
-                if num_tokens == len(model.wanted_long) * LONG // 3:
-                    killed.append(num_tokens)
-                    cluster.fleet.kill(victim)
-
-            assert await served(cluster, model.wanted_long, 8, after) == model.told_long
-            assert killed
-            workers = cluster.controller.workers
-            await cluster.until(
-                lambda: (
-                    workers[victim].incarnation == 2 and workers[victim].state is WorkerState.READY
-                ),
-                "the worker is back",
-            )
-            await cluster.until_ready()
-            assert cluster.controller.figures.num_deaths == 1
-            check_replicas(cluster, model, spread)
-            # The one that came back serves, too.
-            assert await served(cluster, model.wanted, at_a_time=4) == model.told
-            await check_idle(cluster)
+            await survive(cluster, model, spread, victim)
 
     asyncio.run(main())
+
+
+async def survive(cluster: ProcessCluster, model: Model, spread: Spread, victim: str) -> None:
+    """A worker dies under load, and comes back; no client sees it."""
+    killed: list[int] = []
+
+    def after(num_tokens: int) -> None:
+        if num_tokens == len(model.wanted_long) * LONG // 3:
+            killed.append(num_tokens)
+            cluster.fleet.kill(victim)
+
+    assert await served(cluster, model.wanted_long, 8, after) == model.told_long
+    assert killed
+    workers = cluster.controller.workers
+    await cluster.until(
+        lambda: workers[victim].incarnation == 2 and workers[victim].state is WorkerState.READY,
+        "the worker is back",
+    )
+    await cluster.until_ready()
+    assert cluster.controller.figures.num_deaths == 1
+    check_replicas(cluster, model, spread)
+    # The one that came back serves, too.
+    assert await served(cluster, model.wanted, at_a_time=4) == model.told
+    await check_idle(cluster)
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
@@ -241,3 +244,26 @@ def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
             await check_idle(cluster)
 
     asyncio.run(main())
+
+
+def test_workers_with_several_devices_take_over_for_each_other(model: Model) -> None:
+    spread, num_devices = Spread(2, 1, AttentionCut.REPLICATED), 3
+
+    async def main(hosts: HostPool) -> None:
+        config = config_of(model, spread, "shm", kv_standby=True)
+        async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
+            await survive(cluster, model, spread, "worker-0")
+            for status in (await cluster.status()).values():
+                devices = status["devices"]
+                assert [device["device"] for device in devices] == ["cpu:0", "cpu:1", "cpu:2"]
+                assert [device["has_ends"] for device in devices] == [True, False, False]
+                counts = [device["num_experts"] for device in devices]
+                assert min(counts) > 0 and sum(counts) == status["num_experts"]
+                assert sum(device["layers"][1] for device in devices) == model.sizes.num_layers
+
+    with short_folder() as folder:
+        pool = HostPool(folder, num_devices)
+        try:
+            asyncio.run(main(pool))
+        finally:
+            pool.close()

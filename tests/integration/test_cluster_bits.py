@@ -20,10 +20,11 @@ from router.scheduler import SchedulerLimits
 from router.sequence import NoText
 from tests.heard import Heard, all_ended
 from tests.memory_cluster import ClusterSettings, MemoryCluster, Process
+from tests.runners import ON_GPU
 from tests.shards import ShardFactory, place, view_of
 from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
-from workers.attention import AttentionShard
 from workers.core import WorkerCore
+from workers.kv_arrays import KvArrays
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:
@@ -42,18 +43,22 @@ def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int
 
 
 def make_cluster(
-    model_dir: Path, spread: Spread, settings: ClusterSettings, dtype: str = "float32"
+    model_dir: Path,
+    spread: Spread,
+    settings: ClusterSettings,
+    dtype: str = "float32",
+    num_devices: int = 1,
 ) -> MemoryCluster:
     """A cluster in which every worker has read its own bytes of the checkpoint, and no others."""
     placement = place(model_dir, spread.num_workers, spread.replicas, spread.cut)
     view = view_of(placement)
     with Checkpoint.open(model_dir) as checkpoint:
         config, sizes = checkpoint.config, checkpoint_bytes(checkpoint, 4)
-    factory = ShardFactory(model_dir, settings.cache_size, dtype)
+    factory = ShardFactory(model_dir, settings.cache_size, dtype, num_devices=num_devices)
 
     def make_core(member: Member, process: Process) -> WorkerCore:
         core = factory(member, process.tasks)
-        process.arrays = factory.attention[member.worker_id]
+        process.arrays = factory.arrays[member.worker_id]
         return core
 
     cluster = MemoryCluster(
@@ -82,6 +87,22 @@ def test_any_spread_gives_the_tokens_of_one_process(
     cluster = make_cluster(model_dir, spread, settings, dtype)
     expected = alone(model_dir, 8, dtype=dtype)
     assert served(cluster, requests(8), at_a_time=4) == expected
+
+
+@pytest.mark.skipif(ON_GPU, reason="takes eight devices")
+@pytest.mark.parametrize("num_devices", [2, 3, 8])
+@pytest.mark.parametrize(
+    "spread",
+    [Spread(1, 1, AttentionCut.REPLICATED), Spread(2, 1, AttentionCut.LAYERS)],
+    ids=str,
+)
+def test_any_number_of_devices_gives_the_tokens_of_one(
+    golden_dir: Path, spread: Spread, num_devices: int
+) -> None:
+    model_dir = golden_dir / "tiny"
+    settings = ClusterSettings(cache_size=CACHE, seed=num_devices)
+    cluster = make_cluster(model_dir, spread, settings, num_devices=num_devices)
+    assert served(cluster, requests(8), at_a_time=4) == alone(model_dir, 8)
 
 
 def test_a_long_chain_gives_the_tokens_of_one_process(golden_dir: Path) -> None:
@@ -131,7 +152,7 @@ def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[b
     """Keys, values and visibility of the blocks that a router has of a sequence."""
     (process,) = [p for p in cluster.processes if p.name == name]
     arrays, pool = process.arrays, cluster.routers[name].scheduler.pool
-    assert isinstance(arrays, AttentionShard)
+    assert isinstance(arrays, KvArrays)
     block_ids = pool.match_prefix(token_ids)
     pool.free(block_ids)
     keys_CLPRK, values_CLPRK = arrays.read_blocks(block_ids)
@@ -141,11 +162,15 @@ def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[b
     ]
 
 
+@pytest.mark.parametrize("num_devices", [1] if ON_GPU else [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_the_bits_that_their_buddy_would_compute(golden_dir: Path, dtype: str) -> None:
+def test_copies_are_the_bits_that_their_buddy_would_compute(
+    golden_dir: Path, dtype: str, num_devices: int
+) -> None:
     model_dir = golden_dir / "tiny"
     settings = ClusterSettings(cache_size=CACHE, kv_standby=True)
-    cluster = make_cluster(model_dir, Spread(3, 2, AttentionCut.REPLICATED), settings, dtype)
+    spread = Spread(3, 2, AttentionCut.REPLICATED)
+    cluster = make_cluster(model_dir, spread, settings, dtype, num_devices)
     routed = RoutedRequest(request_id="whole", request=COPIED, timeout_s=1e6)
     (told,) = answers(model_dir, [COPIED], dtype)
     assert run_at(cluster, "w0", routed) == told

@@ -43,6 +43,7 @@ COMPOSITION_ROOTS = (
     "cluster.commands",
     "cluster.app",
     "cluster.local",
+    "cluster.own_calls",
     "cluster.router_door",
     "cluster.worker_actor",
     "cluster.worker_process",

@@ -1,0 +1,141 @@
+"""The KV arrays of an attention shard: each layer's lie on its device, and stay there.
+
+Which positions are visible is known on every device that has layers. Whole blocks may be read and
+written: copies of keys and values, for and from another process.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from cluster.calls import Refusal, StoreBlocks
+from cluster.errors import RefusalReason
+from model.decoder import Decoder
+from model.kv_cache import LayerCache, StepBatch, make_kv_cache
+from model.runner import CacheSize, jitted_parts
+from workers.devices import Device, settle
+from workers.programs import block_programs
+
+
+class KvArrays:
+    """Owns keys and values by layer, and what is visible by device. `layers` may be replaced.
+
+    `layer_devices` has the device of each layer from `first_layer` on; those of a device follow one
+    another.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        first_layer: int,
+        layer_devices: Sequence[Device],
+        cache_size: CacheSize,
+    ) -> None:
+        self.first_layer = first_layer
+        self.num_layers = len(layer_devices)
+        self.cache_size = cache_size
+        self.layers: dict[int, LayerCache] = {}
+        self.visible_NP: dict[Device, jax.Array] = {}
+        self._decoder = decoder
+        self._devices = dict(enumerate(layer_devices, first_layer))
+        self._mark_visible = jitted_parts(decoder).mark_visible
+        for layer, device in self._devices.items():
+            with jax.default_device(device):
+                cache = make_kv_cache(
+                    decoder.config,
+                    1,
+                    cache_size.num_blocks,
+                    cache_size.block_size,
+                    decoder.dtype,
+                )
+            cache = settle(cache, device)
+            self.layers[layer] = cache.layers_L[0]
+            self.visible_NP.setdefault(device, cache.visible_NP)
+
+    def mark_visible(self, steps: Mapping[Device, StepBatch]) -> None:
+        """Records, on every device, which of a step's positions later queries may see."""
+        for device, visible_NP in self.visible_NP.items():
+            self.visible_NP[device] = self._mark_visible(visible_NP, steps[device])
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the keys and values of one block, in all layers of the shard."""
+        values = np.prod(self._block_shape, dtype=np.int64) * self._decoder.dtype.itemsize
+        return 2 * int(values)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [C, L, P, R, K] of blocks, copied."""
+        # One at a time: a program for each number of blocks would have to be compiled.
+        blocks = [self._read_block(block_id) for block_id in block_ids]
+        keys_CLPRK, values_CLPRK = zip(*blocks, strict=True)
+        return np.stack(keys_CLPRK), np.stack(values_CLPRK)
+
+    def write_block(
+        self,
+        block_id: int,
+        token_ids_P: np.ndarray,
+        keys_LPRK: np.ndarray,
+        values_LPRK: np.ndarray,
+    ) -> None:
+        """Puts keys and values into a block, as if its tokens had been computed there."""
+        _, write = block_programs()
+        for device, layers, layers_L in self._cache_runs():
+            here = slice(layers.start - self.first_layer, layers.stop - self.first_layer)
+            layers_L, self.visible_NP[device] = write(
+                layers_L,
+                self.visible_NP[device],
+                np.int32(block_id),
+                token_ids_P != self._decoder.config.pad_token,
+                # Copied: a device may still read them when whoever sent them writes there again.
+                keys_LPRK[here].copy(),
+                values_LPRK[here].copy(),
+            )
+            self.layers.update(zip(layers, layers_L, strict=True))
+
+    def visible(self, block_id: int) -> np.ndarray:
+        """Which positions [P] of a block later queries may see, for inspection."""
+        visible_NP = next(iter(self.visible_NP.values()))
+        return np.asarray(visible_NP)[block_id].copy()
+
+    def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
+        """Why blocks cannot lie here, if they cannot."""
+        wanted, dtype = self._block_shape, self._decoder.dtype
+        num_blocks = len(call.token_ids_CP)
+        layers = (call.first_layer, call.keys_CLPRK.shape[1])
+        if layers != (self.first_layer, self.num_layers):
+            message = f"layers {layers[0]} and following, {layers[1]} of them, are not these"
+            return Refusal(RefusalReason.NOT_HELD, message)
+        is_sound = (
+            num_blocks > 0
+            and call.token_ids_CP.shape == (num_blocks, wanted[1])
+            and call.keys_CLPRK.shape == call.values_CLPRK.shape == (num_blocks, *wanted)
+            and call.keys_CLPRK.dtype == call.values_CLPRK.dtype == dtype
+        )
+        if is_sound:
+            return None
+        message = f"blocks {call.keys_CLPRK.shape} of {call.keys_CLPRK.dtype}, wanted {wanted}"
+        return Refusal(RefusalReason.MALFORMED, message)
+
+    def _read_block(self, block_id: int) -> tuple[np.ndarray, np.ndarray]:
+        read, _ = block_programs()
+        # All devices are asked before the first is waited for.
+        runs = [read(layers_L, np.int32(block_id)) for _, _, layers_L in self._cache_runs()]
+        keys, values = zip(*jax.device_get(runs), strict=True)
+        return np.concatenate(keys), np.concatenate(values)
+
+    def _cache_runs(self) -> list[tuple[Device, range, tuple[LayerCache, ...]]]:
+        """The KV arrays of each device, and of which layers they are."""
+        runs: list[tuple[Device, range, tuple[LayerCache, ...]]] = []
+        for device in self.visible_NP:
+            here = [layer for layer, on in self._devices.items() if on == device]
+            layers = range(here[0], here[-1] + 1)
+            runs.append((device, layers, tuple(self.layers[layer] for layer in layers)))
+        return runs
+
+    @property
+    def _block_shape(self) -> tuple[int, int, int, int]:
+        """L, P, R, K of a block."""
+        config = self._decoder.config
+        size = self.cache_size.block_size
+        return (self.num_layers, size, config.num_kv_heads, config.key_size)

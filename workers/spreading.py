@@ -1,0 +1,154 @@
+"""Which of a worker's devices holds what: a pure plan from sizes and memory.
+
+Nothing is cut. An attention layer and an expert lie whole on one device, so every sum is one
+device's own and has the bits that it has on any other.
+
+1. The embedding and the output head lie on the first device.
+2. Attention layers, each with its KV cache, lie in consecutive runs, as even by bytes as they go: a
+   batch changes devices once for each run.
+3. How many experts a device holds follows from its room; which ones, from their layers: those of
+   one layer lie on as many devices as they can, because these compute at the same time.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import PlacementError
+from cluster.placement import BYTES_PER_GB, ExpertId, ModelBytes, ShardPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartBytes:
+    """What a part takes on the device that holds it; a layer of attention with its KV cache."""
+
+    end_bytes: int
+    layer_bytes: int
+    expert_bytes: int
+
+    @classmethod
+    def of(cls, model: ModelBytes, kv_tokens: int) -> "PartBytes":
+        """The parts of a model, with room for so many positions of KV cache."""
+        return cls(
+            end_bytes=model.end_bytes,
+            layer_bytes=model.attention_layer_bytes + model.kv_layer_bytes_per_token * kv_tokens,
+            expert_bytes=model.expert_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceShare:
+    """What lies on one device: the ends or not, attention layers, experts."""
+
+    has_ends: bool = False
+    layers: Sequence[int] = ()
+    experts: frozenset[ExpertId] = frozenset()
+
+    def num_bytes(self, parts: PartBytes) -> int:
+        """What it takes of the device's memory."""
+        return (
+            self.has_ends * parts.end_bytes
+            + len(self.layers) * parts.layer_bytes
+            + len(self.experts) * parts.expert_bytes
+        )
+
+
+def spread_layers(parts: PartBytes, plan: ShardPlan, num_devices: int) -> list[range]:
+    """The attention layers of each device."""
+    taken = [plan.has_ends * parts.end_bytes, *[0] * (num_devices - 1)]
+    counts = [0] * num_devices
+    for _ in range(plan.num_layers):
+        least = min(range(num_devices), key=lambda device: taken[device])
+        taken[least] += parts.layer_bytes
+        counts[least] += 1
+    runs: list[range] = []
+    first = plan.first_layer
+    for count in counts:
+        runs.append(range(first, first + count))
+        first += count
+    return runs
+
+
+def spread_experts(
+    parts: PartBytes,
+    shares: Sequence[DeviceShare],
+    wanted: Iterable[ExpertId],
+    memory_bytes: Sequence[int],
+) -> dict[ExpertId, int]:
+    """The device of each wanted expert, beside what the devices hold already.
+
+    Where memory is short it is overdrawn evenly: whoever may refuse that asks `check_memory`.
+    """
+    wanted = sorted(wanted)
+    quotas = _quotas(parts, shares, len(wanted), memory_bytes)
+    num_in_layer = [Counter(expert_id.layer for expert_id in share.experts) for share in shares]
+    placed: dict[ExpertId, int] = {}
+    for expert_id in wanted:
+        device = min(
+            (device for device, quota in enumerate(quotas) if quota),
+            key=lambda device: (num_in_layer[device][expert_id.layer], -quotas[device]),
+        )
+        placed[expert_id] = device
+        quotas[device] -= 1
+        num_in_layer[device][expert_id.layer] += 1
+    return placed
+
+
+def with_experts(
+    shares: Sequence[DeviceShare], placed: Mapping[ExpertId, int]
+) -> list[DeviceShare]:
+    """The shares with experts added."""
+    return [
+        DeviceShare(
+            has_ends=share.has_ends,
+            layers=share.layers,
+            experts=share.experts | {e for e, device in placed.items() if device == number},
+        )
+        for number, share in enumerate(shares)
+    ]
+
+
+def check_memory(
+    parts: PartBytes, shares: Sequence[DeviceShare], memory_bytes: Sequence[int]
+) -> None:
+    """Holds shares against the devices' memory.
+
+    Raises:
+        PlacementError: one has too little; says which, what it needs, for what, and has.
+    """
+    for device, (share, has) in enumerate(zip(shares, memory_bytes, strict=True)):
+        needs = share.num_bytes(parts)
+        if needs > has:
+            kinds = {
+                "embedding and output head": share.has_ends * parts.end_bytes,
+                f"{len(share.layers)} attention layers with KV cache": len(share.layers)
+                * parts.layer_bytes,
+                f"{len(share.experts)} experts": len(share.experts) * parts.expert_bytes,
+            }
+            sums = " + ".join(f"{kind} {_gb(size)}" for kind, size in kinds.items() if size)
+            raise PlacementError(f"device {device} needs {_gb(needs)} ({sums}), has {_gb(has)}")
+
+
+def plannable_bytes(parts: PartBytes, memory_bytes: int, num_devices: int) -> int:
+    """What a planner that knows nothing of devices may fill of their memory together.
+
+    Each may have a gap left that is smaller than an expert.
+    """
+    return max(0, memory_bytes - (num_devices - 1) * parts.expert_bytes)
+
+
+def _quotas(
+    parts: PartBytes, shares: Sequence[DeviceShare], count: int, memory_bytes: Sequence[int]
+) -> list[int]:
+    """How many experts each device takes, so that as even a room as can be is left."""
+    room = [has - share.num_bytes(parts) for share, has in zip(shares, memory_bytes, strict=True)]
+    quotas = [0] * len(shares)
+    for _ in range(count):
+        most = max(range(len(room)), key=lambda device: room[device])
+        room[most] -= parts.expert_bytes
+        quotas[most] += 1
+    return quotas
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / BYTES_PER_GB:.1f} GB"
