@@ -143,9 +143,13 @@ class ExpertShard:
                     rows = jax.device_put(rows, group.device)
                 computing = self._expert_half(group.params, *rows)
                 started.append((places_TA >= 0, computing))
-        # Not before all have begun: each device has its own to compute.
+        # Not before all have begun: each device has its own to compute, and its own to send.
+        if len(started) > 1:
+            for _, computing in started:
+                computing.copy_to_host_async()
         outputs_TAD: np.ndarray | None = None
-        for is_here, computed in jax.device_get(started):
+        for is_here, computing in started:
+            computed = np.asarray(computing)
             if outputs_TAD is None and np.array_equal(is_here, is_wanted):
                 outputs_TAD = computed
             else:
