@@ -132,7 +132,10 @@ class _Stream:
             self._ring(response)
 
     def scored(self, scores: PromptScores) -> None:
-        self._ring(router_pb2.RouteResponse(prompt_logprobs=scores_to_wire(scores)))
+        response = router_pb2.RouteResponse(
+            standby_id=self._news_of_standby(), prompt_logprobs=scores_to_wire(scores)
+        )
+        self._ring(response)
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
