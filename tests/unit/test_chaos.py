@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,6 +293,19 @@ def test_sample_is_of_a_process_and_its_children() -> None:
         wait_until(lambda: (s := take_sample(process.pid, 0.0)) is not None and s.num_processes > 1)
         process.communicate(b"\n", timeout=30)
     assert take_sample(process.pid, 0.0) is None
+
+
+def test_what_rays_log_monitor_holds_is_counted_apart(tmp_path: Path) -> None:
+    script = tmp_path / "log_monitor.py"
+    script.write_text("files = [open('/dev/null') for _ in range(50)]\nprint(flush=True)\ninput()")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script)], **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        taken = take_sample(process.pid, 0.0)
+        process.communicate(b"\n", timeout=30)
+    assert taken is not None and taken.num_processes == 1
+    assert taken.num_log_descriptors > 50 and taken.num_descriptors == 0
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
