@@ -38,6 +38,11 @@ def be_patient() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
+def watch_proxies() -> None:
+    """Has Serve replace a dead proxy after three seconds; it would take half a minute."""
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
+
+
 def stay_local() -> None:
     """Has a cluster started from here listen on the loopback address only.
 
