@@ -16,6 +16,9 @@ class Fault(Enum):
     KILL_ATTENTION = "kill-attention"
     KILL_ROUTER = "kill-router"
     KILL_CONTROLLER = "kill-controller"
+    # A process ends that clients are connected to: they come again, and say how much they had.
+    KILL_INGRESS = "kill-ingress"
+    KILL_PROXY = "kill-proxy"
     # A process stands still for seconds, then wakes up as if nothing had been.
     FREEZE = "freeze"
     # A process stands still for moments, again and again.
@@ -37,6 +40,8 @@ NOT_FROM_OUTSIDE = {
     " network namespaces, as root",
 }
 POSSIBLE = tuple(fault for fault in Fault if fault not in NOT_FROM_OUTSIDE)
+# Which break connections of clients. Nothing else may.
+BREAKING = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
 # Which end with a new process, that has to load its shards.
 DEADLY = frozenset({Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH})
 

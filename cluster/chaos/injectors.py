@@ -29,6 +29,14 @@ class Hands(Protocol):
 
     def controller(self) -> Place: ...
 
+    def ingress(self) -> Sequence[Place]:
+        """Replicas of the ingress that serve."""
+        ...
+
+    def proxies(self) -> Sequence[Place]:
+        """Proxies that pass HTTP on to them."""
+        ...
+
     def view(self) -> ClusterView:
         """The controller's newest."""
         ...
@@ -49,6 +57,8 @@ class Done:
     victim: str
     began_s: float
     ended_s: float
+    # Who ended by it, where it was one.
+    killed: Place | None = None
 
 
 def inject(strike: Strike, hands: Hands) -> Done:
@@ -60,6 +70,10 @@ def inject(strike: Strike, hands: Hands) -> Done:
     match strike.fault:
         case Fault.KILL_CONTROLLER:
             return _kill(hands.controller(), hands)
+        case Fault.KILL_INGRESS:
+            return _kill(_any(strike, hands.ingress()), hands)
+        case Fault.KILL_PROXY:
+            return _kill(_any(strike, hands.proxies()), hands)
         case Fault.KILL_EXPERT | Fault.KILL_ATTENTION | Fault.KILL_ROUTER:
             return _kill(_victim(strike, hands.workers()), hands)
         case Fault.FREEZE:
@@ -81,10 +95,16 @@ def _victim(strike: Strike, workers: Sequence[WorkerFacts]) -> Place:
     return place
 
 
+def _any(strike: Strike, places: Sequence[Place]) -> Place:
+    if not places:
+        raise StartupError(f"{strike.fault.value}: nobody serves whom it could hit")
+    return sorted(places, key=lambda place: place.name)[strike.draw % len(places)]
+
+
 def _kill(place: Place, hands: Hands) -> Done:
     now_s = time.monotonic()
     hands.send(place, signal.SIGKILL)
-    return Done(place.name, now_s, time.monotonic())
+    return Done(place.name, now_s, time.monotonic(), place)
 
 
 def _freeze(strike: Strike, hands: Hands) -> Done:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.chaos.asks import draw_asks
+from cluster.chaos.clients import Endpoint, open_clients
 from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults
 from cluster.chaos.histogram import draw_histogram
-from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
+from cluster.chaos.load import Load
 from cluster.chaos.local_cluster import local_cluster
 from cluster.chaos.report import Report, format_report
 from cluster.chaos.trial import Plan, Trial
@@ -191,6 +192,6 @@ def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpo
     plan = Plan(
         faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
     )
-    with open_channel(endpoint) as channel:
-        load = Load(asks, make_clients(endpoint, channel), options.clients)
+    with open_clients(endpoint) as clients:
+        load = Load(asks, clients, options.clients)
         return Trial(asks, load, RayHands(), say).run(plan)
