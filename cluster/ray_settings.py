@@ -14,6 +14,9 @@ import psutil
 from cluster.config import LOOPBACK
 from cluster.user_cache import user_cache_dir
 
+# Has workers do wrong what nobody can do to them from outside, when they are told to.
+FAULTS_VARIABLE = "MILLIWAYS_FAULTS"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:

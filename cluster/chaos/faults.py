@@ -27,19 +27,20 @@ class Fault(Enum):
     DISK_FULL = "disk-full"
     # A worker sleeps through a change of the placement.
     STALE_EPOCH = "stale-epoch"
-    # A reply is lost although the stream stands; a network comes apart.
+    # A reply is lost although the stream stands.
     DROP_REPLY = "drop-reply"
+    # A network comes apart.
     PARTITION = "partition"
 
 
 NOT_FROM_OUTSIDE = {
-    Fault.DROP_REPLY: "one that can be done from outside: no signal loses a reply on a stream"
-    " that stands; it is tried at every message in simulation (tests/simulation)",
     Fault.PARTITION: "one that can be done from outside: the processes of a node share its"
     " loopback interface, which cannot be cut between them; tests/faults does it with two"
     " network namespaces, as root",
 }
 POSSIBLE = tuple(fault for fault in Fault if fault not in NOT_FROM_OUTSIDE)
+# Which a worker does to itself, where its cluster was started to be broken.
+FROM_WITHIN = frozenset({Fault.DROP_REPLY})
 # Which break connections of clients. Nothing else may.
 BREAKING = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
 # Which end with a new process, that has to load its shards.

@@ -18,6 +18,7 @@ from cluster.view import ClusterView
 SLOW_STOPPED_S = 0.08
 SLOW_RUNNING_S = 0.04
 EPOCH_TIMEOUT_S = 30.0
+MOST_DROPPED = 4
 
 
 class Hands(Protocol):
@@ -43,6 +44,14 @@ class Hands(Protocol):
 
     def send(self, place: Place, number: signal.Signals) -> None:
         """Signals a process; without effect where it is gone."""
+        ...
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        """Has a worker lose its next answers to others; how many it had to answer and lost.
+
+        Raises:
+            StartupError: it does not do so.
+        """
         ...
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
@@ -84,7 +93,9 @@ def inject(strike: Strike, hands: Hands) -> Done:
             return _fill_disk(strike, hands)
         case Fault.STALE_EPOCH:
             return _sleep_through(strike, hands)
-        case Fault.DROP_REPLY | Fault.PARTITION:
+        case Fault.DROP_REPLY:
+            return _drop_replies(strike, hands)
+        case Fault.PARTITION:
             raise AssertionError("refused when the command line was read")
 
 
@@ -134,6 +145,13 @@ def _fill_disk(strike: Strike, hands: Hands) -> Done:
     finally:
         hands.limit_files(place, None)
     return Done(place.name, began_s, time.monotonic())
+
+
+def _drop_replies(strike: Strike, hands: Hands) -> Done:
+    place = _victim(strike, hands.workers())
+    began_s = time.monotonic()
+    num_lost = hands.drop_replies(place, 1 + strike.draw % MOST_DROPPED)
+    return Done(f"{place.name}, {num_lost} times", began_s, time.monotonic())
 
 
 def _sleep_through(strike: Strike, hands: Hands) -> Done:

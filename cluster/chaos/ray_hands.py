@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.chaos.victims import Place, WorkerFacts
 from cluster.controller_actor import find_controller
 from cluster.errors import StartupError
+from cluster.ray_fleet import NAMESPACE
 from cluster.view import ClusterView
 
 # Of the deployment in `cluster.app`, whatever its application is called.
@@ -69,6 +70,16 @@ class RayHands:
 
     def send(self, place: Place, number: signal.Signals) -> None:
         self._at(place, lambda: signal_actor(place.pid, number))
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        status: Any = self._ask("status")
+        lives = {w["worker_id"]: w["incarnation"] for w in status["workers"]}
+        try:
+            actor = ray.get_actor(f"{place.name}-{lives[place.name]}", namespace=NAMESPACE)
+            num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)
+        except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise StartupError(f"{place.name} loses no replies: {error}") from error
+        return num_lost
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         self._at(place, lambda: limit_files(place.pid, max_bytes))

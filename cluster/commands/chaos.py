@@ -13,7 +13,13 @@ from pathlib import Path
 
 from cluster.chaos.asks import draw_asks
 from cluster.chaos.clients import Endpoint, open_clients
-from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults
+from cluster.chaos.faults import (
+    FROM_WITHIN,
+    NOT_FROM_OUTSIDE,
+    POSSIBLE,
+    Fault,
+    parse_faults,
+)
 from cluster.chaos.histogram import draw_histogram
 from cluster.chaos.load import Load
 from cluster.chaos.local_cluster import local_cluster
@@ -39,9 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--faults",
         metavar="A,B",
-        default=",".join(fault.value for fault in POSSIBLE),
         help=f"of {', '.join(fault.value for fault in Fault)}; not possible from outside:"
-        f" {', '.join(fault.value for fault in NOT_FROM_OUTSIDE)} [all that are possible]",
+        f" {', '.join(fault.value for fault in NOT_FROM_OUTSIDE)} [all that are possible; with"
+        f" --address without {', '.join(fault.value for fault in FROM_WITHIN)}]",
     )
     option("--requests", type=int, default=48, metavar="N", help="different ones [%(default)s]")
     option("--clients", type=int, default=8, metavar="C", help="at a time [%(default)s]")
@@ -77,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: an option is wrong, or names what cannot be done from outside.
         PromiseBrokenError: the promise does not hold.
     """
-    faults = parse_faults(options.faults)
+    faults = _faults(options)
     _check(options)
     be_quiet()
     with _joined(options, faults) as (endpoint, pid), watched(pid) as samples:
@@ -93,6 +99,13 @@ def run(options: argparse.Namespace) -> None:
         options.histogram.write_text(picture, "utf-8")
     if not report.holds:
         raise PromiseBrokenError(f"{len(report.complaints)} times the promise was broken")
+
+
+def _faults(options: argparse.Namespace) -> tuple[Fault, ...]:
+    if options.faults is not None:
+        return parse_faults(options.faults)
+    left_out = FROM_WITHIN if options.address else frozenset[Fault]()
+    return tuple(fault for fault in POSSIBLE if fault not in left_out)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def rows_of(cluster: ServedCluster, faults: str) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize(
     "faults",
     [
-        "freeze,slow,disk-full",
+        "freeze,slow,disk-full,drop-reply",
         "kill-controller,kill-expert,kill-router,stale-epoch",
         "kill-ingress,kill-proxy",
     ],
@@ -70,10 +70,7 @@ def test_cluster_of_others_is_not_broken_unasked(cluster: ServedCluster) -> None
     assert "--yes" in done.stderr and "kills and stops processes" in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["drop-reply", "partition"])
-def test_what_cannot_be_done_from_outside_is_refused_at_once(
-    cluster: ServedCluster, fault: str
-) -> None:
-    done = run_command(cluster.environment, "chaos", "--faults", fault)
+def test_what_cannot_be_done_from_outside_is_refused_at_once(cluster: ServedCluster) -> None:
+    done = run_command(cluster.environment, "chaos", "--faults", "partition")
     assert done.returncode == 1
-    assert f"--faults = '{fault}'" in done.stderr and "tests/" in done.stderr
+    assert "--faults = 'partition'" in done.stderr and "tests/" in done.stderr

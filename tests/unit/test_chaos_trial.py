@@ -71,6 +71,9 @@ class Hands:
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         raise AssertionError
 
+    def drop_replies(self, place: Place, count: int) -> int:
+        raise AssertionError
+
     def _doors(self, name: str) -> Sequence[Place]:
         # One that is there again is another one.
         place = Place(name=name, node_id="n", pid=100 + len(self.kills))
