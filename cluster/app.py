@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 APP_NAME = "milliways"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+# Until one has asked, a dead replica is not replaced.
+HEALTH_CHECK_PERIOD_S = 1.0
 
 
 class Directory:
@@ -95,7 +97,12 @@ class IngressReplica:
         )
         settings = config.ingress
         self._grpc = GrpcServer(
-            self._ingress, host=settings.host, port=settings.grpc_port, tls=config.tls
+            self._ingress,
+            host=settings.host,
+            port=settings.grpc_port,
+            tls=config.tls,
+            # With the other replicas on this node.
+            shares_port=True,
         )
         self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
 
@@ -131,6 +138,7 @@ def make_app(config: ClusterConfig) -> serve.Application:
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
         },
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
     ).bind(config)

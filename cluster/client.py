@@ -74,9 +74,15 @@ class GenerateClient:
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     async def generate(
-        self, request: generate_pb2.GenerateRequest, *, timeout_s: float = 600.0
+        self,
+        request: generate_pb2.GenerateRequest,
+        *,
+        timeout_s: float = 600.0,
+        when_broken: Callable[[Exception], None] | None = None,
     ) -> AsyncGenerator[generate_pb2.GenerateResponse]:
         """The responses of a stream that nothing disturbed. Closing it cancels the request.
+
+        `when_broken` hears why, each time before the stream goes on over another connection.
 
         Raises:
             AioRpcError: the request was refused, or its deadline passed; then with what had
@@ -102,6 +108,8 @@ class GenerateClient:
                 wait_s = max(backoff_s, _retry_after_s(error, progress))
                 if self._clock() + wait_s >= deadline_s:
                     raise
+                if when_broken is not None:
+                    when_broken(error)
             finally:
                 call.cancel()
             self._turn = (self._turn + 1) % len(self._channels)

@@ -14,6 +14,9 @@ import psutil
 from cluster.config import LOOPBACK
 from cluster.user_cache import user_cache_dir
 
+# Has workers do wrong what nobody can do to them from outside, when they are told to.
+FAULTS_VARIABLE = "MILLIWAYS_FAULTS"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
@@ -36,6 +39,11 @@ def be_quiet() -> None:
 def be_patient() -> None:
     """Has Serve wait for its proxy on a busy machine, which it would end after five seconds."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
+
+def watch_proxies() -> None:
+    """Has Serve replace a dead proxy after three seconds; it would take half a minute."""
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 
 def stay_local() -> None:

@@ -13,10 +13,11 @@ from ray.actor import ActorHandle
 
 from cluster.cli import keep_programs
 from cluster.config import LOOPBACK, ClusterConfig
-from cluster.errors import StartupError
+from cluster.errors import ConfigError, StartupError
 from cluster.fleet import Existing, Spawned
 from cluster.local_devices import tell_jax
 from cluster.placement import ExpertId, ShardPlan
+from cluster.ray_settings import FAULTS_VARIABLE
 from cluster.view import ClusterView
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,17 @@ class WorkerActor:
 
     async def drain(self) -> None:
         await asyncio.to_thread(self._process.drain)
+
+    async def drop_replies(self, count: int) -> int:
+        """As `WorkerProcess.drop_replies`.
+
+        Raises:
+            ConfigError: this cluster takes no orders to do anything wrong.
+        """
+        told = os.environ.get(FAULTS_VARIABLE, "")
+        if told != "1":
+            raise ConfigError(FAULTS_VARIABLE, told, "'1' where the cluster was started")
+        return await asyncio.to_thread(self._process.drop_replies, count)
 
     async def progress(self) -> tuple[int, int]:
         """Bytes read, and bytes that will be."""

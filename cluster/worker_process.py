@@ -73,6 +73,8 @@ logger = logging.getLogger(__name__)
 CONTEXTS_BY_DEFAULT = 8
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
+DROP_TIMEOUT_S = 5.0
+DROP_POLL_S = 0.01
 Fault = Callable[[BaseException], None]
 
 
@@ -259,6 +261,17 @@ class WorkerProcess:
         self._compute.call(self._begin_to_drain)
         self._routing.call(self._router.drain)
 
+    def drop_replies(self, count: int) -> int:
+        """Loses the next answers to other processes, though their ways stand: a fault to order.
+
+        Returns when they are lost, or after a while; how many were.
+        """
+        presence, until_s = self._presence, time.monotonic() + DROP_TIMEOUT_S
+        self._compute.call(lambda: presence.drop_next(count))
+        while presence.num_to_drop and time.monotonic() < until_s:
+            time.sleep(DROP_POLL_S)
+        return count - self._compute.call(presence.keep_all)
+
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Gives the router a request past its door; it calls the listener in its own thread.
 
@@ -345,7 +358,7 @@ class WorkerProcess:
 
     def _open_doors(self) -> tuple[str, str]:
         tls = self._config.tls
-        presence = Presence(self._core)
+        self._presence = presence = Presence(self._core)
         self._memory_server = ShmServer(
             self._compute, presence, worker_id=self.worker_id, incarnation=self.incarnation
         )

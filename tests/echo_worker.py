@@ -134,7 +134,7 @@ class EchoServer:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
         self.host_id = local_host_id()
-        presence = Presence(self.core)
+        self.presence = presence = Presence(self.core)
         self.shm = ShmServer(
             self.reactor,
             presence,

@@ -188,7 +188,7 @@ async def running(*routers: FakeRouter) -> AsyncIterator[Directory]:
 
 async def start(router: FakeRouter, worker_id: str, tls: TlsSettings | None = None) -> None:
     """Serves a router on a port of its own, again if it had stopped."""
-    server = aio.server(options=list(SERVER_OPTIONS))
+    server = aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
     router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
     if tls is not None:
         credentials = server_credentials(tls, wants_client=True)

@@ -173,7 +173,8 @@ def serving(folder: Path, *arguments: str) -> Iterator[ServedCluster]:
     """Starts `milliways serve`; does not wait until it is ready. Kills it at the end."""
     http_port, grpc_port = free_ports(2)
     command = [sys.executable, "-m", "cluster.cli", "serve", *arguments]
-    environment = child_environment(folder)
+    # Some tests order faults that cannot be done from outside.
+    environment = child_environment(folder, MILLIWAYS_FAULTS="1")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(http_port), "--grpc-port", str(grpc_port)],

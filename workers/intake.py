@@ -19,11 +19,29 @@ class Presence:
 
     def __init__(self, sink: CallSink) -> None:
         self.sink = sink
+        # Answers that are to be lost on their way, for whoever tries what comes of it.
+        self.num_to_drop = 0
         self._num_ways: Counter[str] = Counter()
 
     def arrived(self, router_id: str) -> None:
         """A way from a router was opened."""
         self._num_ways[router_id] += 1
+
+    def try_drop(self) -> bool:
+        """Whether the next answer is one that is to be lost."""
+        if not self.num_to_drop:
+            return False
+        self.num_to_drop -= 1
+        return True
+
+    def drop_next(self, count: int) -> None:
+        """Loses the next answers."""
+        self.num_to_drop = count
+
+    def keep_all(self) -> int:
+        """Loses no more answers; how many it should have lost yet."""
+        num_left, self.num_to_drop = self.num_to_drop, 0
+        return num_left
 
     def left(self, router_id: str) -> None:
         """A way from a router broke; the core hears of it with the last one."""
@@ -80,7 +98,7 @@ class Intake:
     def answer(self, call_id: int, result: Result) -> None:
         """Sends the one answer to a call."""
         self.num_open -= 1
-        if not self._is_closed:
+        if not self._is_closed and not self._presence.try_drop():
             self._send(call_id, result)
 
 

@@ -9,6 +9,7 @@ from milliways.v1 import router_pb2
 
 from cluster.chaos.asks import Ask
 
+MAX_REASON_CHARS = 200
 _REASONS = {
     router_pb2.FINISH_REASON_UNSPECIFIED: "",
     router_pb2.FINISH_REASON_STOP: "stop",
@@ -36,14 +37,23 @@ class Choice:
         self.finish_reason = finish_reason or self.finish_reason
 
 
+@dataclass(frozen=True, slots=True)
+class Break:
+    """The end of a connection before that of the answer."""
+
+    at_s: float
+    reason: str
+
+
 @dataclass(slots=True)
 class Answer:
-    """All samples of a request, and when tokens came."""
+    """All samples of a request, when tokens came, and when a connection broke meanwhile."""
 
     choices: list[Choice]
     token_times_s: list[float] = field(default_factory=list[float])
     # Of a gRPC stream; over HTTP they are among those of each choice.
     prompt_logprobs: list[object] = field(default_factory=list[object])
+    breaks: list[Break] = field(default_factory=list[Break])
 
     @classmethod
     def of(cls, ask: Ask) -> "Answer":
@@ -53,6 +63,12 @@ class Answer:
     @property
     def is_complete(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
+
+    def note_break(self, now_s: float, reason: object) -> None:
+        """A connection broke; the rest comes over another."""
+        # Those of gRPC are paragraphs.
+        text = " ".join(str(reason).split())[:MAX_REASON_CHARS]
+        self.breaks.append(Break(now_s, f"{type(reason).__name__}: {text}"))
 
     def add_chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
         """A piece of an HTTP stream."""
@@ -103,7 +119,8 @@ class Heard:
             return self
         is_comparable = not self.error and self.ask_index in wanted
         found = difference(wanted[self.ask_index], self.answer) if is_comparable else ""
-        return replace(self, answer=Answer([], self.answer.token_times_s), difference=found)
+        times_only = replace(self.answer, choices=[], prompt_logprobs=[])
+        return replace(self, answer=times_only, difference=found)
 
     @property
     def first_token_s(self) -> float | None:

@@ -16,6 +16,9 @@ class Fault(Enum):
     KILL_ATTENTION = "kill-attention"
     KILL_ROUTER = "kill-router"
     KILL_CONTROLLER = "kill-controller"
+    # A process ends that clients are connected to: they come again, and say how much they had.
+    KILL_INGRESS = "kill-ingress"
+    KILL_PROXY = "kill-proxy"
     # A process stands still for seconds, then wakes up as if nothing had been.
     FREEZE = "freeze"
     # A process stands still for moments, again and again.
@@ -24,19 +27,22 @@ class Fault(Enum):
     DISK_FULL = "disk-full"
     # A worker sleeps through a change of the placement.
     STALE_EPOCH = "stale-epoch"
-    # A reply is lost although the stream stands; a network comes apart.
+    # A reply is lost although the stream stands.
     DROP_REPLY = "drop-reply"
+    # A network comes apart.
     PARTITION = "partition"
 
 
 NOT_FROM_OUTSIDE = {
-    Fault.DROP_REPLY: "one that can be done from outside: no signal loses a reply on a stream"
-    " that stands; it is tried at every message in simulation (tests/simulation)",
     Fault.PARTITION: "one that can be done from outside: the processes of a node share its"
     " loopback interface, which cannot be cut between them; tests/faults does it with two"
     " network namespaces, as root",
 }
 POSSIBLE = tuple(fault for fault in Fault if fault not in NOT_FROM_OUTSIDE)
+# Which a worker does to itself, where its cluster was started to be broken.
+FROM_WITHIN = frozenset({Fault.DROP_REPLY})
+# Which break connections of clients. Nothing else may.
+BREAKING = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
 # Which end with a new process, that has to load its shards.
 DEADLY = frozenset({Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH})
 

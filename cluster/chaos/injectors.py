@@ -18,6 +18,7 @@ from cluster.view import ClusterView
 SLOW_STOPPED_S = 0.08
 SLOW_RUNNING_S = 0.04
 EPOCH_TIMEOUT_S = 30.0
+MOST_DROPPED = 4
 
 
 class Hands(Protocol):
@@ -29,12 +30,28 @@ class Hands(Protocol):
 
     def controller(self) -> Place: ...
 
+    def ingress(self) -> Sequence[Place]:
+        """Replicas of the ingress that serve."""
+        ...
+
+    def proxies(self) -> Sequence[Place]:
+        """Proxies that pass HTTP on to them."""
+        ...
+
     def view(self) -> ClusterView:
         """The controller's newest."""
         ...
 
     def send(self, place: Place, number: signal.Signals) -> None:
         """Signals a process; without effect where it is gone."""
+        ...
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        """Has a worker lose its next answers to others; how many it had to answer and lost.
+
+        Raises:
+            StartupError: it does not do so.
+        """
         ...
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
@@ -49,6 +66,8 @@ class Done:
     victim: str
     began_s: float
     ended_s: float
+    # Who ended by it, where it was one.
+    killed: Place | None = None
 
 
 def inject(strike: Strike, hands: Hands) -> Done:
@@ -60,6 +79,10 @@ def inject(strike: Strike, hands: Hands) -> Done:
     match strike.fault:
         case Fault.KILL_CONTROLLER:
             return _kill(hands.controller(), hands)
+        case Fault.KILL_INGRESS:
+            return _kill(_any(strike, hands.ingress()), hands)
+        case Fault.KILL_PROXY:
+            return _kill(_any(strike, hands.proxies()), hands)
         case Fault.KILL_EXPERT | Fault.KILL_ATTENTION | Fault.KILL_ROUTER:
             return _kill(_victim(strike, hands.workers()), hands)
         case Fault.FREEZE:
@@ -70,7 +93,9 @@ def inject(strike: Strike, hands: Hands) -> Done:
             return _fill_disk(strike, hands)
         case Fault.STALE_EPOCH:
             return _sleep_through(strike, hands)
-        case Fault.DROP_REPLY | Fault.PARTITION:
+        case Fault.DROP_REPLY:
+            return _drop_replies(strike, hands)
+        case Fault.PARTITION:
             raise AssertionError("refused when the command line was read")
 
 
@@ -81,10 +106,16 @@ def _victim(strike: Strike, workers: Sequence[WorkerFacts]) -> Place:
     return place
 
 
+def _any(strike: Strike, places: Sequence[Place]) -> Place:
+    if not places:
+        raise StartupError(f"{strike.fault.value}: nobody serves whom it could hit")
+    return sorted(places, key=lambda place: place.name)[strike.draw % len(places)]
+
+
 def _kill(place: Place, hands: Hands) -> Done:
     now_s = time.monotonic()
     hands.send(place, signal.SIGKILL)
-    return Done(place.name, now_s, time.monotonic())
+    return Done(place.name, now_s, time.monotonic(), place)
 
 
 def _freeze(strike: Strike, hands: Hands) -> Done:
@@ -114,6 +145,13 @@ def _fill_disk(strike: Strike, hands: Hands) -> Done:
     finally:
         hands.limit_files(place, None)
     return Done(place.name, began_s, time.monotonic())
+
+
+def _drop_replies(strike: Strike, hands: Hands) -> Done:
+    place = _victim(strike, hands.workers())
+    began_s = time.monotonic()
+    num_lost = hands.drop_replies(place, 1 + strike.draw % MOST_DROPPED)
+    return Done(f"{place.name}, {num_lost} times", began_s, time.monotonic())
 
 
 def _sleep_through(strike: Strike, hands: Hands) -> Done:

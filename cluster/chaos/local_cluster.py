@@ -1,5 +1,6 @@
 """A cluster of its own for a run: `milliways serve` in a process, with ports that were free."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from urllib.request import urlopen
 
 from cluster.config import LOOPBACK
 from cluster.errors import StartupError
-from cluster.ray_settings import RunningCluster, find_running_by
+from cluster.ray_settings import FAULTS_VARIABLE, RunningCluster, find_running_by
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
@@ -32,7 +33,13 @@ def local_cluster(arguments: Sequence[str]) -> Generator[RunningCluster]:
     command = [sys.executable, "-m", "cluster.cli", "serve", *arguments, *ports]
     with tempfile.TemporaryFile() as log:
         # A session of its own: Ctrl-C is for us, who then end it in order.
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {FAULTS_VARIABLE: "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             yield _wait_until_ready(process)
         except StartupError as error:

@@ -12,14 +12,19 @@ from typing import Any, TypeVar
 
 import psutil
 import ray
+from ray._private.state import actors
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.chaos.victims import Place, WorkerFacts
 from cluster.controller_actor import find_controller
 from cluster.errors import StartupError
+from cluster.ray_fleet import NAMESPACE
 from cluster.view import ClusterView
 
+# Of the deployment in `cluster.app`, whatever its application is called.
+INGRESS_NAME = "Ingress"
 PATIENCE_S = 60.0
 ANSWER_TIMEOUT_S = 15.0
 POLL_S = 0.1
@@ -40,6 +45,22 @@ class RayHands:
         node_id, pid = self._ask("whereabouts")
         return Place(name="controller", node_id=node_id, pid=pid)
 
+    def ingress(self) -> Sequence[Place]:
+        places: list[Place] = []
+        for application in _serve_details()["applications"].values():
+            deployment = application["deployments"].get(INGRESS_NAME)
+            for replica in deployment["replicas"] if deployment else ():
+                if replica["state"] == "RUNNING":
+                    places += _alive(replica["actor_id"], f"ingress {replica['replica_id']}")
+        return places
+
+    def proxies(self) -> Sequence[Place]:
+        places: list[Place] = []
+        for proxy in _serve_details()["proxies"].values():
+            if proxy["status"] == "HEALTHY":
+                places += _alive(proxy["actor_id"], "proxy")
+        return places
+
     def view(self) -> ClusterView:
         return self._ask("view", -1, 0.0)
 
@@ -49,6 +70,16 @@ class RayHands:
 
     def send(self, place: Place, number: signal.Signals) -> None:
         self._at(place, lambda: signal_actor(place.pid, number))
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        status: Any = self._ask("status")
+        lives = {w["worker_id"]: w["incarnation"] for w in status["workers"]}
+        try:
+            actor = ray.get_actor(f"{place.name}-{lives[place.name]}", namespace=NAMESPACE)
+            num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)
+        except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise StartupError(f"{place.name} loses no replies: {error}") from error
+        return num_lost
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         self._at(place, lambda: limit_files(place.pid, max_bytes))
@@ -77,6 +108,20 @@ class RayHands:
                 if time.monotonic() > until_s:
                     raise StartupError(f"no controller answers: {error}") from error
             time.sleep(POLL_S)
+
+
+def _serve_details() -> Any:
+    """All that Serve knows of its replicas and proxies."""
+    client: Any = _get_global_client()
+    return client.get_serve_details()
+
+
+def _alive(actor_id: str, name: str) -> list[Place]:
+    """Where an actor is; nothing once it is dead, of which Serve hears later than Ray."""
+    actor: Any = actors(actor_id)
+    if actor.get("State") != "ALIVE":
+        return []
+    return [Place(name=name, node_id=actor["Address"]["NodeID"], pid=actor["Pid"])]
 
 
 def signal_actor(pid: int, number: signal.Signals) -> None:

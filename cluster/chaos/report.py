@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.chaos.answers import Heard
 from cluster.chaos.asks import Ask
-from cluster.chaos.faults import Fault
+from cluster.chaos.faults import BREAKING, Fault
 
 MAX_COMPLAINTS = 20
 # What a fault does shows so soon after it: frozen peers are noticed within two seconds.
@@ -38,6 +38,8 @@ class Row:
     num_requests: int
     num_failed: int
     num_differing: int
+    # Requests that came in over more than one connection.
+    num_resumed: int
     # Of the streams that ran while the fault was being done, about that time.
     stalls_s: tuple[float, ...]
     first_tokens_s: tuple[float, ...] = ()
@@ -92,11 +94,26 @@ def make_report(
         if heard.error or heard.difference
     ]
     complaints += [
+        f"{asks[heard.ask_index]}: its connection broke, and nobody had broken it: {one.reason}"
+        for heard in [*undisturbed, *disturbed]
+        for one in heard.answer.breaks
+        if not _is_due(one.at_s, struck)
+    ]
+    complaints += [
         f"{one.fault.value} of {one.victim}: not fully replicated again"
         for one in struck
         if one.whole_s is None
     ]
     return Report(tuple(rows), tuple(complaints))
+
+
+def _is_due(broke_at_s: float, struck: Sequence[Struck]) -> bool:
+    """Whether a connection may have broken then: other deaths shall not be seen by clients."""
+    for one in struck:
+        healed_s = float("inf") if one.whole_s is None else one.whole_s
+        if one.fault in BREAKING and one.began_s <= broke_at_s <= healed_s + SHOWS_WITHIN_S:
+            return True
+    return False
 
 
 def _running(heard: Sequence[Heard], struck: Sequence[Struck]) -> list[Heard]:
@@ -120,6 +137,7 @@ def _row(name: str, heard: Sequence[Heard], struck: Sequence[Struck]) -> Row:
         num_requests=len(heard),
         num_failed=sum(bool(one.error) for one in heard),
         num_differing=sum(bool(one.difference) for one in heard),
+        num_resumed=sum(bool(one.answer.breaks) for one in heard),
         stalls_s=tuple(stalls_s),
         first_tokens_s=tuple(s for s in first_tokens_s if s is not None),
         recoveries_s=tuple(r for r in recoveries if r is not None),
@@ -134,6 +152,7 @@ def _record(row: Row) -> dict[str, Any]:
         "requests": row.num_requests,
         "failed": row.num_failed,
         "differing": row.num_differing,
+        "resumed": row.num_resumed,
         "hit": len(row.stalls_s),
         "stall_ms": {
             f"p{round(100 * share)}": round(1000 * percentile(row.stalls_s, share), 1)
@@ -147,14 +166,15 @@ def format_report(report: Report) -> str:
     """A table for a terminal, and what was wrong below it."""
     heading = (
         f"{'fault':<19} {'times':>5} {'requests':>8} {'failed':>6} {'differing':>9}"
-        f" {'hit':>5} {'stall p50':>9} {'p99':>8} {'max':>8} {'first p99':>9}"
+        f" {'resumed':>7} {'hit':>5} {'stall p50':>9} {'p99':>8} {'max':>8} {'first p99':>9}"
         "  full replication after"
     )
     lines = [heading, *(_line(row) for row in report.rows)]
     lines += [
         "",
-        "hit: streams that ran while a fault was done; stall: their longest wait between two",
-        "tokens at that time; first: the wait for the first token, which shows who had to wait",
+        "resumed: streams whose connection broke, so that their clients came again; hit: those",
+        "that ran while a fault was done; stall: their longest wait between two tokens at that",
+        "time; first: the wait for the first token, which shows who had to wait",
     ]
     lines += report.complaints[:MAX_COMPLAINTS]
     left = len(report.complaints) - MAX_COMPLAINTS
@@ -175,8 +195,8 @@ def _line(row: Row) -> str:
         recovery += f" ({row.num_not_recovered} not)"
     return (
         f"{row.name:<19} {row.count or '-':>5} {row.num_requests:>8} {row.num_failed:>6}"
-        f" {row.num_differing:>9} {len(row.stalls_s):>5} {stalls[0]:>9} {stalls[1]:>8}"
-        f" {stalls[2]:>8} {first:>9}  {recovery}"
+        f" {row.num_differing:>9} {row.num_resumed:>7} {len(row.stalls_s):>5} {stalls[0]:>9}"
+        f" {stalls[1]:>8} {stalls[2]:>8} {first:>9}  {recovery}"
     ).rstrip()
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from cluster.chaos.asks import Ask
 from cluster.chaos.faults import DEADLY, Fault, Strike, strikes
-from cluster.chaos.injectors import Hands, inject
+from cluster.chaos.injectors import Done, Hands, inject
 from cluster.chaos.load import Load
 from cluster.chaos.report import Report, Struck, make_report
-from cluster.chaos.victims import Place, Wholeness
+from cluster.chaos.victims import Wholeness
 from cluster.errors import ClusterError, StartupError
 
 WHOLE_TIMEOUT_S = 240.0
@@ -49,7 +49,8 @@ class Trial:
 
     def run(self, plan: Plan) -> Report:
         """Takes the time of the plan, and what the last fault needs to heal."""
-        whole = Wholeness.of(self._hands.view())
+        hands = self._hands
+        whole = Wholeness.of(hands.view(), hands.ingress(), hands.proxies())
         self._say(f"{len(self._asks)} requests, undisturbed …")
         undisturbed = self._load.run_once()
         self._say("the same under faults …")
@@ -123,37 +124,48 @@ class Trial:
         # What was just done is not noticed at once.
         time.sleep(NOTICED_AFTER_S)
         while time.monotonic() < until_s and not (is_last and whole_s is not None):
-            if whole_s is None and whole.is_in(self._hands.view()):
+            if whole_s is None and self._is_whole(whole):
                 whole_s = time.monotonic()
             time.sleep(POLL_S)
         return whole_s
 
+    def _is_whole(self, whole: Wholeness) -> bool:
+        hands = self._hands
+        return whole.is_in(hands.view()) and whole.has_doors(hands.ingress(), hands.proxies())
+
     def _strike(self, strike: Strike, whole: Wholeness) -> Struck:
-        epoch, controller = self._hands.view().placement_epoch, self._hands.controller()
+        epoch = self._hands.view().placement_epoch
         done = inject(strike, self._hands)
         return Struck(
             fault=strike.fault,
             victim=done.victim,
             began_s=done.began_s,
             ended_s=done.ended_s,
-            whole_s=self._when_whole(strike.fault, whole, epoch, controller),
+            whole_s=self._when_whole(strike.fault, done, whole, epoch),
         )
 
-    def _when_whole(
-        self, fault: Fault, whole: Wholeness, epoch: int, controller: Place
-    ) -> float | None:
+    def _when_whole(self, fault: Fault, done: Done, whole: Wholeness, epoch: int) -> float | None:
         """When all is replicated again; None where it is not in time."""
         until_s = time.monotonic() + WHOLE_TIMEOUT_S
         while time.monotonic() < until_s:
-            # A controller is asked by its name, so what has died never answers for its successor.
-            is_new = fault is not Fault.KILL_CONTROLLER or self._hands.controller() != controller
-            view = self._hands.view()
             # Before the death is noticed, all looks well.
-            is_noticed = fault not in DEADLY or view.placement_epoch > epoch
-            if is_new and is_noticed and whole.is_in(view):
+            if self._is_noticed(fault, done, epoch) and self._is_whole(whole):
                 return time.monotonic()
             time.sleep(POLL_S)
         return None
+
+    def _is_noticed(self, fault: Fault, done: Done, epoch: int) -> bool:
+        hands = self._hands
+        match fault:
+            case Fault.KILL_CONTROLLER:
+                # It is asked by its name, so what has died never answers for its successor.
+                return hands.controller() != done.killed
+            case Fault.KILL_INGRESS:
+                return done.killed not in hands.ingress()
+            case Fault.KILL_PROXY:
+                return done.killed not in hands.proxies()
+            case _:
+                return fault not in DEADLY or hands.view().placement_epoch > epoch
 
 
 def _sentence(struck: Struck) -> str:

@@ -73,24 +73,35 @@ class Wholeness:
     num_ready: int
     num_routers: int
     num_holders: Mapping[ExpertId, int]
+    # Processes that clients' connections go through.
+    num_ingress: int = 0
+    num_proxies: int = 0
 
     @classmethod
-    def of(cls, view: ClusterView) -> "Wholeness":
-        """Of a view in which everything is well."""
+    def of(
+        cls, view: ClusterView, ingress: Sequence[Place] = (), proxies: Sequence[Place] = ()
+    ) -> "Wholeness":
+        """Of a view in which everything is well, and of who serves."""
         experts = frozenset[ExpertId]().union(*(m.experts for m in view.members.values()))
         return cls(
             num_ready=_num_ready(view),
             num_routers=len(view.routers()),
             num_holders={expert_id: len(view.holders(expert_id)) for expert_id in experts},
+            num_ingress=len(ingress),
+            num_proxies=len(proxies),
         )
 
     def is_in(self, view: ClusterView) -> bool:
-        """Whether there is as much of everything."""
+        """Whether workers hold as much of everything."""
         return (
             _num_ready(view) >= self.num_ready
             and len(view.routers()) >= self.num_routers
             and all(len(view.holders(e)) >= count for e, count in self.num_holders.items())
         )
+
+    def has_doors(self, ingress: Sequence[Place], proxies: Sequence[Place]) -> bool:
+        """Whether as many serve clients."""
+        return len(ingress) >= self.num_ingress and len(proxies) >= self.num_proxies
 
 
 def _num_ready(view: ClusterView) -> int:

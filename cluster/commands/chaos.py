@@ -12,9 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.chaos.asks import draw_asks
-from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults
+from cluster.chaos.clients import Endpoint, open_clients
+from cluster.chaos.faults import (
+    FROM_WITHIN,
+    NOT_FROM_OUTSIDE,
+    POSSIBLE,
+    Fault,
+    parse_faults,
+)
 from cluster.chaos.histogram import draw_histogram
-from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
+from cluster.chaos.load import Load
 from cluster.chaos.local_cluster import local_cluster
 from cluster.chaos.report import Report, format_report
 from cluster.chaos.trial import Plan, Trial
@@ -38,9 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--faults",
         metavar="A,B",
-        default=",".join(fault.value for fault in POSSIBLE),
         help=f"of {', '.join(fault.value for fault in Fault)}; not possible from outside:"
-        f" {', '.join(fault.value for fault in NOT_FROM_OUTSIDE)} [all that are possible]",
+        f" {', '.join(fault.value for fault in NOT_FROM_OUTSIDE)} [all that are possible; with"
+        f" --address without {', '.join(fault.value for fault in FROM_WITHIN)}]",
     )
     option("--requests", type=int, default=48, metavar="N", help="different ones [%(default)s]")
     option("--clients", type=int, default=8, metavar="C", help="at a time [%(default)s]")
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         ConfigError: an option is wrong, or names what cannot be done from outside.
         PromiseBrokenError: the promise does not hold.
     """
-    faults = parse_faults(options.faults)
+    faults = _faults(options)
     _check(options)
     be_quiet()
     with _joined(options, faults) as (endpoint, pid), watched(pid) as samples:
@@ -92,6 +99,13 @@ def run(options: argparse.Namespace) -> None:
         options.histogram.write_text(picture, "utf-8")
     if not report.holds:
         raise PromiseBrokenError(f"{len(report.complaints)} times the promise was broken")
+
+
+def _faults(options: argparse.Namespace) -> tuple[Fault, ...]:
+    if options.faults is not None:
+        return parse_faults(options.faults)
+    left_out = FROM_WITHIN if options.address else frozenset[Fault]()
+    return tuple(fault for fault in POSSIBLE if fault not in left_out)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -191,6 +205,6 @@ def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpo
     plan = Plan(
         faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
     )
-    with open_channel(endpoint) as channel:
-        load = Load(asks, make_clients(endpoint, channel), options.clients)
+    with open_clients(endpoint) as clients:
+        load = Load(asks, clients, options.clients)
         return Trial(asks, load, RayHands(), say).run(plan)

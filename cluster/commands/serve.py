@@ -29,6 +29,7 @@ from cluster.ray_settings import (
     make_token,
     remember,
     stay_local,
+    watch_proxies,
 )
 from model.checkpoint import Checkpoint
 
@@ -154,6 +155,7 @@ class Interrupt:
 def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
     be_quiet()
     be_patient()
+    watch_proxies()
     stay_local()
     token = make_token()
     from cluster.ray_cluster import LocalRay

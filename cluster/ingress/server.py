@@ -31,14 +31,18 @@ class GrpcServer:
         host: str = LOOPBACK,
         port: int = 0,
         tls: TlsSettings | None = None,
+        shares_port: bool = False,
     ) -> None:
         """Binds the port; must be called with an event loop running.
+
+        Processes of one user that all say `shares_port` share it: the kernel gives each connection
+        to one of them.
 
         Raises:
             OSError: the port is taken, or a certificate file cannot be read.
         """
         self._ingress = ingress
-        self._server = _make_server(ingress)
+        self._server = _make_server(ingress, shares_port)
         # An address of IPv6 has colons of its own.
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.port = _bind(self._server, address, tls or TlsSettings())
@@ -57,13 +61,14 @@ class GrpcServer:
         await self._server.wait_for_termination()
 
 
-def _make_server(ingress: Ingress) -> aio.Server:
+def _make_server(ingress: Ingress, shares_port: bool) -> aio.Server:
     max_message_bytes = ingress.settings.max_body_bytes
     server = aio.server(
         interceptors=[MalformedInterceptor()],
         options=[
             *SERVER_OPTIONS,
             *_OWN_KEEPALIVE,
+            ("grpc.so_reuseport", int(shares_port)),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION),

@@ -48,7 +48,7 @@ def main() -> int:
         f"--node-ip-address={FIRST_HOST}",
         f"--port={GCS_PORT}",
         "--num-cpus=4",
-        '--resources={"place": 4}',
+        '--resources={"place": 2}',
         "--include-dashboard=false",
         f"--temp-dir={folder / 'a'}",
     )
@@ -66,6 +66,15 @@ def main() -> int:
         on_nodes = {worker["worker_id"]: worker["node"] for worker in served.workers()}
         print(f"workers on {len(set(on_nodes.values()))} nodes", flush=True)
         assert len(set(on_nodes.values())) == 2, on_nodes
+        # Not before: Ray would put all workers on one side. This is where the lost one comes back.
+        start_node(
+            environment,
+            [],
+            f"--address={address}",
+            f"--node-ip-address={FIRST_HOST}",
+            "--num-cpus=0",
+            '--resources={"place": 1}',
+        )
         lives = {worker["worker_id"]: worker["incarnation"] for worker in served.workers()}
 
         def cut() -> None:

@@ -75,4 +75,6 @@ def test_partition_costs_no_token() -> None:
             timeout=TIMEOUT_S,
             check=False,
         )
+        # The figures are for whoever runs it with -s.
+        print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,8 @@ import psutil
 
 from cluster.chaos.answers import Heard, difference
 from cluster.chaos.asks import Ask, draw_asks
-from cluster.chaos.load import Endpoint, Load, make_clients, open_channel
+from cluster.chaos.clients import Endpoint, open_clients
+from cluster.chaos.load import Load
 from tests.conftest import REPOSITORY
 from tests.served_cluster import (
     STOP_TIMEOUT_S,
@@ -173,8 +174,8 @@ def complaints_under_load(
 ) -> list[str]:
     """What went wrong for clients while something happened and until all was well again."""
     asks = draw_asks(NUM_ASKS, MAX_TOKENS, seed=3)
-    with open_channel(endpoint) as channel:
-        load = Load(asks, make_clients(endpoint, channel), NUM_ASKS)
+    with open_clients(endpoint) as clients:
+        load = Load(asks, clients, NUM_ASKS)
         undisturbed = load.run_once()
         load.start()
         try:
@@ -204,6 +205,8 @@ def complaints(
     found: list[str] = []
     for one in [*undisturbed, *heard]:
         wrong = one.error or difference(wanted[one.ask_index], one.answer)
+        if one.answer.breaks:
+            wrong = f"{one.answer.breaks}; {wrong}"
         if wrong:
             found.append(f"{asks[one.ask_index]}: {wrong}")
     return found

@@ -141,6 +141,24 @@ def test_server_that_dies_behind_any_event_costs_nothing(
     asyncio.run(main())
 
 
+def test_caller_hears_of_every_connection_that_broke(model: ServedModel) -> None:
+    dying = CountingSource(error=UnavailableError("died"), num_before_error=1)
+    broken: list[Exception] = []
+
+    async def main() -> None:
+        async with (
+            running(model, dying, CountingSource()) as servers,
+            GenerateClient(servers.addresses) as client,
+        ):
+            client._turn = 0
+            stream = client.generate(request_for(), timeout_s=20, when_broken=broken.append)
+            async with aclosing(stream) as responses:
+                assert len([r async for r in responses if r.events]) == 4
+
+    asyncio.run(main())
+    assert [str(error) for error in broken if "died" in str(error)] and len(broken) == 1
+
+
 def test_server_that_dies_behind_every_event_costs_nothing(model: ServedModel) -> None:
     source = CountingSource(gate=asyncio.Semaphore(0))
     request = request_for(max_tokens=5, num_samples=2)

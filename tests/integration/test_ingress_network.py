@@ -132,6 +132,27 @@ def test_port_that_is_taken_is_an_error_that_names_it() -> None:
     asyncio.run(main())
 
 
+def test_port_is_shared_by_those_that_all_say_so() -> None:
+    async def main() -> None:
+        ingresses = [make_ingress(CountingSource(), demo_model()) for _ in range(2)]
+        first = GrpcServer(ingresses[0], shares_port=True)
+        second = GrpcServer(ingresses[1], port=first.port, shares_port=True)
+        with pytest.raises(OSError, match="cannot listen"):
+            GrpcServer(ingresses[0], port=first.port)
+        await first.start()
+        await second.start()
+        address = f"127.0.0.1:{first.port}"
+        for stopped in (first, second):
+            # Whoever is left answers new connections.
+            async with open_channel(address, TlsSettings()) as channel:
+                stub = generate_pb2_grpc.GenerateServiceStub(channel)
+                listed = await stub.ListModels(generate_pb2.ListModelsRequest(), timeout=30)
+                assert [model.name for model in listed.models] == ["demo"]
+            await stopped.stop()
+
+    asyncio.run(main())
+
+
 def test_closing_the_source_ends_its_streams() -> None:
     async def main() -> None:
         router = FakeRouter(gate=asyncio.Event())

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import UnavailableError
@@ -227,7 +228,7 @@ def test_nobody_can_serve_is_said_before_the_stream_begins(model: ServedModel) -
 
 
 def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
-    """The example of docs/resume.md, whose connection breaks behind every second event."""
+    """The example of docs/resume.md; its connections break before and behind every second event."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text("utf-8")
     example: dict[str, Any] = {}
     exec(re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0], example)
@@ -244,13 +245,21 @@ def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
 
 
 class BreaksOff:
-    """An app whose answers end after so many pieces, as if its process had died."""
+    """An app whose answers end after so many pieces, as if its process had died.
+
+    The first has none at all, for which Serve's proxy makes up an answer.
+    """
 
     def __init__(self, app: ASGIApp, num_events: int) -> None:
         self._app = app
         self._num_events = num_events
+        self._has_answered = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._has_answered:
+            self._has_answered = True
+            await PlainTextResponse("Internal Server Error", 500)(scope, receive, send)
+            return
         num_pieces = 0
 
         async def send_some(message: Message) -> None:

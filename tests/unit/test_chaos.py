@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +249,26 @@ def test_promise_holds_where_all_is_as_it_was() -> None:
     assert report.holds and "the promise holds" in format_report(report)
 
 
+def test_connection_may_break_of_who_was_killed_at_its_other_end_and_of_nobody_else() -> None:
+    def broken(at_s: float) -> Heard:
+        got = answer(1, 2)
+        got.note_break(at_s, OSError("reset"))
+        return heard(0, at_s - 1.0, got)
+
+    def struck(fault: Fault) -> Struck:
+        return Struck(fault=fault, victim="it", began_s=10.0, ended_s=10.0, whole_s=15.0)
+
+    undisturbed = [heard(0, 0.0, answer(1, 2))]
+    for fault in POSSIBLE:
+        report = make_report(ASKS, undisturbed, [broken(10.5), broken(16.0)], [struck(fault)])
+        assert report.holds == (fault in (Fault.KILL_INGRESS, Fault.KILL_PROXY))
+        assert report.rows[-1].num_resumed == 2
+    late = make_report(ASKS, undisturbed, [broken(30.0)], [struck(Fault.KILL_INGRESS)])
+    assert not late.holds and "nobody had broken it: OSError: reset" in format_report(late)
+    (kept,) = broken(10.5).judged({0: answer(1, 2)}).answer.breaks
+    assert kept.at_s == 10.5
+
+
 def test_cluster_that_stays_broken_is_a_broken_promise() -> None:
     struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=None)]
     run = [heard(0, 0.0, answer(1, 2))]
@@ -292,6 +313,19 @@ def test_sample_is_of_a_process_and_its_children() -> None:
         wait_until(lambda: (s := take_sample(process.pid, 0.0)) is not None and s.num_processes > 1)
         process.communicate(b"\n", timeout=30)
     assert take_sample(process.pid, 0.0) is None
+
+
+def test_what_rays_log_monitor_holds_is_counted_apart(tmp_path: Path) -> None:
+    script = tmp_path / "log_monitor.py"
+    script.write_text("files = [open('/dev/null') for _ in range(50)]\nprint(flush=True)\ninput()")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script)], **pipes) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        taken = take_sample(process.pid, 0.0)
+        process.communicate(b"\n", timeout=30)
+    assert taken is not None and taken.num_processes == 1
+    assert taken.num_log_descriptors > 50 and taken.num_descriptors == 0
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

@@ -33,13 +33,14 @@ class Time:
 
 
 class Hands:
-    """One worker, which is away for a while after each kill; or for ever after the last."""
+    """One of each; who is killed is away for a while, or for ever after the last healing."""
 
     def __init__(self, heals_after_s: float, num_healed: int = 1000) -> None:
         self.kills: list[float] = []
         self.time = Time()
         self._heals_after_s = heals_after_s
         self._num_healed = num_healed
+        self._victim = PLACE
 
     def workers(self) -> Sequence[WorkerFacts]:
         return [WorkerFacts(place=PLACE, num_experts=1, num_layers=1, is_router=True)]
@@ -47,25 +48,42 @@ class Hands:
     def controller(self) -> Place:
         return PLACE
 
+    def ingress(self) -> Sequence[Place]:
+        return self._doors("ingress")
+
+    def proxies(self) -> Sequence[Place]:
+        return self._doors("proxy")
+
     def view(self) -> ClusterView:
-        is_down = bool(self.kills) and (
-            len(self.kills) > self._num_healed
-            or self.time.monotonic() < self.kills[-1] + self._heals_after_s
-        )
         member = Member(
             worker_id="w0",
             incarnation=1,
             address="",
-            state=WorkerState.LOST if is_down else WorkerState.READY,
+            state=WorkerState.LOST if self._is_away("w0") else WorkerState.READY,
         )
         return ClusterView(placement_epoch=len(self.kills), members={"w0": member})
 
     def send(self, place: Place, number: signal.Signals) -> None:
-        assert (place, number) == (PLACE, signal.SIGKILL)
+        assert number is signal.SIGKILL
+        self._victim = place
         self.kills.append(self.time.monotonic())
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         raise AssertionError
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        raise AssertionError
+
+    def _doors(self, name: str) -> Sequence[Place]:
+        # One that is there again is another one.
+        place = Place(name=name, node_id="n", pid=100 + len(self.kills))
+        return [] if self._is_away(name) else [place]
+
+    def _is_away(self, name: str) -> bool:
+        return bool(self.kills and self._victim.name == name) and (
+            len(self.kills) > self._num_healed
+            or self.time.monotonic() < self.kills[-1] + self._heals_after_s
+        )
 
 
 class Load:
@@ -81,13 +99,18 @@ class Load:
         return self.run_once()
 
 
-def run(hands: Hands, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> Report:
+def run(
+    hands: Hands,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault = Fault.KILL_ROUTER,
+    **plan: Any,
+) -> Report:
     for module in (trial, injectors):
         monkeypatch.setattr(module, "time", hands.time)
     load: Any = Load()
     said: list[str] = []
     one = Trial(ASKS, load, hands, said.append)
-    return one.run(Plan(faults=(Fault.KILL_ROUTER,), seed=1, **plan))
+    return one.run(Plan(faults=(fault,), seed=1, **plan))
 
 
 def test_faults_come_when_it_is_time_whether_or_not_all_is_well(
@@ -115,3 +138,22 @@ def test_what_is_never_made_good_breaks_the_promise(monkeypatch: pytest.MonkeyPa
     report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
     assert report.rows[-1].num_not_recovered == 1
     assert not report.holds
+
+
+@pytest.mark.parametrize("fault", [Fault.KILL_INGRESS, Fault.KILL_PROXY])
+@pytest.mark.parametrize("every_s", [None, 5.0])
+def test_all_is_well_again_when_as_many_serve_clients(
+    monkeypatch: pytest.MonkeyPatch, fault: Fault, every_s: float | None
+) -> None:
+    hands = Hands(heals_after_s=3.0)
+    report = run(hands, monkeypatch, fault, duration_s=16.0, every_s=every_s)
+    assert report.holds and report.rows[-1].name == "all"
+    assert report.rows[-1].recoveries_s == pytest.approx([3.0] * len(hands.kills), abs=0.2)
+
+
+@pytest.mark.parametrize("fault", [Fault.KILL_INGRESS, Fault.KILL_PROXY])
+def test_nobody_who_serves_clients_comes_back(
+    monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    hands = Hands(heals_after_s=3.0, num_healed=0)
+    assert not run(hands, monkeypatch, fault, duration_s=5.0).holds

@@ -69,7 +69,7 @@ GRPC_FILES: tuple[str, ...] = (
     "router.grpc_link",
     "cluster.client",
     "cluster.router_door",
-    "cluster.chaos.load",
+    "cluster.chaos.clients",
     "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
