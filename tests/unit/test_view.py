@@ -56,7 +56,7 @@ def test_a_buddy_is_on_another_node_where_there_is_one() -> None:
     assert [buddy(view, name) for name in "abcd"] == ["c", "d", "a", "b"]
 
 
-@pytest.mark.parametrize("state", set(WorkerState) - {WorkerState.READY})
+@pytest.mark.parametrize("state", [s for s in WorkerState if s is not WorkerState.READY])
 def test_who_takes_no_requests_is_nobodys_buddy(state: WorkerState) -> None:
     view = view_of(dict.fromkeys("abc", "n"), b=state)
     assert (buddy(view, "a"), buddy(view, "c")) == ("c", "a")
