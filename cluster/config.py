@@ -66,14 +66,22 @@ class WorkerSettings:
     threads_each: int = 0
     # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
     resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    # So many of the workers, the first, hold experts and no attention; what those ask for instead.
+    experts_only: int = 0
+    experts_only_resources: Mapping[str, float] = field(default_factory=dict[str, float])
     # Compile every size of a step before a worker counts as ready.
     warm_up: bool = True
     load_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
+    def resources_of(self, number: int) -> Mapping[str, float]:
+        """The extra Ray resources of the worker of a number."""
+        return self.experts_only_resources if number < self.experts_only else self.resources
+
     def __post_init__(self) -> None:
         _between("workers.count", self.count, 1, 4096)
         _between("workers.expert_replicas", self.expert_replicas, 0, self.count)
+        _between("workers.experts_only", self.experts_only, 0, self.count - 1)
         _one_of("workers.attention", self.attention, ("auto", "replicated", "layers"))
         _one_of("workers.transport", self.transport, ("auto", "grpc", "shm"))
         _between("workers.gpus_each", self.gpus_each, 0, 1024)

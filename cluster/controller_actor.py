@@ -71,6 +71,7 @@ class ControllerActor:
             workers.attention,
             kv_tokens,
             start_timeout_s=workers.start_timeout_s,
+            experts_only=workers.experts_only,
         )
         self._fleet = RayFleet(config, model, shell)
         self._controller = Controller(model, settings, self._fleet, shell.tasks)

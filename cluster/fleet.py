@@ -9,6 +9,11 @@ from cluster.tasks import Pending, Task
 from cluster.view import ClusterView, Member, WorkerState
 
 
+def number_of(worker_id: str) -> int:
+    """Of worker-7: 7."""
+    return int(worker_id.rpartition("-")[2])
+
+
 class WorkerDiedError(ClusterError):
     """A process is gone, or could not do what it was asked."""
 

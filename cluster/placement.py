@@ -63,6 +63,8 @@ class WorkerMemory:
     worker_id: str
     node_id: str
     memory_bytes: int
+    # Whether it may hold attention, and so route requests; else it has experts only.
+    takes_attention: bool = True
 
 
 class AttentionCut(Enum):
@@ -173,7 +175,7 @@ def plan(
         PlacementError: the workers cannot hold it; says what is needed, there, and short.
     """
     _check(model, workers, policy)
-    cuts = [attention] if attention else _attention_cuts(model, len(workers), policy.attention)
+    cuts = [attention] if attention else _attention_cuts(model, workers, policy.attention)
     for shards in cuts:
         fixed = [fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
         num_slots = _slots(model, workers, fixed)
@@ -197,6 +199,8 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
     ids = [worker.worker_id for worker in workers]
     if len(set(ids)) < len(ids):
         raise PlacementError("two workers have one worker_id")
+    if not any(worker.takes_attention for worker in workers):
+        raise PlacementError("nobody would hold attention: every worker is for experts only")
     if not 1 <= policy.expert_replicas <= len(workers):
         raise PlacementError(
             f"expert_replicas = {policy.expert_replicas}: between 1 and the number of workers,"
@@ -207,16 +211,26 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
 
 
 def _attention_cuts(
-    model: ModelBytes, num_workers: int, cut: AttentionCut
+    model: ModelBytes, workers: Sequence[WorkerMemory], cut: AttentionCut
 ) -> list[Sequence[AttentionShard]]:
     """The cuts to try, the best first."""
     whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
+    num_takers = sum(worker.takes_attention for worker in workers)
     cuts: list[Sequence[AttentionShard]] = []
     if cut is not AttentionCut.LAYERS:
-        cuts.append((whole,) * num_workers)
+        cuts.append((whole,) * num_takers)
     if cut is not AttentionCut.REPLICATED:
-        cuts.append(_cut_layers(model.num_layers, num_workers))
-    return cuts
+        cuts.append(_cut_layers(model.num_layers, num_takers))
+    return [_given_to_takers(model, workers, shards) for shards in cuts]
+
+
+def _given_to_takers(
+    model: ModelBytes, workers: Sequence[WorkerMemory], shards: Sequence[AttentionShard]
+) -> list[AttentionShard]:
+    """A shard for each worker: in their order for those that take one, an empty one for others."""
+    left = iter(shards)
+    none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
+    return [next(left) if worker.takes_attention else none for worker in workers]
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
@@ -374,7 +388,7 @@ def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placem
         return f"needs {_gb(model.total_bytes)}, has {_sizes(workers)}: " + (
             f"{_gb(model.total_bytes - has)} short"
         )
-    shards = _attention_cuts(model, len(workers), policy.attention)[-1]
+    shards = _attention_cuts(model, workers, policy.attention)[-1]
     fixed = sum(fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
     experts = policy.expert_replicas * model.all_experts_bytes
     sums = (

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.async_tasks import AsyncTasks
 from cluster.config import ClusterConfig
-from cluster.fleet import Existing, Spawned, WorkerDiedError
+from cluster.fleet import Existing, Spawned, WorkerDiedError, number_of
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
 from cluster.resources import lack_of
 from cluster.tasks import Pending
@@ -63,7 +63,7 @@ class RayFleet:
             return "its process to start"
         nodes: Any = ray.nodes()
         amounts = [node["Resources"] for node in nodes if node["Alive"]]
-        return lack_of(self._resources(), amounts, ray.available_resources())
+        return lack_of(self._resources(worker_id), amounts, ray.available_resources())
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         actor = self._actors[worker_id]
@@ -136,7 +136,7 @@ class RayFleet:
 
     async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
         if worker_id not in self._groups:
-            self._groups[worker_id] = self._group(f"milliways-{worker_id}")
+            self._groups[worker_id] = self._group(worker_id)
         strategy = PlacementGroupSchedulingStrategy(
             self._groups[worker_id], placement_group_bundle_index=0
         )
@@ -149,7 +149,7 @@ class RayFleet:
             "max_concurrency": 64,
             "num_cpus": settings.cpus_each,
             "num_gpus": settings.gpus_each,
-            "resources": dict(settings.resources),
+            "resources": dict(settings.resources_of(number_of(worker_id))),
             "scheduling_strategy": strategy,
         }
         try:
@@ -162,16 +162,18 @@ class RayFleet:
         self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
         return await _answer(worker_id, actor.start.remote())
 
-    def _group(self, name: str) -> PlacementGroup:
+    def _group(self, worker_id: str) -> PlacementGroup:
         """The group of a worker; an earlier controller may have made it."""
+        name = f"milliways-{worker_id}"
         try:
             return get_placement_group(name)
         except ValueError:
-            return placement_group([self._resources()], name=name, lifetime="detached")
+            return placement_group([self._resources(worker_id)], name=name, lifetime="detached")
 
-    def _resources(self) -> dict[str, float]:
+    def _resources(self, worker_id: str) -> dict[str, float]:
         settings = self._config.workers
-        wanted = {"CPU": settings.cpus_each, "GPU": settings.gpus_each, **settings.resources}
+        extra = settings.resources_of(number_of(worker_id))
+        wanted = {"CPU": settings.cpus_each, "GPU": settings.gpus_each, **extra}
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
     async def _stop(self, worker_id: str) -> None:

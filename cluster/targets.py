@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.errors import PlacementError
-from cluster.fleet import WorkerRecord
+from cluster.fleet import WorkerRecord, number_of
 from cluster.placement import (
     AttentionCut,
     AttentionShard,
@@ -29,6 +29,8 @@ class ControllerSettings:
     timeout_s: float = 5.0
     # So long new workers may take to have a process.
     start_timeout_s: float = 600.0
+    # Workers with lower numbers hold experts and no attention.
+    experts_only: int = 0
 
 
 def make_settings(
@@ -37,6 +39,7 @@ def make_settings(
     attention: str,
     kv_tokens: int,
     start_timeout_s: float = 600.0,
+    experts_only: int = 0,
 ) -> ControllerSettings:
     """Settings of the controller from those of the cluster."""
     return ControllerSettings(
@@ -44,6 +47,7 @@ def make_settings(
         expert_replicas=expert_replicas,
         policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
         start_timeout_s=start_timeout_s,
+        experts_only=experts_only,
     )
 
 
@@ -66,6 +70,7 @@ def planned(
                 worker_id=record.worker_id,
                 node_id=record.spawned.node_id,
                 memory_bytes=record.spawned.memory_bytes,
+                takes_attention=number(record) >= settings.experts_only,
             )
         )
     policy = PlacementPolicy(
@@ -155,6 +160,12 @@ def check_shrink(
     model: ModelBytes, records: Iterable[WorkerRecord], leaving: Iterable[WorkerRecord]
 ) -> None:
     """Raises PlacementError where one that leaves holds what no other can take over."""
+    records, leaving = list(records), list(leaving)
+    attending = [r for r in records if r.shards is not None and r.shards.num_layers > 0]
+    stays_any = len(leaving) < len(records)
+    if stays_any and attending and all(record in leaving for record in attending):
+        names = ", ".join(record.worker_id for record in attending)
+        raise PlacementError(f"nobody else holds attention: {names} cannot leave")
     if not is_cut(model, records):
         return
     for record in leaving:
@@ -176,4 +187,4 @@ def split(
 
 def number(record: WorkerRecord) -> int:
     """Of worker-7: 7."""
-    return int(record.worker_id.rpartition("-")[2])
+    return number_of(record.worker_id)

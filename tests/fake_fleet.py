@@ -185,6 +185,7 @@ class Bench:
         replicas: int = 2,
         cut: AttentionCut = AttentionCut.REPLICATED,
         memory_bytes: int = PLENTY_BYTES,
+        experts_only: int = 0,
     ) -> None:
         self.clock = FakeClock()
         self.tasks = Tasks(self.clock)
@@ -194,6 +195,7 @@ class Bench:
             expert_replicas=replicas,
             policy=PlacementPolicy(attention=cut, kv_tokens=KV_TOKENS),
             start_timeout_s=60.0,
+            experts_only=experts_only,
         )
         self.controller = Controller(MODEL, settings, self.fleet, self.tasks)
 

@@ -182,6 +182,24 @@ def test_death_in_the_middle_costs_no_token(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("victim", ["worker-0", "worker-1"])
+def test_a_worker_for_experts_only_serves_and_dies_like_any_other(
+    hosts: HostPool, model: Model, victim: str
+) -> None:
+    spread = Spread(3, 2, AttentionCut.REPLICATED)
+
+    async def main() -> None:
+        config = config_of(model, spread, "grpc")
+        settings = replace(settings_of(spread), experts_only=1)
+        async with process_cluster(hosts, config, settings, model.sizes) as cluster:
+            await survive(cluster, model, spread, victim)
+            status = await cluster.status()
+            assert [status[f"worker-{n}"]["layers"][1] > 0 for n in range(3)] == [False, True, True]
+            assert status["worker-0"]["calls"] > 0
+
+    asyncio.run(main())
+
+
 async def survive(cluster: ProcessCluster, model: Model, spread: Spread, victim: str) -> None:
     """A worker dies under load, and comes back; no client sees it."""
     killed: list[int] = []

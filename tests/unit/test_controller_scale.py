@@ -8,7 +8,7 @@ from cluster.errors import ClusterError, PlacementError, StartupError
 from cluster.placement import AttentionCut
 from cluster.tasks import Task
 from cluster.view import WorkerState
-from tests.fake_fleet import LOAD_S, SPAWN_S, Bench
+from tests.fake_fleet import LOAD_S, MODEL, SPAWN_S, Bench
 
 
 def change(bench: Bench, task: Task[None]) -> None:
@@ -222,3 +222,30 @@ def test_last_worker_is_not_drained() -> None:
         bench.run_until(lambda task=task: task.is_done)
         assert isinstance(task.error, PlacementError)
     assert bench.is_up()
+
+
+def test_workers_for_experts_only_stay_so_whatever_comes_and_goes() -> None:
+    bench = Bench(3, experts_only=1).start().up()
+
+    def layers() -> dict[str, int]:
+        members = bench.controller.view.members.values()
+        return {member.worker_id: member.num_layers for member in members}
+
+    whole = MODEL.num_layers
+    assert layers() == {"worker-0": 0, "worker-1": whole, "worker-2": whole}
+    assert sorted(bench.controller.view.chains) == ["worker-1", "worker-2"]
+    change(bench, bench.controller.scale(4))
+    assert layers() == {"worker-0": 0} | {f"worker-{n}": whole for n in (1, 2, 3)}
+    bench.fleet.kill("worker-0")
+    bench.run_for(0.0)
+    bench.run_until(bench.is_up)
+    change(bench, bench.controller.scale(2))
+    assert layers() == {"worker-0": 0, "worker-1": whole}
+    # Experts alone make no token.
+    for ask in (lambda: bench.controller.scale(1), lambda: bench.controller.drain("worker-1")):
+        task = ask()
+        bench.run_until(lambda task=task: task.is_done)
+        with pytest.raises(PlacementError, match="nobody else holds attention: worker-1"):
+            task.result()
+    assert bench.is_up()
+    bench.check()

@@ -1,6 +1,7 @@
 """The planner: whatever the workers, a plan holds its promises or says what is short."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +137,31 @@ def test_attention_is_cut_by_layers_where_copies_do_not_fit() -> None:
     check_plan(GROK, tight, 1)
     assert [worker.attention.num_layers for worker in tight.workers] == [8] * 8
     assert [worker.attention.has_ends for worker in tight.workers] == [True] + [False] * 7
+
+
+@pytest.mark.parametrize("cut", ["replicated", "layers"])
+def test_workers_for_experts_only_have_no_attention(cut: str) -> None:
+    """Their memory goes to experts; each expert has its replicas all the same."""
+    workers = workers_of(*[1000] * 5)
+    workers = [replace(worker, takes_attention=i > 1) for i, worker in enumerate(workers)]
+    placement = plan(SMALL, workers, policy(2, cut))
+    assert [worker.attention.num_layers > 0 for worker in placement.workers] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    for worker in placement.workers[:2]:
+        assert not worker.attention.has_ends
+        assert worker.used_bytes == len(worker.experts) * SMALL.expert_bytes > 0
+    check_plan(SMALL, placement, 2)
+
+
+def test_somebody_has_to_hold_attention() -> None:
+    workers = [replace(worker, takes_attention=False) for worker in workers_of(1000, 1000)]
+    with pytest.raises(PlacementError, match="nobody would hold attention"):
+        plan(SMALL, workers, policy())
 
 
 def test_refusal_does_the_arithmetic() -> None:

@@ -17,9 +17,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ mul (int .Values.config.workers.gpus_each) (int .Values.workers.perPod) }}
 {{- end }}
 
-{{/* Pods that hold config.workers.count workers. */}}
+{{/* Pods that hold the workers with attention. */}}
 {{- define "milliways.workerPods" -}}
-{{ div (add (int .Values.config.workers.count) (int .Values.workers.perPod) -1) (int .Values.workers.perPod) }}
+{{ div (add (int .Values.config.workers.count) (mul -1 (int .Values.config.workers.experts_only)) (int .Values.workers.perPod) -1) (int .Values.workers.perPod) }}
 {{- end }}
 
 {{/* What Serve runs: deploy/serve.yaml with the values' settings. */}}
