@@ -269,6 +269,9 @@ def test_workers_with_several_devices_take_over_for_each_other(model: Model) -> 
 
     async def main(hosts: HostPool) -> None:
         config = config_of(model, spread, "shm", kv_standby=True)
+        # Every size is compiled for every device before a worker is ready.
+        router = replace(config.router, max_step_tokens=8)
+        config = replace(config, router=router)
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             await survive(cluster, model, spread, "worker-0")
             for status in (await cluster.status()).values():
