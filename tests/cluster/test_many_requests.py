@@ -1,0 +1,68 @@
+"""Ten thousand requests through the whole stack: what they took is given back."""
+
+import asyncio
+import statistics
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import psutil
+import pytest
+from milliways.v1 import generate_pb2, generate_pb2_grpc
+
+from tests.served_cluster import ServedCluster
+
+NUM_REQUESTS = 10_000
+AT_A_TIME = 16
+# Memory is looked at so often, and compared from when programs are compiled and buffers grown.
+NUM_LOOKS = 20
+NUM_WARM = 5
+GROWTH_MAX = 1.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_stays_flat_over_ten_thousand_requests(cluster: ServedCluster) -> None:
+    processes = cluster.processes()
+    looks: list[int] = []
+
+    async def main() -> None:
+        async with cluster.channel() as channel:
+            service = generate_pb2_grpc.GenerateServiceStub(channel)
+            numbers = count()
+            for _ in range(NUM_LOOKS):
+                end = (len(looks) + 1) * NUM_REQUESTS // NUM_LOOKS
+                await asyncio.gather(*(_ask(service, numbers, end) for _ in range(AT_A_TIME)))
+                looks.append(sum(_memory(processes)))
+
+    asyncio.run(main())
+    warm = looks[NUM_WARM:]
+    third = len(warm) // 3
+    first, last = statistics.median(warm[:third]), statistics.median(warm[-third:])
+    assert last <= GROWTH_MAX * first, [round(look / 1e6) for look in looks]
+    for worker in cluster.status()["workers"]:
+        assert worker["router"]["active_requests"] == worker["router"]["kv_blocks_used"] == 0
+
+
+async def _ask(service: Any, numbers: Iterator[int], end: int) -> None:
+    """Requests one after another, each with a prompt of its own, up to a number."""
+    for number in numbers:
+        prompt = f"Number {number}: the answer to life"
+        request = generate_pb2.GenerateRequest(
+            model="demo", text=prompt, max_tokens=2, ignore_eos=True
+        )
+        num_tokens = 0
+        async for response in service.Generate(request):
+            num_tokens += len(response.events)
+        assert num_tokens == 2
+        # The others' numbers count as well: at a look, none of these is under way.
+        if number >= end:
+            return
+
+
+def _memory(processes: list[psutil.Process]) -> Iterator[int]:
+    for process in processes:
+        try:
+            yield process.memory_full_info().uss
+        except psutil.NoSuchProcess:
+            continue
