@@ -213,11 +213,11 @@ def bucket(num_rows: int, min_rows: int) -> int:
     return max(min_rows, 1 << (num_rows - 1).bit_length())
 
 
-def padded_rows(array: np.ndarray, num_rows: int) -> np.ndarray:
-    """The array with zeros after its rows, up to `num_rows` of them."""
+def padded_rows(array: np.ndarray, num_rows: int, value: int = 0) -> np.ndarray:
+    """The array with rows of `value` after its own, up to `num_rows` of them."""
     if len(array) == num_rows:
         return array
-    padded = np.zeros((num_rows, *array.shape[1:]), array.dtype)
+    padded = np.full((num_rows, *array.shape[1:]), value, array.dtype)
     padded[: len(array)] = array
     return padded
 

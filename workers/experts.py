@@ -17,7 +17,7 @@ from cluster.errors import RefusalReason
 from cluster.placement import ExpertId
 from model.decoder import Decoder
 from model.params import ExpertParams
-from model.runner import bucket, jitted_parts
+from model.runner import bucket, jitted_parts, padded_rows
 from workers.devices import Device
 
 
@@ -130,8 +130,8 @@ class ExpertShard:
         """Outputs [N, D] of the activation type, a row for each id that is not -1."""
         num_rows, num_selected = call.expert_ids_TA.shape
         padded = bucket(num_rows, self._decoder.ops.min_rows)
-        rows_TD = _padded(call.rows_TD, padded, 0)
-        ids_TA = _padded(call.expert_ids_TA, padded, -1)
+        rows_TD = padded_rows(call.rows_TD, padded)
+        ids_TA = padded_rows(call.expert_ids_TA, padded, -1)
         is_wanted = ids_TA >= 0
         started: list[tuple[np.ndarray, jax.Array]] = []
         for group in self._groups[call.layer]:
@@ -169,11 +169,3 @@ def places_in(expert_ids: tuple[int, ...], num_experts: int) -> np.ndarray:
     table = np.full(num_experts + 1, -1, np.int32)
     table[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
     return table
-
-
-def _padded(array: np.ndarray, num_rows: int, value: int) -> np.ndarray:
-    if len(array) == num_rows:
-        return array
-    padded = np.full((num_rows, *array.shape[1:]), value, array.dtype)
-    padded[: len(array)] = array
-    return padded
