@@ -4,16 +4,20 @@ What only a GPU can show (its own arithmetic, its speed) is not tested here. Tha
 is given something it takes is, as far as lowering goes.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from model.config import GROK_1
 from model.decoder import Decoder
+from model.kv_cache import StepBatch, make_kv_cache
 from model.ops import PureOps
 from model.ops.gpu import GpuOps
 from model.ops.gpu_experts import group_by_expert, max_num_tiles
@@ -357,3 +361,33 @@ def test_kernels_lower_for_a_gpu_at_full_width(
         assert ("xla.gpu.triton" in text) == uses_kernel, name
         for size in (f"{width}x{width}", f"{width}x{ffn}", f"{ffn}x{width}"):
             assert f"{size}xbf16>" not in text and f"{size}xf32>" not in text, name
+
+
+def test_every_rounding_of_a_layer_is_named(golden_dir: Path) -> None:
+    """XLA leaves out one that is not, where it sees the way back to float32 in the same program."""
+    loaded, params = load(golden_dir / "tiny", "bfloat16", "pure")
+    decoder = Decoder(config=loaded.config, dtype=loaded.dtype, ops=FIXED)
+    row = jnp.zeros(2, jnp.int32)
+    batch = StepBatch(row, row, row, jnp.zeros((2, 4), jnp.int32), row)
+    cache = make_kv_cache(decoder.config, decoder.config.num_layers, 4, 16, decoder.dtype)
+    traced = jax.make_jaxpr(decoder.step)(params, batch, cache)
+    made_by = list(makers_of_roundings(traced.jaxpr))
+    # Attention's input, query, key, value, what attention mixed, the experts' input and outputs.
+    assert len(made_by) == 7 * decoder.config.num_layers + 1
+    assert set(made_by) == {"reduce_precision"}
+
+
+def makers_of_roundings(jaxpr: Any) -> Iterator[str]:
+    """What computes each value that is then converted from float32 to bfloat16."""
+    makers = {var: eqn.primitive.name for eqn in jaxpr.eqns for var in eqn.outvars}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            # What a kernel rounds, it writes: there is nothing to leave out.
+            continue
+        if eqn.primitive.name == "convert_element_type":
+            (value,) = eqn.invars
+            pair = (value.aval.dtype, eqn.outvars[0].aval.dtype)
+            if pair == (jnp.float32, jnp.bfloat16):
+                yield makers.get(value, "an argument")
+        for inner in jaxprs_in_params(eqn.params):
+            yield from makers_of_roundings(inner)
