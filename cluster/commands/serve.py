@@ -32,6 +32,7 @@ from cluster.ray_settings import (
     watch_proxies,
 )
 from model.checkpoint import Checkpoint
+from model.tokenizer import TOKENIZER_FILE
 
 POLL_S = 0.2
 ANSWER_TIMEOUT_S = 60.0
@@ -242,7 +243,7 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     _watch_loading(controller, config.workers, stopped)
     _wait_until_ready(config.ingress, config.workers.start_timeout_s, stopped)
     if not stopped.is_set():
-        say(_greeting(config))
+        say(greeting(config))
 
 
 def _open_proxy(ingress: IngressSettings) -> None:
@@ -352,11 +353,15 @@ def _message_of(error: HTTPError) -> str:
         return f"HTTP {error.code}"
 
 
-def _greeting(config: ClusterConfig) -> str:
+def greeting(config: ClusterConfig) -> str:
+    """Where the cluster is, and a line to try."""
     ingress = config.ingress
     http, grpc = f"http://{ingress.host}:{ingress.port}", f"{ingress.host}:{ingress.grpc_port}"
-    name = config.model.name or Path(resolve_model_dir(config.model.path)).name
-    body = json.dumps({"model": name, "prompt": "Welcome to", "max_tokens": 32, "stream": True})
+    model_dir = resolve_model_dir(config.model.path)
+    name = config.model.name or model_dir.name
+    # Without a tokenizer it takes no text.
+    prompt = "Welcome to" if (model_dir / TOKENIZER_FILE).is_file() else [1, 2, 3]
+    body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 32, "stream": True})
     return "\n".join(
         [
             f"serving {name} with {config.workers.count} workers",
