@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 UNIT_TESTS = REPOSITORY / "tests" / "unit"
 
 JAX_SETTINGS = {
-    # tests/numerics/test_gpu_ops.py passes on a GPU too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
+    # Tests of a GPU's kernels and of equal bits run on one too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
     "JAX_PLATFORMS": os.environ.get("MILLIWAYS_TEST_PLATFORMS", "cpu"),
     # Eight devices on one machine, so that every sharding of eight experts can be tried.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
