@@ -23,10 +23,12 @@ from cluster.controller_actor import find_or_make_controller
 from cluster.errors import ConfigError
 from cluster.ingress.http import make_http_app
 from cluster.ingress.ingress import Ingress
+from cluster.ingress.metrics import IngressMetrics
 from cluster.ingress.router_choice import RouterInfo
 from cluster.ingress.router_source import RouterSource
 from cluster.ingress.served_model import load_served_model
 from cluster.ingress.server import GrpcServer
+from cluster.ingress.signs import HedgeLimits
 from cluster.serve_loopback import bind_replicas_to_loopback
 from cluster.view import EMPTY_VIEW, ClusterView
 from cluster.worker_metrics import render_metrics
@@ -88,14 +90,22 @@ class IngressReplica:
         self._config = config
         self._directory = Directory(config)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
-        self._source = RouterSource(self._directory, tls=config.tls)
+        settings, metrics = config.ingress, IngressMetrics()
+        self._source = RouterSource(
+            self._directory,
+            tls=config.tls,
+            hedging=HedgeLimits(
+                after_s_min=settings.hedge_after_s_min, after_s_max=settings.hedge_after_s_max
+            ),
+            on_hedge=metrics.hedges.inc,
+        )
         self._ingress = Ingress(
             load_served_model(config.model),
             self._source,
-            config.ingress,
+            settings,
             request_timeout_s=config.router.request_timeout_s,
+            metrics=metrics,
         )
-        settings = config.ingress
         self._grpc = GrpcServer(
             self._ingress,
             host=settings.host,

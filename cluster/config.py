@@ -141,6 +141,10 @@ class IngressSettings:
     target_ongoing_requests: float = 16.0
     max_ongoing_requests: int = 256
     max_body_bytes: int = 4 << 20
+    # A router that is silent for several times as long as the longest of late has its requests
+    # asked of another as well; the wait lies within these.
+    hedge_after_s_min: float = 0.1
+    hedge_after_s_max: float = 60.0
 
     def __post_init__(self) -> None:
         _between("ingress.port", self.port, 0, 65535)
@@ -150,6 +154,9 @@ class IngressSettings:
         _between("ingress.target_ongoing_requests", self.target_ongoing_requests, 0.1, 1e6)
         _between("ingress.max_ongoing_requests", self.max_ongoing_requests, 1, 10**6)
         _between("ingress.max_body_bytes", self.max_body_bytes, 1024, 1 << 30)
+        longest_s = self.hedge_after_s_max
+        _between("ingress.hedge_after_s_min", self.hedge_after_s_min, 0.001, longest_s)
+        _between("ingress.hedge_after_s_max", longest_s, 0.001, 3600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ MAX_REQUEST_BYTES = 16 << 20
 
 
 class RouterDoor:
-    """Serves `RouterService.Route`. Used from the router's reactor, which hosts an event loop."""
+    """Serves `RouterService`. Used from the router's reactor, which hosts an event loop."""
 
     def __init__(
         self,
@@ -69,7 +69,12 @@ class RouterDoor:
             request_deserializer=router_pb2.RouteRequest.FromString,
             response_serializer=router_pb2.RouteResponse.SerializeToString,
         )
-        handler = grpc.method_handlers_generic_handler(_SERVICE, {"Route": route})
+        ping = grpc.unary_unary_rpc_method_handler(
+            _ping,
+            request_deserializer=router_pb2.PingRequest.FromString,
+            response_serializer=router_pb2.PingResponse.SerializeToString,
+        )
+        handler = grpc.method_handlers_generic_handler(_SERVICE, {"Route": route, "Ping": ping})
         self._server.add_generic_rpc_handlers((handler,))
         port = self._add_port(address)
         await self._server.start()
@@ -111,6 +116,10 @@ class RouterDoor:
         finally:
             # Also when the client is gone: its blocks are free before the next step.
             self._router.cancel_listener(routed.request_id, stream)
+
+
+async def _ping(message: router_pb2.PingRequest, context: Any) -> router_pb2.PingResponse:
+    return router_pb2.PingResponse()
 
 
 class _Stream:

@@ -193,15 +193,16 @@ class Dispatcher:
             return frozenset()
         life = self._links.life(way.worker_id)
         timeout_s = self._limits.timeout_s * self._links.slowness(way.worker_id)
+        hedge_after_s = self._hedge_after_s(way.worker_id)
         pending = self._links.ask(
             way.worker_id,
             _call(layer, way.places),
             step=layer.step,
             timeout_s=timeout_s,
             num_rows=len(way.places),
+            late_after_s=hedge_after_s,
         )
         avoided |= {way.worker_id}
-        hedge_after_s = self._hedge_after_s(way.worker_id)
         try:
             is_done = pending.is_done or await self._tasks.wait_for(pending, hedge_after_s)
             if not is_done:

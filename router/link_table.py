@@ -5,6 +5,7 @@ that breaks is opened again while the view still has that life of the worker: a 
 dead process look alike from here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -151,9 +152,13 @@ class LinkTable:
         step: int,
         timeout_s: float,
         num_rows: int = 0,
+        late_after_s: float = math.inf,
         is_timed: bool = True,
     ) -> Pending[Result]:
         """Asks a worker; fails with PeerLostError where there is no way, or it breaks.
+
+        An answer after `late_after_s` counts as one that took so long: a worker that was frozen is
+        no slower than before, and one that is slower is late again.
 
         What is not timed says nothing of how long others may take: nobody waits for it.
         """
@@ -174,7 +179,9 @@ class LinkTable:
         way.num_rows_out += num_rows
         pending = link.ask(call, fence)
         if is_timed:
-            pending.when_done(lambda: self._answered(way, link, pending, num_rows, asked_at_s))
+            pending.when_done(
+                lambda: self._answered(way, link, pending, num_rows, asked_at_s, late_after_s)
+            )
         else:
             pending.when_done(lambda: self._look_for_loss(way, link, pending))
         return pending
@@ -205,10 +212,11 @@ class LinkTable:
         pending: Pending[Result],
         num_rows: int,
         asked_at_s: float,
+        late_after_s: float,
     ) -> None:
         way.num_rows_out -= num_rows
         if pending.error is None:
-            took_s = self._tasks.clock.now_s() - asked_at_s
+            took_s = min(self._tasks.clock.now_s() - asked_at_s, late_after_s)
             way.latency_s = max(took_s, LATENCY_FADING * (way.latency_s or 0.0))
             way.is_silent = False
         self._look_for_loss(way, link, pending)
@@ -221,7 +229,14 @@ class LinkTable:
         worker_id = way.member.worker_id
         if self._ways.get(worker_id) is way:
             self._close(worker_id)
-            self._open(_Way(way.member, slowness=way.slowness, slow_since_s=way.slow_since_s))
+            again = _Way(
+                way.member,
+                slowness=way.slowness,
+                slow_since_s=way.slow_since_s,
+                # The same life of the same worker: as quick as it was.
+                latency_s=way.latency_s,
+            )
+            self._open(again)
             self.changed.notify()
 
     def _open(self, way: _Way) -> None:

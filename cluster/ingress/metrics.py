@@ -26,6 +26,11 @@ class IngressMetrics:
         self._tokens = Counter(
             "milliways_tokens", "Tokens taken in and given out.", ("kind",), registry=self.registry
         )
+        self.hedges = Counter(
+            "milliways_hedged_requests",
+            "Requests asked of another router as well, because theirs was silent.",
+            registry=self.registry,
+        )
         self._first_token = Histogram(
             "milliways_time_to_first_token_seconds",
             "From a request's start to its first token.",

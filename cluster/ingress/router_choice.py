@@ -42,6 +42,7 @@ class RouterChoice:
         self._num_running: dict[str, int] = {}
         self._runs: dict[str, OrderedDict[int, None]] = {}
         self._suspect_until_s: dict[str, float] = {}
+        self._silent: set[str] = set()
 
     def num_running(self, worker_id: str) -> int:
         return self._num_running.get(worker_id, 0)
@@ -81,16 +82,25 @@ class RouterChoice:
         """A stream to it broke: others are asked first for a while."""
         self._suspect_until_s[worker_id] = until_s
 
+    def is_silent(self, worker_id: str) -> bool:
+        return worker_id in self._silent
+
+    def note_silence(self, worker_id: str, is_silent: bool) -> None:
+        """It gives no sign of life, or does again: others are asked first until then."""
+        (self._silent.add if is_silent else self._silent.discard)(worker_id)
+
     def forget(self, worker_id: str) -> None:
         """Drops what is known of a router that is gone."""
         for known in (self._num_running, self._runs, self._suspect_until_s):
             known.pop(worker_id, None)
+        self._silent.discard(worker_id)
 
     def _cost(
         self, runs: Sequence[int], now_s: float, standby_id: str
     ) -> Callable[[RouterInfo], tuple[bool, bool, float, int, str]]:
         def cost(router: RouterInfo) -> tuple[bool, bool, float, int, str]:
             is_suspect = now_s < self._suspect_until_s.get(router.worker_id, now_s)
+            is_suspect |= router.worker_id in self._silent
             load = self.num_running(router.worker_id) + router.load_hint
             shared = self._num_shared(router.worker_id, runs)
             has_no_copies = router.worker_id != standby_id

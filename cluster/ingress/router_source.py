@@ -7,7 +7,9 @@ The life of a request here:
 3. A stream that breaks, or a router that drains, sends the request with its journal to another one,
    which goes on behind the last token; to the one with copies of its KV blocks, if there is one.
    `Retries` says when to wait and when to give up.
-4. The last token ends it; closing the generator cancels the call, which frees its blocks.
+4. A router that is silent for longer than is its way has another one asked as well. Whichever gives
+   the next token goes on alone: both would give the same.
+5. The last token ends it; closing the generator cancels the call, which frees its blocks.
 """
 
 import asyncio
@@ -15,11 +17,10 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from grpc import aio
-from milliways.v1 import router_pb2
 
 from cluster.config import TlsSettings
 from cluster.errors import (
@@ -28,12 +29,20 @@ from cluster.errors import (
     OverloadedError,
     UnavailableError,
 )
-from cluster.ingress.channels import open_channel
 from cluster.ingress.codec import event_from_wire, route_request, score_from_wire
 from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
+from cluster.ingress.race import (
+    Attempt,
+    News,
+    Race,
+    RouterSilentError,
+    StreamBrokenError,
+)
 from cluster.ingress.request_id import new_request_id
 from cluster.ingress.retries import Retries
 from cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
+from cluster.ingress.router_connection import RouterConnection
+from cluster.ingress.signs import HedgeLimits
 from cluster.status_codes import ACCEPTED_KEY, Verbatim, error_of
 from model.errors import InvalidRequestError
 from model.sampling_params import SamplingParams
@@ -47,26 +56,23 @@ _SUSPECT_FOR_S = 2.0
 # A token that came so short a time ago answers a probe.
 _TOKEN_PROVES_FOR_S = 1.0
 _PROBE_TIMEOUT_S = 5.0
-
-
-# Generated stubs have no types.
-Route = aio.UnaryStreamMultiCallable[router_pb2.RouteRequest, router_pb2.RouteResponse]
-
-
-class StreamBrokenError(Exception):
-    """A stream ended before the request did; another router can carry it on."""
+# Routers that compute one request at a time.
+_MAX_ATTEMPTS = 2
 
 
 class RouterMovedError(Exception):
     """The router drains, and said so."""
 
 
-@dataclass(slots=True)
-class Connection:
-    """A channel to one router, open as long as it is listed or has a stream."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A request on its way through the routers."""
 
-    channel: aio.Channel
-    route: Route
+    journal: Journal
+    retries: Retries
+    request_id: str
+    deadline_s: float
+    streams: Race = field(default_factory=Race)
 
 
 class RouterSource:
@@ -77,16 +83,20 @@ class RouterSource:
         directory: RouterDirectory,
         *,
         tls: TlsSettings | None = None,
+        hedging: HedgeLimits | None = None,
+        on_hedge: Callable[[], None] = lambda: None,
         max_attempts_without_progress: int = 3,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
+        self._hedging = hedging or HedgeLimits()
+        self._on_hedge = on_hedge
         self._tls = tls or TlsSettings()
         self._max_attempts_without_progress = max_attempts_without_progress
         self._clock = clock
         self._choice = RouterChoice()
         # By worker and address: a worker that comes back elsewhere is another connection.
-        self._connections: dict[tuple[str, str], Connection] = {}
+        self._connections: dict[tuple[str, str], RouterConnection] = {}
         self._token_at_s = float("-inf")
         self._is_closed = False
 
@@ -101,31 +111,41 @@ class RouterSource:
     ) -> AsyncGenerator[Event]:
         """As `TokenSource.generate`."""
         retries = Retries(self._max_attempts_without_progress)
-        journal = Journal(request, delivered, num_scored)
-        stream = self._generate(journal, retries, request_id, deadline_s)
+        stream = self._generate(
+            _Run(
+                journal=Journal(request, delivered, num_scored),
+                retries=retries,
+                request_id=request_id,
+                deadline_s=deadline_s,
+            )
+        )
         async with aclosing(stream) as events:
             async for event in events:
                 yield event
 
-    async def _generate(
-        self, journal: Journal, retries: Retries, request_id: str, deadline_s: float
-    ) -> AsyncGenerator[Event]:
-        while not journal.is_complete:
-            router = await self._choose(journal, retries, deadline_s)
-            since_s = self._clock()
-            stream = self._attempt(router, journal, request_id, deadline_s)
-            try:
-                async with aclosing(stream) as events:
-                    async for event in events:
+    async def _generate(self, run: _Run) -> AsyncGenerator[Event]:
+        journal, retries = run.journal, run.retries
+        async with aclosing(run.streams) as streams:
+            while not journal.is_complete:
+                if not streams.attempts:
+                    self._begin(run, await self._choose(run))
+                attempt, news = await streams.next()
+                try:
+                    for event in _new_events(news, journal):
+                        await streams.keep_only(attempt)
                         retries.progressed()
-                        self._token_at_s = since_s = self._clock()
+                        self._token_at_s = attempt.since_s = self._clock()
                         yield event
-            except RouterMovedError:
-                retries.moved(router.worker_id)
-            except (StreamBrokenError, OutOfOrderError) as error:
-                self._broke(router, retries, str(error), since_s, was_accepted=True)
-            except aio.AioRpcError as error:
-                self._judge(router, retries, error, since_s, deadline_s)
+                except RouterSilentError:
+                    self._hedge(run)
+                except RouterMovedError:
+                    await streams.drop(attempt)
+                    retries.moved(attempt.router.worker_id)
+                except (StreamBrokenError, OutOfOrderError) as error:
+                    await streams.drop(attempt)
+                    self._broke(attempt, retries, str(error), was_accepted=True)
+                except aio.AioRpcError as error:
+                    self._judge(run, attempt, error)
 
     async def probe(self) -> None:
         """As `TokenSource.probe`: a token that just came, or one made for it."""
@@ -138,7 +158,14 @@ class RouterSource:
         retries = Retries(self._max_attempts_without_progress, is_patient=False)
         deadline_s = self._clock() + _PROBE_TIMEOUT_S
         request_id = f"probe-{new_request_id()}"
-        stream = self._generate(Journal(request), retries, request_id, deadline_s)
+        stream = self._generate(
+            _Run(
+                journal=Journal(request),
+                retries=retries,
+                request_id=request_id,
+                deadline_s=deadline_s,
+            )
+        )
         try:
             async with aclosing(stream) as events:
                 async for _ in events:
@@ -151,15 +178,16 @@ class RouterSource:
         self._is_closed = True
         connections = list(self._connections.values())
         self._connections.clear()
-        await asyncio.gather(*(connection.channel.close(None) for connection in connections))
+        await asyncio.gather(*(connection.close() for connection in connections))
 
-    async def _choose(self, journal: Journal, retries: Retries, deadline_s: float) -> RouterInfo:
+    async def _choose(self, run: _Run) -> RouterInfo:
         """The router to try next; waits for one if there is none.
 
         Raises:
             OverloadedError: none has room, and the request has not begun.
             UnavailableError: none came until the deadline.
         """
+        journal, retries, deadline_s = run.journal, run.retries, run.deadline_s
         while True:
             if self._is_closed:
                 raise UnavailableError("the ingress is stopping")
@@ -186,52 +214,42 @@ class RouterSource:
         except TimeoutError:
             pass
 
-    async def _attempt(
-        self, router: RouterInfo, journal: Journal, request_id: str, deadline_s: float
-    ) -> AsyncGenerator[Event]:
-        """What one router gives, as far as its client has not had it.
+    def _begin(self, run: _Run, router: RouterInfo) -> None:
+        """Asks a router for what the client has not had."""
+        worker_id, now_s = router.worker_id, self._clock()
+        timeout_s = max(0.001, run.deadline_s - now_s)
+        self._choice.begin(worker_id, run.journal.request.prompt_ids)
+        run.streams.begin(
+            Attempt(router, now_s),
+            self._connect(router),
+            route_request(run.journal, run.request_id, timeout_s),
+            timeout_s,
+            when_over=lambda: self._choice.end(worker_id),
+        )
 
-        Raises:
-            AioRpcError, StreamBrokenError, OutOfOrderError: the router did not finish.
-            RouterMovedError: it drains.
-        """
-        timeout_s = max(0.001, deadline_s - self._clock())
-        message = route_request(journal, request_id, timeout_s)
-        call = self._connect(router).route(message, timeout=timeout_s)
-        self._choice.begin(router.worker_id, journal.request.prompt_ids)
-        try:
-            async for response in call:
-                if response.standby_id:
-                    journal.standby_id = response.standby_id
-                for event in _new_events(response, journal):
-                    yield event
-                if journal.is_complete:
-                    return
-                if response.has_moved:
-                    raise RouterMovedError
-            raise StreamBrokenError("the stream ended before the request")
-        except asyncio.CancelledError:
-            # Of this task, or of the call under it because its channel was closed?
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise StreamBrokenError("the channel was closed") from None
-        finally:
-            call.cancel()
-            self._choice.end(router.worker_id)
+    def _hedge(self, run: _Run) -> None:
+        """Has another router do it as well, where there is one that is not silent."""
+        asked = {attempt.router.worker_id for attempt in run.streams.attempts}
+        if len(asked) >= _MAX_ATTEMPTS:
+            return
+        others = [
+            router
+            for router in self._directory.routers()
+            if router.worker_id not in asked | run.retries.avoided
+            and not self._choice.is_silent(router.worker_id)
+        ]
+        journal = run.journal
+        picked = self._choice.try_pick(
+            others, journal.request.prompt_ids, self._clock(), journal.standby_id
+        )
+        if picked is not None:
+            logger.info("router %s is silent: %s is asked as well", *asked, picked.worker_id)
+            self._on_hedge()
+            self._begin(run, picked)
 
-    def _judge(
-        self,
-        router: RouterInfo,
-        retries: Retries,
-        error: aio.AioRpcError,
-        since_s: float,
-        deadline_s: float,
-    ) -> None:
-        """Goes on after a call that failed, or raises what the client has to know.
-
-        `since_s` is when the router was asked, or gave its last token.
-        """
+    def _judge(self, run: _Run, attempt: Attempt, error: aio.AioRpcError) -> None:
+        """Goes on after a call that failed, or raises what the client has to know."""
+        retries, deadline_s = run.retries, run.deadline_s
         details = error.details() or ""
         named = error_of(details, _texts(error.trailing_metadata()))
         code = error.code()
@@ -239,9 +257,9 @@ class RouterSource:
             raise InvalidRequestError("request", Verbatim("refused by the router"), details)
         if isinstance(named, OverloadedError) or code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             full = named if isinstance(named, OverloadedError) else OverloadedError(details)
-            retries.was_full(router.worker_id, full)
+            retries.was_full(attempt.router.worker_id, full)
         elif isinstance(named, UnavailableError):
-            self._broke(router, retries, str(named), since_s, was_accepted=False)
+            self._broke(attempt, retries, str(named), was_accepted=False)
         elif named is not None:
             raise named
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED and self._clock() >= deadline_s - 0.05:
@@ -251,33 +269,29 @@ class RouterSource:
             # Whoever answers at all is there: only what cannot be reached never had the request.
             was_accepted |= code is not grpc.StatusCode.UNAVAILABLE
             reason = f"{code.name}: {details}"
-            self._broke(router, retries, reason, since_s, was_accepted=was_accepted)
+            self._broke(attempt, retries, reason, was_accepted=was_accepted)
 
     def _broke(
-        self,
-        router: RouterInfo,
-        retries: Retries,
-        reason: str,
-        since_s: float,
-        *,
-        was_accepted: bool,
+        self, attempt: Attempt, retries: Retries, reason: str, *, was_accepted: bool
     ) -> None:
-        logger.warning("router %s: a stream broke: %s", router.worker_id, reason)
+        worker_id = attempt.router.worker_id
+        logger.warning("router %s: a stream broke: %s", worker_id, reason)
         now_s = self._clock()
-        self._choice.suspect(router.worker_id, now_s + _SUSPECT_FOR_S)
-        lasted_s = now_s - since_s
-        retries.broke(router.worker_id, reason, was_accepted=was_accepted, lasted_s=lasted_s)
+        self._choice.suspect(worker_id, now_s + _SUSPECT_FOR_S)
+        lasted_s = now_s - attempt.since_s
+        retries.broke(worker_id, reason, was_accepted=was_accepted, lasted_s=lasted_s)
 
-    def _connect(self, router: RouterInfo) -> Connection:
-        key = (router.worker_id, router.address)
+    def _connect(self, router: RouterInfo) -> RouterConnection:
+        worker_id = router.worker_id
+        key = (worker_id, router.address)
         if key not in self._connections:
-            channel = open_channel(router.address, self._tls)
-            route: Route = channel.unary_stream(
-                "/milliways.v1.RouterService/Route",
-                request_serializer=router_pb2.RouteRequest.SerializeToString,
-                response_deserializer=router_pb2.RouteResponse.FromString,
+            self._connections[key] = RouterConnection(
+                router,
+                self._tls,
+                self._hedging,
+                lambda is_silent: self._choice.note_silence(worker_id, is_silent),
+                self._clock,
             )
-            self._connections[key] = Connection(channel, route)
         return self._connections[key]
 
     async def _close_unlisted(self, routers: Sequence[RouterInfo]) -> None:
@@ -286,11 +300,22 @@ class RouterSource:
         for key in set(self._connections) - listed:
             if self._choice.num_running(key[0]) == 0:
                 self._choice.forget(key[0])
-                await self._connections.pop(key).channel.close(None)
+                await self._connections.pop(key).close()
 
 
-def _new_events(response: router_pb2.RouteResponse, journal: Journal) -> Iterator[Event]:
-    """Events that the client has not had, each written into the journal before it is given."""
+def _new_events(news: News, journal: Journal) -> Iterator[Event]:
+    """Events that the client has not had, each written into the journal before it is given.
+
+    Raises:
+        Exception: it is one.
+        OutOfOrderError: an event does not follow on the journal.
+        RouterMovedError: after the last event, and more are to come.
+    """
+    if isinstance(news, Exception):
+        raise news
+    response = news
+    if response.standby_id:
+        journal.standby_id = response.standby_id
     position = journal.num_scored + 1
     scores = [
         score_from_wire(message)
@@ -309,6 +334,8 @@ def _new_events(response: router_pb2.RouteResponse, journal: Journal) -> Iterato
         )
         if is_new:
             yield event
+    if response.has_moved and not journal.is_complete:
+        raise RouterMovedError
 
 
 def _texts(metadata: aio.Metadata | None) -> dict[str, str]:

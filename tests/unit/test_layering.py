@@ -73,6 +73,7 @@ GRPC_FILES: tuple[str, ...] = (
     "cluster.bench.dataplane",
     "cluster.ingress.channels",
     "cluster.ingress.grpc_service",
+    "cluster.ingress.router_connection",
     "cluster.ingress.health",
     "cluster.ingress.malformed",
     "cluster.ingress.router_source",

@@ -59,6 +59,11 @@ class Bench:
     def ask(self, num_rows: int = 0) -> Pending[Result]:
         return self.table.ask("w", AbandonBatch(1), step=1, timeout_s=1.0, num_rows=num_rows)
 
+    def ask_impatiently(self, late_after_s: float) -> Pending[Result]:
+        return self.table.ask(
+            "w", AbandonBatch(1), step=1, timeout_s=1.0, late_after_s=late_after_s
+        )
+
     def ask_untimed(self) -> Pending[Result]:
         return self.table.ask("w", AbandonBatch(1), step=1, timeout_s=1.0, is_timed=False)
 
@@ -145,3 +150,23 @@ def test_what_nobody_waits_for_says_nothing_of_how_long_others_may_take(bench: B
     bench.ask_untimed()
     link.asked[-1].fail(PeerLostError("w", "it broke"))
     assert not bench.table.is_open("w")
+
+
+def test_worker_that_was_frozen_counts_as_late_and_not_as_that_slow(bench: Bench) -> None:
+    link = bench.open()
+    bench.ask_impatiently(0.2)
+    bench.advance(30.0)
+    link.asked[0].resolve(Abandoned())
+    assert bench.table.latency_s("w") == pytest.approx(0.2)
+
+
+def test_way_that_opens_again_to_the_same_life_is_as_quick_as_before(bench: Bench) -> None:
+    link = bench.open()
+    bench.ask()
+    bench.advance(0.01)
+    link.asked[0].resolve(Abandoned())
+    bench.table.give_up("w")
+    bench.tasks.run_ready()
+    bench.open()
+    assert bench.table.is_open("w")
+    assert bench.table.latency_s("w") == pytest.approx(0.01)

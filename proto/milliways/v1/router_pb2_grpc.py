@@ -40,6 +40,11 @@ class RouterServiceStub:
                 request_serializer=milliways_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
                 response_deserializer=milliways_dot_v1_dot_router__pb2.RouteResponse.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/milliways.v1.RouterService/Ping',
+                request_serializer=milliways_dot_v1_dot_router__pb2.PingRequest.SerializeToString,
+                response_deserializer=milliways_dot_v1_dot_router__pb2.PingResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -53,6 +58,13 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """Answered by the thread that runs the requests: whether it comes to anything at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Route,
                     request_deserializer=milliways_dot_v1_dot_router__pb2.RouteRequest.FromString,
                     response_serializer=milliways_dot_v1_dot_router__pb2.RouteResponse.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=milliways_dot_v1_dot_router__pb2.PingRequest.FromString,
+                    response_serializer=milliways_dot_v1_dot_router__pb2.PingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class RouterService:
             '/milliways.v1.RouterService/Route',
             milliways_dot_v1_dot_router__pb2.RouteRequest.SerializeToString,
             milliways_dot_v1_dot_router__pb2.RouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milliways.v1.RouterService/Ping',
+            milliways_dot_v1_dot_router__pb2.PingRequest.SerializeToString,
+            milliways_dot_v1_dot_router__pb2.PingResponse.FromString,
             options,
             channel_credentials,
             insecure,

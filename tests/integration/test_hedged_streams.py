@@ -1,0 +1,238 @@
+"""Routers that are silent: another is asked as well, and the client has every token once."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+import pytest
+from grpc import aio
+from milliways.v1 import router_pb2
+
+from cluster.ingress.router_source import RouterSource
+from cluster.ingress.signs import HedgeLimits
+from model.sampling_params import SamplingParams
+from router.request import GenerateRequest
+from router.sequence import TokenEvent
+from tests.fake_routers import (
+    Directory,
+    FakeRouter,
+    Fault,
+    expected_events,
+    full,
+    running,
+    start,
+)
+
+REQUEST = GenerateRequest(
+    prompt_ids=(100,), max_tokens=12, sampling=SamplingParams(temperature=0.0), ignore_eos=True
+)
+# Its length is not what is tested; that nobody is silent for it is.
+LIMITS = HedgeLimits(after_s_min=0.2, after_s_max=0.4)
+TIMEOUT_S = 60.0
+
+
+class Hedges:
+    """How often another router was asked."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> None:
+        self.count += 1
+
+
+class DeafRouter(FakeRouter):
+    """One that can stop answering: neither pings nor, behind its fault, streams."""
+
+    is_deaf = False
+
+    async def Ping(self, request: router_pb2.PingRequest, context: aio.ServicerContext) -> object:
+        while self.is_deaf:
+            await asyncio.sleep(0.01)
+        return router_pb2.PingResponse()
+
+
+def deaf_after(num_tokens: int) -> DeafRouter:
+    router = DeafRouter(fault=Fault.STALLS, num_before_fault=num_tokens)
+    router.is_deaf = True
+    return router
+
+
+async def collect(source: RouterSource, request_id: str = "r") -> list[TokenEvent]:
+    stream = source.generate(
+        REQUEST, request_id=request_id, deadline_s=time.monotonic() + TIMEOUT_S
+    )
+    async with aclosing(stream) as events:
+        return [event async for event in events]
+
+
+def run(
+    scenario: Callable[[RouterSource, Directory, Hedges], Awaitable[None]], *routers: FakeRouter
+) -> None:
+    async def main() -> None:
+        hedges = Hedges()
+        async with running(*routers) as directory:
+            source = RouterSource(directory, hedging=LIMITS, on_hedge=hedges.add)
+            try:
+                await scenario(source, directory, hedges)
+            finally:
+                await source.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_tokens", range(0, 12, 3))
+def test_silent_router_has_its_requests_asked_of_another(num_tokens: int) -> None:
+    routers = [deaf_after(num_tokens), FakeRouter(events_each=2)]
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        assert await collect(source) == expected_events(REQUEST)
+        assert hedges.count == 1
+        # Others are asked first until it answers.
+        assert await collect(source) == expected_events(REQUEST)
+        assert len(routers[0].asked) == 1
+        # Both the loser's stream and its blocks are given back.
+        while routers[0].num_running:
+            await asyncio.sleep(0.005)
+
+    run(scenario, *routers)
+    had = [len(sample.token_ids) for sample in routers[1].asked[0].delivered]
+    assert had == ([num_tokens] if num_tokens else [])
+
+
+def test_router_that_waits_but_answers_keeps_its_request() -> None:
+    gate = asyncio.Event()
+    routers = [DeafRouter(gate=gate), FakeRouter()]
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        task = asyncio.create_task(collect(source))
+        await asyncio.sleep(5 * LIMITS.after_s_max)
+        gate.set()
+        assert await task == expected_events(REQUEST)
+        assert hedges.count == 0
+
+    run(scenario, *routers)
+    assert routers[1].asked == []
+
+
+def test_router_that_comes_to_its_senses_first_goes_on_alone() -> None:
+    silent = DeafRouter(gate=asyncio.Event())
+    other = FakeRouter(gate=asyncio.Event())
+    silent.is_deaf = True
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        assert silent.gate is not None
+        task = asyncio.create_task(collect(source))
+        while not other.num_running:
+            await asyncio.sleep(0.005)
+        silent.is_deaf = False
+        silent.gate.set()
+        assert await task == expected_events(REQUEST)
+        assert hedges.count == 1
+        while other.num_running:
+            await asyncio.sleep(0.005)
+        # It is asked again: by its name it comes first.
+        assert await collect(source) == expected_events(REQUEST)
+        assert [len(silent.asked), len(other.asked)] == [2, 1]
+
+    run(scenario, silent, other)
+
+
+@pytest.mark.parametrize("is_silent_first", [True, False])
+def test_break_of_one_of_two_leaves_the_other(is_silent_first: bool) -> None:
+    silent = DeafRouter(gate=asyncio.Event())
+    silent.is_deaf = True
+    other = FakeRouter(gate=asyncio.Event())
+    third = FakeRouter()
+    if not is_silent_first:
+        other.fault = Fault.INTERNAL
+        silent.gate, silent.fault, silent.num_before_fault = None, Fault.STALLS, 2
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        directory.set([silent.info, other.info])
+        task = asyncio.create_task(collect(source))
+        while not other.num_running:
+            await asyncio.sleep(0.005)
+        directory.set([silent.info, other.info, third.info])
+        assert other.gate is not None
+        if is_silent_first:
+            assert silent.server is not None
+            await silent.server.stop(None)
+        other.gate.set()
+        assert await task == expected_events(REQUEST)
+        assert len(third.asked) == (not is_silent_first)
+
+    run(scenario, silent, other, third)
+
+
+def test_other_that_has_no_room_costs_nothing() -> None:
+    silent = DeafRouter(gate=asyncio.Event())
+    silent.is_deaf = True
+    other = FakeRouter(refusal=full())
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        assert silent.gate is not None
+        task = asyncio.create_task(collect(source))
+        while not other.asked:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(LIMITS.after_s_max)
+        silent.gate.set()
+        assert await task == expected_events(REQUEST)
+
+    run(scenario, silent, other)
+    assert len(other.asked) == 1
+
+
+def test_other_that_comes_later_is_asked_then() -> None:
+    silent, late = deaf_after(3), FakeRouter()
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        task = asyncio.create_task(collect(source))
+        while not silent.asked:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(2 * LIMITS.after_s_max)
+        await start(late, "late")
+        directory.set([silent.info, late.info])
+        assert await task == expected_events(REQUEST)
+        assert hedges.count == 1
+        assert late.server is not None
+        await late.server.stop(None)
+
+    run(scenario, silent)
+
+
+def test_client_that_leaves_frees_both() -> None:
+    silent = DeafRouter(gate=asyncio.Event())
+    silent.is_deaf = True
+    other = FakeRouter(gate=asyncio.Event())
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        task = asyncio.create_task(collect(source))
+        while not other.num_running:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while silent.num_running or other.num_running:
+            await asyncio.sleep(0.005)
+
+    run(scenario, silent, other)
+
+
+def test_source_that_closes_leaves_no_task() -> None:
+    async def main() -> None:
+        silent = deaf_after(3)
+        async with running(silent) as directory:
+            source = RouterSource(directory, hedging=LIMITS)
+            stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 60)
+            events = [await anext(stream) for _ in range(3)]
+            await asyncio.sleep(2 * LIMITS.after_s_max)
+            await stream.aclose()
+            # It is still asked for a sign of life, so that it can be used again.
+            await source.close()
+            assert events == expected_events(REQUEST)[:3]
+        await asyncio.sleep(0)
+        mine = [t for t in asyncio.all_tasks() if "Router" in repr(t.get_coro())]
+        assert mine == []
+
+    asyncio.run(main())

@@ -1,0 +1,100 @@
+"""How long a router may be silent before another one is asked as well."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.ingress.signs import HedgeLimits, Signs
+
+LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
+
+
+def heard_every(gap_s: float, count: int) -> tuple[Signs, float]:
+    """A router that was heard of so often, and the time of the last sign."""
+    signs = Signs(LIMITS)
+    signs.begin(0.0)
+    for i in range(count):
+        signs.heard((i + 1) * gap_s)
+    return signs, count * gap_s
+
+
+def silent_after_s(signs: Signs, now_s: float) -> float:
+    """How long after a time it is taken for silent, in steps of 10 ms."""
+    for i in range(10_000):
+        signs.look(now_s + i / 100)
+        if signs.is_silent:
+            return i / 100
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "expected_s"), [(0.01, 0.1), (0.1, 0.2), (0.4, 0.8), (30.0, 10.0)]
+)
+def test_patience_is_a_multiple_of_the_longest_silence_within_limits(
+    gap_s: float, expected_s: float
+) -> None:
+    signs, now_s = heard_every(gap_s, 20)
+    assert silent_after_s(signs, now_s) == pytest.approx(expected_s, abs=0.011)
+
+
+def test_router_not_heard_of_yet_has_a_second() -> None:
+    signs = Signs(LIMITS)
+    signs.begin(5.0)
+    assert silent_after_s(signs, 5.0) == 1.0
+
+
+def test_one_long_silence_is_forgotten() -> None:
+    signs, now_s = heard_every(0.1, 5)
+    signs.heard(now_s + 0.2)
+    assert signs.patience_s == pytest.approx(0.4)
+    for i in range(100):
+        signs.heard(now_s + 0.2 + 0.1 * (i + 1))
+    assert signs.patience_s == pytest.approx(0.2)
+
+
+def test_router_that_was_frozen_is_given_a_little_more_time() -> None:
+    signs, now_s = heard_every(0.05, 5)
+    assert silent_after_s(signs, now_s) == pytest.approx(0.1, abs=0.011)
+    signs.heard(now_s + 30.0)
+    assert not signs.is_silent
+    assert signs.patience_s == pytest.approx(0.2)
+
+
+def test_router_that_is_always_slow_is_soon_waited_for() -> None:
+    signs, now_s = heard_every(0.01, 5)
+    num_silences = 0
+    for _ in range(20):
+        signs.look(now_s + 1.9)
+        num_silences += signs.is_silent
+        now_s += 2.0
+        signs.heard(now_s)
+    assert num_silences == 5
+
+
+def test_listener_that_had_no_processor_blames_nobody() -> None:
+    signs, now_s = heard_every(0.05, 5)
+    signs.overslept(0.5)
+    signs.look(now_s + 0.55)
+    assert not signs.is_silent
+    assert silent_after_s(signs, now_s + 0.5) == pytest.approx(0.1, abs=0.011)
+
+
+def test_ping_comes_before_the_verdict() -> None:
+    signs, now_s = heard_every(0.1, 5)
+    assert not signs.wants_ping(now_s + 0.05)
+    assert signs.wants_ping(now_s + 0.11)
+    signs.look(now_s + 0.11)
+    assert not signs.is_silent
+
+
+@given(st.lists(st.floats(0.0, 100.0), max_size=50))
+def test_patience_stays_within_limits(gaps_s: list[float]) -> None:
+    signs, now_s = Signs(LIMITS), 0.0
+    signs.begin(now_s)
+    for gap_s in gaps_s:
+        now_s += gap_s
+        signs.look(now_s)
+        signs.heard(now_s)
+        assert LIMITS.after_s_min <= signs.patience_s <= LIMITS.after_s_max
+        assert 0 < signs.look_after_s < signs.patience_s
+        assert not signs.is_silent
