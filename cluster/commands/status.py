@@ -5,6 +5,8 @@
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from cluster.errors import ClusterError, StartupError
@@ -33,15 +35,25 @@ def ask_controller(
     Raises:
         StartupError: no cluster runs, it has no controller, or that does not answer.
     """
+    # Ray prints news of its nodes, a death say, where our answer goes: into somebody's JSON.
+    with redirect_stdout(sys.stderr):
+        return _ask(_enter(address), method, arguments, timeout_s)
+
+
+def _enter(address: str | None) -> str:
+    """Makes the settings those of the cluster that is meant; its address."""
     be_quiet()
-    if address is None:
-        running = find_running()
-        if running is None:
-            raise StartupError("no cluster of yours runs here; `milliways serve` starts one")
-        enter(running)
-        address = running.address
-    else:
+    if address is not None:
         head_for(address)
+        return address
+    running = find_running()
+    if running is None:
+        raise StartupError("no cluster of yours runs here; `milliways serve` starts one")
+    enter(running)
+    return running.address
+
+
+def _ask(address: str, method: str, arguments: tuple[Any, ...], timeout_s: float) -> Any:
     # Not before: Ray reads its settings when it is imported.
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
