@@ -5,13 +5,15 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.faults.under_load import (
+    Nodes,
+    OnNodes,
     complaints_under_load,
     ray_nodes,
     serving_on,
@@ -20,29 +22,7 @@ from tests.faults.under_load import (
 from tests.served_cluster import end, free_ports, short_folder, wait_until
 
 HOST = "127.0.0.1"
-
-
-@pytest.mark.slow
-def test_death_of_a_node_costs_no_token() -> None:
-    with short_folder() as folder:
-        environment = several_nodes(folder)
-        with (
-            ray_nodes(3, environment) as nodes,
-            serving_on(nodes.address, HOST, environment, folder) as served,
-        ):
-            gone: list[str] = []
-
-            def kill_a_node() -> None:
-                node_id = served.workers()[0]["node"]
-                raylet = psutil.Process(nodes.raylets[node_id])
-                gone.append(node_id)
-                # The raylet first: nobody shall tidy up.
-                end([raylet, *raylet.children(recursive=True)])
-
-            def is_whole() -> bool:
-                return served.is_whole(gone)
-
-            assert complaints_under_load(served.endpoint, kill_a_node, is_whole) == []
+HAS_REDIS = shutil.which("redis-server") is not None
 
 
 @contextmanager
@@ -58,27 +38,50 @@ def redis(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
-def test_restart_of_the_head_costs_no_token() -> None:
-    with short_folder() as folder, redis(folder) as address:
-        environment = several_nodes(folder, RAY_REDIS_ADDRESS=address)
-        with (
-            ray_nodes(2, environment) as nodes,
-            serving_on(nodes.address, HOST, environment, folder) as served,
-        ):
-            victim = served.workers()[0]
+@pytest.fixture(scope="module")
+def cluster_on_nodes() -> Iterator[tuple[Nodes, OnNodes]]:
+    """Three nodes with a worker each, whose head keeps its memory in Redis where there is one."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(short_folder())
+        storage: dict[str, str] = {}
+        if HAS_REDIS:
+            storage["RAY_REDIS_ADDRESS"] = stack.enter_context(redis(folder))
+        environment = several_nodes(folder, **storage)
+        nodes = stack.enter_context(ray_nodes(3, environment))
+        served = stack.enter_context(serving_on(nodes.address, HOST, environment, folder))
+        yield nodes, served
 
-            def restart_head() -> None:
-                nodes.order("kill-gcs")
-                # Without a head a worker dies: others have its experts.
-                os.kill(victim["pid"], signal.SIGKILL)
-                wait_until(lambda: not psutil.pid_exists(victim["pid"]), "the worker is gone")
-                nodes.order("start-gcs")
 
-            def is_whole() -> bool:
-                workers = {worker["worker_id"]: worker for worker in served.workers()}
-                mine = workers.get(victim["worker_id"], victim)
-                return served.is_whole() and mine["incarnation"] > victim["incarnation"]
+@pytest.mark.skipif(not HAS_REDIS, reason="redis-server is not installed")
+def test_restart_of_the_head_costs_no_token(cluster_on_nodes: tuple[Nodes, OnNodes]) -> None:
+    nodes, served = cluster_on_nodes
+    victim = served.workers()[0]
 
-            assert complaints_under_load(served.endpoint, restart_head, is_whole) == []
+    def restart_head() -> None:
+        nodes.order("kill-gcs")
+        # Without a head a worker dies: others have its experts.
+        os.kill(victim["pid"], signal.SIGKILL)
+        wait_until(lambda: not psutil.pid_exists(victim["pid"]), "the worker is gone")
+        nodes.order("start-gcs")
+
+    def is_whole() -> bool:
+        workers = {worker["worker_id"]: worker for worker in served.workers()}
+        mine = workers.get(victim["worker_id"], victim)
+        return served.is_whole() and mine["incarnation"] > victim["incarnation"]
+
+    assert complaints_under_load(served.endpoint, restart_head, is_whole) == []
+
+
+def test_death_of_a_node_costs_no_token(cluster_on_nodes: tuple[Nodes, OnNodes]) -> None:
+    nodes, served = cluster_on_nodes
+    node_id = served.workers()[0]["node"]
+
+    def kill_the_node() -> None:
+        raylet = psutil.Process(nodes.raylets[node_id])
+        # The raylet first: nobody shall tidy up.
+        end([raylet, *raylet.children(recursive=True)])
+
+    def is_whole() -> bool:
+        return served.is_whole(gone=[node_id])
+
+    assert complaints_under_load(served.endpoint, kill_the_node, is_whole) == []
