@@ -71,7 +71,7 @@ class Simulation:
 
     def check(self) -> None:
         """Every stream is what it must be, and no batch is left at a shard."""
-        for journal in self.ingress.journals:
+        for journal in (*self.ingress.journals, *self.ingress.broken):
             wanted = (journal.request, self.scenario.config, self.scenario.draw)
             check_journal(journal, expected_streams(*wanted), expected_scores(*wanted))
         if not self.scenario.strikes and not self.supervisor.num_deaths:
