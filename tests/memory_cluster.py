@@ -90,7 +90,7 @@ class Channel:
         self._network = network
         self._last_s = 0.0
 
-    def send(self, deliver: Callable[[], None]) -> None:
+    def send(self, deliver: Callable[[], None], about: Call | None = None) -> None:
         """Has something happen at the other end, unless the way is cut before."""
         if not self._sender.is_alive or self.is_cut:
             return
@@ -99,12 +99,12 @@ class Channel:
             return
         there_s = max(self._sender.now_s(), self.stalled_until_s) + self._network.delay_s()
         self._last_s = max(self._last_s, there_s)
-        self._network.tasks.call_at(self._last_s, lambda: self._arrive(deliver))
+        self._network.tasks.call_at(self._last_s, lambda: self._arrive(deliver, about))
 
-    def _arrive(self, deliver: Callable[[], None]) -> None:
+    def _arrive(self, deliver: Callable[[], None], about: Call | None) -> None:
         if self.is_cut or not self._receiver.is_alive:
             return
-        self._network.delivered(self._receiver)
+        self._network.delivered(self._receiver, about)
         if self._receiver.is_alive:
             self._receiver.inbox.append(deliver)
 
@@ -120,6 +120,8 @@ class Network:
         self.num_delivered = 0
         # Looks at each message that is about to arrive: where a test counts, and kills.
         self.on_delivery: Callable[[Process], None] | None = None
+        # What it looks at: the call that arrives or is answered, if it is one.
+        self.arriving: Call | None = None
         self._delay_s_max = delay_s_max
 
     def delay_s(self) -> float:
@@ -129,8 +131,9 @@ class Network:
         """How long the end of a stream takes to be noticed."""
         return self.random.uniform(0.0, 5 * self._delay_s_max)
 
-    def delivered(self, receiver: Process) -> None:
+    def delivered(self, receiver: Process, about: Call | None) -> None:
         self.num_delivered += 1
+        self.arriving = about
         if self.on_delivery is not None:
             self.on_delivery(receiver)
 
@@ -201,7 +204,7 @@ class MemoryLink:
             return answer
         self._waiting.append(answer)
         answer.when_done(lambda: self._waiting.remove(answer))
-        self.there.send(lambda: self._arrive(call, fence, answer))
+        self.there.send(lambda: self._arrive(call, fence, answer), call)
         return answer
 
     def close(self) -> None:
@@ -251,10 +254,10 @@ class MemoryLink:
     def _arrive(self, call: Call, fence: Fence, answer: Pending[Result]) -> None:
         core = self.server.core
         if core is not None:
-            core.submit(call, fence, lambda result: self._reply(answer, result))
+            core.submit(call, fence, lambda result: self._reply(call, answer, result))
 
-    def _reply(self, answer: Pending[Result], result: Result) -> None:
-        self.back.send(lambda: answer.resolve(result))
+    def _reply(self, call: Call, answer: Pending[Result], result: Result) -> None:
+        self.back.send(lambda: answer.resolve(result), call)
 
 
 class DirectLink:

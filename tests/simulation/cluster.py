@@ -71,11 +71,9 @@ class Simulation:
 
     def check(self) -> None:
         """Every stream is what it must be, and no batch is left at a shard."""
-        for journal in self.ingress.journals:
-            request, config = journal.request, self.scenario.config
-            check_journal(
-                journal, expected_streams(request, config), expected_scores(request, config)
-            )
+        for journal in (*self.ingress.journals, *self.ingress.broken):
+            wanted = (journal.request, self.scenario.config, self.scenario.draw)
+            check_journal(journal, expected_streams(*wanted), expected_scores(*wanted))
         if not self.scenario.strikes and not self.supervisor.num_deaths:
             for process, (_, attention) in self.shards.items():
                 assert attention is None or attention.num_batches == 0, process.name
@@ -208,6 +206,7 @@ class Simulation:
         cache_size = scenario.settings.cache_size
         attention = FakeAttention(scenario.config, layers, member.has_ends, cache_size, experts)
         attention.spend, attention.compute_s = process.spend, scenario.compute_s
+        attention.draw = scenario.draw
         process.arrays = attention
         return attention
 

@@ -1,12 +1,14 @@
-"""The real controller over simulated processes."""
+"""The real controller over simulated processes, and the next one where it dies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
 from cluster.controller import Controller
-from cluster.fleet import Spawned, WorkerDiedError
+from cluster.fleet import Existing, Spawned, WorkerDiedError
 from cluster.placement import ExpertId, ModelBytes, ShardPlan
+from cluster.targets import ControllerSettings
 from cluster.tasks import Pending
 from cluster.view import ClusterView, Member, WorkerState
 from tests.memory_cluster import Channel, MemoryCluster, Process
@@ -19,6 +21,10 @@ from workers.core import WorkerCore
 
 Load = Callable[[Process, ShardPlan], None]
 ExpertsOf = Callable[[Process], FakeExperts]
+Describe = Callable[[Process], Existing | None]
+
+# As long as the true fleet waits for a worker to say what it holds.
+DESCRIBE_TIMEOUT_S = 5.0
 
 
 class SimulatedFleet:
@@ -51,20 +57,27 @@ class SimulatedFleet:
             process = self._cluster.start_worker(member)
             self._cluster.start_router(worker_id, incarnation)
             self._latest[worker_id] = process
-            self._deaths[process] = Pending()
-            network = self._cluster.network
-            self._channels[process] = (
-                Channel(self._controller, process, network),
-                Channel(process, self._controller, network),
-            )
-            spawned.resolve(
-                Spawned(
-                    address="", router_address="", node_id=worker_id, pid=1, memory_bytes=1 << 40
-                )
-            )
+            self._meet(process)
+            spawned.resolve(spawned_as(worker_id))
 
         self._controller.tasks.call_later(self._random.uniform(0.0, 0.1), come_up)
         return spawned
+
+    async def find_existing(
+        self, living: Iterable[Process], describe: Describe, end: Callable[[Process], None]
+    ) -> list[Existing]:
+        """Workers that another controller started and that serve; those that do not are ended."""
+        found: list[Existing] = []
+        for process in living:
+            self._meet(process)
+        for process in living:
+            existing = await self._described(process, describe)
+            if existing is None:
+                end(process)
+                continue
+            self._latest[existing.worker_id] = process
+            found.append(existing)
+        return found
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         return self._tell(worker_id, lambda p: self._load(p, shards), self._random.random() * 0.1)
@@ -114,7 +127,31 @@ class SimulatedFleet:
 
     def found_dead(self, process: Process) -> None:
         """The controller hears of a death, or takes what is frozen for dead."""
-        self._deaths[process].resolve(None)
+        # One that began since then does not know it.
+        if process in self._deaths:
+            self._deaths[process].resolve(None)
+
+    def _meet(self, process: Process) -> None:
+        network = self._cluster.network
+        self._deaths[process] = Pending()
+        self._channels[process] = (
+            Channel(self._controller, process, network),
+            Channel(process, self._controller, network),
+        )
+
+    async def _described(self, process: Process, describe: Describe) -> Existing | None:
+        """What a process says of itself; None where it does not answer, or has nothing loaded."""
+        told: Pending[Existing | None] = Pending()
+        there, back = self._channels[process]
+
+        def answer() -> None:
+            existing = describe(process)
+            back.send(lambda: told.resolve(existing))
+
+        there.send(answer)
+        self._deaths[process].when_done(lambda: told.resolve(None))
+        is_told = await self._controller.tasks.wait_for(told, DESCRIBE_TIMEOUT_S)
+        return told.result() if is_told else None
 
     def _tell(
         self, worker_id: str, act: Callable[[Process], None], takes_s: float = 0.0
@@ -134,8 +171,22 @@ class SimulatedFleet:
         return told
 
 
+def spawned_as(worker_id: str) -> Spawned:
+    """Where a process came up: on a node of its own."""
+    return Spawned(address="", router_address="", node_id=worker_id, pid=1, memory_bytes=1 << 40)
+
+
+def controller_settings(scenario: Scenario) -> ControllerSettings:
+    """What is wanted of the controller, which a scenario for one says."""
+    assert scenario.wanted is not None
+    return scenario.wanted
+
+
 class ControlledSupervisor(Supervisor):
-    """Kills as the stand-in does, and leaves what follows to the controller."""
+    """Kills as the stand-in does, and leaves what follows to the controller, and that to the next.
+
+    A controller that died is made anew by the ingress, which tells it the last view that it knows.
+    """
 
     def __init__(
         self,
@@ -145,11 +196,36 @@ class ControlledSupervisor(Supervisor):
         scenario: Scenario,
         load: Load,
         experts_of: ExpertsOf,
+        describe: Describe,
     ) -> None:
         super().__init__(cluster, ingress, random)
-        self.fleet = SimulatedFleet(cluster, self.process, random, load, experts_of)
-        config, wanted = scenario.config, scenario.wanted
-        assert wanted is not None
+        self.experts_of = experts_of
+        self._load = load
+        self._describe = describe
+        self._scenario = scenario
+        self._given_up: set[Process] = set()
+        self._start_controller()
+        self.process.tasks.start_service(self._show_views())
+        self.controller.start()
+
+    def kill(self, process: Process) -> None:
+        if process is not self.process:
+            super().kill(process)
+        elif process.is_alive:
+            self.num_deaths += 1
+            self._cluster.kill(process)
+            # What it was answering when it died, the ingress does not get.
+            self._to_ingress.is_cut = True
+            after_s = self._random.uniform(0.0, self.restart_s)
+            self._cluster.world.call_later(after_s, self._begin_again)
+
+    def _start_controller(self) -> None:
+        """What the process of a controller consists of."""
+        config = self._scenario.config
+        self.fleet = SimulatedFleet(
+            self._cluster, self.process, self._random, self._load, self.experts_of
+        )
+        self._to_ingress = Channel(self.process, self._ingress.process, self._cluster.network)
         sizes = ModelBytes(
             num_layers=config.num_layers,
             num_experts=config.num_experts,
@@ -158,17 +234,36 @@ class ControlledSupervisor(Supervisor):
             end_bytes=1,
             kv_layer_bytes_per_token=1,
         )
-        self.controller = Controller(sizes, wanted, self.fleet, self.process.tasks)
-        self.process.tasks.start_service(self._show_views())
-        self.controller.start()
+        settings = controller_settings(self._scenario)
+        self.controller = Controller(sizes, settings, self.fleet, self.process.tasks)
+
+    def _restart_ingress(self) -> None:
+        self._ingress.start_again()
+        self._to_ingress = Channel(self.process, self._ingress.process, self._cluster.network)
+        # Not from one that died: the next tells it.
+        self._to_ingress.send(partial(self._ingress.take_view, self.view))
+
+    def _begin_again(self) -> None:
+        self.process = self._cluster.start_process("controller")
+        self._start_controller()
+        self.process.tasks.start_service(self._adopt(self._ingress.view))
+
+    async def _adopt(self, known: ClusterView) -> None:
+        living = [
+            process
+            for process in self._cluster.processes
+            if process.is_alive and process.core is not None and process not in self._given_up
+        ]
+        existing = await self.fleet.find_existing(living, self._describe, self._end)
+        self.controller.start(existing, known)
+        await self._show_views()
 
     async def _show_views(self) -> None:
         """Has the ingress, which asks for it now and then, know each new view."""
-        to_ingress = Channel(self.process, self._ingress.process, self._cluster.network)
         while True:
             if self.controller.view is not self.view:
                 self.view = self._cluster.view = self.controller.view
-                to_ingress.send(partial(self._ingress.take_view, self.view))
+                self._to_ingress.send(partial(self._ingress.take_view, self.view))
             await self.controller.changed.wait()
 
     def close(self) -> None:
@@ -183,6 +278,7 @@ class ControlledSupervisor(Supervisor):
 
     def _noticed(self, process: Process) -> None:
         self.num_deaths += 1
+        self._given_up.add(process)
         self.fleet.found_dead(process)
         # Who was only frozen is ended for good, some time after it was replaced.
         self._cluster.world.call_later(self._random.uniform(0.0, 6.0), lambda: self._end(process))
@@ -195,10 +291,27 @@ class ControlledSupervisor(Supervisor):
 class ControlledSimulation(Simulation):
     """A run under the real controller, from an empty cluster on."""
 
+    def __init__(self, scenario: Scenario) -> None:
+        # What each process was told to load last.
+        self.plans: dict[Process, ShardPlan] = {}
+        super().__init__(scenario)
+
     def run(self) -> None:
         for at_s, num_workers in self.scenario.scalings:
             self._at(at_s, lambda n=num_workers: self._scale(n))
         super().run()
+
+    def check(self) -> None:
+        """As every simulation; and whoever died is back, and everybody knows the last view."""
+        super().check()
+        assert isinstance(self.supervisor, ControlledSupervisor)
+        controller = self.supervisor.controller
+        assert controller.is_complete
+        views = [self.ingress.view, *(r.links.view for r in self.cluster.routers.values())]
+        assert all(view == controller.view for view in views)
+        if not self.scenario.scalings:
+            states = [record.state for record in controller.workers.values()]
+            assert states == [WorkerState.READY] * controller_settings(self.scenario).num_workers
 
     def _scale(self, num_workers: int) -> None:
         """Grows or shrinks; where that cannot be, everything stays as it is."""
@@ -216,6 +329,7 @@ class ControlledSimulation(Simulation):
             self.scenario,
             self._load_shards,
             lambda process: self.shards[process][0],
+            self._describe,
         )
 
     def _load_shards(self, process: Process, shards: ShardPlan) -> None:
@@ -223,11 +337,28 @@ class ControlledSimulation(Simulation):
         assert core is not None
         experts, attention = self.shards[process]
         experts.held.update(shards.experts)
+        self.plans[process] = shards
         if core.state is WorkerState.LOADING:
             attention = self._make_attention(shards, process, experts)
             core.attach(attention)
             self.shards[process] = (experts, attention)
             core.move(WorkerState.READY)
+
+    def _describe(self, process: Process) -> Existing | None:
+        """All that a new controller has to know; None where it has to be started anew."""
+        core, router = process.core, process.router
+        assert core is not None and router is not None
+        if core.state is not WorkerState.READY:
+            return None
+        held = frozenset(self.shards[process][0].held)
+        return Existing(
+            worker_id=core.worker_id,
+            incarnation=core.incarnation,
+            spawned=spawned_as(core.worker_id),
+            shards=replace(self.plans[process], experts=held),
+            held=held,
+            view=router.links.view,
+        )
 
     def _make_core(self, member: Member, process: Process) -> WorkerCore:
         """Nothing is loaded yet."""

@@ -49,7 +49,7 @@ from cluster.errors import RefusalReason
 from cluster.placement import ExpertId
 from model.config import ModelConfig
 from model.runner import CacheSize
-from model.sampling_params import SampledToken, SamplingParams
+from model.sampling_params import SampledToken, SampleRow, SamplingParams
 from router.request import GenerateRequest
 from router.sequence import FinishReason
 from workers.tenancy import Owner, Tenancy
@@ -57,6 +57,8 @@ from workers.tenancy import Owner, Tenancy
 PRIME = 8191
 VOCAB_SIZE = 64
 WEIGHTS = (2, 1)
+# From the last row of a sequence to its next token.
+Draw = Callable[[Sequence[float], SampleRow], SampledToken]
 
 
 def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -> ModelConfig:
@@ -78,22 +80,16 @@ def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -
     )
 
 
-def draw(
-    row: Sequence[float],
-    params: SamplingParams,
-    token_ids: Sequence[int],
-    num_prompt: int,
-    index: int,
-    given_id: int | None = None,
-) -> SampledToken:
-    """The token after `token_ids`: a function of all that a true draw depends on."""
+def draw(row: Sequence[float], sample: SampleRow) -> SampledToken:
+    """The next token of a sequence: a function of all that a true draw depends on."""
     if np.isnan(row).any():
         return SampledToken(token_id=-1, logprob=0.0, top_logprobs=(), is_valid=False)
+    params, token_ids, given_id = sample.params, sample.token_ids, sample.given_id
     total = int(row[0]) + 3 * int(row[1])
     if params.temperature > 0:
-        total += 5 * params.seed + 7 * index + 11 * len(token_ids)
+        total += 5 * params.seed + 7 * sample.sample_index + 11 * len(token_ids)
     if params.has_penalty:
-        total += sum(token_ids[num_prompt:])
+        total += sum(token_ids[sample.num_prompt_tokens :])
     token_id = total % VOCAB_SIZE
     logprob = -float(row[0]) / PRIME
     top = tuple(((token_id + i) % VOCAB_SIZE, logprob - i) for i in range(params.num_logprobs))
@@ -125,24 +121,31 @@ class Stream:
     finish_reason: FinishReason | None
 
 
-def expected_streams(request: GenerateRequest, config: ModelConfig) -> list[Stream]:
+def expected_streams(
+    request: GenerateRequest, config: ModelConfig, by: Draw = draw
+) -> list[Stream]:
     """What each sample of a request must come to, whatever happens to the cluster."""
-    return [_expected_stream(request, config, index) for index in range(request.num_samples)]
+    return [_expected_stream(request, config, index, by) for index in range(request.num_samples)]
 
 
-def expected_scores(request: GenerateRequest, config: ModelConfig) -> list[SampledToken]:
+def expected_scores(
+    request: GenerateRequest, config: ModelConfig, by: Draw = draw
+) -> list[SampledToken]:
     """What the prompt of a request must be scored."""
     if request.prompt_logprobs is None:
         return []
     rows = _Rows(config)
     params = SamplingParams(temperature=0.0, num_logprobs=request.prompt_logprobs)
     return [
-        draw(rows.push(token_id), params, (), 0, 0, given_id)
+        by(
+            rows.push(token_id),
+            SampleRow(params=params, token_ids=(), num_prompt_tokens=0, given_id=given_id),
+        )
         for token_id, given_id in pairwise(request.prompt_ids)
     ]
 
 
-def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int) -> Stream:
+def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int, by: Draw) -> Stream:
     if request.max_tokens == 0:
         return Stream((), "", None)
     rows = _Rows(config)
@@ -152,7 +155,13 @@ def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int) 
     text = ""
     num_max = min(request.max_tokens, max(1, config.sequence_len - len(token_ids)))
     while True:
-        token = draw(row, request.sampling, token_ids, len(request.prompt_ids), index)
+        sample = SampleRow(
+            params=request.sampling,
+            token_ids=tuple(token_ids),
+            num_prompt_tokens=len(request.prompt_ids),
+            sample_index=index,
+        )
+        token = by(row, sample)
         drawn.append(token)
         token_ids.append(token.token_id)
         if token.token_id == config.eos_token and not request.ignore_eos:
@@ -250,6 +259,7 @@ class FakeAttention:
     ) -> None:
         self.compute_s = 0.0
         self.spend: Callable[[float], None] = _no_time
+        self.draw: Draw = draw
         self.refusals: deque[RefusalReason] = deque()
         self._config = config
         self._layers = layers
@@ -353,19 +363,9 @@ class FakeAttention:
         if batch.layer < self._config.num_layers or not self._has_ends:
             return Departure(batch.hidden_TD)
         rows = batch.hidden_TD[batch.tokens.logits_rows_W]
-        return Drawn(
-            tuple(
-                draw(
-                    row.tolist(),
-                    s.params,
-                    s.token_ids,
-                    s.num_prompt_tokens,
-                    s.sample_index,
-                    s.given_id,
-                )
-                for row, s in zip(rows, batch.tokens.samples, strict=True)
-            )
-        )
+        samples = batch.tokens.samples
+        drawn = [self.draw(row.tolist(), s) for row, s in zip(rows, samples, strict=True)]
+        return Drawn(tuple(drawn))
 
     def _attend(self, batch: _Batch) -> np.ndarray:
         tokens, size, kept = batch.tokens, self._size.block_size, self._kept[batch.layer]

@@ -1,8 +1,11 @@
-"""An ingress that never dies: it keeps what was delivered and carries requests on elsewhere.
+"""An ingress: it keeps what was delivered and carries requests on elsewhere.
 
 The life of a request here: it is sent to a router; tokens that come back are written down; when the
 router dies, drains, refuses or is lost to the view, the request goes with all that was delivered to
 another. Nobody but the journal knows what the client has.
+
+When the ingress dies, its clients send their requests again to the next, under the same ids, and it
+has them computed from the start: what a client has already must come once more.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.errors import ClusterError, DeadlineError, RetryLaterError
-from cluster.view import ClusterView
+from cluster.view import EMPTY_VIEW, ClusterView
 from model.sampling_params import SampledToken
 from router.admission import RoutedRequest
 from router.request import GenerateRequest
@@ -108,6 +111,13 @@ class RequestStream:
         self.is_over = True
         self.there.send(self._cancel)
 
+    def break_off(self) -> None:
+        """The ingress died; the router notices."""
+        self.is_over = True
+        network = self._ingress.cluster.network
+        notice = Channel(self.router, self.router, network)
+        network.tasks.call_later(network.detection_s(), lambda: notice.send(self._cancel))
+
     def scored(self, scores: PromptScores) -> None:
         self._back.send(lambda: self._if_not_over(lambda: self.journal.tell_scores(scores)))
 
@@ -154,6 +164,8 @@ class Ingress:
         self.cluster = cluster
         self.process = cluster.start_process("ingress")
         self.journals: list[Journal] = []
+        # Of earlier lives: as far as their clients got.
+        self.broken: list[Journal] = []
         self.view: ClusterView = cluster.view
         self._streams: dict[str, RequestStream] = {}
         self._random = random
@@ -168,6 +180,25 @@ class Ingress:
         self.journals.append(journal)
         self._send(journal)
         return journal
+
+    def die(self) -> None:
+        """Its clients have what they have."""
+        self.cluster.kill(self.process)
+        for stream in self._streams.values():
+            stream.break_off()
+        self._streams.clear()
+        self.view = EMPTY_VIEW
+        for i, journal in enumerate(self.journals):
+            if not journal.is_done:
+                journal.is_cancelled = journal.is_done = True
+                self.broken.append(journal)
+                self.journals[i] = Journal(journal.request_id, journal.request, journal.deadline_s)
+
+    def start_again(self) -> None:
+        """Its clients find it, and it has still to hear of the view."""
+        self.process = self.cluster.start_process(self.process.name)
+        for journal in self.journals:
+            self._send(journal)
 
     def cancel(self, journal: Journal) -> None:
         """The client goes away."""
@@ -225,7 +256,7 @@ class Ingress:
         self.process.tasks.call_later(delay_s, lambda: self._send(journal))
 
     def _send(self, journal: Journal) -> None:
-        if journal.is_done:
+        if journal.is_done or not self.process.is_alive:
             return
         now_s = self.cluster.clock.now_s()
         if now_s >= journal.deadline_s:

@@ -1,34 +1,62 @@
-"""Runs one seed again, and says what happened: `python -m tests.simulation.replay --seed 17`."""
+"""Runs one seed, or one schedule of the kill matrix, again, and says what happened.
+
+python -m tests.simulation.replay --seed 17 --faults 4
+python -m tests.simulation.replay --matrix 2w-1r-layers-out --mode top-p --kill 17:w1,40:w0
+"""
 
 import argparse
 import logging
 
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation
+from tests.simulation.kill_matrix import LED_SHAPES, MODES, SHAPES, Blow, blows_of, cell_of
 from tests.simulation.scenario import random_controlled_scenario, random_scenario, with_standby
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
-    parser.add_argument("--controlled", action="store_true", help="under the real controller")
-    parser.add_argument("--standby", action="store_true", help="routers copy their blocks")
-    parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
-    arguments = parser.parse_args()
+    arguments = read_arguments()
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.CRITICAL)
-    draw = random_controlled_scenario if arguments.controlled else random_scenario
-    scenario = draw(arguments.seed, arguments.faults)
-    if arguments.standby:
-        scenario = with_standby(scenario)
-    simulation = (ControlledSimulation if arguments.controlled else Simulation)(scenario)
-    print(repr(scenario))
+    simulation = of_matrix(arguments) if arguments.matrix else of_seed(arguments)
+    print(repr(simulation.scenario))
     try:
         simulation.run()
     finally:
         print(*simulation.log, sep="\n")
+        for journal in simulation.ingress.journals:
+            texts = [stream.text for stream in journal.streams()]
+            print(journal.request_id, texts, f"in {journal.num_attempts} attempts")
         cluster = simulation.cluster
         print(f"{cluster.clock.now_s():.3f} s, {cluster.network.num_delivered} messages")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--seed", type=int)
+    what.add_argument("--matrix", choices=[str(shape) for shape in (*SHAPES, *LED_SHAPES)])
+    parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
+    parser.add_argument("--controlled", action="store_true", help="under the real controller")
+    parser.add_argument("--standby", action="store_true", help="routers copy their blocks")
+    parser.add_argument("--mode", choices=list(MODES), default="greedy")
+    parser.add_argument("--kill", type=blows_of, default=(), help="whom before which message")
+    parser.add_argument("--blow", choices=[b.value for b in Blow], default=Blow.KILL.value)
+    parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
+    return parser.parse_args()
+
+
+def of_seed(arguments: argparse.Namespace) -> Simulation:
+    draw = random_controlled_scenario if arguments.controlled else random_scenario
+    scenario = draw(arguments.seed, arguments.faults)
+    if arguments.standby:
+        scenario = with_standby(scenario)
+    return (ControlledSimulation if arguments.controlled else Simulation)(scenario)
+
+
+def of_matrix(arguments: argparse.Namespace) -> Simulation:
+    cell = cell_of(arguments.matrix, arguments.mode)
+    return cell.struck(arguments.kill, Blow(arguments.blow))
 
 
 if __name__ == "__main__":

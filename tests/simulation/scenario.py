@@ -15,7 +15,7 @@ from router.request import GenerateRequest
 from router.scheduler import SchedulerLimits
 from tests.memory_cluster import ClusterSettings
 from tests.shards import view_of
-from tests.simulation.fake_model import VOCAB_SIZE, fake_config, letter
+from tests.simulation.fake_model import VOCAB_SIZE, Draw, draw, fake_config, letter
 from tests.simulation.faults import Fault
 from workers.core import CoreLimits
 
@@ -60,6 +60,7 @@ class Scenario:
     settings: ClusterSettings
     core_limits: CoreLimits = dataclasses.field(default_factory=CoreLimits)
     compute_s: float = 0.0
+    draw: Draw = dataclasses.field(default=draw, repr=False)
     arrivals: tuple[Arrival, ...] = ()
     drains: tuple[Drain, ...] = ()
     strikes: tuple[Strike, ...] = ()

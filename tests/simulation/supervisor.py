@@ -38,6 +38,12 @@ class Supervisor:
         """A process dies; somebody notices."""
         if not process.is_alive:
             return
+        if process is self._ingress.process:
+            self.num_deaths += 1
+            self._ingress.die()
+            after_s = self._random.uniform(0.0, self.restart_s)
+            self._cluster.world.call_later(after_s, self._restart_ingress)
+            return
         self._cluster.kill(process)
         self._ingress.died(process)
         after_s = self._cluster.network.detection_s()
@@ -95,6 +101,10 @@ class Supervisor:
 
     def _later(self, call: Callable[[], None]) -> None:
         self.process.tasks.call_later(self._random.uniform(0.0, self.restart_s), call)
+
+    def _restart_ingress(self) -> None:
+        self._ingress.start_again()
+        self._tell(self._ingress.process, self.view)
 
     def _restart_router(self, router_id: str, incarnation: int) -> None:
         self._tell(self._cluster.start_router(router_id, incarnation), self.view)

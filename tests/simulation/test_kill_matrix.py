@@ -1,149 +1,145 @@
 """Each process of a small cluster is killed at every message of a small run: same tokens.
 
-The n-th message that arrives is the boundary: a process dies in the moment before. What the other
-ends make of it, and when they notice, is as in every simulation.
+The rows are shapes of clusters, the columns sampling modes; `kill_matrix` says what they are. The
+n-th message that arrives is the boundary: a process dies in the moment before. What the other ends
+make of it, and when they notice, is as in every simulation. A schedule that fails tells the command
+that runs it again.
 """
 
 import dataclasses
-from enum import Enum
+from itertools import product
 
 import pytest
 
-from cluster.placement import AttentionCut
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.dispatch import DispatchLimits
-from router.request import GenerateRequest
-from tests.memory_cluster import ClusterSettings, Process
-from tests.simulation.cluster import Simulation
-from tests.simulation.fake_model import fake_config
-from tests.simulation.scenario import Arrival, Scenario, make_view
-
-CONFIG = fake_config(num_layers=2)
-
-
-class Blow(Enum):
-    """What becomes of the victim."""
-
-    KILL = "killed"
-    # It is replaced while it stands still, and then wakes up.
-    REPLACE_FROZEN = "replaced"
-
-
-REQUESTS = (
-    GenerateRequest(
-        prompt_ids=(5, 3, 17), max_tokens=3, sampling=SamplingParams(temperature=0.0), stop=("zz",)
-    ),
-    GenerateRequest(
-        prompt_ids=(5, 3, 9, 1),
-        max_tokens=2,
-        num_samples=2,
-        sampling=SamplingParams(temperature=0.7, frequency_penalty=0.5, num_logprobs=2, seed=7),
-        ignore_eos=True,
-    ),
+from router.sequence import FinishReason
+from tests.simulation.fake_model import expected_streams
+from tests.simulation.kill_matrix import (
+    CONFIG,
+    LED_SHAPES,
+    MODES,
+    NUM_LAYERS,
+    SHAPES,
+    Blow,
+    Cell,
+    Kind,
+    Moment,
+    Phase,
+    Shape,
+    blows_of,
+    cell_of,
+    single_deaths,
 )
+from tests.simulation.true_sampler import TrueSampler
+
+# What would take long by default has every n-th moment only; each victim begins at another one, and
+# so does each mode.
+MANY_MESSAGES = 90
+REPLACED_STRIDE = 5
+LED_STRIDE = 7
+EVERY = pytest.param(1, marks=pytest.mark.slow, id="every")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A small cluster."""
-
-    num_workers: int
-    replicas: int
-    cut: AttentionCut
-    num_routers: int = 1
-    has_direct_links: bool = True
-    kv_standby: bool = False
-
-    def __str__(self) -> str:
-        where = "in" if self.has_direct_links else "out"
-        copies = "-copied" if self.kv_standby else ""
-        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}{copies}"
+def thinned(cell: Cell) -> int:
+    """The stride in a cell of many messages."""
+    return 1 + cell.num_messages // MANY_MESSAGES
 
 
-SHAPES = (
-    Shape(num_workers=2, replicas=1, cut=AttentionCut.REPLICATED),
-    Shape(num_workers=2, replicas=2, cut=AttentionCut.LAYERS),
-    Shape(num_workers=3, replicas=2, cut=AttentionCut.REPLICATED, num_routers=2),
-    Shape(num_workers=2, replicas=1, cut=AttentionCut.LAYERS, has_direct_links=False),
-    Shape(num_workers=3, replicas=2, cut=AttentionCut.REPLICATED, num_routers=2, kv_standby=True),
-)
-
-
-def scenario(shape: Shape) -> Scenario:
-    view = make_view(
-        CONFIG,
-        num_workers=shape.num_workers,
-        replicas=shape.replicas,
-        cut=shape.cut,
-        num_routers=shape.num_routers,
-    )
-    return Scenario(
-        seed=3,
-        config=CONFIG,
-        view=view,
-        settings=ClusterSettings(
-            cache_size=CacheSize(num_blocks=16, block_size=2, max_slots=4),
-            dispatch=DispatchLimits(hedge_after_s=0.05, timeout_s=1.0),
-            has_direct_links=shape.has_direct_links,
-            kv_standby=shape.kv_standby,
-        ),
-        arrivals=tuple(Arrival(at_s=0.0, request=request) for request in REQUESTS),
-        has_takeover=False,
-    )
-
-
-def run_with_blows(made: Scenario, blows: dict[int, str], blow: Blow) -> None:
-    """Runs it; `blows` says who is hit before which message."""
-    simulation = Simulation(made)
-    network = simulation.cluster.network
-
-    def look(receiver: Process) -> None:
-        name = blows.get(network.num_delivered)
-        for process in simulation.cluster.processes:
-            if process.name == name and process.is_alive:
-                if blow is Blow.REPLACE_FROZEN:
-                    process.spend(0.1)
-                    simulation.supervisor.suspect(process)
-                else:
-                    simulation.supervisor.kill(process)
-                return
-
-    network.on_delivery = look
-    try:
-        simulation.run()
-    except BaseException as error:
-        error.add_note(f"{blow.value}, before message: {blows}")
-        raise
-
-
-def undisturbed(made: Scenario) -> tuple[list[str], int]:
-    """Whom there is to hit, and how many messages there are."""
-    simulation = Simulation(made)
-    names = [p.name for p in simulation.cluster.processes if p.core or p.router]
-    simulation.run()
-    return names, simulation.num_messages
-
-
-@pytest.mark.parametrize("blow", Blow, ids=lambda blow: blow.value)
+@pytest.mark.parametrize("stride", [pytest.param(None, id="some"), EVERY])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_death_at_any_message_costs_a_token(shape: Shape, blow: Blow) -> None:
-    made = scenario(shape)
-    names, last = undisturbed(made)
-    for name in names:
-        if blow is Blow.REPLACE_FROZEN and name.startswith("router of"):
-            continue
-        for n in range(1, last + 1):
-            run_with_blows(made, {n: name}, blow)
+def test_no_death_at_any_message_costs_a_token(shape: Shape, mode: str, stride: int | None) -> None:
+    cell = Cell(shape, mode)
+    for blows in single_deaths(cell, stride=stride or thinned(cell)):
+        simulation = cell.run(blows)
+        assert simulation.supervisor.num_deaths == 1, f"nobody died: {cell.command(blows)}"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("stride", [pytest.param(REPLACED_STRIDE, id="some"), EVERY])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_two_deaths_cost_a_token(shape: Shape) -> None:
-    made = scenario(shape)
-    names, last = undisturbed(made)
-    for first in range(1, last, 3):
-        for second in range(first + 1, first + 60, 7):
-            for i, name in enumerate(names):
-                other = names[(i + second) % len(names)]
-                run_with_blows(made, {first: name, second: other}, Blow.KILL)
+def test_nobody_who_is_replaced_while_frozen_costs_a_token(
+    shape: Shape, mode: str, stride: int
+) -> None:
+    cell = Cell(shape, mode)
+    for blows in single_deaths(cell, Blow.REPLACE_FROZEN, stride):
+        cell.run(blows, Blow.REPLACE_FROZEN)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
+def test_no_death_of_the_controller_is_noticed_by_a_stream(shape: Shape, mode: str) -> None:
+    cell = Cell(shape, mode)
+    for blows in single_deaths(cell, of=frozenset({Kind.CONTROLLER})):
+        simulation = cell.run(blows)
+        (before, _), *_ = blows
+        if before > cell.num_before_requests:
+            attempts = {journal.num_attempts for journal in simulation.ingress.journals}
+            lives = {m.incarnation for m in simulation.supervisor.view.members.values()}
+            assert (attempts, lives) == ({1}, {1}), cell.command(blows)
+
+
+@pytest.mark.parametrize("stride", [pytest.param(LED_STRIDE, id="some"), EVERY])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
+def test_no_death_of_a_worker_under_the_controller_costs_a_token(
+    shape: Shape, mode: str, stride: int
+) -> None:
+    cell = Cell(shape, mode)
+    workers = frozenset(Kind) - {Kind.CONTROLLER}
+    for blows in single_deaths(cell, stride=stride, of=workers):
+        cell.run(blows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_kind_of_process_dies_in_every_layer_of_every_phase(mode: str) -> None:
+    # A run is the same up to the blow, so its undisturbed moments are those of the deaths.
+    hit: set[tuple[Kind, Moment]] = set()
+    for shape in (*SHAPES, *LED_SHAPES):
+        cell = Cell(shape, mode)
+        for ((n, name),) in single_deaths(cell, of=frozenset({Kind.CONTROLLER})):
+            hit.add((cell.kinds[name], cell.moments[n - 1]))
+        stride = LED_STRIDE if shape.is_led else thinned(cell)
+        for ((n, name),) in single_deaths(cell, stride=stride):
+            hit.add((cell.kinds[name], cell.moments[n - 1]))
+    phases = Phase if all(r.max_tokens in (0, 4, 8) for r in MODES[mode]) else SHORT_PHASES
+    wanted = {
+        (kind, Moment(phase, layer))
+        for kind, phase, layer in product(Kind, phases, range(NUM_LAYERS))
+    }
+    assert wanted - hit == set()
+
+
+# Of streams of two and three tokens.
+SHORT_PHASES = (Phase.PREFILL, Phase.LAST)
+
+
+def test_the_stop_string_ends_a_stream_that_would_go_on() -> None:
+    (request,) = MODES["stop"]
+    (stream,) = expected_streams(request, CONFIG, TrueSampler())
+    (longer,) = expected_streams(dataclasses.replace(request, stop=()), CONFIG, TrueSampler())
+    assert (len(stream.tokens), len(longer.tokens)) == (4, 8)
+    assert stream.finish_reason is FinishReason.STOP
+
+
+def test_modes_draw_other_tokens() -> None:
+    drawn = {
+        mode: tuple(
+            tuple(token.token_id for token in stream.tokens)
+            for request in requests
+            for stream in expected_streams(request, CONFIG, TrueSampler())
+        )
+        for mode, requests in MODES.items()
+    }
+    # With log-probabilities, and under a stop string, the tokens are those that come without.
+    alike = {"logprobs": "temperature", "stop": "greedy"}
+    assert all(drawn[mode] == drawn[other] for mode, other in alike.items())
+    others = [tokens for mode, tokens in drawn.items() if mode not in alike]
+    assert len(set(others)) == len(others)
+    assert len(set(drawn["n-3"])) == 3
+
+
+def test_a_schedule_is_read_as_it_is_written() -> None:
+    blows = ((17, "w1"), (17, "router of w0"), (40, "w0"))
+    assert blows_of(",".join(f"{n}:{name}" for n, name in blows)) == blows
+    cell = cell_of("2w-1r-layers-out", "top-p")
+    assert cell.command(blows[1:2]).endswith("top-p --kill '17:router of w0'")

@@ -1,0 +1,353 @@
+"""The kill matrix: which clusters, under which sampling modes, lose whom at which message.
+
+A cell is a shape of cluster and a mode. Its run is the same every time up to the first blow, so the
+n-th message that arrives is a moment that can be named: a blow falls right before it. A schedule is
+a list of such blows, and runs again by one command, which a failure tells:
+
+    python -m tests.simulation.replay --matrix 3w-2r-replicated-in --mode top-p --kill 17:w1,40:w0
+"""
+
+import dataclasses
+import shlex
+from collections import deque
+from collections.abc import Iterator, Sequence
+from enum import Enum
+
+from cluster.calls import AdvanceBatch, BeginBatch, RunExperts
+from cluster.placement import AttentionCut, PlacementPolicy
+from cluster.targets import ControllerSettings
+from cluster.view import EMPTY_VIEW
+from model.runner import CacheSize
+from model.sampling_params import SamplingParams
+from router.dispatch import DispatchLimits
+from router.request import GenerateRequest
+from router.scheduler import SchedulerLimits
+from tests.memory_cluster import ClusterSettings, Process
+from tests.simulation.cluster import Simulation
+from tests.simulation.controlled import ControlledSimulation
+from tests.simulation.fake_model import expected_streams, fake_config, letter
+from tests.simulation.scenario import Arrival, Scenario, make_view
+from tests.simulation.true_sampler import TrueSampler
+
+NUM_LAYERS = 2
+CONFIG = fake_config(NUM_LAYERS)
+CONTROLLER, INGRESS = "controller", "ingress"
+# By then a cluster that the controller brings up is there.
+LED_ARRIVAL_S = 0.5
+PROMPT = (5, 3, 17, 60)
+GREEDY = SamplingParams(temperature=0.0)
+PENALIZED = SamplingParams(
+    temperature=0.9,
+    top_p=0.8,
+    presence_penalty=0.6,
+    frequency_penalty=0.5,
+    repetition_penalty=1.2,
+    seed=11,
+)
+
+# Who is hit right before which message, in order.
+Blows = tuple[tuple[int, str], ...]
+
+
+class Blow(Enum):
+    """What becomes of the victim."""
+
+    KILL = "killed"
+    # It is replaced while it stands still, and then wakes up.
+    REPLACE_FROZEN = "replaced"
+
+
+class Kind(Enum):
+    """What a victim is to the requests that run."""
+
+    EXPERTS = "a worker without attention"
+    SHARD = "an attention shard whose router is elsewhere"
+    ROUTER_WITH_SHARD = "a router with its attention shard"
+    ROUTER = "a router in a process of its own"
+    INGRESS = "the ingress"
+    CONTROLLER = "the controller"
+
+
+# Nobody starts another one of these while they live.
+NEVER_REPLACED = frozenset({Kind.ROUTER, Kind.INGRESS, Kind.CONTROLLER})
+
+
+class Phase(Enum):
+    """How far the client's stream is."""
+
+    PREFILL = "no token yet"
+    EARLY = "less than half of the tokens"
+    MIDDLE = "half of them or more"
+    LAST = "all but the last"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A small cluster; with `is_led` the real controller brings it up."""
+
+    num_workers: int
+    replicas: int
+    cut: AttentionCut
+    num_routers: int = 1
+    has_direct_links: bool = True
+    kv_standby: bool = False
+    is_led: bool = False
+
+    def __str__(self) -> str:
+        if self.is_led:
+            return f"led-{self.num_workers}w-{self.replicas}r-{self.cut.value}"
+        where = "in" if self.has_direct_links else "out"
+        copies = "-copied" if self.kv_standby else ""
+        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}{copies}"
+
+
+WHOLE, LAYERS = AttentionCut.REPLICATED, AttentionCut.LAYERS
+SHAPES = (
+    Shape(num_workers=2, replicas=1, cut=WHOLE),
+    Shape(num_workers=3, replicas=2, cut=WHOLE, num_routers=2),
+    Shape(num_workers=3, replicas=2, cut=WHOLE, num_routers=2, kv_standby=True),
+    Shape(num_workers=2, replicas=2, cut=LAYERS),
+    Shape(num_workers=3, replicas=1, cut=LAYERS),
+    Shape(num_workers=2, replicas=1, cut=LAYERS, has_direct_links=False),
+)
+LED_SHAPES = (
+    Shape(num_workers=2, replicas=1, cut=WHOLE, is_led=True),
+    Shape(num_workers=3, replicas=2, cut=WHOLE, is_led=True, num_routers=2),
+    Shape(num_workers=3, replicas=2, cut=LAYERS, is_led=True),
+)
+
+
+def request(
+    sampling: SamplingParams, prompt_ids: tuple[int, ...] = PROMPT, **others: object
+) -> GenerateRequest:
+    """A request of four tokens, unless told otherwise."""
+    wanted = {"max_tokens": 4, "ignore_eos": True} | others
+    return GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, **wanted)  # pyright: ignore
+
+
+def stopped_request() -> GenerateRequest:
+    """A stop string of its third and fourth letter: the text is held back before it is complete."""
+    whole = request(GREEDY, max_tokens=8)
+    (stream,) = expected_streams(whole, CONFIG, TrueSampler())
+    return dataclasses.replace(
+        whole, stop=("".join(letter(token.token_id) for token in stream.tokens[2:4]),)
+    )
+
+
+# A seed with which every layer of every step asks some worker without attention.
+SEEDED = SamplingParams(temperature=0.7, seed=1)
+MODES: dict[str, tuple[GenerateRequest, ...]] = {
+    "greedy": (request(GREEDY),),
+    "temperature": (request(SEEDED),),
+    "top-p": (request(PENALIZED),),
+    "logprobs": (request(dataclasses.replace(SEEDED, num_logprobs=3)),),
+    "n-3": (request(SEEDED, num_samples=3),),
+    "stop": (stopped_request(),),
+    # The second has the same beginning, and nothing is drawn for it.
+    "scored": (
+        request(SEEDED, prompt_logprobs=2),
+        request(GREEDY, (*PROMPT[:3], 1), max_tokens=0, prompt_logprobs=0),
+    ),
+    # In one batch.
+    "together": (
+        request(GREEDY, (5, 3, 17), max_tokens=3, stop=("zz",), ignore_eos=False),
+        request(dataclasses.replace(PENALIZED, num_logprobs=2), max_tokens=2, num_samples=2),
+    ),
+}
+
+
+def scenario(shape: Shape, mode: str) -> Scenario:
+    """The undisturbed run of a cell."""
+    made = Scenario(
+        seed=3,
+        config=CONFIG,
+        view=EMPTY_VIEW,
+        settings=ClusterSettings(
+            cache_size=CacheSize(num_blocks=24, block_size=2, max_slots=4),
+            # A prefill takes two steps.
+            scheduler=SchedulerLimits(max_step_tokens=3),
+            max_micro_batches=len(MODES[mode]),
+            dispatch=DispatchLimits(hedge_after_s=0.05, timeout_s=1.0),
+            has_direct_links=shape.has_direct_links,
+            kv_standby=shape.kv_standby,
+        ),
+        draw=TrueSampler(),
+        arrivals=tuple(
+            Arrival(at_s=LED_ARRIVAL_S if shape.is_led else 0.0, request=request)
+            for request in MODES[mode]
+        ),
+        has_takeover=False,
+    )
+    if not shape.is_led:
+        view = make_view(
+            CONFIG,
+            num_workers=shape.num_workers,
+            replicas=shape.replicas,
+            cut=shape.cut,
+            num_routers=shape.num_routers,
+        )
+        return dataclasses.replace(made, view=view)
+    wanted = ControllerSettings(
+        num_workers=shape.num_workers,
+        expert_replicas=shape.replicas,
+        policy=PlacementPolicy(attention=shape.cut, kv_tokens=1),
+        experts_only=shape.num_workers - shape.num_routers if shape.cut is WHOLE else 0,
+    )
+    # The next controller is there while streams run.
+    return dataclasses.replace(made, wanted=wanted, restart_s=0.02)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Moment:
+    """What the run is about when a message arrives; None for what is not part of a step."""
+
+    phase: Phase | None
+    layer: int | None
+    is_before_requests: bool = False
+
+
+class Cell:
+    """A shape under a mode: its undisturbed run, and its runs with blows."""
+
+    def __init__(self, shape: Shape, mode: str) -> None:
+        self.shape = shape
+        self.mode = mode
+        self.scenario = scenario(shape, mode)
+        self.lengths = [
+            [len(stream.tokens) for stream in expected_streams(r, CONFIG, self.scenario.draw)]
+            for r in MODES[mode]
+        ]
+        simulation = self._simulation()
+        # One for each message: the first is that before which blow 1 falls.
+        self.moments: list[Moment] = []
+        simulation.cluster.network.on_delivery = lambda receiver: self.moments.append(
+            self._moment(simulation)
+        )
+        simulation.run()
+        del self.moments[simulation.num_messages :]
+        # As the cluster comes up.
+        self.num_before_requests = sum(moment.is_before_requests for moment in self.moments)
+        self.kinds = kinds_of(simulation)
+
+    @property
+    def num_messages(self) -> int:
+        return len(self.moments)
+
+    def run(self, blows: Blows, blow: Blow = Blow.KILL) -> Simulation:
+        """Runs it with these blows; what fails says how to see it again."""
+        simulation = self.struck(blows, blow)
+        try:
+            simulation.run()
+        except BaseException as error:
+            error.add_note(f"again: {self.command(blows, blow)}")
+            raise
+        return simulation
+
+    def struck(self, blows: Blows, blow: Blow) -> Simulation:
+        """A run, about to begin, in which these are hit; not who is not there when he is to be."""
+        simulation = self._simulation()
+        network = simulation.cluster.network
+        left = deque(blows)
+
+        def look(receiver: Process) -> None:
+            while left and left[0][0] <= network.num_delivered:
+                _, name = left.popleft()
+                hit(simulation, name, blow)
+
+        network.on_delivery = look
+        return simulation
+
+    def command(self, blows: Blows, blow: Blow = Blow.KILL) -> str:
+        """What runs one schedule of this cell again, and tells what happened."""
+        words = ["python", "-m", "tests.simulation.replay"]
+        words += ["--matrix", str(self.shape), "--mode", self.mode]
+        words += ["--kill", ",".join(f"{n}:{name}" for n, name in blows)]
+        if blow is not Blow.KILL:
+            words += ["--blow", blow.value]
+        return shlex.join(words)
+
+    def _simulation(self) -> Simulation:
+        make = ControlledSimulation if self.shape.is_led else Simulation
+        return make(self.scenario)
+
+    def _moment(self, simulation: Simulation) -> Moment:
+        call = simulation.cluster.network.arriving
+        is_of_layer = isinstance(call, BeginBatch | AdvanceBatch | RunExperts)
+        layer = call.layer if is_of_layer else None
+        return Moment(self._phase(simulation), layer, not simulation.ingress.journals)
+
+    def _phase(self, simulation: Simulation) -> Phase | None:
+        """Of the stream that is furthest behind, among those that are not over."""
+        behind: list[tuple[int, int]] = []
+        for journal, lengths in zip(simulation.ingress.journals, self.lengths, strict=False):
+            told = [len(journal.delivered.get(i, ())) for i in range(len(lengths))]
+            behind += [(n, of) for n, of in zip(told, lengths, strict=True) if n < of]
+        if not behind:
+            return None
+        num_told, length = min(behind)
+        if num_told == 0:
+            return Phase.PREFILL
+        if num_told == length - 1:
+            return Phase.LAST
+        return Phase.EARLY if 2 * num_told < length else Phase.MIDDLE
+
+
+def kinds_of(simulation: Simulation) -> dict[str, Kind]:
+    """Whom there is to hit, by name."""
+    in_chains = {name for chain in simulation.supervisor.view.chains.values() for name in chain}
+    kinds = {INGRESS: Kind.INGRESS}
+    for process in simulation.cluster.processes:
+        if process.core is None and process.router is not None:
+            kinds[process.name] = Kind.ROUTER
+        elif process.core is not None and process.name in simulation.supervisor.view.chains:
+            has_own = process.router is not None
+            kinds[process.name] = Kind.ROUTER_WITH_SHARD if has_own else Kind.SHARD
+        elif process.core is not None:
+            kinds[process.name] = Kind.SHARD if process.name in in_chains else Kind.EXPERTS
+    if isinstance(simulation, ControlledSimulation):
+        kinds[CONTROLLER] = Kind.CONTROLLER
+    return kinds
+
+
+def hit(simulation: Simulation, name: str, blow: Blow) -> None:
+    """Does it to the life that there is of this process, if there is one."""
+    for process in simulation.cluster.processes:
+        if process.name != name or not process.is_alive:
+            continue
+        now_s = simulation.cluster.clock.now_s()
+        number = simulation.cluster.network.num_delivered
+        simulation.log.append(f"{now_s:.4f} {name} is {blow.value} before message {number}")
+        if blow is Blow.REPLACE_FROZEN:
+            process.spend(0.1)
+            simulation.supervisor.suspect(process)
+        else:
+            simulation.supervisor.kill(process)
+        return
+
+
+def single_deaths(
+    cell: Cell,
+    blow: Blow = Blow.KILL,
+    stride: int = 1,
+    of: frozenset[Kind] = frozenset(Kind),
+) -> Iterator[Blows]:
+    """Every process before every message; with a stride, each begins at another one."""
+    offset = [*MODES].index(cell.mode)
+    for i, (name, kind) in enumerate(cell.kinds.items()):
+        if kind not in of:
+            continue
+        if blow is Blow.REPLACE_FROZEN and kind in NEVER_REPLACED:
+            continue
+        for n in range(1 + (i + offset) % stride, cell.num_messages + 1, stride):
+            yield ((n, name),)
+
+
+def cell_of(shape_name: str, mode: str) -> Cell:
+    """The cell of these names."""
+    return Cell(next(s for s in (*SHAPES, *LED_SHAPES) if str(s) == shape_name), mode)
+
+
+def blows_of(words: str) -> Blows:
+    """Of 17:w1,40:w0."""
+    pairs: Sequence[tuple[str, ...]] = [tuple(word.split(":", 1)) for word in words.split(",")]
+    return tuple((int(n), name) for n, name in pairs)
