@@ -97,6 +97,7 @@ class RouterSource:
         self._choice = RouterChoice()
         # By worker and address: a worker that comes back elsewhere is another connection.
         self._connections: dict[tuple[str, str], RouterConnection] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._token_at_s = float("-inf")
         self._is_closed = False
 
@@ -178,7 +179,7 @@ class RouterSource:
         self._is_closed = True
         connections = list(self._connections.values())
         self._connections.clear()
-        await asyncio.gather(*(connection.close() for connection in connections))
+        await asyncio.gather(*(connection.close() for connection in connections), *self._closing)
 
     async def _choose(self, run: _Run) -> RouterInfo:
         """The router to try next; waits for one if there is none.
@@ -192,7 +193,7 @@ class RouterSource:
             if self._is_closed:
                 raise UnavailableError("the ingress is stopping")
             routers = self._directory.routers()
-            await self._close_unlisted(routers)
+            self._close_unlisted(routers)
             untried = [router for router in routers if router.worker_id not in retries.avoided]
             now_s = self._clock()
             picked = self._choice.try_pick(
@@ -294,13 +295,16 @@ class RouterSource:
             )
         return self._connections[key]
 
-    async def _close_unlisted(self, routers: Sequence[RouterInfo]) -> None:
+    def _close_unlisted(self, routers: Sequence[RouterInfo]) -> None:
         """Drops routers that are gone; one that drains keeps its channel until its last stream."""
         listed = {(router.worker_id, router.address) for router in routers}
         for key in set(self._connections) - listed:
             if self._choice.num_running(key[0]) == 0:
                 self._choice.forget(key[0])
-                await self._connections.pop(key).close()
+                # By itself, whatever becomes of the request that found it.
+                closing = asyncio.create_task(self._connections.pop(key).close())
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
 
 
 def _new_events(news: News, journal: Journal) -> Iterator[Event]:

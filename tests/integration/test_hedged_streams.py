@@ -219,6 +219,21 @@ def test_client_that_leaves_frees_both() -> None:
     run(scenario, silent, other)
 
 
+def test_requests_that_look_for_a_router_at_once_close_what_is_gone_once() -> None:
+    gone = [FakeRouter() for _ in range(5)]
+    left = FakeRouter()
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        directory.set([router.info for router in gone])
+        await asyncio.gather(*(collect(source, f"r{i}") for i in range(5)))
+        assert [len(router.asked) for router in gone] == [1] * 5
+        directory.set([left.info])
+        given = await asyncio.gather(*(collect(source, f"r{i}") for i in range(5)))
+        assert given == [expected_events(REQUEST)] * 5
+
+    run(scenario, left, *gone)
+
+
 def test_source_that_closes_leaves_no_task() -> None:
     async def main() -> None:
         silent = deaf_after(3)
