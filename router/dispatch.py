@@ -36,7 +36,8 @@ DEATH_TOLD_WITHIN_S = 0.2
 class DispatchLimits:
     """How long a worker may take.
 
-    Another is asked as well after a multiple of the longest that the worker took of late, within
+    Another is asked as well after a multiple of the longest that the worker took of late (late
+    answers left out, unless they were the first all the same), within
     `hedge_after_s_min` and `hedge_after_s`; after `timeout_s` it is given up.
     """
 
@@ -209,6 +210,8 @@ class Dispatcher:
                 self._links.note_late(way.worker_id)
                 left_s = timeout_s - hedge_after_s
                 await self._hedge(layer, way, pending, avoided, left_s)
+                if pending.is_done and pending.error is None and layer.missing(way.places).size:
+                    self._links.note_rash(way.worker_id, hedge_after_s)
         finally:
             if not pending.is_done:
                 self._links.forsake(way.worker_id, pending, 2 * timeout_s)

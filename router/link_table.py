@@ -139,6 +139,12 @@ class LinkTable:
         if way is not None:
             way.is_silent = True
 
+    def note_rash(self, worker_id: str, late_after_s: float) -> None:
+        """It was late, and yet there before the others that were asked in its place."""
+        way = self._ways.get(worker_id)
+        if way is not None:
+            way.latency_s = max(way.latency_s or 0.0, late_after_s)
+
     def is_local(self, worker_id: str) -> bool:
         """Whether a worker's core is in this process."""
         way = self._ways[worker_id]
@@ -157,8 +163,8 @@ class LinkTable:
     ) -> Pending[Result]:
         """Asks a worker; fails with PeerLostError where there is no way, or it breaks.
 
-        An answer after `late_after_s` counts as one that took so long: a worker that was frozen is
-        no slower than before, and one that is slower is late again.
+        An answer after `late_after_s` says nothing of how long others will take: a worker that was
+        frozen is no slower than before. `note_rash` has a worker waited for longer.
 
         What is not timed says nothing of how long others may take: nobody waits for it.
         """
@@ -216,8 +222,9 @@ class LinkTable:
     ) -> None:
         way.num_rows_out -= num_rows
         if pending.error is None:
-            took_s = min(self._tasks.clock.now_s() - asked_at_s, late_after_s)
-            way.latency_s = max(took_s, LATENCY_FADING * (way.latency_s or 0.0))
+            took_s = self._tasks.clock.now_s() - asked_at_s
+            before_s = LATENCY_FADING * (way.latency_s or 0.0)
+            way.latency_s = max(took_s, before_s) if took_s <= late_after_s else before_s
             way.is_silent = False
         self._look_for_loss(way, link, pending)
 

@@ -29,6 +29,7 @@ class Attempt:
     """A stream by one router; `since_s` is when it was asked, or gave its last token."""
 
     router: RouterInfo
+    connection: RouterConnection
     since_s: float
 
 
@@ -53,13 +54,12 @@ class Race:
     def begin(
         self,
         attempt: Attempt,
-        connection: RouterConnection,
         message: router_pb2.RouteRequest,
         timeout_s: float,
         when_over: Callable[[], None],
     ) -> None:
         """Asks a router."""
-        pump = self._pump(attempt, connection, message, timeout_s)
+        pump = self._pump(attempt, message, timeout_s)
         task = asyncio.create_task(pump)
         task.add_done_callback(lambda _: when_over())
         self._tasks[attempt] = task
@@ -88,6 +88,9 @@ class Race:
     async def keep_only(self, winner: Attempt) -> None:
         """Cancels all the others."""
         if len(self._tasks) > 1:
+            first, *_ = self.attempts
+            if winner is first:
+                winner.connection.was_rash()
             for attempt in self.attempts:
                 if attempt is not winner:
                     await self.drop(attempt)
@@ -99,7 +102,6 @@ class Race:
     async def _pump(
         self,
         attempt: Attempt,
-        connection: RouterConnection,
         message: router_pb2.RouteRequest,
         timeout_s: float,
     ) -> None:
@@ -108,6 +110,7 @@ class Race:
             if not self._unread.full():
                 self._unread.put_nowait((attempt, RouterSilentError()))
 
+        connection = attempt.connection
         # Not before: a task that is cancelled at once does not begin.
         call = connection.route(message, timeout=timeout_s)
         connection.begin(on_silence)

@@ -79,6 +79,10 @@ class RouterConnection:
         if was_silent:
             self._on_silence(False)
 
+    def was_rash(self) -> None:
+        """It was called silent, and had the next token before anybody else."""
+        self._signs.was_rash()
+
     async def close(self) -> None:
         """Ends the streams that are still open."""
         tasks = [task for task in (self._watching, self._pinging) if task is not None]

@@ -221,8 +221,7 @@ class RouterSource:
         timeout_s = max(0.001, run.deadline_s - now_s)
         self._choice.begin(worker_id, run.journal.request.prompt_ids)
         run.streams.begin(
-            Attempt(router, now_s),
-            self._connect(router),
+            Attempt(router, self._connect(router), now_s),
             route_request(run.journal, run.request_id, timeout_s),
             timeout_s,
             when_over=lambda: self._choice.end(worker_id),

@@ -1,9 +1,9 @@
 """Whether a router gives signs of life. Pure: times are given.
 
 Every token is one, of whatever request, and so is the answer to a ping. How long a router may be
-silent is learned from it, since a step may take milliseconds or seconds: a multiple of the longest
-silence of late that it came back from. One that comes back late is given more time from then on, so
-that hedging ends by itself where it does not help.
+silent is learned from it, since a step may take milliseconds or seconds: a multiple of its longest
+silence of late. One that was taken for silent and is first all the same has twice the time from
+then on, so that hedging ends by itself where it does not help.
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,14 @@ class Signs:
         """A sign came."""
         silence_s = max(0.0, now_s - self._since_s)
         before_s = (self._longest_s or 0.0) * 0.5 ** (silence_s / _HALVED_AFTER_S)
-        # Not the whole of it: what was frozen for long is no slower than before.
-        self._longest_s = max(before_s, min(silence_s, self.patience_s))
+        # What was frozen is no slower than before.
+        self._longest_s = before_s if self.is_silent else max(before_s, silence_s)
         self._since_s = now_s
         self.is_silent = False
+
+    def was_rash(self) -> None:
+        """It was taken for silent, and had the next token before those who were asked as well."""
+        self._longest_s = max(self._longest_s or 0.0, self.patience_s)
 
     def overslept(self, by_s: float) -> None:
         """The listener itself stood still for so long, and could not have heard any."""

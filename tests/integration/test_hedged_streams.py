@@ -132,7 +132,7 @@ def test_router_that_comes_to_its_senses_first_goes_on_alone() -> None:
         assert hedges.count == 1
         while other.num_running:
             await asyncio.sleep(0.005)
-        # It is asked again: by its name it comes first.
+        # It is given more time, and asked again: by its name it comes first.
         assert await collect(source) == expected_events(REQUEST)
         assert [len(silent.asked), len(other.asked)] == [2, 1]
 

@@ -52,12 +52,14 @@ def test_one_long_silence_is_forgotten() -> None:
     assert signs.patience_s == pytest.approx(0.2)
 
 
-def test_router_that_was_frozen_is_given_a_little_more_time() -> None:
+def test_router_that_was_frozen_is_no_slower_than_before() -> None:
     signs, now_s = heard_every(0.05, 5)
     assert silent_after_s(signs, now_s) == pytest.approx(0.1, abs=0.011)
     signs.heard(now_s + 30.0)
     assert not signs.is_silent
-    assert signs.patience_s == pytest.approx(0.2)
+    assert signs.patience_s == 0.1
+    signs.was_rash()
+    assert signs.patience_s == 0.2
 
 
 def test_router_that_is_always_slow_is_soon_waited_for() -> None:
@@ -65,10 +67,13 @@ def test_router_that_is_always_slow_is_soon_waited_for() -> None:
     num_silences = 0
     for _ in range(20):
         signs.look(now_s + 1.9)
-        num_silences += signs.is_silent
+        was_silent = signs.is_silent
+        num_silences += was_silent
         now_s += 2.0
         signs.heard(now_s)
-    assert num_silences == 5
+        if was_silent:
+            signs.was_rash()
+    assert num_silences == 7
 
 
 def test_listener_that_had_no_processor_blames_nobody() -> None:
