@@ -108,6 +108,8 @@ class Simulation:
                 self.supervisor.process.tasks.call_later(after_s, self.supervisor.bump)
             case Fault.CUT_LINK | Fault.STALL_LINK | Fault.DROP_REPLY:
                 self._strike_link(strike.fault, victim, random)
+            case Fault.SILENCE:
+                self._silence(victim, random)
             case _:
                 self._strike_shards(strike.fault, self.shards[victim], random)
 
@@ -115,7 +117,7 @@ class Simulation:
         in_chains = {name for chain in self.supervisor.view.chains.values() for name in chain}
         living = [p for p in self.cluster.processes if p.is_alive and (p.core or p.router)]
         match fault:
-            case Fault.KILL_ROUTER:
+            case Fault.KILL_ROUTER | Fault.SILENCE:
                 return [process for process in living if process.router is not None]
             case Fault.KILL_ATTENTION:
                 return [p for p in living if p.core is not None and p.name in in_chains]
@@ -125,6 +127,15 @@ class Simulation:
                 return living
             case _:
                 return [process for process in living if process.core is not None]
+
+    def _silence(self, victim: Process, random: Random) -> None:
+        """It stands still for a while, and longer or shorter than the ingress waits."""
+        victim.spend(random.choice((0.0, 0.02, 0.2, 5.0)))
+        after_s = random.choice((0.0, 0.01, 0.05))
+        # Not the victim's own task, which stands still as well.
+        self.supervisor.process.tasks.call_later(
+            after_s, lambda: self.ingress.take_for_silent(victim)
+        )
 
     def _strike_link(self, fault: Fault, victim: Process, random: Random) -> None:
         links = [link for link in self.cluster.network.links if link.server is victim]

@@ -25,3 +25,5 @@ class Fault(Enum):
     REFUSE_OVERLOADED = "refuse-overloaded"
     REFUSE_EXPIRED = "refuse-expired"
     FAIL_ONCE = "fail-once"
+    # The ingress takes a router for silent, rightly or not, and has another one do the same.
+    SILENCE = "silence"

@@ -2,7 +2,8 @@
 
 The life of a request here: it is sent to a router; tokens that come back are written down; when the
 router dies, drains, refuses or is lost to the view, the request goes with all that was delivered to
-another. Nobody but the journal knows what the client has.
+another. Where a router is taken for silent, another is asked as well: whoever has the next token goes
+on alone. Nobody but the journal knows what the client has.
 
 When the ingress dies, its clients send their requests again to the next, under the same ids, and it
 has them computed from the start: what a client has already must come once more.
@@ -41,15 +42,25 @@ class Journal:
     # Who has copies of its keys and values, as it was told.
     standby_id: str = ""
 
-    def tell_scores(self, scores: PromptScores) -> None:
-        assert scores.position == len(self.scores) + 1, "a score twice, or left out"
-        self.scores += scores.tokens
+    def tell_scores(self, scores: PromptScores) -> bool:
+        """Whether any was new."""
+        num_had = len(self.scores) + 1 - scores.position
+        assert num_had >= 0, "a score left out"
+        assert tuple(self.scores[scores.position - 1 :]) == scores.tokens[:num_had]
+        self.scores += scores.tokens[num_had:]
+        return len(scores.tokens) > num_had
 
-    def tell(self, event: TokenEvent) -> None:
+    def tell(self, event: TokenEvent, index: int) -> bool:
+        """Whether it was new: of two routers that race, both may have it."""
         events = self.delivered.setdefault(event.sample_index, [])
+        if index < len(events):
+            assert event == events[index], "a token unlike the one before"
+            return False
+        assert index == len(events), "a token left out"
         assert not events or events[-1].finish_reason is None, "a token after the last"
         assert len(self.scores) == self.request.num_to_score, "a token before the scores"
         events.append(event)
+        return True
 
     def streams(self) -> list[Stream]:
         return [stream_of(self.delivered.get(i, [])) for i in range(self.request.num_samples)]
@@ -98,6 +109,8 @@ class RequestStream:
         self.router = router
         self.journal = journal
         self.is_over = False
+        # Tokens of each sample that it gave, or was told of when it began.
+        self.num_given = {i: len(events) for i, events in journal.delivered.items()}
         self._ingress = ingress
         network = ingress.cluster.network
         self.there = Channel(ingress.process, router, network)
@@ -119,7 +132,7 @@ class RequestStream:
         network.tasks.call_later(network.detection_s(), lambda: notice.send(self._cancel))
 
     def scored(self, scores: PromptScores) -> None:
-        self._back.send(lambda: self._if_not_over(lambda: self.journal.tell_scores(scores)))
+        self._back.send(lambda: self._if_not_over(lambda: self._ingress.scored(self, scores)))
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         self._tell_standby()
@@ -167,7 +180,8 @@ class Ingress:
         # Of earlier lives: as far as their clients got.
         self.broken: list[Journal] = []
         self.view: ClusterView = cluster.view
-        self._streams: dict[str, RequestStream] = {}
+        # Of each request the streams that run, the first to be asked first.
+        self._streams: dict[str, list[RequestStream]] = {}
         self._random = random
 
     @property
@@ -184,7 +198,7 @@ class Ingress:
     def die(self) -> None:
         """Its clients have what they have."""
         self.cluster.kill(self.process)
-        for stream in self._streams.values():
+        for stream in self._all_streams():
             stream.break_off()
         self._streams.clear()
         self.view = EMPTY_VIEW
@@ -204,16 +218,14 @@ class Ingress:
         """The client goes away."""
         if not journal.is_done:
             journal.is_cancelled = journal.is_done = True
-            stream = self._streams.pop(journal.request_id, None)
-            if stream is not None:
-                stream.close()
+            self._keep_only(None, journal)
 
     def take_view(self, view: ClusterView) -> None:
         """Leaves routers that are lost to the view, although their streams still stand."""
         if view.placement_epoch < self.view.placement_epoch:
             return
         self.view = view
-        for stream in list(self._streams.values()):
+        for stream in self._all_streams():
             router = stream.router.router
             assert router is not None
             member = view.members.get(router.links.router_id)
@@ -227,29 +239,61 @@ class Ingress:
 
     def died(self, process: Process) -> None:
         """Streams to a process break."""
-        for stream in [s for s in self._streams.values() if s.router is process]:
+        for stream in [s for s in self._all_streams() if s.router is process]:
             after_s = self.cluster.network.detection_s()
             self.process.tasks.call_later(after_s, lambda s=stream: self.carry_on(s))
 
+    def take_for_silent(self, router: Process) -> None:
+        """Asks another router as well for all that one has, whether it lives or not."""
+        for stream in self._all_streams():
+            others = [process for process in self._routers() if process is not router]
+            is_alone = len(self._streams[stream.journal.request_id]) == 1
+            if stream.router is router and is_alone and others:
+                self._open(stream.journal, self._random.choice(others))
+
+    def scored(self, stream: RequestStream, scores: PromptScores) -> None:
+        if stream.journal.tell_scores(scores):
+            self._keep_only(stream, stream.journal)
+
     def heard(self, stream: RequestStream, events: Sequence[TokenEvent]) -> None:
         for event in events:
-            stream.journal.tell(event)
+            index = stream.num_given.get(event.sample_index, 0)
+            stream.num_given[event.sample_index] = index + 1
+            if stream.journal.tell(event, index):
+                self._keep_only(stream, stream.journal)
 
     def ended(self, stream: RequestStream, error: ClusterError | None) -> None:
         if isinstance(error, RetryLaterError):
             self.carry_on(stream)
             return
         stream.is_over = True
-        del self._streams[stream.journal.request_id]
+        self._streams[stream.journal.request_id].remove(stream)
+        self._keep_only(None, stream.journal)
         stream.journal.error, stream.journal.is_done = error, True
 
     def carry_on(self, stream: RequestStream) -> None:
-        """Goes on at another router, or at the same, later."""
+        """Goes on at another router, or at the same, later; where another runs, with that."""
         if stream.is_over:
             return
         stream.close()
-        del self._streams[stream.journal.request_id]
-        self._send_later(stream.journal)
+        self._streams[stream.journal.request_id].remove(stream)
+        if not self._streams[stream.journal.request_id]:
+            self._send_later(stream.journal)
+
+    def _all_streams(self) -> list[RequestStream]:
+        return [stream for streams in self._streams.values() for stream in streams]
+
+    def _keep_only(self, winner: RequestStream | None, journal: Journal) -> None:
+        """Closes all others of a request."""
+        for stream in list(self._streams.get(journal.request_id, ())):
+            if stream is not winner:
+                stream.close()
+                self._streams[journal.request_id].remove(stream)
+
+    def _open(self, journal: Journal, router: Process) -> None:
+        stream = RequestStream(self, journal, router)
+        self._streams.setdefault(journal.request_id, []).append(stream)
+        stream.open(journal.routed(self.cluster.clock.now_s()))
 
     def _send_later(self, journal: Journal) -> None:
         delay_s = min(RETRY_S * (journal.num_attempts - 1), RETRY_S_MAX)
@@ -268,9 +312,7 @@ class Ingress:
             self.process.tasks.call_later(RETRY_S, lambda: self._send(journal))
             return
         best = [p for p in routers if p.router and p.router.links.router_id == journal.standby_id]
-        stream = RequestStream(self, journal, self._random.choice(best or routers))
-        self._streams[journal.request_id] = stream
-        stream.open(journal.routed(now_s))
+        self._open(journal, self._random.choice(best or routers))
 
     def _routers(self) -> list[Process]:
         """Those of the view whose process can be reached."""
