@@ -2,8 +2,8 @@
 
 The life of a request here: it is sent to a router; tokens that come back are written down; when the
 router dies, drains, refuses or is lost to the view, the request goes with all that was delivered to
-another. Where a router is taken for silent, another is asked as well: whoever has the next token goes
-on alone. Nobody but the journal knows what the client has.
+another. Where a router is taken for silent, another is asked as well: whoever has the next token
+goes on alone. Nobody but the journal knows what the client has.
 
 When the ingress dies, its clients send their requests again to the next, under the same ids, and it
 has them computed from the start: what a client has already must come once more.
