@@ -1,6 +1,7 @@
 """Worker processes under the controller: any spread, any transport, any death, the same tokens."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.served_cluster import short_folder
 from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests
 
 LONG = 24
+IDLE_TIMEOUT_S = 20.0
 KV_TOKENS = CACHE.num_blocks * CACHE.block_size
 
 
@@ -109,11 +111,19 @@ async def served(
 
 
 async def check_idle(cluster: ProcessCluster) -> None:
-    """Nothing is held for requests that ended."""
-    for status in (await cluster.status()).values():
-        router = status["router"]
-        assert (router["kv_blocks_used"], router["active_requests"]) == (0, 0)
-        assert (router["running"], router["waiting"]) == (0, 0)
+    """Nothing is held for requests that ended.
+
+    On a busy machine another router may have been asked as well, and hears only then that it lost.
+    """
+    names = ("kv_blocks_used", "active_requests", "running", "waiting")
+    until_s = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        told = (await cluster.status()).items()
+        held = {worker_id: [status["router"][name] for name in names] for worker_id, status in told}
+        if all(counts == [0] * len(names) for counts in held.values()):
+            return
+        assert time.monotonic() < until_s, held
+        await asyncio.sleep(0.05)
 
 
 def check_replicas(cluster: ProcessCluster, model: Model, spread: Spread) -> None:
