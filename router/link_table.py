@@ -223,8 +223,10 @@ class LinkTable:
         way.num_rows_out -= num_rows
         if pending.error is None:
             took_s = self._tasks.clock.now_s() - asked_at_s
-            before_s = LATENCY_FADING * (way.latency_s or 0.0)
-            way.latency_s = max(took_s, before_s) if took_s <= late_after_s else before_s
+            if way.latency_s is not None:
+                way.latency_s *= LATENCY_FADING
+            if took_s <= late_after_s:
+                way.latency_s = max(took_s, way.latency_s or 0.0)
             way.is_silent = False
         self._look_for_loss(way, link, pending)
 

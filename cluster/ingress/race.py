@@ -5,7 +5,7 @@ slows its router down.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from milliways.v1 import router_pb2
@@ -59,8 +59,7 @@ class Race:
         when_over: Callable[[], None],
     ) -> None:
         """Asks a router."""
-        pump = self._pump(attempt, message, timeout_s)
-        task = asyncio.create_task(pump)
+        task = asyncio.create_task(self._pump(attempt, message, timeout_s))
         task.add_done_callback(lambda _: when_over())
         self._tasks[attempt] = task
 
@@ -80,10 +79,7 @@ class Race:
 
     async def drop(self, attempt: Attempt) -> None:
         """Cancels a stream; nothing more is heard of it."""
-        task = self._tasks.pop(attempt, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await self._cancel([attempt])
 
     async def keep_only(self, winner: Attempt) -> None:
         """Cancels all the others."""
@@ -91,19 +87,20 @@ class Race:
             first, *_ = self.attempts
             if winner is first:
                 winner.connection.was_rash()
-            for attempt in self.attempts:
-                if attempt is not winner:
-                    await self.drop(attempt)
+            await self._cancel([attempt for attempt in self.attempts if attempt is not winner])
 
     async def aclose(self) -> None:
-        for attempt in self.attempts:
-            await self.drop(attempt)
+        await self._cancel(self.attempts)
+
+    async def _cancel(self, attempts: Sequence[Attempt]) -> None:
+        # All of them before any is waited for, should the waiting be cancelled too.
+        tasks = [self._tasks.pop(attempt) for attempt in attempts if attempt in self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pump(
-        self,
-        attempt: Attempt,
-        message: router_pb2.RouteRequest,
-        timeout_s: float,
+        self, attempt: Attempt, message: router_pb2.RouteRequest, timeout_s: float
     ) -> None:
         def on_silence() -> None:
             # Where it is full, the client is slow.

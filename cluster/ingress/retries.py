@@ -59,10 +59,12 @@ class Retries:
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id} drains"
 
-    def was_full(self, worker_id: str, error: OverloadedError) -> None:
+    def was_full(self, worker_id: str, error: OverloadedError, *, is_last: bool = True) -> None:
+        """It has no room; where another still has the request, that may be otherwise later."""
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {error}"
-        self._full = error
+        if is_last:
+            self._full = error
 
     def next_round(self) -> float:
         """All routers may be tried again, after so many seconds."""

@@ -6,7 +6,7 @@ A pure object; times are given.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 # Prompts are compared in runs of so many tokens, from the beginning on.
@@ -42,7 +42,6 @@ class RouterChoice:
         self._num_running: dict[str, int] = {}
         self._runs: dict[str, OrderedDict[int, None]] = {}
         self._suspect_until_s: dict[str, float] = {}
-        self._silent: set[str] = set()
 
     def num_running(self, worker_id: str) -> int:
         return self._num_running.get(worker_id, 0)
@@ -53,15 +52,17 @@ class RouterChoice:
         prompt_ids: Sequence[int],
         now_s: float,
         standby_id: str = "",
+        silent: Collection[str] = (),
     ) -> RouterInfo | None:
         """The router for a prompt; None if there is none. Changes nothing.
 
-        One that has copies of the request's keys and values comes before those that are less busy.
+        One that has copies of the request's keys and values comes before those that are less busy;
+        those that are silent come last.
         """
         if len(routers) < 2:
             return routers[0] if routers else None
         runs = list(_chained_runs(prompt_ids))
-        return min(routers, key=self._cost(runs, now_s, standby_id))
+        return min(routers, key=self._cost(runs, now_s, standby_id, silent))
 
     def begin(self, worker_id: str, prompt_ids: Sequence[int]) -> None:
         """Notes that a request goes to a router; `end` has to follow."""
@@ -82,25 +83,17 @@ class RouterChoice:
         """A stream to it broke: others are asked first for a while."""
         self._suspect_until_s[worker_id] = until_s
 
-    def is_silent(self, worker_id: str) -> bool:
-        return worker_id in self._silent
-
-    def note_silence(self, worker_id: str, is_silent: bool) -> None:
-        """It gives no sign of life, or does again: others are asked first until then."""
-        (self._silent.add if is_silent else self._silent.discard)(worker_id)
-
     def forget(self, worker_id: str) -> None:
         """Drops what is known of a router that is gone."""
         for known in (self._num_running, self._runs, self._suspect_until_s):
             known.pop(worker_id, None)
-        self._silent.discard(worker_id)
 
     def _cost(
-        self, runs: Sequence[int], now_s: float, standby_id: str
+        self, runs: Sequence[int], now_s: float, standby_id: str, silent: Collection[str]
     ) -> Callable[[RouterInfo], tuple[bool, bool, float, int, str]]:
         def cost(router: RouterInfo) -> tuple[bool, bool, float, int, str]:
             is_suspect = now_s < self._suspect_until_s.get(router.worker_id, now_s)
-            is_suspect |= router.worker_id in self._silent
+            is_suspect |= router.worker_id in silent
             load = self.num_running(router.worker_id) + router.load_hint
             shared = self._num_shared(router.worker_id, runs)
             has_no_copies = router.worker_id != standby_id

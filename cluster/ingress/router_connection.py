@@ -31,8 +31,7 @@ class RouterConnection:
     """Open as long as the router is listed or has a stream.
 
     While streams are open, or the router is silent, `Signs` are looked at several times within its
-    patience: listeners are called at each look that finds it silent, and `on_silence` when it
-    becomes silent and when it is heard again.
+    patience, and listeners are called at each look that finds it silent.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class RouterConnection:
         router: RouterInfo,
         tls: TlsSettings,
         limits: HedgeLimits,
-        on_silence: Callable[[bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._channel = open_channel(router.address, tls)
@@ -55,11 +53,15 @@ class RouterConnection:
             response_deserializer=router_pb2.PingResponse.FromString,
         )
         self._signs = Signs(limits)
-        self._on_silence = on_silence
         self._clock = clock
         self._listeners: set[Callable[[], None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it outlasted our patience, and has given no sign since."""
+        return self._signs.is_silent
 
     def begin(self, listener: Callable[[], None]) -> None:
         """A stream is opened; `end` has to follow."""
@@ -74,10 +76,7 @@ class RouterConnection:
 
     def heard(self) -> None:
         """The router gave a sign of life."""
-        was_silent = self._signs.is_silent
         self._signs.heard(self._clock())
-        if was_silent:
-            self._on_silence(False)
 
     def was_rash(self) -> None:
         """It was called silent, and had the next token before anybody else."""
@@ -98,14 +97,11 @@ class RouterConnection:
             await asyncio.sleep(asleep_s)
             now_s = self._clock()
             # Where this process had no processor, the router is not to blame.
-            signs.overslept(max(0.0, now_s - since_s - asleep_s))
+            signs.overslept(max(0.0, now_s - since_s - asleep_s), now_s)
             if signs.wants_ping(now_s) and (self._pinging is None or self._pinging.done()):
                 self._pinging = asyncio.create_task(self._ask())
-            was_silent = signs.is_silent
             signs.look(now_s)
             if signs.is_silent:
-                if not was_silent:
-                    self._on_silence(True)
                 for listener in list(self._listeners):
                     listener()
 

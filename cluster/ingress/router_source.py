@@ -197,7 +197,11 @@ class RouterSource:
             untried = [router for router in routers if router.worker_id not in retries.avoided]
             now_s = self._clock()
             picked = self._choice.try_pick(
-                untried, journal.request.prompt_ids, now_s, journal.standby_id
+                untried,
+                journal.request.prompt_ids,
+                now_s,
+                journal.standby_id,
+                self._silent(untried),
             )
             if picked is not None and now_s < deadline_s:
                 return picked
@@ -232,12 +236,9 @@ class RouterSource:
         asked = {attempt.router.worker_id for attempt in run.streams.attempts}
         if len(asked) >= _MAX_ATTEMPTS:
             return
-        others = [
-            router
-            for router in self._directory.routers()
-            if router.worker_id not in asked | run.retries.avoided
-            and not self._choice.is_silent(router.worker_id)
-        ]
+        routers = self._directory.routers()
+        excluded = asked | run.retries.avoided | self._silent(routers)
+        others = [router for router in routers if router.worker_id not in excluded]
         journal = run.journal
         picked = self._choice.try_pick(
             others, journal.request.prompt_ids, self._clock(), journal.standby_id
@@ -257,7 +258,8 @@ class RouterSource:
             raise InvalidRequestError("request", Verbatim("refused by the router"), details)
         if isinstance(named, OverloadedError) or code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             full = named if isinstance(named, OverloadedError) else OverloadedError(details)
-            retries.was_full(attempt.router.worker_id, full)
+            is_last = not run.streams.attempts
+            retries.was_full(attempt.router.worker_id, full, is_last=is_last)
         elif isinstance(named, UnavailableError):
             self._broke(attempt, retries, str(named), was_accepted=False)
         elif named is not None:
@@ -282,17 +284,18 @@ class RouterSource:
         retries.broke(worker_id, reason, was_accepted=was_accepted, lasted_s=lasted_s)
 
     def _connect(self, router: RouterInfo) -> RouterConnection:
-        worker_id = router.worker_id
-        key = (worker_id, router.address)
+        key = (router.worker_id, router.address)
         if key not in self._connections:
-            self._connections[key] = RouterConnection(
-                router,
-                self._tls,
-                self._hedging,
-                lambda is_silent: self._choice.note_silence(worker_id, is_silent),
-                self._clock,
-            )
+            self._connections[key] = RouterConnection(router, self._tls, self._hedging, self._clock)
         return self._connections[key]
+
+    def _silent(self, routers: Sequence[RouterInfo]) -> set[str]:
+        """Those that give no sign of life, by worker."""
+        connections = (
+            (router.worker_id, self._connections.get((router.worker_id, router.address)))
+            for router in routers
+        )
+        return {name for name, connection in connections if connection and connection.is_silent}
 
     def _close_unlisted(self, routers: Sequence[RouterInfo]) -> None:
         """Drops routers that are gone; one that drains keeps its channel until its last stream."""

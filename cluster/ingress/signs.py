@@ -52,9 +52,11 @@ class Signs:
     def heard(self, now_s: float) -> None:
         """A sign came."""
         silence_s = max(0.0, now_s - self._since_s)
-        before_s = (self._longest_s or 0.0) * 0.5 ** (silence_s / _HALVED_AFTER_S)
+        if self._longest_s is not None:
+            self._longest_s *= 0.5 ** (silence_s / _HALVED_AFTER_S)
         # What was frozen is no slower than before.
-        self._longest_s = before_s if self.is_silent else max(before_s, silence_s)
+        if not self.is_silent:
+            self._longest_s = max(self._longest_s or 0.0, silence_s)
         self._since_s = now_s
         self.is_silent = False
 
@@ -62,9 +64,9 @@ class Signs:
         """It was taken for silent, and had the next token before those who were asked as well."""
         self._longest_s = max(self._longest_s or 0.0, self.patience_s)
 
-    def overslept(self, by_s: float) -> None:
+    def overslept(self, by_s: float, now_s: float) -> None:
         """The listener itself stood still for so long, and could not have heard any."""
-        self._since_s += by_s
+        self._since_s = min(self._since_s + by_s, now_s)
 
     def look(self, now_s: float) -> None:
         """Takes a router for silent when its time is over."""

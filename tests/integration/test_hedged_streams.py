@@ -184,6 +184,23 @@ def test_other_that_has_no_room_costs_nothing() -> None:
     assert len(other.asked) == 1
 
 
+def test_other_that_had_no_room_is_asked_again_when_the_silent_one_breaks() -> None:
+    silent, other = deaf_after(0), FakeRouter(refusal=full())
+
+    async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
+        task = asyncio.create_task(collect(source))
+        while not other.asked:
+            await asyncio.sleep(0.005)
+        # It has answered by then, and the request waits for the silent one alone.
+        await asyncio.sleep(LIMITS.after_s_max)
+        other.refusal = None
+        assert silent.server is not None
+        await silent.server.stop(None)
+        assert await task == expected_events(REQUEST)
+
+    run(scenario, silent, other)
+
+
 def test_other_that_comes_later_is_asked_then() -> None:
     silent, late = deaf_after(3), FakeRouter()
 

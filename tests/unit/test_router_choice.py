@@ -56,6 +56,13 @@ def test_who_has_copies_is_picked_however_busy_unless_its_streams_break() -> Non
     assert choice.try_pick((A, B, C), PROMPT, 0.0, standby_id="b") == A
 
 
+def test_silent_router_comes_last_however_idle_and_whatever_it_has() -> None:
+    choice = RouterChoice()
+    choice.begin("b", PROMPT)
+    assert choice.try_pick((A, B), PROMPT, 0.0, standby_id="a", silent={"a"}) == B
+    assert choice.try_pick((A,), PROMPT, 0.0, silent={"a"}) == A
+
+
 def test_memory_of_prefixes_is_bounded() -> None:
     choice = RouterChoice()
     for i in range(100):

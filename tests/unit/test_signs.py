@@ -78,7 +78,7 @@ def test_router_that_is_always_slow_is_soon_waited_for() -> None:
 
 def test_listener_that_had_no_processor_blames_nobody() -> None:
     signs, now_s = heard_every(0.05, 5)
-    signs.overslept(0.5)
+    signs.overslept(0.5, now_s + 0.55)
     signs.look(now_s + 0.55)
     assert not signs.is_silent
     assert silent_after_s(signs, now_s + 0.5) == pytest.approx(0.1, abs=0.011)
@@ -103,3 +103,18 @@ def test_patience_stays_within_limits(gaps_s: list[float]) -> None:
         assert LIMITS.after_s_min <= signs.patience_s <= LIMITS.after_s_max
         assert 0 < signs.look_after_s < signs.patience_s
         assert not signs.is_silent
+
+
+def test_sign_that_came_after_the_sleep_counts_from_when_it_came() -> None:
+    signs, now_s = heard_every(0.05, 5)
+    signs.heard(now_s + 0.5)
+    signs.overslept(0.5, now_s + 0.5)
+    assert silent_after_s(signs, now_s + 0.5) == pytest.approx(signs.patience_s, abs=0.011)
+
+
+def test_router_whose_first_sign_was_late_still_has_a_second() -> None:
+    signs = Signs(LIMITS)
+    signs.begin(0.0)
+    signs.look(2.0)
+    signs.heard(2.0)
+    assert signs.patience_s == 1.0
