@@ -66,16 +66,6 @@ def serve_run(head: RayHead, *arguments: str) -> Iterator["subprocess.Popen[byte
         process.wait()
 
 
-def interrupt(process: "subprocess.Popen[bytes]") -> None:
-    """Ctrl-C, and once more where it is lost: Python drops one that meets a callback of Ray's."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
 def is_ready(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200
@@ -105,7 +95,8 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
 
         wait_until(is_up, "serve run serves", TIMEOUT_S)
         text = complete(port)
-        interrupt(process)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
     done = run_command(head.environment, "status", "--address", head.address)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[3:]] == ["worker-0", "worker-1"]
