@@ -182,6 +182,9 @@ class Ingress:
         self.view: ClusterView = cluster.view
         # Of each request the streams that run, the first to be asked first.
         self._streams: dict[str, list[RequestStream]] = {}
+        # Requests that a second router was asked for, and those whose second one was first.
+        self.num_raced = 0
+        self.num_overtaken = 0
         self._random = random
 
     @property
@@ -249,6 +252,7 @@ class Ingress:
             others = [process for process in self._routers() if process is not router]
             is_alone = len(self._streams[stream.journal.request_id]) == 1
             if stream.router is router and is_alone and others:
+                self.num_raced += 1
                 self._open(stream.journal, self._random.choice(others))
 
     def scored(self, stream: RequestStream, scores: PromptScores) -> None:
@@ -285,10 +289,12 @@ class Ingress:
 
     def _keep_only(self, winner: RequestStream | None, journal: Journal) -> None:
         """Closes all others of a request."""
-        for stream in list(self._streams.get(journal.request_id, ())):
+        streams = self._streams.get(journal.request_id, [])
+        self.num_overtaken += winner is not None and streams.index(winner) > 0
+        for stream in list(streams):
             if stream is not winner:
                 stream.close()
-                self._streams[journal.request_id].remove(stream)
+                streams.remove(stream)
 
     def _open(self, journal: Journal, router: Process) -> None:
         stream = RequestStream(self, journal, router)

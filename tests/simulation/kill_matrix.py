@@ -55,6 +55,9 @@ class Blow(Enum):
     KILL = "killed"
     # It is replaced while it stands still, and then wakes up.
     REPLACE_FROZEN = "replaced"
+    # It is taken for silent, and another router asked as well: wrongly, or while it stands still.
+    RACE = "raced"
+    RACE_FROZEN = "raced-frozen"
 
 
 class Kind(Enum):
@@ -68,8 +71,16 @@ class Kind(Enum):
     CONTROLLER = "the controller"
 
 
-# Nobody starts another one of these while they live.
-NEVER_REPLACED = frozenset({Kind.ROUTER, Kind.INGRESS, Kind.CONTROLLER})
+ROUTERS = frozenset({Kind.ROUTER_WITH_SHARD, Kind.ROUTER})
+# Nobody starts another one of the rest while they live.
+REPLACED = frozenset({Kind.EXPERTS, Kind.SHARD, Kind.ROUTER_WITH_SHARD})
+# Whom a blow can hit.
+VICTIMS = {
+    Blow.KILL: frozenset(Kind),
+    Blow.REPLACE_FROZEN: REPLACED,
+    Blow.RACE: ROUTERS,
+    Blow.RACE_FROZEN: ROUTERS,
+}
 
 
 class Phase(Enum):
@@ -244,7 +255,7 @@ class Cell:
         return simulation
 
     def struck(self, blows: Blows, blow: Blow) -> Simulation:
-        """A run, about to begin, in which these are hit; not who is not there when he is to be."""
+        """A run, about to begin, in which these are hit, as far as they are there at the time."""
         simulation = self._simulation()
         network = simulation.cluster.network
         left = deque(blows)
@@ -317,15 +328,21 @@ def hit(simulation: Simulation, name: str, blow: Blow) -> None:
         now_s = simulation.cluster.clock.now_s()
         number = simulation.cluster.network.num_delivered
         simulation.log.append(f"{now_s:.4f} {name} is {blow.value} before message {number}")
-        if blow is Blow.REPLACE_FROZEN:
-            process.spend(0.1)
-            simulation.supervisor.suspect(process)
-        else:
-            simulation.supervisor.kill(process)
+        match blow:
+            case Blow.KILL:
+                simulation.supervisor.kill(process)
+            case Blow.REPLACE_FROZEN:
+                process.spend(0.1)
+                simulation.supervisor.suspect(process)
+            case Blow.RACE:
+                simulation.ingress.take_for_silent(process)
+            case Blow.RACE_FROZEN:
+                process.spend(0.1)
+                simulation.ingress.take_for_silent(process)
         return
 
 
-def single_deaths(
+def single_blows(
     cell: Cell,
     blow: Blow = Blow.KILL,
     stride: int = 1,
@@ -334,9 +351,7 @@ def single_deaths(
     """Every process before every message; with a stride, each begins at another one."""
     offset = [*MODES].index(cell.mode)
     for i, (name, kind) in enumerate(cell.kinds.items()):
-        if kind not in of:
-            continue
-        if blow is Blow.REPLACE_FROZEN and kind in NEVER_REPLACED:
+        if kind not in of & VICTIMS[blow]:
             continue
         for n in range(1 + (i + offset) % stride, cell.num_messages + 1, stride):
             yield ((n, name),)

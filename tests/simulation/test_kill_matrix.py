@@ -27,7 +27,7 @@ from tests.simulation.kill_matrix import (
     Shape,
     blows_of,
     cell_of,
-    single_deaths,
+    single_blows,
 )
 from tests.simulation.true_sampler import TrueSampler
 
@@ -49,7 +49,7 @@ def thinned(cell: Cell) -> int:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_death_at_any_message_costs_a_token(shape: Shape, mode: str, stride: int | None) -> None:
     cell = Cell(shape, mode)
-    for blows in single_deaths(cell, stride=stride or thinned(cell)):
+    for blows in single_blows(cell, stride=stride or thinned(cell)):
         simulation = cell.run(blows)
         assert simulation.supervisor.num_deaths == 1, f"nobody died: {cell.command(blows)}"
 
@@ -61,15 +61,31 @@ def test_nobody_who_is_replaced_while_frozen_costs_a_token(
     shape: Shape, mode: str, stride: int
 ) -> None:
     cell = Cell(shape, mode)
-    for blows in single_deaths(cell, Blow.REPLACE_FROZEN, stride):
+    for blows in single_blows(cell, Blow.REPLACE_FROZEN, stride):
         cell.run(blows, Blow.REPLACE_FROZEN)
+
+
+@pytest.mark.parametrize("blow", [Blow.RACE, Blow.RACE_FROZEN], ids=lambda blow: blow.value)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.num_routers > 1], ids=str)
+def test_no_race_of_two_routers_costs_a_token(shape: Shape, mode: str, blow: Blow) -> None:
+    cell = Cell(shape, mode)
+    num_raced = num_overtaken = 0
+    for blows in single_blows(cell, blow):
+        simulation = cell.run(blows, blow)
+        num_raced += simulation.ingress.num_raced
+        num_overtaken += simulation.ingress.num_overtaken
+    assert num_raced > 0
+    if blow is Blow.RACE_FROZEN:
+        # Who stands still loses, as a rule.
+        assert 2 * num_overtaken > num_raced
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
 def test_no_death_of_the_controller_is_noticed_by_a_stream(shape: Shape, mode: str) -> None:
     cell = Cell(shape, mode)
-    for blows in single_deaths(cell, of=frozenset({Kind.CONTROLLER})):
+    for blows in single_blows(cell, of=frozenset({Kind.CONTROLLER})):
         simulation = cell.run(blows)
         (before, _), *_ = blows
         if before > cell.num_before_requests:
@@ -86,7 +102,7 @@ def test_no_death_of_a_worker_under_the_controller_costs_a_token(
 ) -> None:
     cell = Cell(shape, mode)
     workers = frozenset(Kind) - {Kind.CONTROLLER}
-    for blows in single_deaths(cell, stride=stride, of=workers):
+    for blows in single_blows(cell, stride=stride, of=workers):
         cell.run(blows)
 
 
@@ -96,10 +112,10 @@ def test_every_kind_of_process_dies_in_every_layer_of_every_phase(mode: str) -> 
     hit: set[tuple[Kind, Moment]] = set()
     for shape in (*SHAPES, *LED_SHAPES):
         cell = Cell(shape, mode)
-        for ((n, name),) in single_deaths(cell, of=frozenset({Kind.CONTROLLER})):
+        for ((n, name),) in single_blows(cell, of=frozenset({Kind.CONTROLLER})):
             hit.add((cell.kinds[name], cell.moments[n - 1]))
         stride = LED_STRIDE if shape.is_led else thinned(cell)
-        for ((n, name),) in single_deaths(cell, stride=stride):
+        for ((n, name),) in single_blows(cell, stride=stride):
             hit.add((cell.kinds[name], cell.moments[n - 1]))
     phases = Phase if all(r.max_tokens in (0, 4, 8) for r in MODES[mode]) else SHORT_PHASES
     wanted = {
