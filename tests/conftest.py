@@ -1,6 +1,7 @@
 """What every test runs under. JAX reads its settings when imported, so they are set first."""
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,10 @@ JAX_SETTINGS = {
 }
 os.environ.update(JAX_SETTINGS)
 install_import_hook("model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}")
+
+# Behind `&` a shell has SIGINT ignored, and whatever a test starts would not hear its Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NetworkForbidden(Exception):
