@@ -57,7 +57,7 @@ proto: $(READY)  ## Generate the stubs of proto/ anew
 	$(BIN)/python tests/stubs.py proto
 
 train-demo: $(READY)  ## Train the demo model afresh (ARGS=... goes to the trainer)
-	$(BIN)/python -m model.training.train_demo $(ARGS)
+	$(BIN)/python -m milliways.benchmarks.demo.training.train_demo $(ARGS)
 
 # Without headers, index or link options: a lock says what, not where it was made or fetched.
 # Fewest forks: one version of each package on every Python, so the same bits on every Python.

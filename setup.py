@@ -7,7 +7,7 @@ import jax.ffi
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("model/ops/native")
+NATIVE = Path("milliways/model/ops/native")
 
 
 class BuildKernels(build_ext):
@@ -30,7 +30,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            "model.ops._kernels",
+            "milliways.model.ops._kernels",
             sources=sorted(str(path) for path in NATIVE.glob("*.cc")),
             depends=sorted(str(path) for path in NATIVE.glob("*.[hi]*")),
             language="c++",

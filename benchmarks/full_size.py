@@ -1,6 +1,7 @@
 """Decodes with a Grok-1 of full size on one small machine.
 
-    python -m benchmarks.full_size [--dir FOLDER] [--tokens N] [--activations exact|int8] [--json F]
+    python -m milliways.benchmarks.full_size [--dir FOLDER] [--tokens N]
+        [--activations exact|int8] [--json FILE]
 
 1. Writes one random layer of Grok-1's real widths and the real embedding (8.1 GB), and gives every
    one of the 64 layers the same files, by hard links: 770 names, 318 GB as a reader sees them.
@@ -21,16 +22,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.bench_model import random_tensor
-from cluster.local import load_local_model, make_local_runner
-from cluster.user_cache import user_cache_dir
-from model.activations import Activations
-from model.checkpoint import CHECKPOINT_DIR
-from model.checkpoint.layout import TensorSpec, tensor_specs
-from model.checkpoint.writer import write_tensor
-from model.config import GROK_1, ModelConfig
-from model.ops.select import KernelChoice, Residence
-from model.runner import CacheSize, ModelRunner, ScheduledTokens
+from milliways.benchmarks.speed.bench_model import random_tensor
+from milliways.cluster.host.local import load_local_model, make_local_runner
+from milliways.model.activations import Activations
+from milliways.model.checkpoint import CHECKPOINT_DIR
+from milliways.model.checkpoint.layout import TensorSpec, tensor_specs
+from milliways.model.checkpoint.writer import write_tensor
+from milliways.model.config import GROK_1, ModelConfig
+from milliways.model.ops.select import KernelChoice, Residence
+from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens
+from milliways.runtime.user_cache import user_cache_dir
 
 SEED = 7
 PROMPT = (5043, 271, 8190, 17)

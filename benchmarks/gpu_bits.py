@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_workload import Layer, Workload, make_batch, make_cache
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.kv_cache import LayerCache, StepBatch
-from model.ops.gpu import GpuOps
-from model.params import AttentionParams, ExpertParams
+from milliways.benchmarks.gpu_workload import Layer, Workload, make_batch, make_cache
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
+from milliways.model.kv_cache import LayerCache, StepBatch
+from milliways.model.ops.gpu import GpuOps
+from milliways.model.params import AttentionParams, ExpertParams
 
 # Numbers of rows, those that give the first row the same bits standing together.
 Classes = list[list[int]]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_floors import Floors, median_times
-from benchmarks.gpu_workload import (
+from milliways.benchmarks.gpu_floors import Floors, median_times
+from milliways.benchmarks.gpu_workload import (
     Layer,
     Work,
     Workload,
@@ -19,10 +19,10 @@ from benchmarks.gpu_workload import (
     make_batch,
     make_cache,
 )
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.kv_cache import LayerCache
-from model.ops.gpu import GpuOps
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
+from milliways.model.kv_cache import LayerCache
+from milliways.model.ops.gpu import GpuOps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Time of a Grok-1 layer on one GPU, beside the least that this GPU could take.
 
-    python -m benchmarks.gpu_layer [--deterministic] [--json FILE] [--layers N] [--repeats N]
-    python -m benchmarks.gpu_layer --small        # shrunken, anywhere: shows that it runs
+    python -m milliways.benchmarks.gpu_layer [--deterministic] [--json FILE]
+        [--layers N] [--repeats N]
+    python -m milliways.benchmarks.gpu_layer --small        # shrunken, anywhere: shows that it runs
 
 Layers of full width (6144 / 32768 / 8 experts, 48 and 8 heads of 128) and random int8 weights run
 one after the other, as many as fit and at least two, so that no weight waits in the cache for its
@@ -25,12 +26,12 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu_bits import Classes, bit_classes
-from benchmarks.gpu_chain import Row, measure
-from benchmarks.gpu_floors import Floors, measure_floors
-from benchmarks.gpu_workload import Layer, Workload, make_layer, tree_bytes
-from model.config import GROK_1, ModelConfig
-from model.ops.gpu import GpuOps
+from milliways.benchmarks.gpu_bits import Classes, bit_classes
+from milliways.benchmarks.gpu_chain import Row, measure
+from milliways.benchmarks.gpu_floors import Floors, measure_floors
+from milliways.benchmarks.gpu_workload import Layer, Workload, make_layer, tree_bytes
+from milliways.model.config import GROK_1, ModelConfig
+from milliways.model.ops.gpu import GpuOps
 
 MODES = {"default": GpuOps(), "deterministic": GpuOps(deterministic=True)}
 # For caches, activations and what XLA needs besides.

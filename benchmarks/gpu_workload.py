@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from model.config import ModelConfig
-from model.kv_cache import LayerCache, StepBatch
-from model.ops.gpu_matmul import plain
-from model.params import AttentionParams, ExpertParams, QuantizedMatrix
+from milliways.model.config import ModelConfig
+from milliways.model.kv_cache import LayerCache, StepBatch
+from milliways.model.ops.gpu_matmul import plain
+from milliways.model.params import AttentionParams, ExpertParams, QuantizedMatrix
 
 BLOCK_SIZE = 16
 # Rows of scales of the matrices that the release cut by rows.

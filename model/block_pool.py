@@ -14,7 +14,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from model.errors import OutOfBlocksError
+from milliways.model.errors import OutOfBlocksError
 
 
 class BlockPool:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from model.errors import ConfigError
+from milliways.model.errors import ConfigError
 
 CONFIG_FILE = "config.json"
 

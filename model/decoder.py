@@ -29,17 +29,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from model.config import ModelConfig
-from model.kv_cache import (
+from milliways.model.config import ModelConfig
+from milliways.model.kv_cache import (
     KVCache,
     LayerCache,
     StepBatch,
     mark_visible,
     token_places,
 )
-from model.ops import Ops, PureOps
-from model.params import AttentionParams, EndParams, ExpertParams, Matrix, ModelParams
-from model.tiles import map_tiles
+from milliways.model.ops import Ops, PureOps
+from milliways.model.params import AttentionParams, EndParams, ExpertParams, Matrix, ModelParams
+from milliways.model.tiles import map_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ the tokens pushed so far goes on exactly like the old one. To echo a prompt, pus
 import codecs
 from collections.abc import Iterable
 
-from model.tokenizer import Tokenizer
+from milliways.model.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:

@@ -5,7 +5,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from model.config import ModelConfig
+from milliways.model.config import ModelConfig
 
 
 @struct.dataclass

@@ -15,8 +15,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from model.activations import Activations, quantise_head
-from model.checkpoint import Checkpoint, TensorRole
+from milliways.model.activations import Activations, quantise_head
+from milliways.model.checkpoint import Checkpoint, TensorRole
 
 
 @struct.dataclass

@@ -17,14 +17,14 @@ from typing import NamedTuple, cast
 import jax
 import numpy as np
 
-from model.config import ModelConfig
-from model.decoder import Decoder, DecoderParts, run_layers, run_step
-from model.kv_cache import KVCache, StepBatch, make_kv_cache
-from model.ops import Ops
-from model.params import EndParams, ModelParams
-from model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
-from model.sampling_params import SampledToken, SampleRow
-from model.sharding import ShardingRules, shard_model
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder, DecoderParts, run_layers, run_step
+from milliways.model.kv_cache import KVCache, StepBatch, make_kv_cache
+from milliways.model.ops import Ops
+from milliways.model.params import EndParams, ModelParams
+from milliways.model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
+from milliways.model.sampling_params import SampledToken, SampleRow
+from milliways.model.sharding import ShardingRules, shard_model
 
 # 16 MiB of Grok-1's logits; the next power of two would cost as much again and save little.
 MAX_LOGITS_ROWS = 32

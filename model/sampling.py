@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from model.sampling_params import (
+from milliways.model.sampling_params import (
     INVALID_TOKEN,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 300

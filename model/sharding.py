@@ -15,11 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.config import ModelConfig
-from model.decoder import Decoder, MeshAxes
-from model.errors import MeshError
-from model.kv_cache import KVCache, LayerCache
-from model.params import AttentionParams, EndParams, ExpertParams, ModelParams, QuantizedMatrix
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder, MeshAxes
+from milliways.model.errors import MeshError
+from milliways.model.kv_cache import KVCache, LayerCache
+from milliways.model.params import (
+    AttentionParams,
+    EndParams,
+    ExpertParams,
+    ModelParams,
+    QuantizedMatrix,
+)
 
 Axes = tuple[str | None, ...]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from model.errors import InvalidRequestError, TokenizerError
+from milliways.model.errors import InvalidRequestError, TokenizerError
 
 TOKENIZER_FILE = "tokenizer.model"
 _SPACE_MARK = "▁"

@@ -12,13 +12,13 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.calls import BlocksStored, Refusal, Result, StoreBlocks
-from cluster.errors import RefusalReason
-from cluster.tasks import Pending, Tasks, Timer
-from model.block_pool import chain_digest
-from router.link_table import LinkTable
-from router.scheduler import Scheduler
-from router.standby import Run, Standby, StandbyLimits
+from milliways.model.block_pool import chain_digest
+from milliways.router.links.link_table import LinkTable
+from milliways.router.scheduler import Scheduler
+from milliways.router.standby import Run, Standby, StandbyLimits
+from milliways.runtime.tasks import Pending, Tasks, Timer
+from milliways.wire.calls import BlocksStored, Refusal, Result, StoreBlocks
+from milliways.wire.errors import RefusalReason
 
 
 class BlockArrays(Protocol):

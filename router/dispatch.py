@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.calls import ExpertInput, ExpertOutputs, Refusal, Result, RunExperts
-from cluster.errors import PeerError, PeerLostError, RefusalReason, RefusedError
-from cluster.placement import ExpertId
-from cluster.tasks import Pending, Task, Tasks
-from router.link_table import LinkTable
-from router.suspects import WorkersDiedError
+from milliways.router.links.link_table import LinkTable
+from milliways.router.suspects import WorkersDiedError
+from milliways.runtime.tasks import Pending, Task, Tasks
+from milliways.wire.calls import ExpertInput, ExpertOutputs, Refusal, Result, RunExperts
+from milliways.wire.errors import PeerError, PeerLostError, RefusalReason, RefusedError
+from milliways.wire.placement import ExpertId
 
 BACK_OFF_S = 0.005
 HEDGE_LATENCIES = 4.0

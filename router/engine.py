@@ -13,15 +13,13 @@ The life of a request here:
 from collections.abc import Iterator
 from itertools import islice
 
-from model.block_pool import BlockPool
-from model.detokenizer import IncrementalDetokenizer
-from model.runner import ModelRunner, ScheduledTokens
-from model.tokenizer import Tokenizer
-from router.admission import RoutedRequest, make_sequences, max_completion_tokens
-from router.request import GenerateRequest
-from router.rows import sample_rows, take_events
-from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
-from router.sequence import (
+from milliways.model.block_pool import BlockPool
+from milliways.model.detokenizer import IncrementalDetokenizer
+from milliways.model.runner import ModelRunner, ScheduledTokens
+from milliways.model.tokenizer import Tokenizer
+from milliways.router.requests.admission import RoutedRequest, make_sequences, max_completion_tokens
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import (
     Detokenizer,
     Event,
     FinishReason,
@@ -29,6 +27,8 @@ from router.sequence import (
     Sequence,
     SequenceStatus,
 )
+from milliways.router.rows import sample_rows, take_events
+from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
 
 class LocalEngine:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from router.scheduler import ScheduledSequence
+from milliways.router.scheduler import ScheduledSequence
 
 
 def split(

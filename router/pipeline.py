@@ -6,7 +6,11 @@ to the bits, so neither does which replica answered.
 
 from collections.abc import Sequence
 
-from cluster.calls import (
+from milliways.model.sampling_params import SampledToken
+from milliways.router.dispatch import Dispatcher
+from milliways.router.links.link_table import LinkTable
+from milliways.runtime.tasks import Cancelled, Tasks
+from milliways.wire.calls import (
     AbandonBatch,
     AdvanceBatch,
     BeginBatch,
@@ -19,7 +23,7 @@ from cluster.calls import (
     TokenRows,
     Turn,
 )
-from cluster.errors import (
+from milliways.wire.errors import (
     ClusterError,
     PeerError,
     PeerLostError,
@@ -27,11 +31,7 @@ from cluster.errors import (
     RefusalReason,
     RefusedError,
 )
-from cluster.tasks import Cancelled, Tasks
-from cluster.view import Member
-from model.sampling_params import SampledToken
-from router.dispatch import Dispatcher
-from router.link_table import LinkTable
+from milliways.wire.view import Member
 
 BACK_OFF_S = 0.005
 # What stands in the way of a call now, and not for ever.

@@ -24,8 +24,32 @@ from itertools import islice
 from random import Random
 from typing import Protocol
 
-from cluster.calls import Refusal, Result, StoreBlocks
-from cluster.errors import (
+from milliways.model.block_pool import BlockPool
+from milliways.model.config import ModelConfig
+from milliways.model.sampling_params import SampledToken
+from milliways.router.block_copies import ArraysNow, BlockCopies
+from milliways.router.links.link_table import LinkTable
+from milliways.router.micro_batches import split
+from milliways.router.pipeline import Pipeline, ShardLostError
+from milliways.router.requests.admission import (
+    DetokenizerFor,
+    RoutedRequest,
+    make_sequences,
+    max_completion_tokens,
+)
+from milliways.router.requests.sequence import (
+    FinishReason,
+    PromptScores,
+    Sequence,
+    SequenceStatus,
+    TokenEvent,
+)
+from milliways.router.rows import pack, take_events
+from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.suspects import Suspects, WorkersDiedError
+from milliways.runtime.tasks import Signal, Tasks, Timer
+from milliways.wire.calls import Refusal, Result, StoreBlocks
+from milliways.wire.errors import (
     ClusterError,
     DeadlineError,
     ModelFaultError,
@@ -35,24 +59,6 @@ from cluster.errors import (
     RefusedError,
     UnavailableError,
 )
-from cluster.tasks import Signal, Tasks, Timer
-from model.block_pool import BlockPool
-from model.config import ModelConfig
-from model.sampling_params import SampledToken
-from router.admission import (
-    DetokenizerFor,
-    RoutedRequest,
-    make_sequences,
-    max_completion_tokens,
-)
-from router.block_copies import ArraysNow, BlockCopies
-from router.link_table import LinkTable
-from router.micro_batches import split
-from router.pipeline import Pipeline, ShardLostError
-from router.rows import pack, take_events
-from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
-from router.sequence import FinishReason, PromptScores, Sequence, SequenceStatus, TokenEvent
-from router.suspects import Suspects, WorkersDiedError
 
 logger = logging.getLogger(__name__)
 

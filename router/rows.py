@@ -4,10 +4,10 @@ from collections.abc import Sequence as Row
 
 import numpy as np
 
-from cluster.calls import TokenRows
-from model.sampling_params import SampledToken, SampleRow, SamplingParams
-from router.scheduler import ScheduledSequence
-from router.sequence import Event
+from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
+from milliways.router.requests.sequence import Event
+from milliways.router.scheduler import ScheduledSequence
+from milliways.wire.calls import TokenRows
 
 
 def pack(batch: Row[ScheduledSequence]) -> TokenRows:

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from model.block_pool import BlockPool
-from model.errors import InvalidRequestError
-from router.sequence import Sequence, SequenceStatus
+from milliways.model.block_pool import BlockPool
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.sequence import Sequence, SequenceStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from model.block_pool import chain_digest
-from router.sequence import Sequence, SequenceStatus
+from milliways.model.block_pool import chain_digest
+from milliways.router.requests.sequence import Sequence, SequenceStatus
 
 # A worker by its worker_id, and which life of it.
 Buddy = tuple[str, int]

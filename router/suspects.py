@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Row
 from random import Random
 
-from cluster.errors import ClusterError
-from router.sequence import Sequence
+from milliways.router.requests.sequence import Sequence
+from milliways.wire.errors import ClusterError
 
 MAX_DEATHS_ALONE = 3
 PAUSE_S = 0.5

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from cluster.ingress.served_model import ServedModel
-from model.sampling_params import SamplingParams
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
 
 MAX_TOKENS = 12
 PROMPT = "The answer to life the universe and everything is of course"

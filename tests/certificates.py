@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cluster.config import TlsSettings
+from milliways.wire.tls import TlsSettings
 
 
 def make_certificates(folder: Path) -> TlsSettings:

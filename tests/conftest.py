@@ -31,7 +31,9 @@ JAX_SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 os.environ.update(JAX_SETTINGS)
-install_import_hook("model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}")
+install_import_hook(
+    "milliways.model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}"
+)
 
 # Behind `&` a shell has SIGINT ignored, and whatever a test starts would not hear its Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

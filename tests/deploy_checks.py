@@ -18,8 +18,8 @@ import jsonschema
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.config import config_from_tree
-from cluster.errors import ConfigError
+from milliways.cluster.settings.config import config_from_tree
+from milliways.wire.errors import ConfigError
 
 with warnings.catch_warnings():
     # Ray defines its models as pydantic once liked it; that is not ours to mend.

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from cluster.calls import (
+from milliways.model.sampling_params import SampledToken
+from milliways.runtime.clock import SystemClock
+from milliways.runtime.hosted_loop import AsyncioLoop
+from milliways.runtime.reactor import Reactor
+from milliways.wire.calls import (
     AbandonBatch,
     Abandoned,
     AdvanceBatch,
@@ -28,18 +32,14 @@ from cluster.calls import (
     RunExperts,
     StoreBlocks,
 )
-from cluster.clock import SystemClock
-from cluster.config import TlsSettings
-from cluster.errors import RefusalReason
-from cluster.hosted_loop import AsyncioLoop
-from cluster.link_limits import LinkLimits
-from cluster.reactor import Reactor
-from cluster.shm import local_host_id
-from cluster.view import Member, WorkerState
-from model.sampling_params import SampledToken
-from workers.grpc_server import DoorPlate, GrpcServer
-from workers.intake import Presence
-from workers.shm_server import ShmServer
+from milliways.wire.errors import RefusalReason
+from milliways.wire.limits import LinkLimits
+from milliways.wire.shm import local_host_id
+from milliways.wire.tls import TlsSettings
+from milliways.wire.view import Member, WorkerState
+from milliways.workers.servers.grpc_server import DoorPlate, GrpcServer
+from milliways.workers.servers.intake import Presence
+from milliways.workers.servers.shm_server import ShmServer
 
 WORKER_ID = "echo"
 INCARNATION = 7

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.clock import FakeClock
-from cluster.controller import Controller
-from cluster.fleet import Existing, Spawned, WorkerDiedError
-from cluster.placement import AttentionCut, ExpertId, ModelBytes, PlacementPolicy, ShardPlan
-from cluster.targets import ControllerSettings
-from cluster.tasks import Pending, Tasks
-from cluster.view import ClusterView, WorkerState
+from milliways.cluster.control.controller import Controller
+from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Pending, Tasks
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.view import ClusterView, WorkerState
 
 # Two layers of four experts of 10 bytes; whoever holds all of attention needs 20 for it.
 MODEL = ModelBytes(

@@ -8,16 +8,16 @@ from enum import Enum
 
 import grpc
 from grpc import aio
-from milliways.v1 import router_pb2, router_pb2_grpc
 
-from cluster.config import TlsSettings
-from cluster.errors import OverloadedError
-from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
-from cluster.ingress.codec import event_to_wire, sampling_from_wire, scores_to_wire
-from cluster.ingress.router_choice import RouterInfo
-from cluster.status_codes import ACCEPTED_KEY, status_of
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.router.requests.codec import event_to_wire, sampling_from_wire, scores_to_wire
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.v1 import router_pb2, router_pb2_grpc
+from milliways.wire.channels import SERVER_OPTIONS, add_port
+from milliways.wire.errors import OverloadedError
+from milliways.wire.status_codes import ACCEPTED_KEY, status_of
+from milliways.wire.tls import TlsSettings
 from tests.sources import counted_events, counted_score_events
 
 
@@ -190,11 +190,7 @@ async def start(router: FakeRouter, worker_id: str, tls: TlsSettings | None = No
     """Serves a router on a port of its own, again if it had stopped."""
     server = aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
     router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
-    if tls is not None:
-        credentials = server_credentials(tls, wants_client=True)
-        port = server.add_secure_port("127.0.0.1:0", credentials)
-    else:
-        port = server.add_insecure_port("127.0.0.1:0")
+    port = add_port(server, "127.0.0.1:0", tls or TlsSettings())
     await server.start()
     router.server = server
     router.info = RouterInfo(worker_id, f"127.0.0.1:{port}")

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.errors import ClusterError
-from router.sequence import PromptScores, TokenEvent
+from milliways.router.requests.sequence import PromptScores, TokenEvent
+from milliways.wire.errors import ClusterError
 
 
 @dataclass(slots=True)

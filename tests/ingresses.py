@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from cluster.config import IngressSettings, ModelSettings
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel, load_served_model
-from cluster.ingress.source import TokenSource
-from cluster.local import cache_size_for, load_local_model, make_local_engine
-from model.demo import DEMO_DIR
-from router.engine import LocalEngine
+from milliways.cluster.host.local import cache_size_for, load_local_model, make_local_engine
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel, load_served_model
+from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.settings.config import IngressSettings, ModelSettings
+from milliways.model.demo import DEMO_DIR
+from milliways.router.engine import LocalEngine
 from tests.sources import LocalSource
 
 

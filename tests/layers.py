@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.decoder import Decoder
-from model.kv_cache import StepBatch, make_kv_cache, mark_visible
-from model.params import ModelParams
+from milliways.model.decoder import Decoder
+from milliways.model.kv_cache import StepBatch, make_kv_cache, mark_visible
+from milliways.model.params import ModelParams
 
 PADDED_LENGTH = 104
 NUM_BLOCKS = 8

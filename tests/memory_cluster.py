@@ -10,24 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from cluster.calls import Call, Fence, Result
-from cluster.clock import FakeClock
-from cluster.errors import PeerLostError
-from cluster.links import WorkerLink
-from cluster.tasks import Pending, Tasks
-from cluster.view import ClusterView, Member
-from model.block_pool import BlockPool
-from model.config import ModelConfig
-from model.runner import CacheSize
-from router.admission import DetokenizerFor, RoutedRequest
-from router.block_copies import BlockArrays
-from router.dispatch import Dispatcher, DispatchLimits
-from router.link_table import LinkTable
-from router.pipeline import Pipeline
-from router.router import Router, RouterLimits
-from router.scheduler import SchedulerLimits
+from milliways.model.block_pool import BlockPool
+from milliways.model.config import ModelConfig
+from milliways.model.runner import CacheSize
+from milliways.router.block_copies import BlockArrays
+from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.links.link_table import LinkTable
+from milliways.router.pipeline import Pipeline
+from milliways.router.requests.admission import DetokenizerFor, RoutedRequest
+from milliways.router.router import Router, RouterLimits
+from milliways.router.scheduler import SchedulerLimits
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Pending, Tasks
+from milliways.wire.calls import Call, Fence, Result
+from milliways.wire.errors import PeerLostError
+from milliways.wire.links import WorkerLink
+from milliways.wire.view import ClusterView, Member
+from milliways.workers.core import WorkerCore
 from tests.heard import Heard
-from workers.core import WorkerCore
 
 
 class Process:

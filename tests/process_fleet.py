@@ -14,18 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.async_tasks import AsyncTasks
-from cluster.config import ClusterConfig
-from cluster.controller import Controller
-from cluster.fleet import Spawned, WorkerDiedError
-from cluster.ingress.router_choice import RouterInfo
-from cluster.ingress.router_source import RouterSource
-from cluster.placement import ExpertId, ModelBytes, ShardPlan
-from cluster.targets import ControllerSettings
-from cluster.tasks import Pending
-from cluster.view import ClusterView, WorkerState
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.control.controller import Controller
+from milliways.cluster.control.fleet import Spawned, WorkerDiedError
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.runtime.async_tasks import AsyncTasks
+from milliways.runtime.tasks import Pending
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.view import ClusterView, WorkerState
 from tests.worker_host import WorkerHost
 
 MEMORY_BYTES = 1 << 40

@@ -10,8 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from model.checkpoint import Checkpoint, TensorRole, TensorSpec, write_checkpoint
-from model.config import ModelConfig
+from milliways.model.checkpoint import Checkpoint, TensorRole, TensorSpec, write_checkpoint
+from milliways.model.config import ModelConfig
 
 
 def small_config(**changes: float) -> ModelConfig:

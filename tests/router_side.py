@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.calls import Call, ExpertOutputs, Fence, Result, RunExperts
-from cluster.clock import SystemClock
-from cluster.hosted_loop import AsyncioLoop
-from cluster.link_limits import LinkLimits
-from cluster.links import WorkerLink
-from cluster.reactor import Reactor
-from cluster.tasks import Pending
-from cluster.view import Member
-from router.connect import Connector
+from milliways.router.links.connect import Connector
+from milliways.runtime.clock import SystemClock
+from milliways.runtime.hosted_loop import AsyncioLoop
+from milliways.runtime.reactor import Reactor
+from milliways.runtime.tasks import Pending
+from milliways.wire.calls import Call, ExpertOutputs, Fence, Result, RunExperts
+from milliways.wire.limits import LinkLimits
+from milliways.wire.links import WorkerLink
+from milliways.wire.view import Member
 from tests.echo_worker import INCARNATION, expert_outputs
 
 ROUTER_ID = "router-1"

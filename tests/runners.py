@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.activations import Activations
-from model.checkpoint import Checkpoint
-from model.decoder import Decoder
-from model.ops import Ops, PureOps
-from model.ops.gpu import GpuOps
-from model.ops.native import NativeLoader, NativeOps
-from model.params import DeviceLoader, Loader, ModelParams, load_model
-from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode, make_runner
+from milliways.model.activations import Activations
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.decoder import Decoder
+from milliways.model.ops import Ops, PureOps
+from milliways.model.ops.gpu import GpuOps
+from milliways.model.ops.native import NativeLoader, NativeOps
+from milliways.model.params import DeviceLoader, Loader, ModelParams, load_model
+from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode, make_runner
 
 CACHE_SIZE = CacheSize(num_blocks=16, block_size=16, max_slots=8)
 BACKENDS = ("native", "pure")

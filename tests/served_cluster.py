@@ -84,7 +84,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a `milliways` command to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [sys.executable, "-m", "milliways", *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -172,7 +172,7 @@ def end(processes: Sequence[psutil.Process]) -> None:
 def serving(folder: Path, *arguments: str) -> Iterator[ServedCluster]:
     """Starts `milliways serve`; does not wait until it is ready. Kills it at the end."""
     http_port, grpc_port = free_ports(2)
-    command = [sys.executable, "-m", "cluster.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "milliways", "serve", *arguments]
     # Some tests order faults that cannot be done from outside.
     environment = child_environment(folder, MILLIWAYS_FAULTS="1")
     with (folder / "log").open("wb") as log:

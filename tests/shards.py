@@ -5,27 +5,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from cluster.model_bytes import checkpoint_bytes
-from cluster.placement import (
+from milliways.cluster.control.planner import (
     AttentionCut,
     Placement,
     PlacementPolicy,
-    ShardPlan,
     WorkerMemory,
     plan,
 )
-from cluster.tasks import Tasks
-from cluster.view import ClusterView, Member, WorkerState, chains_of
-from model.checkpoint import Checkpoint
-from model.decoder import Decoder
-from model.runner import CacheSize
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.decoder import Decoder
+from milliways.model.runner import CacheSize
+from milliways.runtime.tasks import Tasks
+from milliways.wire.placement import ShardPlan
+from milliways.wire.view import ClusterView, Member, WorkerState, chains_of
+from milliways.workers.core import WorkerCore
+from milliways.workers.devices import LocalDevices
+from milliways.workers.experts import ExpertShard
+from milliways.workers.kv_arrays import KvArrays
+from milliways.workers.loading import ShardLoader
+from milliways.workers.spreading import PartBytes
 from tests.runners import BACKEND, kernels_of
-from workers.core import WorkerCore
-from workers.devices import LocalDevices
-from workers.experts import ExpertShard
-from workers.kv_arrays import KvArrays
-from workers.loading import ShardLoader
-from workers.spreading import PartBytes
 
 PLENTY_BYTES = 1 << 40
 

@@ -9,13 +9,12 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from cluster.errors import DeadlineError, UnavailableError
-from cluster.ingress.journal import DeliveredSample
-from model.errors import InvalidRequestError
-from model.sampling_params import SampledToken
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.sequence import (
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling_params import SampledToken
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.journal import DeliveredSample
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import (
     Event,
     FinishReason,
     PromptScores,
@@ -23,6 +22,7 @@ from router.sequence import (
     SequenceStatus,
     TokenEvent,
 )
+from milliways.wire.errors import DeadlineError, UnavailableError
 
 EOS = 2
 

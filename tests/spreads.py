@@ -5,12 +5,12 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from cluster.placement import AttentionCut
-from model.runner import CacheSize, StepMode
-from model.sampling_params import SamplingParams
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.control.planner import AttentionCut
+from milliways.model.runner import CacheSize, StepMode
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
 from tests.runners import ON_GPU, load, runner_of
 
 CACHE = CacheSize(num_blocks=64, block_size=4, max_slots=16)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cluster.config import LOOPBACK, ClusterConfig
+from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from tests.served_cluster import REPOSITORY, child_environment
 
 EXIT_FAULT = 70
@@ -126,7 +126,7 @@ class _Host:
         # Not before: importing it is most of what a process like this costs.
         import jax
 
-        from cluster.worker_process import WorkerProcess
+        from milliways.cluster.host.worker_process import WorkerProcess
 
         assert self._worker is None
         devices = jax.local_devices()[: self._num_devices]

@@ -17,7 +17,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from cluster.calls import (
+from milliways.model.decoder import AttentionResult, Decoder
+from milliways.model.kv_cache import LayerCache, StepBatch
+from milliways.model.params import AttentionParams, EndParams, ExpertParams
+from milliways.model.runner import CacheSize, bucket, draw_from_hidden, jitted_parts, padded_rows
+from milliways.model.sampling_params import SampleRow
+from milliways.wire.calls import (
     AdvanceBatch,
     BeginBatch,
     Departure,
@@ -27,22 +32,17 @@ from cluster.calls import (
     TokenRows,
     Turn,
 )
-from cluster.errors import RefusalReason
-from model.decoder import AttentionResult, Decoder
-from model.kv_cache import LayerCache, StepBatch
-from model.params import AttentionParams, EndParams, ExpertParams
-from model.runner import CacheSize, bucket, draw_from_hidden, jitted_parts, padded_rows
-from model.sampling_params import SampleRow
-from workers.devices import Device
-from workers.experts import ExpertGroup, places_in
-from workers.kv_arrays import KvArrays
-from workers.programs import (
+from milliways.wire.errors import RefusalReason
+from milliways.workers.devices import Device
+from milliways.workers.experts import ExpertGroup, places_in
+from milliways.workers.kv_arrays import KvArrays
+from milliways.workers.programs import (
     attend_and_deal,
     combine_and_attend,
     gather_and_combine,
     pass_through,
 )
-from workers.tenancy import Owner, Tenancy
+from milliways.workers.tenancy import Owner, Tenancy
 
 MAX_BATCHES = 16
 

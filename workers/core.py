@@ -21,7 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.calls import (
+from milliways.runtime.tasks import Signal, Tasks
+from milliways.wire.calls import (
     AbandonBatch,
     Abandoned,
     AdvanceBatch,
@@ -35,10 +36,9 @@ from cluster.calls import (
     StoreBlocks,
     Turn,
 )
-from cluster.errors import RefusalReason
-from cluster.tasks import Signal, Tasks
-from cluster.view import WORKER_MOVES, WorkerState
-from workers.company import Company
+from milliways.wire.errors import RefusalReason
+from milliways.wire.view import WORKER_MOVES, WorkerState
+from milliways.workers.company import Company
 
 logger = logging.getLogger(__name__)
 

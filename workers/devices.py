@@ -6,9 +6,9 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
-from cluster.errors import StartupError
-from cluster.placement import ExpertId, ShardPlan
-from workers.spreading import (
+from milliways.wire.errors import StartupError
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.workers.spreading import (
     DeviceShare,
     PartBytes,
     check_memory,

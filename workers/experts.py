@@ -12,13 +12,13 @@ from functools import lru_cache
 import jax
 import numpy as np
 
-from cluster.calls import Refusal, RunExperts
-from cluster.errors import RefusalReason
-from cluster.placement import ExpertId
-from model.decoder import Decoder
-from model.params import ExpertParams
-from model.runner import bucket, jitted_parts, padded_rows
-from workers.devices import Device
+from milliways.model.decoder import Decoder
+from milliways.model.params import ExpertParams
+from milliways.model.runner import bucket, jitted_parts, padded_rows
+from milliways.wire.calls import Refusal, RunExperts
+from milliways.wire.errors import RefusalReason
+from milliways.wire.placement import ExpertId
+from milliways.workers.devices import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from cluster.calls import Refusal, StoreBlocks
-from cluster.errors import RefusalReason
-from model.decoder import Decoder
-from model.kv_cache import LayerCache, StepBatch, make_kv_cache
-from model.runner import CacheSize, jitted_parts
-from workers.devices import Device, settle
-from workers.programs import block_programs
+from milliways.model.decoder import Decoder
+from milliways.model.kv_cache import LayerCache, StepBatch, make_kv_cache
+from milliways.model.runner import CacheSize, jitted_parts
+from milliways.wire.calls import Refusal, StoreBlocks
+from milliways.wire.errors import RefusalReason
+from milliways.workers.devices import Device, settle
+from milliways.workers.programs import block_programs
 
 
 class KvArrays:

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import jax
 
-from cluster.placement import ExpertId, ShardPlan
-from model.checkpoint import Checkpoint
-from model.decoder import Decoder
-from model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
-from model.runner import CacheSize
-from workers.attention import AttentionShard
-from workers.devices import Device, LocalDevices, settle
-from workers.experts import ExpertGroup, ExpertShard
-from workers.spreading import DeviceShare
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.decoder import Decoder
+from milliways.model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
+from milliways.model.runner import CacheSize
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.workers.attention import AttentionShard
+from milliways.workers.devices import Device, LocalDevices, settle
+from milliways.workers.experts import ExpertGroup, ExpertShard
+from milliways.workers.spreading import DeviceShare
 
 T = TypeVar("T")
 

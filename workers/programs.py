@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from model.decoder import AttentionResult, Decoder
-from model.kv_cache import LayerCache, StepBatch, read_block, write_block
-from model.params import AttentionParams, ExpertParams
-from model.runner import jitted_parts
+from milliways.model.decoder import AttentionResult, Decoder
+from milliways.model.kv_cache import LayerCache, StepBatch, read_block, write_block
+from milliways.model.params import AttentionParams, ExpertParams
+from milliways.model.runner import jitted_parts
 
 
 @cache

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.errors import PlacementError
-from cluster.placement import BYTES_PER_GB, ExpertId, ModelBytes, ShardPlan
+from milliways.wire.errors import PlacementError
+from milliways.wire.placement import BYTES_PER_GB, ExpertId, ModelBytes, ShardPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@ A router that finds another's blocks in their place starts from nothing. One who
 another's meanwhile may never have seen that (views can be skipped), and is told, once.
 """
 
-from cluster.calls import Refusal
-from cluster.errors import RefusalReason
+from milliways.wire.calls import Refusal
+from milliways.wire.errors import RefusalReason
 
 # A router by its worker_id, and which life of it.
 Owner = tuple[str, int]

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from cluster.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
-from model.config import ModelConfig
-from model.runner import CacheSize
-from model.sampling_params import SampleRow, SamplingParams
-from workers.attention import AttentionShard
-from workers.experts import ExpertShard
-from workers.kv_arrays import KvArrays
+from milliways.model.config import ModelConfig
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SampleRow, SamplingParams
+from milliways.wire.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
+from milliways.workers.attention import AttentionShard
+from milliways.workers.experts import ExpertShard
+from milliways.workers.kv_arrays import KvArrays
 
 _OWNER = ("warm-up", 0)
 _NUM_LOGPROBS = (0, 1)

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from cluster.errors import ConfigError
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import ConfigError
 
 TEMPLATE_FILE = "chat_template.json"
 AUTO = "auto"

@@ -7,24 +7,24 @@ from typing import Any, TypeVar
 
 import grpc
 from grpc import aio
-from milliways.v1 import generate_pb2, generate_pb2_grpc
 
-from cluster.errors import code_of
-from cluster.ingress.codec import (
+from milliways.cluster.ingress.ingress import Ingress, PromptEvent, off_loop
+from milliways.cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
+from milliways.cluster.ingress.outcome import log_error
+from milliways.cluster.ingress.request_id import is_request_id, new_request_id, seed_of
+from milliways.cluster.ingress.resume import Received, ResumePoint
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.codec import (
     checked_seed,
     event_to_wire,
     sampling_from_wire,
     scores_to_wire,
 )
-from cluster.ingress.ingress import Ingress, PromptEvent, off_loop
-from cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
-from cluster.ingress.outcome import log_error
-from cluster.ingress.request_id import is_request_id, new_request_id, seed_of
-from cluster.ingress.resume import Received, ResumePoint
-from cluster.ingress.served_model import ServedModel
-from cluster.status_codes import GrpcStatus, Verbatim, abridged, status_of
-from model.errors import InvalidRequestError
-from router.request import GenerateRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.v1 import generate_pb2, generate_pb2_grpc
+from milliways.wire.errors import code_of
+from milliways.wire.status_codes import GrpcStatus, Verbatim, abridged, status_of
 
 SERVICE = "milliways.v1.GenerateService"
 

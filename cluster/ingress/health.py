@@ -7,8 +7,8 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.errors import UnavailableError
-from cluster.ingress.readiness import CACHED_FOR_S, Readiness
+from milliways.cluster.ingress.readiness import CACHED_FOR_S, Readiness
+from milliways.wire.errors import UnavailableError
 
 Context = aio.ServicerContext[Any, Any]
 Status = health_pb2.HealthCheckResponse

@@ -10,13 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import ClusterError
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.openai import openai_routes
-from cluster.ingress.openai_errors import error_response, http_status
-from cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
-from cluster.ingress.request_id import new_request_id
-from model.errors import InvalidRequestError
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai import openai_routes
+from milliways.cluster.ingress.openai_errors import error_response, http_status
+from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 

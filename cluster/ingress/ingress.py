@@ -16,16 +16,16 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cluster.config import IngressSettings
-from cluster.errors import ModelFaultError, OverloadedError
-from cluster.ingress.journal import DeliveredSample
-from cluster.ingress.metrics import IngressMetrics
-from cluster.ingress.readiness import Readiness
-from cluster.ingress.resume import Received, ResumePoint
-from cluster.ingress.served_model import ServedModel
-from cluster.ingress.source import TokenSource
-from router.request import GenerateRequest
-from router.sequence import FinishReason, PromptScores, TokenEvent
+from milliways.cluster.ingress.metrics import IngressMetrics
+from milliways.cluster.ingress.readiness import Readiness
+from milliways.cluster.ingress.resume import Received, ResumePoint
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.settings.config import IngressSettings
+from milliways.router.requests.journal import DeliveredSample
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
+from milliways.wire.errors import ModelFaultError, OverloadedError
 
 # Below it, text is tokenised in less time than a thread takes to start.
 _INLINE_BYTES = 8192

@@ -8,8 +8,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from cluster.status_codes import status_of
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.status_codes import status_of
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]

@@ -8,27 +8,27 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
-from cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
-from cluster.ingress.openai_errors import error_body, http_status
-from cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
+from milliways.cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
+from milliways.cluster.ingress.openai_errors import error_body, http_status
+from milliways.cluster.ingress.openai_requests import (
     Ask,
     ChatBody,
     CompletionBody,
     chat_ask,
     completion_ask,
 )
-from cluster.ingress.openai_responses import (
+from milliways.cluster.ingress.openai_responses import (
     Answer,
     ChatAnswer,
     CompletionAnswer,
     model_object,
 )
-from cluster.ingress.outcome import Outcome, outcome_of
-from cluster.ingress.request_id import new_request_id
-from cluster.ingress.resume import LAST_EVENT_ID, ResumePoint, event_id, parse_event_id
-from cluster.ingress.served_model import ServedModel
-from model.errors import InvalidRequestError
+from milliways.cluster.ingress.outcome import Outcome, outcome_of
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.resume import LAST_EVENT_ID, ResumePoint, event_id, parse_event_id
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.errors import InvalidRequestError
 
 _DONE = "data: [DONE]\n\n"
 # Of JSON, about.

@@ -7,9 +7,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from cluster.errors import RetryLaterError, UnknownModelError, code_of
-from cluster.status_codes import describe
-from model.errors import InvalidRequestError, PromptTooLongError
+from milliways.model.errors import InvalidRequestError, PromptTooLongError
+from milliways.wire.errors import RetryLaterError, UnknownModelError, code_of
+from milliways.wire.status_codes import describe
 
 # OpenAI's `error.code`, where it has one that clients know.
 _CODES: tuple[tuple[type[Exception], str], ...] = (

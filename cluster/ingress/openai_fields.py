@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.status_codes import abridged
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.status_codes import abridged
 
 # They name, bill, store or speed up; the tokens are the same.
 IGNORED = frozenset(

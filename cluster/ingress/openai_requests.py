@@ -12,15 +12,15 @@ from typing import Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from cluster.ingress.chat_template import ChatMessage
-from cluster.ingress.openai_fields import drop_foreign_fields
-from cluster.ingress.request_id import seed_of
-from cluster.ingress.served_model import ServedModel
-from cluster.status_codes import Verbatim, abridged
-from model.detokenizer import text_offsets
-from model.errors import InvalidRequestError
-from model.sampling_params import MAX_LOGPROBS, SamplingParams
-from router.request import MAX_SAMPLES, GenerateRequest
+from milliways.cluster.ingress.chat_template import ChatMessage
+from milliways.cluster.ingress.openai_fields import drop_foreign_fields
+from milliways.cluster.ingress.request_id import seed_of
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.detokenizer import text_offsets
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from milliways.router.requests.request import MAX_SAMPLES, GenerateRequest
+from milliways.wire.status_codes import Verbatim, abridged
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.ingress.ingress import ChoiceEvent, PromptEvent
-from cluster.ingress.openai_requests import Ask
-from cluster.ingress.request_id import created_s_of
-from cluster.ingress.served_model import ServedModel
-from model.detokenizer import text_offsets
-from model.sampling_params import SampledToken
-from router.sequence import FinishReason, TokenEvent
+from milliways.cluster.ingress.ingress import ChoiceEvent, PromptEvent
+from milliways.cluster.ingress.openai_requests import Ask
+from milliways.cluster.ingress.request_id import created_s_of
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.detokenizer import text_offsets
+from milliways.model.sampling_params import SampledToken
+from milliways.router.requests.sequence import FinishReason, TokenEvent
 
 
 @dataclass(slots=True)

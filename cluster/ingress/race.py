@@ -8,10 +8,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.router_connection import RouterConnection
 from milliways.v1 import router_pb2
-
-from cluster.ingress.router_choice import RouterInfo
-from cluster.ingress.router_connection import RouterConnection
 
 _MAX_UNREAD = 8
 

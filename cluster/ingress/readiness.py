@@ -5,8 +5,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from cluster.errors import ClusterError, UnavailableError
-from cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.source import TokenSource
+from milliways.wire.errors import ClusterError, UnavailableError
 
 logger = logging.getLogger(__name__)
 

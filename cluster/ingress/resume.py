@@ -21,10 +21,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.ingress.request_id import is_request_id
-from cluster.status_codes import Verbatim, abridged
-from model.errors import InvalidRequestError
-from router.request import GenerateRequest
+from milliways.cluster.ingress.request_id import is_request_id
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.request import GenerateRequest
+from milliways.wire.status_codes import Verbatim, abridged
 
 LAST_EVENT_ID = "Last-Event-ID"
 # Ends the id of the event that follows the last token.

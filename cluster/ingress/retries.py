@@ -1,6 +1,6 @@
 """What becomes of a request whose stream ended before its last token. Pure: times are given."""
 
-from cluster.errors import OverloadedError, PoisonedRequestError
+from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import grpc
 from grpc import aio
-from milliways.v1 import router_pb2
 
-from cluster.config import TlsSettings
-from cluster.ingress.channels import open_channel
-from cluster.ingress.router_choice import RouterInfo
-from cluster.ingress.signs import HedgeLimits, Signs
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.signs import HedgeLimits, Signs
+from milliways.v1 import router_pb2
+from milliways.wire.channels import open_channel
+from milliways.wire.tls import TlsSettings
 
 # Generated stubs have no types.
 Route = aio.UnaryStreamMultiCallable[router_pb2.RouteRequest, router_pb2.RouteResponse]

@@ -22,32 +22,32 @@ from dataclasses import dataclass, field
 import grpc
 from grpc import aio
 
-from cluster.config import TlsSettings
-from cluster.errors import (
-    ClusterError,
-    DeadlineError,
-    OverloadedError,
-    UnavailableError,
-)
-from cluster.ingress.codec import event_from_wire, route_request, score_from_wire
-from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
-from cluster.ingress.race import (
+from milliways.cluster.ingress.race import (
     Attempt,
     News,
     Race,
     RouterSilentError,
     StreamBrokenError,
 )
-from cluster.ingress.request_id import new_request_id
-from cluster.ingress.retries import Retries
-from cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
-from cluster.ingress.router_connection import RouterConnection
-from cluster.ingress.signs import HedgeLimits
-from cluster.status_codes import ACCEPTED_KEY, Verbatim, error_of
-from model.errors import InvalidRequestError
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
-from router.sequence import Event, PromptScores
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.retries import Retries
+from milliways.cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
+from milliways.cluster.ingress.router_connection import RouterConnection
+from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.codec import event_from_wire, route_request, score_from_wire
+from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import Event, PromptScores
+from milliways.wire.errors import (
+    ClusterError,
+    DeadlineError,
+    OverloadedError,
+    UnavailableError,
+)
+from milliways.wire.status_codes import ACCEPTED_KEY, Verbatim, error_of
+from milliways.wire.tls import TlsSettings
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from cluster.config import ModelSettings
-from cluster.errors import UnknownModelError
-from cluster.ingress.chat_template import ChatTemplate, load_chat_template
-from cluster.model_dir import load_tokenizer, resolve_model_dir
-from cluster.status_codes import abridged
-from model.config import ModelConfig, load_config
-from model.detokenizer import prompt_pieces
-from model.errors import InvalidRequestError
-from model.tokenizer import Tokenizer
+from milliways.cluster.ingress.chat_template import ChatTemplate, load_chat_template
+from milliways.cluster.settings.config import ModelSettings
+from milliways.model.config import ModelConfig, load_config
+from milliways.model.detokenizer import prompt_pieces
+from milliways.model.errors import InvalidRequestError
+from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.tokenizer import Tokenizer
+from milliways.wire.errors import UnknownModelError
+from milliways.wire.status_codes import abridged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,15 @@
 from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from milliways.v1 import generate_pb2_grpc
 
-from cluster.config import LOOPBACK, TlsSettings
-from cluster.ingress.channels import SERVER_OPTIONS, server_credentials
-from cluster.ingress.grpc_service import SERVICE, GenerateServicer
-from cluster.ingress.health import HealthServicer
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.malformed import MalformedInterceptor
+from milliways.cluster.ingress.grpc_service import SERVICE, GenerateServicer
+from milliways.cluster.ingress.health import HealthServicer
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.malformed import MalformedInterceptor
+from milliways.cluster.settings.config import LOOPBACK
+from milliways.v1 import generate_pb2_grpc
+from milliways.wire.channels import SERVER_OPTIONS, add_port
+from milliways.wire.tls import TlsSettings
 
 _OWN_KEEPALIVE: tuple[tuple[str, int], ...] = (
     # A client that is gone without a word frees what it holds within ten seconds.
@@ -89,8 +90,6 @@ def _make_server(ingress: Ingress, shares_port: bool) -> aio.Server:
 
 def _bind(server: aio.Server, address: str, tls: TlsSettings) -> int:
     try:
-        if tls.is_on:
-            return server.add_secure_port(address, server_credentials(tls, wants_client=True))
-        return server.add_insecure_port(address)
+        return add_port(server, address, tls)
     except RuntimeError as error:
         raise OSError(f"gRPC cannot listen on {address}: {error}") from error

@@ -3,9 +3,9 @@
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from cluster.ingress.journal import DeliveredSample
-from router.request import GenerateRequest
-from router.sequence import Event
+from milliways.router.requests.journal import DeliveredSample
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import Event
 
 
 class TokenSource(Protocol):

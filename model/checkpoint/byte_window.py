@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.errors import CheckpointError, CorruptTensorError
+from milliways.model.errors import CheckpointError, CorruptTensorError
 
 # What precedes and follows a payload is under 300 bytes; a longer window would read payload.
 WINDOW_BYTES = 512

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from model.checkpoint.byte_window import open_regular
-from model.errors import CheckpointError, CorruptTensorError
+from milliways.model.checkpoint.byte_window import open_regular
+from milliways.model.errors import CheckpointError, CorruptTensorError
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 

@@ -11,7 +11,7 @@ from typing import assert_never
 
 import numpy as np
 
-from model.checkpoint.records import (
+from milliways.model.checkpoint.records import (
     BFLOAT16,
     FLOAT32,
     INT8,
@@ -21,8 +21,8 @@ from model.checkpoint.records import (
     TensorRecord,
     describe_array,
 )
-from model.config import ModelConfig
-from model.errors import TensorLayoutError
+from milliways.model.config import ModelConfig
+from milliways.model.errors import TensorLayoutError
 
 TENSOR_PREFIX = "tensor"
 

@@ -23,16 +23,16 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from model.checkpoint.byte_window import ByteWindow, open_regular
-from model.checkpoint.opcodes import PROTOCOL, Op
-from model.checkpoint.records import (
+from milliways.model.checkpoint.byte_window import ByteWindow, open_regular
+from milliways.model.checkpoint.opcodes import PROTOCOL, Op
+from milliways.model.checkpoint.records import (
     BFLOAT16,
     ArrayRecord,
     PlainArray,
     QuantizedArray,
     TensorRecord,
 )
-from model.errors import UnsafePickleError
+from milliways.model.errors import UnsafePickleError
 
 # A released file has about 120 opcodes, 40 memo entries and a stack 15 deep.
 MAX_OPCODES = 512

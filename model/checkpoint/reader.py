@@ -18,9 +18,9 @@ from types import MappingProxyType
 import numpy as np
 from jaxtyping import BFloat16, Float32, Int8
 
-from model.checkpoint.byte_window import open_regular
-from model.checkpoint.file_map import FileMap
-from model.checkpoint.layout import (
+from milliways.model.checkpoint.byte_window import open_regular
+from milliways.model.checkpoint.file_map import FileMap
+from milliways.model.checkpoint.layout import (
     LAYER_ROLES,
     NUM_SHARED_TENSORS,
     TENSOR_PREFIX,
@@ -29,8 +29,8 @@ from model.checkpoint.layout import (
     check_tensor,
     tensor_specs,
 )
-from model.checkpoint.pickle_scan import scan
-from model.checkpoint.records import (
+from milliways.model.checkpoint.pickle_scan import scan
+from milliways.model.checkpoint.records import (
     BFLOAT16,
     FLOAT32,
     ArrayRecord,
@@ -38,8 +38,8 @@ from model.checkpoint.records import (
     QuantizedArray,
     TensorRecord,
 )
-from model.config import CONFIG_FILE, ModelConfig, load_config
-from model.errors import (
+from milliways.model.config import CONFIG_FILE, ModelConfig, load_config
+from milliways.model.errors import (
     CheckpointError,
     CorruptTensorError,
     TensorLayoutError,

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.checkpoint.layout import TensorRole, TensorSpec
-from model.checkpoint.reader import Checkpoint
-from model.checkpoint.records import TensorRecord
-from model.config import ModelConfig
+from milliways.model.checkpoint.layout import TensorRole, TensorSpec
+from milliways.model.checkpoint.reader import Checkpoint
+from milliways.model.checkpoint.records import TensorRecord
+from milliways.model.config import ModelConfig
 
 _BYTES_PER_GB = 1e9
 _BYTES_PER_KV_VALUE = 2  # bfloat16

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from model.checkpoint.layout import (
+from milliways.model.checkpoint.layout import (
     TENSOR_PREFIX,
     TensorRole,
     TensorSpec,
@@ -22,10 +22,10 @@ from model.checkpoint.layout import (
     scales_fit,
     tensor_specs,
 )
-from model.checkpoint.opcodes import FRAME_MIN_BYTES, FRAME_TARGET_BYTES, PROTOCOL, Op
-from model.checkpoint.records import BFLOAT16, FLOAT32, INT8, describe_array
-from model.config import ModelConfig
-from model.errors import CheckpointError, TensorLayoutError
+from milliways.model.checkpoint.opcodes import FRAME_MIN_BYTES, FRAME_TARGET_BYTES, PROTOCOL, Op
+from milliways.model.checkpoint.records import BFLOAT16, FLOAT32, INT8, describe_array
+from milliways.model.config import ModelConfig
+from milliways.model.errors import CheckpointError, TensorLayoutError
 
 # A plain array, or weights with their scales.
 TensorArrays = np.ndarray | tuple[np.ndarray, np.ndarray]

@@ -10,6 +10,6 @@ many, and wherever in the batch it stands. Reductions therefore never take their
 batch. Only GpuOps leaves it, for speed, where it is not made deterministic.
 """
 
-from model.ops.interface import Ops as Ops
-from model.ops.native import NativeOps as NativeOps
-from model.ops.pure import PureOps as PureOps
+from milliways.model.ops.interface import Ops as Ops
+from milliways.model.ops.native import NativeOps as NativeOps
+from milliways.model.ops.pure import PureOps as PureOps

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from model.kv_cache import scatter_rows
-from model.ops import gpu_attention, gpu_experts, gpu_matmul, gpu_rows
-from model.ops.gpu_tiles import choose_tile
-from model.ops.pure import RMS_EPSILON, rope_rows, weigh_rows
-from model.params import ExpertParams, Matrix
-from model.sampling import RowSummary, gumbel_noise, summarize_rows
+from milliways.model.kv_cache import scatter_rows
+from milliways.model.ops import gpu_attention, gpu_experts, gpu_matmul, gpu_rows
+from milliways.model.ops.gpu_tiles import choose_tile
+from milliways.model.ops.pure import RMS_EPSILON, rope_rows, weigh_rows
+from milliways.model.params import ExpertParams, Matrix
+from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

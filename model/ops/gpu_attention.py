@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from model.ops.gpu_tiles import Span, dot, load, padded, store
-from model.ops.pure import LOGIT_CAP, MASKED
+from milliways.model.ops.gpu_tiles import Span, dot, load, padded, store
+from milliways.model.ops.pure import LOGIT_CAP, MASKED
 
 CHUNK = 64
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from model.ops.gpu_matmul import geglu, grouped_matmul, plain
-from model.ops.gpu_tiles import MatmulTile
-from model.params import ExpertParams
+from milliways.model.ops.gpu_matmul import geglu, grouped_matmul, plain
+from milliways.model.ops.gpu_tiles import MatmulTile
+from milliways.model.params import ExpertParams
 
 
 class Grouping(NamedTuple):

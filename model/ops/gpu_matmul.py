@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from model.ops.gpu_tiles import MatmulTile, Span, dot, load, store
-from model.params import Matrix, QuantizedMatrix
+from milliways.model.ops.gpu_tiles import MatmulTile, Span, dot, load, store
+from milliways.model.params import Matrix, QuantizedMatrix
 
 # Takes the scaled float32 sums of each matrix, gives what is written.
 Epilogue = Callable[..., jax.Array]

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from model.ops.gpu_tiles import Span, load, padded, store
-from model.ops.pure import RMS_EPSILON
+from milliways.model.ops.gpu_tiles import Span, load, padded, store
+from milliways.model.ops.pure import RMS_EPSILON
 
 NORM_STEP = 1024
 GATE_STEP = 256

@@ -4,8 +4,8 @@ from typing import Protocol
 
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from model.params import ExpertParams, Matrix
-from model.sampling import RowSummary
+from milliways.model.params import ExpertParams, Matrix
+from milliways.model.sampling import RowSummary
 
 
 class Ops(Protocol):

@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from model.activations import Activations
-from model.errors import KernelsMissingError
-from model.ops.pure import rope_frequencies
-from model.params import ExpertParams, HostMatrix, MappedMatrix, Matrix, PackedMatrix
-from model.sampling import RowSummary
+from milliways.model.activations import Activations
+from milliways.model.errors import KernelsMissingError
+from milliways.model.ops.pure import rope_frequencies
+from milliways.model.params import ExpertParams, HostMatrix, MappedMatrix, Matrix, PackedMatrix
+from milliways.model.sampling import RowSummary
 
 PANEL_COLUMNS = 32
 EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2

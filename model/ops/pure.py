@@ -16,11 +16,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from model.activations import LEAST_BLOCK, QUANT_BLOCK, Activations
-from model.kv_cache import scatter_rows
-from model.params import ExpertParams, Matrix, QuantizedMatrix
-from model.sampling import RowSummary, gumbel_noise, summarize_rows
-from model.tiles import TILE, map_tiles
+from milliways.model.activations import LEAST_BLOCK, QUANT_BLOCK, Activations
+from milliways.model.kv_cache import scatter_rows
+from milliways.model.params import ExpertParams, Matrix, QuantizedMatrix
+from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
+from milliways.model.tiles import TILE, map_tiles
 
 CHUNK = 64
 ROPE_BASE = 10000.0
@@ -32,7 +32,7 @@ MASKED = -1e30
 
 @dataclass(frozen=True, slots=True)
 class PureOps:
-    """`Ops` by XLA alone; see `model.ops.interface` for what each method computes."""
+    """`Ops` by XLA alone; see `milliways.model.ops.interface` for what each method computes."""
 
     activations: Activations = Activations.EXACT
 

@@ -7,13 +7,13 @@ from functools import cache
 
 import jax
 
-from model.activations import Activations
-from model.errors import KernelsMissingError
-from model.ops import native
-from model.ops.interface import Ops
-from model.ops.native import MappedLoader, NativeLoader, NativeOps
-from model.ops.pure import PureOps
-from model.params import DeviceLoader, Loader
+from milliways.model.activations import Activations
+from milliways.model.errors import KernelsMissingError
+from milliways.model.ops import native
+from milliways.model.ops.interface import Ops
+from milliways.model.ops.native import MappedLoader, NativeLoader, NativeOps
+from milliways.model.ops.pure import PureOps
+from milliways.model.params import DeviceLoader, Loader
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def select_ops(wanted: KernelChoice) -> tuple[Ops, Loader]:
         raise KernelsMissingError("int8 activations and mapped experts are computed on a CPU only")
     if jax.default_backend() == "gpu":
         # Pallas takes a second to import, and a CPU needs none of it.
-        from model.ops.gpu import GpuOps
+        from milliways.model.ops.gpu import GpuOps
 
         return GpuOps(deterministic=wanted.deterministic), DeviceLoader()
     return PureOps(), DeviceLoader()

@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 import pytest
-from milliways.v1 import generate_pb2, generate_pb2_grpc
 
+from milliways.v1 import generate_pb2, generate_pb2_grpc
 from tests.served_cluster import ServedCluster, wait_until
 
 NUM_REQUESTS = 10_000

@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig, ModelSettings, RouterSettings, WorkerSettings
-from cluster.model_bytes import checkpoint_bytes
-from cluster.placement import AttentionCut, ExpertId, ModelBytes, PlacementPolicy
-from cluster.targets import ControllerSettings
-from cluster.view import WorkerState
-from model.checkpoint import Checkpoint
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.cluster.settings.config import (
+    ClusterConfig,
+    ModelSettings,
+    RouterSettings,
+    WorkerSettings,
+)
+from milliways.model.checkpoint import Checkpoint
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.wire.placement import ExpertId, ModelBytes
+from milliways.wire.view import WorkerState
 from tests.process_fleet import HostPool, ProcessCluster, process_cluster
 from tests.served_cluster import short_folder
 from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests

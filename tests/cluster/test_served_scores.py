@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from milliways.v1 import generate_pb2, sampling_pb2
 
-from cluster import cli
-from cluster.client import GenerateClient
+from milliways.api.client import GenerateClient
+from milliways.cluster.cli import main as cli
+from milliways.v1 import generate_pb2, sampling_pb2
 from tests.asks import PROMPT
 from tests.served_cluster import ServedCluster
 

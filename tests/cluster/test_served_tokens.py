@@ -9,12 +9,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 
-from cluster import cli
-from cluster.ingress.served_model import ServedModel
-from router.engine import LocalEngine
-from router.sequence import TokenEvent
+from milliways.cluster.cli import main as cli
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.sequence import TokenEvent
+from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.asks import PARAMS, PROMPT, PROMPTS, alone, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster

@@ -30,7 +30,7 @@ TIMEOUT_S = 200.0
 def test_build_writes_a_file_that_deploys(tmp_path: Path) -> None:
     out = tmp_path / "serve.yaml"
     done = subprocess.run(
-        [*SERVE, "build", "cluster.app:default_app", "-o", str(out)],
+        [*SERVE, "build", "milliways.cluster.ray.app:default_app", "-o", str(out)],
         cwd=REPOSITORY,
         env=child_environment(tmp_path),
         capture_output=True,
@@ -42,7 +42,7 @@ def test_build_writes_a_file_that_deploys(tmp_path: Path) -> None:
     tree: dict[str, Any] = yaml.safe_load(out.read_text("utf-8"))
     assert serve_problems(tree) == []
     (application,) = tree["applications"]
-    assert application["import_path"] == "cluster.app:default_app"
+    assert application["import_path"] == "milliways.cluster.ray.app:default_app"
     assert [deployment["name"] for deployment in application["deployments"]] == ["Ingress"]
 
 
@@ -51,7 +51,7 @@ def serve_run(head: RayHead, *arguments: str) -> Iterator["subprocess.Popen[byte
     """`serve run`, which stays in the foreground."""
     with (head.folder / "run.log").open("wb") as log:
         process = subprocess.Popen(
-            [*SERVE, "run", "cluster.app:app", *arguments],
+            [*SERVE, "run", "milliways.cluster.ray.app:app", *arguments],
             cwd=REPOSITORY,
             env=head.environment,
             stdout=log,
@@ -105,7 +105,7 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     application = {
         "name": "milliways",
         "route_prefix": "/",
-        "import_path": "cluster.app:app",
+        "import_path": "milliways.cluster.ray.app:app",
         "args": args,
     }
     http_options = {"host": "127.0.0.1", "port": port}

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from cluster.chaos.answers import Answer, difference
-from cluster.chaos.asks import Ask, Surface
-from cluster.chaos.clients import Client, Endpoint, open_clients
+from milliways.benchmarks.chaos.answers import Answer, difference
+from milliways.benchmarks.chaos.asks import Ask, Surface
+from milliways.benchmarks.chaos.clients import Client, Endpoint, open_clients
 from tests.faults.leavings import left_as_found, processes_of
 from tests.served_cluster import ServedCluster, wait_until
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.ray_settings import RunningCluster
+from milliways.cluster.ray.environment import RunningCluster
 from tests.faults.leavings import left_as_found
 from tests.served_cluster import ServedCluster, run_command
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from cluster.chaos.answers import Heard, difference
-from cluster.chaos.asks import Ask, draw_asks
-from cluster.chaos.clients import Endpoint, open_clients
-from cluster.chaos.load import Load
+from milliways.benchmarks.chaos.answers import Heard, difference
+from milliways.benchmarks.chaos.asks import Ask, draw_asks
+from milliways.benchmarks.chaos.clients import Endpoint, open_clients
+from milliways.benchmarks.chaos.load import Load
 from tests.conftest import REPOSITORY
 from tests.served_cluster import (
     STOP_TIMEOUT_S,
@@ -130,7 +130,7 @@ def serving_on(
     settings = folder / "settings.toml"
     text = SETTINGS.replace("{host}", host).replace("{port}", str(port))
     settings.write_text(text.replace("{grpc_port}", str(grpc_port)), "utf-8")
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(settings)]
+    command = [sys.executable, "-m", "milliways", "serve", "--config", str(settings)]
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--address", address],

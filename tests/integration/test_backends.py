@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalModel, cache_size_for, load_local_model, make_local_engine
-from cluster.model_dir import resolve_model_dir
-from model.activations import Activations
-from model.errors import KernelsMissingError
-from model.ops import PureOps, native, select
-from model.ops.select import KernelChoice, Residence, select_ops
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
+from milliways.cluster.host.local import (
+    LocalModel,
+    cache_size_for,
+    load_local_model,
+    make_local_engine,
+)
+from milliways.model.activations import Activations
+from milliways.model.errors import KernelsMissingError
+from milliways.model.model_dir import resolve_model_dir
+from milliways.model.ops import PureOps, native, select
+from milliways.model.ops.select import KernelChoice, Residence, select_ops
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
 from tests.reference import small_config, write_random_model
 
 PROMPTS = ("Welcome to", "Question: What is the capital of", "Table 4, Iris:")
@@ -90,7 +95,7 @@ PEAK_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from cluster.local import load_local_model
+from milliways.cluster.host.local import load_local_model
 jax.block_until_ready(jnp.zeros(8) + 1)
 
 def peak_bytes():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
+from milliways.cluster.cli import main as cli
 
 QUICK = ["--model", "demo", "--repeats", "1"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.bench.dataplane import CONTESTANTS, measure_hops
+from milliways.benchmarks.speed.dataplane import CONTESTANTS, measure_hops
 
 
 @pytest.mark.slow

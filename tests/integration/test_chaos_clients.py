@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.chaos.answers import Answer, difference
-from cluster.chaos.asks import MODES, Ask, Surface, draw_asks
-from cluster.chaos.clients import AnswerError, HttpClient
-from cluster.ingress.http import make_http_app
-from cluster.ingress.served_model import ServedModel
+from milliways.benchmarks.chaos.answers import Answer, difference
+from milliways.benchmarks.chaos.asks import MODES, Ask, Surface, draw_asks
+from milliways.benchmarks.chaos.clients import AnswerError, HttpClient
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.served_model import ServedModel
 from tests.ingresses import demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster import cli
-from model.checkpoint import write_plain
-from model.ops import native
+from milliways.cluster.cli import main as cli
+from milliways.model.checkpoint import write_plain
+from milliways.model.ops import native
 from tests.reference import small_config, write_random_model
 
 
@@ -135,7 +135,7 @@ def test_model_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) ->
 
 def test_installed_command_runs_and_keeps_its_programs(golden_dir: Path, tmp_path: Path) -> None:
     """A process of its own: entry point, compile cache, exit code."""
-    command = [sys.executable, "-m", "cluster.cli", "generate", "--model", str(golden_dir / "tiny")]
+    command = [sys.executable, "-m", "milliways", "generate", "--model", str(golden_dir / "tiny")]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     for setting in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
         environment.pop(setting)
@@ -163,7 +163,7 @@ def test_text_is_utf8_whatever_the_locale(
     prompt: bytes, exit_code: int, out: str, err: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "generate", "-", "--temperature", "0"],
+        [sys.executable, "-m", "milliways", "generate", "-", "--temperature", "0"],
         input=prompt,
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-16:strict"},

@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 import pytest
 from grpc import aio
-from milliways.v1 import generate_pb2, sampling_pb2
 
-from cluster.client import GenerateClient, StreamChangedError
-from cluster.errors import DeadlineError, OverloadedError, UnavailableError
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from cluster.ingress.server import GrpcServer
+from milliways.api.client import GenerateClient, StreamChangedError
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.v1 import generate_pb2, sampling_pb2
+from milliways.wire.errors import DeadlineError, OverloadedError, UnavailableError
 from tests.ingresses import demo_model, local_source, make_ingress
 from tests.sources import CountingSource, LocalSource, counted_events
 

@@ -9,22 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from cluster.model_bytes import checkpoint_bytes
-from cluster.placement import AttentionCut
-from cluster.view import Member
-from model.checkpoint import Checkpoint
-from model.sampling_params import SamplingParams
-from router.admission import RoutedRequest
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
-from router.sequence import NoText
+from milliways.cluster.control.planner import AttentionCut
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import NoText
+from milliways.router.scheduler import SchedulerLimits
+from milliways.wire.view import Member
+from milliways.workers.core import WorkerCore
+from milliways.workers.kv_arrays import KvArrays
 from tests.heard import Heard, all_ended
 from tests.memory_cluster import ClusterSettings, MemoryCluster, Process
 from tests.runners import ON_GPU
 from tests.shards import ShardFactory, place, view_of
 from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
-from workers.core import WorkerCore
-from workers.kv_arrays import KvArrays
 
 
 def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:

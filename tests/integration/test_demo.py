@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.local import (
+from milliways.benchmarks.demo.grammar import check_text, opening_prompts
+from milliways.benchmarks.demo.sample_check import ANSWER_PROMPT
+from milliways.cluster.host.local import (
     LocalModel,
     cache_size_for,
     load_local_model,
     make_local_engine,
 )
-from cluster.model_dir import resolve_model_dir
-from model.demo import DEMO_DIR
-from model.demo.grammar import check_text, opening_prompts
-from model.demo.sample_check import ANSWER_PROMPT
-from model.sampling_params import SamplingParams
-from model.tokenizer import Tokenizer
-from router.request import GenerateRequest
+from milliways.model.demo import DEMO_DIR
+from milliways.model.model_dir import resolve_model_dir
+from milliways.model.sampling_params import SamplingParams
+from milliways.model.tokenizer import Tokenizer
+from milliways.router.requests.request import GenerateRequest
 from tests.layers import PADDED_LENGTH, layer_states
 
 NUM_TEXTS = 200

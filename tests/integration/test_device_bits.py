@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluster.calls import (
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
+from milliways.wire.calls import (
     AdvanceBatch,
     BeginBatch,
     Drawn,
@@ -17,19 +23,13 @@ from cluster.calls import (
     RunExperts,
     TokenRows,
 )
-from cluster.model_bytes import checkpoint_bytes
-from cluster.placement import ExpertId, ShardPlan
-from model.checkpoint import Checkpoint
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.runner import CacheSize
-from model.sampling_params import SampledToken, SampleRow, SamplingParams
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.workers.attention import AttentionShard
+from milliways.workers.devices import LocalDevices
+from milliways.workers.experts import ExpertShard
+from milliways.workers.loading import ShardLoader, shares_now
+from milliways.workers.spreading import PartBytes
 from tests.runners import ON_GPU, kernels_of
-from workers.attention import AttentionShard
-from workers.devices import LocalDevices
-from workers.experts import ExpertShard
-from workers.loading import ShardLoader, shares_now
-from workers.spreading import PartBytes
 
 CACHE = CacheSize(num_blocks=8, block_size=4, max_slots=2)
 pytestmark = pytest.mark.skipif(ON_GPU, reason="takes eight devices")

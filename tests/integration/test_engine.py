@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from model.decoder import Decoder
-from model.params import ModelParams
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
-from router.sequence import FinishReason, TokenEvent
+from milliways.model.decoder import Decoder
+from milliways.model.params import ModelParams
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import FinishReason, TokenEvent
+from milliways.router.scheduler import SchedulerLimits
 from tests.runners import load, runner_of
 
 EOS = 2

@@ -15,7 +15,7 @@ KERNELS = {"rms_norm", "linear", "gate", "experts", "attention", "layer"}
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_layer", *arguments],
+        [sys.executable, "-m", "milliways.benchmarks.gpu_layer", *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -7,13 +7,13 @@ from contextlib import aclosing
 
 import pytest
 from grpc import aio
-from milliways.v1 import router_pb2
 
-from cluster.ingress.router_source import RouterSource
-from cluster.ingress.signs import HedgeLimits
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.v1 import router_pb2
 from tests.fake_routers import (
     Directory,
     FakeRouter,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.served_model import ServedModel
 from tests.http_apps import CHAT, COMPLETIONS, MAX_BODY_BYTES, body, chat_body, post, run
 from tests.ingresses import demo_model
 from tests.sources import CountingSource

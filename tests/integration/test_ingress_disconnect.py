@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from cluster.ingress.http import make_http_app
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
 from tests.ingresses import demo_model, make_ingress, served
 from tests.sources import CountingSource, counted_events
 

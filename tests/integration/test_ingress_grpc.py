@@ -11,20 +11,20 @@ from google.protobuf import descriptor_pb2
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from milliways.v1 import generate_pb2, generate_pb2_grpc, router_pb2, sampling_pb2
 
-from cluster.errors import (
+from milliways.cluster.ingress.grpc_service import SERVICE
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.model.errors import InvalidRequestError
+from milliways.v1 import generate_pb2, generate_pb2_grpc, router_pb2, sampling_pb2
+from milliways.wire.errors import (
     DeadlineError,
     ModelFaultError,
     OverloadedError,
     PoisonedRequestError,
     UnavailableError,
 )
-from cluster.ingress.grpc_service import SERVICE
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from cluster.ingress.server import GrpcServer
-from model.errors import InvalidRequestError
 from tests.ingresses import demo_model, make_ingress
 from tests.sources import CountingSource
 

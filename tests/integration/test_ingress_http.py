@@ -8,19 +8,19 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.errors import (
+from milliways.cluster.ingress.http import MoreMetrics, make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import FinishReason, TokenEvent
+from milliways.wire.errors import (
     DeadlineError,
     ModelFaultError,
     OverloadedError,
     PoisonedRequestError,
     UnavailableError,
 )
-from cluster.ingress.http import MoreMetrics, make_http_app
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from model.errors import InvalidRequestError
-from router.request import GenerateRequest
-from router.sequence import FinishReason, TokenEvent
 from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, post, run, sse_data
 from tests.ingresses import demo_model, make_ingress
 from tests.sources import CountingSource, counted_events

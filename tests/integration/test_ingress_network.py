@@ -13,16 +13,16 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc import aio
-from milliways.v1 import generate_pb2, generate_pb2_grpc
 
-from cluster.config import TlsSettings
-from cluster.errors import UnavailableError
-from cluster.ingress.channels import open_channel
-from cluster.ingress.router_choice import RouterInfo
-from cluster.ingress.router_source import RouterSource
-from cluster.ingress.server import GrpcServer
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.v1 import generate_pb2, generate_pb2_grpc
+from milliways.wire.channels import open_channel
+from milliways.wire.errors import UnavailableError
+from milliways.wire.tls import TlsSettings
 from tests.certificates import make_certificates
 from tests.fake_routers import Directory, FakeRouter, expected_events, running, start
 from tests.ingresses import demo_model, make_ingress

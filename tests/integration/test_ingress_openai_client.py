@@ -9,13 +9,13 @@ from typing import Any
 import openai
 import pytest
 from grpc import aio
-from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 
-from cluster.ingress.http import make_http_app
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from cluster.ingress.server import GrpcServer
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.router.requests.sequence import TokenEvent
+from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource

@@ -14,12 +14,12 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import UnavailableError
-from cluster.ingress.http import make_http_app
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.served_model import ServedModel
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.wire.errors import UnavailableError
 from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, run
 from tests.ingresses import demo_model, local_source, make_ingress, served
 from tests.sources import CountingSource, LocalSource, counted_events

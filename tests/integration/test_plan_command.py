@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster import cli
+from milliways.cluster.cli import main as cli
 
 
 def test_plan_of_grok_1_prints_a_line_for_each_worker(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,20 +7,20 @@ from contextlib import aclosing
 
 import pytest
 
-from cluster.errors import (
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.model.errors import InvalidRequestError, PromptTooLongError
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.journal import DeliveredSample
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import TokenEvent
+from milliways.wire.errors import (
     DeadlineError,
     ModelFaultError,
     OverloadedError,
     PoisonedRequestError,
     UnavailableError,
 )
-from cluster.ingress.journal import DeliveredSample
-from cluster.ingress.router_choice import RouterInfo
-from cluster.ingress.router_source import RouterSource
-from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
-from router.sequence import TokenEvent
 from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, full, running, start
 
 NUM_TOKENS = 4

@@ -12,21 +12,21 @@ import httpx
 import openai
 import pytest
 from grpc import aio
-from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 
-from cluster import cli
-from cluster.client import GenerateClient
-from cluster.errors import ModelFaultError
-from cluster.ingress.http import make_http_app
-from cluster.ingress.ingress import Ingress
-from cluster.ingress.openai_requests import completion_ask
-from cluster.ingress.router_source import RouterSource
-from cluster.ingress.served_model import ServedModel
-from cluster.ingress.server import GrpcServer
-from model.sampling_params import SampledToken, SamplingParams
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.sequence import PromptScores, TokenEvent
+from milliways.api.client import GenerateClient
+from milliways.cluster.cli import main as cli
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai_requests import completion_ask
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.served_model import ServedModel
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.model.sampling_params import SampledToken, SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import PromptScores, TokenEvent
+from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
+from milliways.wire.errors import ModelFaultError
 from tests import fake_routers
 from tests.asks import PROMPT
 from tests.fake_routers import FakeRouter, Fault

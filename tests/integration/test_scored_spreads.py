@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from cluster.placement import AttentionCut
-from model.sampling_params import SampledToken, SamplingParams
-from router.admission import RoutedRequest
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
-from router.sequence import PromptScores
+from milliways.cluster.control.planner import AttentionCut
+from milliways.model.sampling_params import SampledToken, SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import PromptScores
+from milliways.router.scheduler import SchedulerLimits
 from tests.integration.test_cluster_bits import make_cluster
 from tests.memory_cluster import ClusterSettings
 from tests.runners import load, runner_of

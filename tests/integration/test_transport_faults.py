@@ -12,10 +12,11 @@ from shutil import which
 import grpc
 import pytest
 
-from cluster.calls import Refusal, Result
-from cluster.config import TlsSettings
-from cluster.errors import PeerLostError, RefusalReason
-from cluster.frames import (
+from milliways.router.links.connect import Connector
+from milliways.runtime.tasks import Pending
+from milliways.wire.calls import Refusal, Result
+from milliways.wire.errors import PeerLostError, RefusalReason
+from milliways.wire.frames import (
     PROTOCOL_VERSION,
     CallFrame,
     FrameKind,
@@ -23,10 +24,9 @@ from cluster.frames import (
     SegmentFrame,
     WelcomeFrame,
 )
-from cluster.link_limits import LinkLimits
-from cluster.shm import make_segment
-from cluster.tasks import Pending
-from router.connect import Connector
+from milliways.wire.limits import LinkLimits
+from milliways.wire.shm import make_segment
+from milliways.wire.tls import TlsSettings
 from tests.echo_worker import INCARNATION, LOST_LAYER, WORKER_ID, EchoServer, member_at, serving
 from tests.router_side import (
     ROUTER_ID,

@@ -15,7 +15,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cluster.calls import (
+from milliways.model.sampling_params import SampleRow, SamplingParams
+from milliways.router.links.direct_link import DirectLink
+from milliways.runtime.clock import SystemClock
+from milliways.runtime.hosted_loop import AsyncioLoop
+from milliways.runtime.reactor import Reactor
+from milliways.wire.calls import (
     AbandonBatch,
     Abandoned,
     AdvanceBatch,
@@ -29,15 +34,10 @@ from cluster.calls import (
     StoreBlocks,
     TokenRows,
 )
-from cluster.clock import SystemClock
-from cluster.errors import ConfigError, PeerLostError, RefusalReason
-from cluster.hosted_loop import AsyncioLoop
-from cluster.link_limits import LinkLimits
-from cluster.links import WorkerLink
-from cluster.reactor import Reactor
-from cluster.view import Member
-from model.sampling_params import SampleRow, SamplingParams
-from router.direct_link import DirectLink
+from milliways.wire.errors import ConfigError, PeerLostError, RefusalReason
+from milliways.wire.limits import LinkLimits
+from milliways.wire.links import WorkerLink
+from milliways.wire.view import Member
 from tests.echo_worker import (
     FAULTY_LAYER,
     HELD_LAYER,

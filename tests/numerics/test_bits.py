@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.activations import Activations
-from model.ops import NativeOps, native
-from model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
+from milliways.model.activations import Activations
+from milliways.model.ops import NativeOps, native
+from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens, StepMode
 from tests.runners import ON_GPU, Model, load, logits_of, runner_of
 
 NUM_TOKENS = 60

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.runner import ScheduledTokens, StepMode
+from milliways.model.runner import ScheduledTokens, StepMode
 from tests.layers import layer_states
 from tests.runners import BACKENDS, in_eights, load, logits_of, runner_of
 

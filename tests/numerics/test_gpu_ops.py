@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from model.config import GROK_1
-from model.decoder import Decoder
-from model.kv_cache import StepBatch, make_kv_cache
-from model.ops import PureOps
-from model.ops.gpu import GpuOps
-from model.ops.gpu_experts import group_by_expert, max_num_tiles
-from model.params import ExpertParams, QuantizedMatrix
+from milliways.model.config import GROK_1
+from milliways.model.decoder import Decoder
+from milliways.model.kv_cache import StepBatch, make_kv_cache
+from milliways.model.ops import PureOps
+from milliways.model.ops.gpu import GpuOps
+from milliways.model.ops.gpu_experts import group_by_expert, max_num_tiles
+from milliways.model.params import ExpertParams, QuantizedMatrix
 from tests.runners import in_eights, load, logits_of, runner_of
 
 PURE = PureOps()

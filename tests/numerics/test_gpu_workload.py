@@ -3,9 +3,15 @@
 import jax
 import pytest
 
-from benchmarks.gpu_floors import Floors
-from benchmarks.gpu_workload import Layer, Workload, attention_work, expert_work, make_layer
-from model.config import GROK_1
+from milliways.benchmarks.gpu_floors import Floors
+from milliways.benchmarks.gpu_workload import (
+    Layer,
+    Workload,
+    attention_work,
+    expert_work,
+    make_layer,
+)
+from milliways.model.config import GROK_1
 
 
 @pytest.fixture(scope="module")

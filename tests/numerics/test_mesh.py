@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoint
-from model.decoder import Decoder
-from model.errors import MeshError
-from model.ops import NativeOps
-from model.params import DeviceLoader, load_model
-from model.runner import CacheSize, ScheduledTokens, make_mesh_runner
-from model.sharding import ShardingRules, check_mesh, make_mesh
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.decoder import Decoder
+from milliways.model.errors import MeshError
+from milliways.model.ops import NativeOps
+from milliways.model.params import DeviceLoader, load_model
+from milliways.model.runner import CacheSize, ScheduledTokens, make_mesh_runner
+from milliways.model.sharding import ShardingRules, check_mesh, make_mesh
 from tests.reference import small_config
 from tests.runners import in_eights, load, logits_of, runner_of
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.activations import Activations, quantise_head
-from model.checkpoint import Checkpoint
-from model.ops import NativeOps, PureOps
-from model.ops.native import EXACT_INT16, MappedLoader, NativeLoader
-from model.params import (
+from milliways.model.activations import Activations, quantise_head
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.ops import NativeOps, PureOps
+from milliways.model.ops.native import EXACT_INT16, MappedLoader, NativeLoader
+from milliways.model.params import (
     DeviceLoader,
     ExpertParams,
     Loader,
@@ -20,7 +20,7 @@ from model.params import (
     PackedMatrix,
     load_experts,
 )
-from model.runner import StepMode
+from milliways.model.runner import StepMode
 from tests.runners import in_eights, load, logits_of, runner_of
 
 NATIVE = NativeOps()

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ops import PureOps
-from model.params import ExpertParams, QuantizedMatrix
+from milliways.model.ops import PureOps
+from milliways.model.params import ExpertParams, QuantizedMatrix
 
 OPS = PureOps()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoint, TensorRole
-from model.config import ModelConfig
+from milliways.model.checkpoint import Checkpoint, TensorRole
+from milliways.model.config import ModelConfig
 from tests.reference import NumpyGrok, small_config, write_random_model
 from tests.runners import BACKENDS, load, logits_of, runner_of
 

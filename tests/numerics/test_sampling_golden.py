@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.sampling import SampleInputs, choose, filter_logits, pack_rows
-from model.sampling_params import SampleRow, SamplingParams
+from milliways.model.sampling import SampleInputs, choose, filter_logits, pack_rows
+from milliways.model.sampling_params import SampleRow, SamplingParams
 
 REPO = Path(__file__).parents[2]
 FILES = [REPO / "tests" / "golden" / "sampling.npz", REPO.parent / "shared/golden/sampling.npz"]

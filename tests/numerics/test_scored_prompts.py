@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.runner import MAX_LOGITS_ROWS, CacheSize, StepMode
-from model.sampling_params import SampledToken, SamplingParams
-from router.engine import LocalEngine
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
-from router.sequence import PromptScores
+from milliways.model.runner import MAX_LOGITS_ROWS, CacheSize, StepMode
+from milliways.model.sampling_params import SampledToken, SamplingParams
+from milliways.router.engine import LocalEngine
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import PromptScores
+from milliways.router.scheduler import SchedulerLimits
 from tests.runners import Model, load, logits_of, runner_of
 
 # More than the logits that are held at once, and no multiple of a chunk.

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model.demo import DEMO_DIR
-from model.demo.sample_check import ANSWER_PROMPT
-from model.training.quantise import dequantise, quantise
-from model.training.release import model_of, parameters_of, read_release, write_release
-from model.training.sampling import TrainingSpeaker
-from model.training.train_demo import build_parser
+from milliways.benchmarks.demo.sample_check import ANSWER_PROMPT
+from milliways.benchmarks.demo.training.release import (
+    model_of,
+    parameters_of,
+    read_release,
+    write_release,
+)
+from milliways.benchmarks.demo.training.sampling import TrainingSpeaker
+from milliways.benchmarks.demo.training.train_demo import build_parser
+from milliways.model.demo import DEMO_DIR
+from milliways.model.quantise import dequantise, quantise
 
 TINY = Path(__file__).resolve().parents[1] / "golden" / "tiny"
 PROMPTS = ("p0", "p1", "p2", "p3", "p6")

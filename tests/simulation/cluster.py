@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from random import Random
 
-from cluster.calls import RunExperts
-from cluster.errors import DeadlineError, RefusalReason
-from cluster.placement import ShardPlan
-from cluster.view import Member, WorkerState
-from model.sampling_params import SampledToken
+from milliways.model.sampling_params import SampledToken
+from milliways.wire.calls import RunExperts
+from milliways.wire.errors import DeadlineError, RefusalReason
+from milliways.wire.placement import ShardPlan
+from milliways.wire.view import Member, WorkerState
+from milliways.workers.core import WorkerCore
 from tests.memory_cluster import MemoryCluster, Process
 from tests.simulation.fake_model import (
     FakeAttention,
@@ -21,7 +22,6 @@ from tests.simulation.faults import Fault
 from tests.simulation.ingress import Ingress, Journal
 from tests.simulation.scenario import Arrival, Drain, Scenario, Strike
 from tests.simulation.supervisor import Supervisor
-from workers.core import WorkerCore
 
 LIMIT_S = 3600.0
 Shards = tuple[FakeExperts, FakeAttention | None]

@@ -5,19 +5,19 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from cluster.controller import Controller
-from cluster.fleet import Existing, Spawned, WorkerDiedError
-from cluster.placement import ExpertId, ModelBytes, ShardPlan
-from cluster.targets import ControllerSettings
-from cluster.tasks import Pending
-from cluster.view import ClusterView, Member, WorkerState
+from milliways.cluster.control.controller import Controller
+from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.runtime.tasks import Pending
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.view import ClusterView, Member, WorkerState
+from milliways.workers.core import WorkerCore
 from tests.memory_cluster import Channel, MemoryCluster, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.fake_model import FakeExperts
 from tests.simulation.ingress import Ingress
 from tests.simulation.scenario import Scenario
 from tests.simulation.supervisor import Supervisor
-from workers.core import WorkerCore
 
 Load = Callable[[Process, ShardPlan], None]
 ExpertsOf = Callable[[Process], FakeExperts]

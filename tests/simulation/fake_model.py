@@ -33,7 +33,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from cluster.calls import (
+from milliways.model.config import ModelConfig
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import FinishReason
+from milliways.wire.calls import (
     AdvanceBatch,
     BeginBatch,
     Departure,
@@ -45,14 +50,9 @@ from cluster.calls import (
     TokenRows,
     Turn,
 )
-from cluster.errors import RefusalReason
-from cluster.placement import ExpertId
-from model.config import ModelConfig
-from model.runner import CacheSize
-from model.sampling_params import SampledToken, SampleRow, SamplingParams
-from router.request import GenerateRequest
-from router.sequence import FinishReason
-from workers.tenancy import Owner, Tenancy
+from milliways.wire.errors import RefusalReason
+from milliways.wire.placement import ExpertId
+from milliways.workers.tenancy import Owner, Tenancy
 
 PRIME = 8191
 VOCAB_SIZE = 64

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from cluster.errors import ClusterError, DeadlineError, RetryLaterError
-from cluster.view import EMPTY_VIEW, ClusterView
-from model.sampling_params import SampledToken
-from router.admission import RoutedRequest
-from router.request import GenerateRequest
-from router.sequence import PromptScores, TokenEvent
+from milliways.model.sampling_params import SampledToken
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import PromptScores, TokenEvent
+from milliways.wire.errors import ClusterError, DeadlineError, RetryLaterError
+from milliways.wire.view import EMPTY_VIEW, ClusterView
 from tests.memory_cluster import Channel, MemoryCluster, Process
 from tests.simulation.fake_model import Stream
 

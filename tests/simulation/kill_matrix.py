@@ -13,15 +13,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from cluster.calls import AdvanceBatch, BeginBatch, RunExperts
-from cluster.placement import AttentionCut, PlacementPolicy
-from cluster.targets import ControllerSettings
-from cluster.view import EMPTY_VIEW
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.dispatch import DispatchLimits
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
+from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.dispatch import DispatchLimits
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.scheduler import SchedulerLimits
+from milliways.wire.calls import AdvanceBatch, BeginBatch, RunExperts
+from milliways.wire.view import EMPTY_VIEW
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation

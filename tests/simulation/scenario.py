@@ -4,20 +4,21 @@ import dataclasses
 from dataclasses import dataclass
 from random import Random
 
-from cluster.placement import AttentionCut, ModelBytes, PlacementPolicy, WorkerMemory, plan
-from cluster.targets import ControllerSettings
-from cluster.view import EMPTY_VIEW, ClusterView
-from model.config import ModelConfig
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.dispatch import DispatchLimits
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
+from milliways.cluster.control.planner import AttentionCut, PlacementPolicy, WorkerMemory, plan
+from milliways.cluster.control.targets import ControllerSettings
+from milliways.model.config import ModelConfig
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.dispatch import DispatchLimits
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.scheduler import SchedulerLimits
+from milliways.wire.placement import ModelBytes
+from milliways.wire.view import EMPTY_VIEW, ClusterView
+from milliways.workers.core import CoreLimits
 from tests.memory_cluster import ClusterSettings
 from tests.shards import view_of
 from tests.simulation.fake_model import VOCAB_SIZE, Draw, draw, fake_config, letter
 from tests.simulation.faults import Fault
-from workers.core import CoreLimits
 
 FOR_EVER_S = 1e5
 

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from random import Random
 
-from cluster.placement import ExpertId
-from cluster.view import ClusterView, Member, WorkerState
+from milliways.wire.placement import ExpertId
+from milliways.wire.view import ClusterView, Member, WorkerState
 from tests.memory_cluster import Channel, MemoryCluster, Process, take_view
 from tests.simulation.fake_model import FakeExperts
 from tests.simulation.ingress import Ingress

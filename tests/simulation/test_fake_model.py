@@ -1,7 +1,7 @@
 """The model that is computed by hand gives what its docstring says, and shows every slip."""
 
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
 from tests.simulation.fake_model import expected_streams, fake_config
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 
-from router.sequence import FinishReason
+from milliways.router.requests.sequence import FinishReason
 from tests.simulation.fake_model import expected_streams
 from tests.simulation.kill_matrix import (
     CONFIG,

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
-from cluster.errors import RefusalReason
-from cluster.placement import AttentionCut
-from cluster.view import ClusterView
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.admission import RoutedRequest
-from router.dispatch import DispatchLimits
-from router.request import GenerateRequest
+from milliways.cluster.control.planner import AttentionCut
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.dispatch import DispatchLimits
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.wire.errors import RefusalReason
+from milliways.wire.view import ClusterView
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.fake_model import fake_config

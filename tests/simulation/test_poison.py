@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from cluster.calls import RunExperts
-from cluster.errors import PoisonedRequestError
-from cluster.placement import AttentionCut
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.admission import RoutedRequest
-from router.dispatch import DispatchLimits
-from router.request import GenerateRequest
+from milliways.cluster.control.planner import AttentionCut
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.dispatch import DispatchLimits
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.wire.calls import RunExperts
+from milliways.wire.errors import PoisonedRequestError
 from tests.heard import Heard
 from tests.memory_cluster import ClusterSettings
 from tests.simulation.cluster import Simulation

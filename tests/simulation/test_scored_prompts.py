@@ -1,6 +1,6 @@
 """The log-probabilities of a prompt, by hand; `test_kill_matrix` has them scored through deaths."""
 
-from router.request import GenerateRequest
+from milliways.router.requests.request import GenerateRequest
 from tests.simulation.fake_model import expected_scores, fake_config
 
 

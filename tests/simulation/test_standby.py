@@ -9,11 +9,11 @@ from random import Random
 
 import pytest
 
-from cluster.placement import AttentionCut
-from model.runner import CacheSize
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
-from router.scheduler import SchedulerLimits
+from milliways.cluster.control.planner import AttentionCut
+from milliways.model.runner import CacheSize
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.scheduler import SchedulerLimits
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation

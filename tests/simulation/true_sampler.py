@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from model.ops import PureOps
-from model.runner import draw_tokens
-from model.sampling_params import SampledToken, SampleRow
+from milliways.model.ops import PureOps
+from milliways.model.runner import draw_tokens
+from milliways.model.sampling_params import SampledToken, SampleRow
 from tests.simulation.fake_model import VOCAB_SIZE
 
 _STEP = 97

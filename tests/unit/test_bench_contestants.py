@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import cluster.bench.programs.line_protocol as line_protocol
-from cluster.bench.bench_model import BENCH_CONFIG
-from cluster.bench.contestant import ContestantError, ProgramContestant
-from cluster.bench.llama_cpp import LlamaCpp, batched_tokens_per_s
-from cluster.bench.peers import PEERS, PeerSetting, mixtral_sizes, start_peers
-from cluster.bench.workload import Kind, Workload
+import milliways.benchmarks.speed.programs.line_protocol as line_protocol
+from milliways.benchmarks.speed.bench_model import BENCH_CONFIG
+from milliways.benchmarks.speed.contestant import ContestantError, ProgramContestant
+from milliways.benchmarks.speed.llama_cpp import LlamaCpp, batched_tokens_per_s
+from milliways.benchmarks.speed.peers import PEERS, PeerSetting, mixtral_sizes, start_peers
+from milliways.benchmarks.speed.workload import Kind, Workload
 
 DECODE_4 = Workload(Kind.DECODE, 4)
 PROTOCOL_DIR = str(Path(line_protocol.__file__).parent)

@@ -1,6 +1,6 @@
 """Figures of the data plane's hops, from seconds that are known."""
 
-from cluster.bench.dataplane import CONTESTANTS, format_hops, hops_to_json, take_turns
+from milliways.benchmarks.speed.dataplane import CONTESTANTS, format_hops, hops_to_json, take_turns
 
 MICROSECONDS = {"uds": 100.0, "aio": 1000.0, "shm": 150.0, "grpc": 1300.0}
 

@@ -4,15 +4,15 @@ import argparse
 
 import pytest
 
-from cluster import cli
-from cluster.bench.arguments import counts_of, names_of
-from cluster.bench.distribution import format_aims, paired_ratio
-from cluster.bench.programs.run_cluster import decode_speed
-from cluster.bench.rounds import Results
-from cluster.bench.served import routers_of
-from cluster.bench.serving import Timeline, doors_to_json, format_doors, measure_doors
-from cluster.bench.workload import Kind, Workload
-from model.errors import InvalidRequestError
+from milliways.benchmarks.speed.arguments import counts_of, names_of
+from milliways.benchmarks.speed.distribution import format_aims, paired_ratio
+from milliways.benchmarks.speed.programs.run_cluster import decode_speed
+from milliways.benchmarks.speed.rounds import Results
+from milliways.benchmarks.speed.served import routers_of
+from milliways.benchmarks.speed.serving import Timeline, doors_to_json, format_doors, measure_doors
+from milliways.benchmarks.speed.workload import Kind, Workload
+from milliways.cluster.cli import main as cli
+from milliways.model.errors import InvalidRequestError
 
 DECODE_1, DECODE_8 = Workload(Kind.DECODE, 1), Workload(Kind.DECODE, 8)
 

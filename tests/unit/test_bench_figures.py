@@ -2,9 +2,9 @@
 
 import pytest
 
-from cluster.bench.bench_model import BENCH_CONFIG
-from cluster.bench.contestant import ContestantError
-from cluster.bench.floors import (
+from milliways.benchmarks.speed.bench_model import BENCH_CONFIG
+from milliways.benchmarks.speed.contestant import ContestantError
+from milliways.benchmarks.speed.floors import (
     Bound,
     MachineLimits,
     Work,
@@ -12,10 +12,10 @@ from cluster.bench.floors import (
     distinct_experts,
     work_of,
 )
-from cluster.bench.machine import median_limits
-from cluster.bench.rounds import Results, Speeds, rotated, run_rounds
-from cluster.bench.table import NOISY_SPREAD, Report, format_number, format_table
-from cluster.bench.workload import Kind, Workload, workloads_of
+from milliways.benchmarks.speed.machine import median_limits
+from milliways.benchmarks.speed.rounds import Results, Speeds, rotated, run_rounds
+from milliways.benchmarks.speed.table import NOISY_SPREAD, Report, format_number, format_table
+from milliways.benchmarks.speed.workload import Kind, Workload, workloads_of
 
 DECODE_1 = Workload(Kind.DECODE, 1)
 DECODE_8 = Workload(Kind.DECODE, 8)

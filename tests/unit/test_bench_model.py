@@ -7,16 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.bench.bench_model import BENCH_CONFIG, random_tensor, write_random_model
-from cluster.bench.gguf_file import GgufTensor, GgufType, encode, quantise_q8, write_gguf
-from cluster.bench.gguf_model import (
+from milliways.benchmarks.speed.bench_model import BENCH_CONFIG, random_tensor, write_random_model
+from milliways.benchmarks.speed.gguf_file import (
+    GgufTensor,
+    GgufType,
+    encode,
+    quantise_q8,
+    write_gguf,
+)
+from milliways.benchmarks.speed.gguf_model import (
     NotConvertibleError,
     check_convertible,
     ensure_gguf,
     metadata_of,
 )
-from model.checkpoint import Checkpoint, TensorRole, tensor_specs
-from model.training.quantise import dequantise
+from milliways.model.checkpoint import Checkpoint, TensorRole, tensor_specs
+from milliways.model.quantise import dequantise
 
 SMALL = dataclasses.replace(
     BENCH_CONFIG, emb_size=64, key_size=16, num_q_heads=4, num_layers=2, vocab_size=96, ffn_size=128

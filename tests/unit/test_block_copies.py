@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.calls import BlocksStored, Refusal, StoreBlocks
-from cluster.clock import FakeClock
-from cluster.errors import RefusalReason
-from cluster.tasks import Pending, Tasks
-from model.block_pool import BlockPool, chain_digest
-from router.block_copies import BlockCopies
-from router.link_table import LinkTable
-from router.scheduler import Scheduler, SchedulerLimits
+from milliways.model.block_pool import BlockPool, chain_digest
+from milliways.router.block_copies import BlockCopies
+from milliways.router.links.link_table import LinkTable
+from milliways.router.scheduler import Scheduler, SchedulerLimits
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Pending, Tasks
+from milliways.wire.calls import BlocksStored, Refusal, StoreBlocks
+from milliways.wire.errors import RefusalReason
 
 BLOCK = 2
 PROMPT = (5, 6, 7, 8, 9, 10, 11, 12)

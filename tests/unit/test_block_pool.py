@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from model.block_pool import BlockPool, chain_digest
-from model.errors import OutOfBlocksError
+from milliways.model.block_pool import BlockPool, chain_digest
+from milliways.model.errors import OutOfBlocksError
 
 BLOCK = 4
 

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from milliways.v1 import router_pb2
 
-from cluster.chaos.answers import Answer, Choice, Heard, difference
-from cluster.chaos.asks import MODES, Surface, draw_asks
-from cluster.chaos.faults import NOT_FROM_OUTSIDE, POSSIBLE, Fault, parse_faults, strikes
-from cluster.chaos.histogram import BOUNDS_S, counts, draw_histogram
-from cluster.chaos.report import Struck, format_report, make_report, percentile
-from cluster.chaos.victims import Place, Wholeness, WorkerFacts, choose
-from cluster.chaos.vitals import Sample, format_growth, growth, take_sample
-from cluster.errors import ConfigError
-from cluster.placement import ExpertId
-from cluster.view import ClusterView, Member, WorkerState
+from milliways.benchmarks.chaos.answers import Answer, Choice, Heard, difference
+from milliways.benchmarks.chaos.asks import MODES, Surface, draw_asks
+from milliways.benchmarks.chaos.faults import (
+    NOT_FROM_OUTSIDE,
+    POSSIBLE,
+    Fault,
+    parse_faults,
+    strikes,
+)
+from milliways.benchmarks.chaos.histogram import BOUNDS_S, counts, draw_histogram
+from milliways.benchmarks.chaos.report import Struck, format_report, make_report, percentile
+from milliways.benchmarks.chaos.victims import Place, Wholeness, WorkerFacts, choose
+from milliways.benchmarks.chaos.vitals import Sample, format_growth, growth, take_sample
+from milliways.v1 import router_pb2
+from milliways.wire.errors import ConfigError
+from milliways.wire.placement import ExpertId
+from milliways.wire.view import ClusterView, Member, WorkerState
 from tests.simulation.faults import Fault as SimulatedFault
 
 ASKS = draw_asks(28, max_tokens=8, seed=1)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from cluster.chaos import injectors, trial
-from cluster.chaos.answers import Answer, Heard
-from cluster.chaos.asks import draw_asks
-from cluster.chaos.faults import Fault
-from cluster.chaos.report import Report
-from cluster.chaos.trial import Plan, Trial
-from cluster.chaos.victims import Place, WorkerFacts
-from cluster.view import ClusterView, Member, WorkerState
+from milliways.benchmarks.chaos import injectors, trial
+from milliways.benchmarks.chaos.answers import Answer, Heard
+from milliways.benchmarks.chaos.asks import draw_asks
+from milliways.benchmarks.chaos.faults import Fault
+from milliways.benchmarks.chaos.report import Report
+from milliways.benchmarks.chaos.trial import Plan, Trial
+from milliways.benchmarks.chaos.victims import Place, WorkerFacts
+from milliways.wire.view import ClusterView, Member, WorkerState
 
 ASKS = draw_asks(1, max_tokens=2, seed=1)
 PLACE = Place(name="w0", node_id="n", pid=7)

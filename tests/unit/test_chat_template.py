@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import ConfigError
-from cluster.ingress.chat_template import (
+from milliways.cluster.ingress.chat_template import (
     TEMPLATE_FILE,
     ChatMessage,
     ChatTemplate,
     load_chat_template,
     parse_chat_template,
 )
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import ConfigError
 
 TURNS = [ChatMessage("developer", "Be brief."), ChatMessage("user", "Hi")]
 DECLARED = {

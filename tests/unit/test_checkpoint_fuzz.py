@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint import PlainArray, QuantizedArray, scan
-from model.checkpoint.opcodes import Op
-from model.errors import CheckpointError
+from milliways.model.checkpoint import PlainArray, QuantizedArray, scan
+from milliways.model.checkpoint.opcodes import Op
+from milliways.model.errors import CheckpointError
 
 MINI8 = Path(__file__).parents[1] / "golden" / "mini8" / "ckpt-0"
 # Small files only: a plain vector, a plain matrix, quantised matrices of two and three dimensions.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import TensorRole, layers_in_file_order, tensor_specs
-from model.checkpoint.layout import scales_fit
-from model.config import GROK_1, load_config
+from milliways.model.checkpoint import TensorRole, layers_in_file_order, tensor_specs
+from milliways.model.checkpoint.layout import scales_fit
+from milliways.model.config import GROK_1, load_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

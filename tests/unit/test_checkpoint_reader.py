@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoint, TensorRole, write_checkpoint, write_plain, write_quantized
-from model.checkpoint.records import BFLOAT16
-from model.errors import (
+from milliways.model.checkpoint import (
+    Checkpoint,
+    TensorRole,
+    write_checkpoint,
+    write_plain,
+    write_quantized,
+)
+from milliways.model.checkpoint.records import BFLOAT16
+from milliways.model.errors import (
     CheckpointError,
     ConfigError,
     CorruptTensorError,
@@ -325,7 +331,7 @@ def test_verify_finds_a_bad_value_in_any_chunk(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, position: int
 ) -> None:
     # Not a multiple of the item size, so that chunks end inside a value.
-    monkeypatch.setattr("model.checkpoint.reader._VERIFY_CHUNK_BYTES", 1021)
+    monkeypatch.setattr("milliways.model.checkpoint.reader._VERIFY_CHUNK_BYTES", 1021)
     values = np.ones(256 * 32, np.float32)
     values[position] = np.nan
     write_plain(model_dir / "ckpt-0" / "tensor00000_000", values.reshape(256, 32))

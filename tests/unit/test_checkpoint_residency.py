@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoint, TensorRole, write_checkpoint
-from model.checkpoint.layout import TensorSpec
-from model.checkpoint.records import BFLOAT16
-from model.config import ModelConfig, config_from_dict
+from milliways.model.checkpoint import Checkpoint, TensorRole, write_checkpoint
+from milliways.model.checkpoint.layout import TensorSpec
+from milliways.model.checkpoint.records import BFLOAT16
+from milliways.model.config import ModelConfig, config_from_dict
 
 PAGE = mmap.PAGESIZE
 # One expert matrix is half a MiB: many pages, and many of them not at an edge.

@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.checkpoint import PlainArray, QuantizedArray, scan, write_plain, write_quantized
-from model.checkpoint.records import BFLOAT16
-from model.errors import CheckpointError, CorruptTensorError, UnsafePickleError
+from milliways.model.checkpoint import (
+    PlainArray,
+    QuantizedArray,
+    scan,
+    write_plain,
+    write_quantized,
+)
+from milliways.model.checkpoint.records import BFLOAT16
+from milliways.model.errors import CheckpointError, CorruptTensorError, UnsafePickleError
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "golden" / "tiny" / "ckpt-0"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import (
+from milliways.model.checkpoint import (
     Checkpoint,
     TensorRole,
     format_summary,
@@ -14,8 +14,8 @@ from model.checkpoint import (
     to_json,
     write_sparse_checkpoint,
 )
-from model.checkpoint.summary import experts_per_worker
-from model.config import GROK_1
+from milliways.model.checkpoint.summary import experts_per_worker
+from milliways.model.config import GROK_1
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.checkpoint import (
+from milliways.model.checkpoint import (
     Checkpoint,
     QuantizedArray,
     TensorSpec,
@@ -18,9 +18,9 @@ from model.checkpoint import (
     write_plain,
     write_quantized,
 )
-from model.checkpoint.records import BFLOAT16, FLOAT32
-from model.checkpoint.writer import _Form, _plain_pieces, _write
-from model.errors import CheckpointError, TensorLayoutError
+from milliways.model.checkpoint.records import BFLOAT16, FLOAT32
+from milliways.model.checkpoint.writer import _Form, _plain_pieces, _write
+from milliways.model.errors import CheckpointError, TensorLayoutError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -202,7 +202,7 @@ def test_cut_off_writer_leaves_no_file_and_the_old_one_intact(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.checkpoint.writer._write_piece", fail)
+    monkeypatch.setattr("milliways.model.checkpoint.writer._write_piece", fail)
     with pytest.raises(CheckpointError, match="tensor: cannot be written: No space left"):
         write_plain(path, np.ones(3, np.float32))
     assert path.read_bytes() == before

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.config import config_from_tree
-from cluster.errors import ConfigError
+from milliways.cluster.settings.config import config_from_tree
+from milliways.wire.errors import ConfigError
 
 
 def test_copies_of_blocks_are_off_and_take_workers_with_all_layers() -> None:

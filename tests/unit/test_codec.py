@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from milliways.model.sampling import pack_rows
+from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
 from milliways.v1 import tensor_pb2
 from milliways.v1 import worker_pb2 as pb
-
-from cluster import codec
-from cluster.calls import (
+from milliways.wire import codec
+from milliways.wire.calls import (
     AbandonBatch,
     Abandoned,
     AdvanceBatch,
@@ -31,9 +33,9 @@ from cluster.calls import (
     StoreBlocks,
     TokenRows,
 )
-from cluster.errors import RefusalReason
-from cluster.wire_sampling import decode_samples, encode_sample
-from cluster.wire_tensors import (
+from milliways.wire.errors import RefusalReason
+from milliways.wire.sampling import decode_samples, encode_sample
+from milliways.wire.tensors import (
     ALIGNMENT,
     INT32,
     MalformedMessageError,
@@ -42,8 +44,6 @@ from cluster.wire_tensors import (
     lay_out,
     place_of,
 )
-from model.sampling import pack_rows
-from model.sampling_params import SampledToken, SampleRow, SamplingParams
 
 VOCAB_SIZE = 100
 UINT64 = st.integers(0, 2**64 - 1)

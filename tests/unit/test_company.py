@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from cluster.calls import ExpertOutputs, Fence, Result, RunExperts
-from cluster.clock import FakeClock
-from cluster.tasks import Tasks
-from cluster.view import WorkerState
-from workers.company import MAX_VAIN_WAITS, Company
-from workers.core import WorkerCore
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Tasks
+from milliways.wire.calls import ExpertOutputs, Fence, Result, RunExperts
+from milliways.wire.view import WorkerState
+from milliways.workers.company import MAX_VAIN_WAITS, Company
+from milliways.workers.core import WorkerCore
 
 COMPUTE_S = 0.01
 

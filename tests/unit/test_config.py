@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.config import GROK_1, config_from_dict, ffn_size, load_config
-from model.errors import ConfigError
+from milliways.model.config import GROK_1, config_from_dict, ffn_size, load_config
+from milliways.model.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

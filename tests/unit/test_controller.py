@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.errors import PlacementError
-from cluster.fleet import Existing
-from cluster.placement import AttentionCut
-from cluster.restarts import BACKOFF_S_MAX, STABLE_AFTER_S
-from cluster.view import WorkerState
+from milliways.cluster.control.fleet import Existing
+from milliways.cluster.control.planner import AttentionCut
+from milliways.cluster.control.restarts import BACKOFF_S_MAX, STABLE_AFTER_S
+from milliways.wire.errors import PlacementError
+from milliways.wire.view import WorkerState
 from tests.fake_fleet import EVERY_EXPERT, LOAD_S, MODEL, SPAWN_S, Bench
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.errors import ClusterError, PlacementError, StartupError
-from cluster.placement import AttentionCut
-from cluster.tasks import Task
-from cluster.view import WorkerState
+from milliways.cluster.control.planner import AttentionCut
+from milliways.runtime.tasks import Task
+from milliways.wire.errors import ClusterError, PlacementError, StartupError
+from milliways.wire.view import WorkerState
 from tests.fake_fleet import LOAD_S, MODEL, SPAWN_S, Bench
 
 

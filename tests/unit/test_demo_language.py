@@ -4,8 +4,13 @@ import random
 
 import pytest
 
-from model.demo.grammar import KIND_WEIGHTS, check_text, generate_text, opening_prompts
-from model.demo.language.engine import Grammar, GrammarError, Trace, parse_rule
+from milliways.benchmarks.demo.grammar import (
+    KIND_WEIGHTS,
+    check_text,
+    generate_text,
+    opening_prompts,
+)
+from milliways.benchmarks.demo.language.engine import Grammar, GrammarError, Trace, parse_rule
 
 ANSWER = "The answer to life the universe and everything is of course 42."
 ORDER = (

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.config import ClusterConfig, config_from_tree
+from milliways.cluster.settings.config import ClusterConfig, config_from_tree
 from tests.deploy_checks import (
     DEPLOY,
     KUBERAY_SCHEMAS,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
-from model.ops import PureOps
+from milliways.model.ops import PureOps
 
 
 def test_unit_test_cannot_open_a_network_socket() -> None:

@@ -9,10 +9,10 @@ import pytest
 @pytest.mark.parametrize(
     "module",
     [
-        "cluster.app",
-        "cluster.ingress.http",
-        "cluster.ingress.router_source",
-        "cluster.ingress.server",
+        "milliways.cluster.ray.app",
+        "milliways.cluster.ingress.http",
+        "milliways.cluster.ingress.router_source",
+        "milliways.cluster.ingress.server",
     ],
 )
 def test_ingress_does_not_import_jax(module: str) -> None:

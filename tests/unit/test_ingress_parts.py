@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import OverloadedError, UnavailableError
-from cluster.ingress.ingress import ChoiceEvent, merged
-from cluster.ingress.metrics import IngressMetrics
-from cluster.ingress.openai_fields import IGNORED, REFUSED, drop_foreign_fields
-from cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.ingress import ChoiceEvent, merged
+from milliways.cluster.ingress.metrics import IngressMetrics
+from milliways.cluster.ingress.openai_fields import IGNORED, REFUSED, drop_foreign_fields
+from milliways.cluster.ingress.openai_requests import (
     ChatBody,
     CompletionBody,
     parse_content,
@@ -18,9 +17,10 @@ from cluster.ingress.openai_requests import (
     parse_prompts,
     parse_stop,
 )
-from cluster.ingress.readiness import Readiness
-from model.errors import InvalidRequestError
-from router.request import GenerateRequest
+from milliways.cluster.ingress.readiness import Readiness
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.request import GenerateRequest
+from milliways.wire.errors import OverloadedError, UnavailableError
 from tests.sources import CountingSource, counted_events
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
-from router.request import GenerateRequest
+from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
+from milliways.router.requests.request import GenerateRequest
 
 
 def journal(num_samples: int = 1) -> Journal:

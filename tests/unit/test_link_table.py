@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.calls import AbandonBatch, Abandoned, Call, Fence, Result
-from cluster.clock import FakeClock
-from cluster.errors import PeerLostError
-from cluster.links import WorkerLink
-from cluster.tasks import Pending, Tasks
-from cluster.view import ClusterView, Member, WorkerState
-from router.link_table import SLOWNESS_HALF_LIFE_S, LinkTable
+from milliways.router.links.link_table import SLOWNESS_HALF_LIFE_S, LinkTable
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Pending, Tasks
+from milliways.wire.calls import AbandonBatch, Abandoned, Call, Fence, Result
+from milliways.wire.errors import PeerLostError
+from milliways.wire.links import WorkerLink
+from milliways.wire.view import ClusterView, Member, WorkerState
 
 MEMBER = Member(worker_id="w", incarnation=1, address="", state=WorkerState.READY)
 VIEW = ClusterView(placement_epoch=1, members={"w": MEMBER})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.local_devices import tell_jax
+from milliways.cluster.host.local_devices import tell_jax
 
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 

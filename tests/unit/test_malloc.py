@@ -2,7 +2,7 @@
 
 import platform
 
-from cluster.malloc import keep_freed_blocks
+from milliways.runtime.malloc import keep_freed_blocks
 
 
 def test_glibc_takes_the_settings() -> None:

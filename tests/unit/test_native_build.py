@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from model.ops import native
+from milliways.model.ops import native
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from cluster.calls import TokenRows
-from cluster.clock import FakeClock
-from cluster.tasks import Pending, Tasks
-from cluster.view import Member, WorkerState
-from router.dispatch import Dispatcher, DispatchLimits
-from router.link_table import LinkTable
-from router.pipeline import Pipeline, ShardLostError
+from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.links.link_table import LinkTable
+from milliways.router.pipeline import Pipeline, ShardLostError
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Pending, Tasks
+from milliways.wire.calls import TokenRows
+from milliways.wire.view import Member, WorkerState
 
 PART = Member(
     worker_id="w", incarnation=1, address="", state=WorkerState.READY, first_layer=1, num_layers=1

@@ -7,20 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import PlacementError
-from cluster.model_bytes import checkpoint_bytes, released_bytes
-from cluster.placement import (
+from milliways.cluster.control.planner import (
     AttentionCut,
-    ExpertId,
-    ModelBytes,
     Placement,
     PlacementPolicy,
     WorkerMemory,
     plan,
 )
-from model.checkpoint import Checkpoint
-from model.config import GROK_1
-from model.demo import DEMO_DIR
+from milliways.cluster.host.model_bytes import checkpoint_bytes, released_bytes
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.config import GROK_1
+from milliways.model.demo import DEMO_DIR
+from milliways.wire.errors import PlacementError
+from milliways.wire.placement import ExpertId, ModelBytes
 
 SMALL = ModelBytes(
     num_layers=4,

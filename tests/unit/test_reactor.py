@@ -10,10 +10,10 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 import pytest
 
-from cluster.clock import SystemClock
-from cluster.hosted_loop import AsyncioLoop
-from cluster.reactor import Reactor
-from cluster.tasks import Pending
+from milliways.runtime.clock import SystemClock
+from milliways.runtime.hosted_loop import AsyncioLoop
+from milliways.runtime.reactor import Reactor
+from milliways.runtime.tasks import Pending
 
 MAKERS: dict[str, Callable[[], Reactor]] = {
     "plain": lambda: Reactor(SystemClock()),

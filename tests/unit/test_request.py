@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from model.config import GROK_1
-from model.errors import InvalidRequestError, PromptTooLongError
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
+from milliways.model.config import GROK_1
+from milliways.model.errors import InvalidRequestError, PromptTooLongError
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
 
 
 def make(**changes: Any) -> GenerateRequest:

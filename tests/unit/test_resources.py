@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.resources import Amounts, lack_of
+from milliways.cluster.ray.resources import Amounts, lack_of
 
 GPU: Amounts = {"CPU": 1, "GPU": 1}
 

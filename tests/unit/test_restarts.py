@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.fleet import WorkerRecord
-from cluster.restarts import quick_deaths, restart_delay_s
+from milliways.cluster.control.fleet import WorkerRecord
+from milliways.cluster.control.restarts import quick_deaths, restart_delay_s
 
 
 @pytest.mark.parametrize(

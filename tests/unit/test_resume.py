@@ -4,10 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingress.request_id import created_s_of, is_request_id, new_request_id, seed_of
-from cluster.ingress.resume import LAST_EVENT_ID, event_id, parse_event_id
-from model.errors import InvalidRequestError
-from router.request import GenerateRequest
+from milliways.cluster.ingress.request_id import (
+    created_s_of,
+    is_request_id,
+    new_request_id,
+    seed_of,
+)
+from milliways.cluster.ingress.resume import LAST_EVENT_ID, event_id, parse_event_id
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.request import GenerateRequest
 
 ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
 

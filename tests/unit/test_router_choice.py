@@ -2,9 +2,9 @@
 
 import pytest
 
-from cluster.errors import OverloadedError, PoisonedRequestError
-from cluster.ingress.retries import DIES_WITHIN_S, Retries
-from cluster.ingress.router_choice import RouterChoice, RouterInfo
+from milliways.cluster.ingress.retries import DIES_WITHIN_S, Retries
+from milliways.cluster.ingress.router_choice import RouterChoice, RouterInfo
+from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 A, B, C = (RouterInfo(name, f"{name}:1") for name in "abc")
 PROMPT = tuple(range(100))

@@ -1,10 +1,10 @@
 """What a router makes of a request's message."""
 
 import pytest
-from milliways.v1 import router_pb2, sampling_pb2
 
-from cluster.router_door import routed_request
-from model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError
+from milliways.router.server import routed_request
+from milliways.v1 import router_pb2, sampling_pb2
 
 
 def message(**sampling: int) -> router_pb2.RouteRequest:

@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import sampling
-from model.sampling import SampledTokens, SampleInputs, gumbel_noise, noise_key, pack_rows, sample
-from model.sampling_params import INVALID_TOKEN, SampleRow, SamplingParams
+from milliways.model import sampling
+from milliways.model.sampling import (
+    SampledTokens,
+    SampleInputs,
+    gumbel_noise,
+    noise_key,
+    pack_rows,
+    sample,
+)
+from milliways.model.sampling_params import INVALID_TOKEN, SampleRow, SamplingParams
 
 # More than the number of candidates, so that both ways of finding a cut are taken.
 V = 1200

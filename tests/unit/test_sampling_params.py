@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from model.errors import InvalidRequestError
-from model.sampling import bucket_num_logprobs
-from model.sampling_params import SamplingParams
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling import bucket_num_logprobs
+from milliways.model.sampling_params import SamplingParams
 
 V = 1200
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from model.block_pool import BlockPool
-from model.errors import InvalidRequestError
-from model.sampling_params import SampledToken
-from router.request import GenerateRequest
-from router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
-from router.sequence import NoText, Sequence, SequenceStatus
+from milliways.model.block_pool import BlockPool
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling_params import SampledToken
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import NoText, Sequence, SequenceStatus
+from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
 BLOCK = 4
 EOS = 2

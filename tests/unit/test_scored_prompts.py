@@ -7,18 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluster.calls import TokenRows
-from cluster.ingress.journal import DeliveredSample, Journal, OutOfOrderError
-from model.block_pool import BlockPool
-from model.config import GROK_1
-from model.errors import InvalidRequestError
-from model.sampling import SampledTokens, pack_rows, sample
-from model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
-from router.admission import RoutedRequest, make_sequences
-from router.request import GenerateRequest
-from router.rows import pack, take_events
-from router.scheduler import Scheduler, SchedulerLimits
-from router.sequence import FinishReason, NoText, PromptScores, Sequence, SequenceStatus
+from milliways.model.block_pool import BlockPool
+from milliways.model.config import GROK_1
+from milliways.model.errors import InvalidRequestError
+from milliways.model.sampling import SampledTokens, pack_rows, sample
+from milliways.model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
+from milliways.router.requests.admission import RoutedRequest, make_sequences
+from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import (
+    FinishReason,
+    NoText,
+    PromptScores,
+    Sequence,
+    SequenceStatus,
+)
+from milliways.router.rows import pack, take_events
+from milliways.router.scheduler import Scheduler, SchedulerLimits
+from milliways.wire.calls import TokenRows
 
 V = 300
 BLOCK = 4

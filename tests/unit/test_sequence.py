@@ -4,9 +4,9 @@ from collections.abc import Sequence as Items
 
 import pytest
 
-from model.sampling_params import SampledToken
-from router.request import GenerateRequest
-from router.sequence import (
+from milliways.model.sampling_params import SampledToken
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import (
     ALLOWED_MOVES,
     FinishReason,
     Sequence,

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.serve import greeting
-from cluster.config import config_from_tree
-from model.demo import DEMO_DIR
+from milliways.cluster.cli.commands.serve import greeting
+from milliways.cluster.settings.config import config_from_tree
+from milliways.model.demo import DEMO_DIR
 
 
 def body_to_try(model_dir: Path) -> dict[str, Any]:

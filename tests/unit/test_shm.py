@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.shm import (
+from milliways.wire.shm import (
     RegionAllocator,
     SharedMemory,
     attach_segment,
     local_host_id,
     make_segment,
 )
-from cluster.wire_tensors import ALIGNMENT, MalformedMessageError, Payload, aligned
+from milliways.wire.tensors import ALIGNMENT, MalformedMessageError, Payload, aligned
 
 SEGMENT_BYTES = 1 << 16
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.ingress.signs import HedgeLimits, Signs
+from milliways.cluster.ingress.signs import HedgeLimits, Signs
 
 LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
 

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from cluster.errors import PlacementError
-from cluster.placement import ExpertId, ModelBytes, ShardPlan
-from workers.spreading import (
+from milliways.wire.errors import PlacementError
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.workers.spreading import (
     DeviceShare,
     PartBytes,
     check_memory,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.block_pool import chain_digest
-from model.sampling_params import SamplingParams
-from router.request import GenerateRequest
-from router.sequence import NoText, Sequence, SequenceStatus
-from router.standby import Run, Standby, StandbyLimits
+from milliways.model.block_pool import chain_digest
+from milliways.model.sampling_params import SamplingParams
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import NoText, Sequence, SequenceStatus
+from milliways.router.standby import Run, Standby, StandbyLimits
 
 BLOCK = 4
 BLOCK_BYTES = 100

@@ -3,7 +3,8 @@
 import grpc
 import pytest
 
-from cluster.errors import (
+from milliways.model.errors import InvalidRequestError, PromptTooLongError
+from milliways.wire.errors import (
     CODES,
     DeadlineError,
     ModelFaultError,
@@ -13,8 +14,7 @@ from cluster.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from cluster.status_codes import abridged, describe, error_of, status_of
-from model.errors import InvalidRequestError, PromptTooLongError
+from milliways.wire.status_codes import abridged, describe, error_of, status_of
 
 ERRORS = [
     InvalidRequestError("stop", ["a", 5], "strings"),

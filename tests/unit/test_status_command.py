@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.commands import status
+from milliways.cluster.cli.commands import status
 
 ANSWER = {"model": "demo", "workers": []}
 NEWS = "(raylet) The node has been marked dead"
@@ -27,8 +27,10 @@ def test_news_of_ray_do_not_get_into_the_json(
         return answer
 
     controller = SimpleNamespace(status=SimpleNamespace(remote=lambda: ANSWER))
-    monkeypatch.setattr("cluster.ray_cluster.join", join)
-    monkeypatch.setattr("cluster.controller_actor.find_controller", lambda: controller)
+    monkeypatch.setattr("milliways.cluster.ray.cluster.join", join)
+    monkeypatch.setattr(
+        "milliways.cluster.ray.controller_actor.find_controller", lambda: controller
+    )
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr("ray.shutdown", lambda: print(NEWS))
     monkeypatch.setattr(status, "be_quiet", lambda: None)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.stop import StopMatcher
+from milliways.router.requests.stop import StopMatcher
 
 
 def run(stop: list[str], pieces: list[str]) -> str:

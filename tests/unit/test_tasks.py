@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.clock import FakeClock
-from cluster.tasks import Cancelled, Pending, Signal, Tasks
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Cancelled, Pending, Signal, Tasks
 
 
 def run_for(tasks: Tasks, clock: FakeClock, seconds: float) -> None:

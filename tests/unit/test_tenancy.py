@@ -1,7 +1,7 @@
 """Who may count on the blocks of an attention shard."""
 
-from cluster.errors import RefusalReason
-from workers.tenancy import Tenancy
+from milliways.wire.errors import RefusalReason
+from milliways.workers.tenancy import Tenancy
 
 
 def test_a_router_that_lost_its_blocks_unseen_is_told_once() -> None:

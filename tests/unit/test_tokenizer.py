@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from model.detokenizer import IncrementalDetokenizer
-from model.errors import InvalidRequestError, TokenizerError
-from model.tokenizer import Tokenizer
+from milliways.model.detokenizer import IncrementalDetokenizer
+from milliways.model.errors import InvalidRequestError, TokenizerError
+from milliways.model.tokenizer import Tokenizer
 
 REPO = Path(__file__).parents[2]
 DEMO_FILE = REPO / "model" / "demo" / "tokenizer.model"

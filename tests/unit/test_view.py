@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.placement import AttentionShard
-from cluster.view import ClusterView, Member, WorkerState, chains_of
+from milliways.wire.placement import AttentionShard
+from milliways.wire.view import ClusterView, Member, WorkerState, chains_of
 
 FIRST = AttentionShard(first_layer=0, num_layers=2, has_ends=False)
 LAST = AttentionShard(first_layer=2, num_layers=2, has_ends=True)

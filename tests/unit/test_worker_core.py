@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from cluster.calls import (
+from milliways.model.runner import CacheSize
+from milliways.runtime.clock import FakeClock
+from milliways.runtime.tasks import Tasks
+from milliways.wire.calls import (
     AbandonBatch,
     BeginBatch,
     BlocksStored,
@@ -16,14 +19,11 @@ from cluster.calls import (
     StoreBlocks,
     TokenRows,
 )
-from cluster.clock import FakeClock
-from cluster.errors import RefusalReason
-from cluster.placement import ExpertId
-from cluster.tasks import Tasks
-from cluster.view import WorkerState
-from model.runner import CacheSize
+from milliways.wire.errors import RefusalReason
+from milliways.wire.placement import ExpertId
+from milliways.wire.view import WorkerState
+from milliways.workers.core import CoreLimits, WorkerCore
 from tests.simulation.fake_model import FakeAttention, FakeExperts, fake_config
-from workers.core import CoreLimits, WorkerCore
 
 CONFIG = fake_config(num_layers=2)
 

@@ -3,12 +3,12 @@
 import jax
 import pytest
 
-from cluster.commands.status import format_status
-from cluster.config import WorkerSettings
-from cluster.errors import ConfigError, PlacementError, StartupError
-from cluster.placement import ExpertId, ShardPlan
-from workers.devices import LocalDevices, find_devices
-from workers.spreading import PartBytes
+from milliways.cluster.cli.commands.status import format_status
+from milliways.cluster.settings.config import WorkerSettings
+from milliways.wire.errors import ConfigError, PlacementError, StartupError
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.workers.devices import LocalDevices, find_devices
+from milliways.workers.spreading import PartBytes
 
 PARTS = PartBytes(end_bytes=10, layer_bytes=4, expert_bytes=3)
 PLAN = ShardPlan(

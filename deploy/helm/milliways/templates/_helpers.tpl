@@ -36,7 +36,7 @@ http_options:
 applications:
   - name: milliways
     route_prefix: /
-    import_path: cluster.app:app
+    import_path: milliways.cluster.ray.app:app
     args:
       {{- toYaml $config | nindent 6 }}
     deployments:

@@ -1,0 +1,1 @@
+"""What measures Milliways and breaks it; and how the demo model was made."""

@@ -1,0 +1,79 @@
+"""A cluster of its own for a run: `milliways serve` in a process, with ports that were free."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from milliways.cluster.ray.environment import FAULTS_VARIABLE, RunningCluster, find_running_by
+from milliways.cluster.settings.config import LOOPBACK
+from milliways.wire.errors import StartupError
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 30.0
+POLL_S = 0.2
+
+
+@contextmanager
+def local_cluster(arguments: Sequence[str]) -> Generator[RunningCluster]:
+    """Starts it, waits until a token can be made; ends it, and all that came of it.
+
+    Raises:
+        StartupError: it does not come up; says what it said.
+    """
+    http_port, grpc_port = _free_ports(2)
+    ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
+    command = [sys.executable, "-m", "milliways", "serve", *arguments, *ports]
+    with tempfile.TemporaryFile() as log:
+        # A session of its own: Ctrl-C is for us, who then end it in order.
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {FAULTS_VARIABLE: "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            yield _wait_until_ready(process)
+        except StartupError as error:
+            log.seek(0)
+            raise StartupError(f"{error}\n{log.read().decode(errors='replace')}") from error
+        finally:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]") -> RunningCluster:
+    until_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < until_s:
+        if process.poll() is not None:
+            raise StartupError(f"`milliways serve` ended with exit code {process.returncode}")
+        running = find_running_by(process.pid)
+        if running is not None and _is_ready(running.http):
+            return running
+        time.sleep(POLL_S)
+    raise StartupError(f"`milliways serve` is not ready within {START_TIMEOUT_S:g} s")
+
+
+def _is_ready(url: str) -> bool:
+    with suppress(URLError, OSError), urlopen(f"{url}/ready", timeout=10.0):
+        return True
+    return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -1,0 +1,149 @@
+"""Hands on a cluster on Ray: asks its controller, signals processes on whatever node they are."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from ray._private.state import actors
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from milliways.benchmarks.chaos.victims import Place, WorkerFacts
+from milliways.cluster.ray.controller_actor import find_controller
+from milliways.cluster.ray.fleet import NAMESPACE
+from milliways.wire.errors import StartupError
+from milliways.wire.view import ClusterView
+
+# Of the deployment in `milliways.cluster.ray.app`, whatever its application is called.
+INGRESS_NAME = "Ingress"
+PATIENCE_S = 60.0
+ANSWER_TIMEOUT_S = 15.0
+POLL_S = 0.1
+T = TypeVar("T")
+
+
+class RayHands:
+    """`Hands` for the cluster that this process has joined."""
+
+    def __init__(self) -> None:
+        self._own_node = ray.get_runtime_context().get_node_id()
+
+    def workers(self) -> Sequence[WorkerFacts]:
+        status: Any = self._ask("status")
+        return [WorkerFacts.of(w) for w in status["workers"] if w["state"] == "ready"]
+
+    def controller(self) -> Place:
+        node_id, pid = self._ask("whereabouts")
+        return Place(name="controller", node_id=node_id, pid=pid)
+
+    def ingress(self) -> Sequence[Place]:
+        places: list[Place] = []
+        for application in _serve_details()["applications"].values():
+            deployment = application["deployments"].get(INGRESS_NAME)
+            for replica in deployment["replicas"] if deployment else ():
+                if replica["state"] == "RUNNING":
+                    places += _alive(replica["actor_id"], f"ingress {replica['replica_id']}")
+        return places
+
+    def proxies(self) -> Sequence[Place]:
+        places: list[Place] = []
+        for proxy in _serve_details()["proxies"].values():
+            if proxy["status"] == "HEALTHY":
+                places += _alive(proxy["actor_id"], "proxy")
+        return places
+
+    def view(self) -> ClusterView:
+        return self._ask("view", -1, 0.0)
+
+    def config(self) -> Any:
+        """What the cluster was set up with."""
+        return self._ask("config")
+
+    def send(self, place: Place, number: signal.Signals) -> None:
+        self._at(place, lambda: signal_actor(place.pid, number))
+
+    def drop_replies(self, place: Place, count: int) -> int:
+        status: Any = self._ask("status")
+        lives = {w["worker_id"]: w["incarnation"] for w in status["workers"]}
+        try:
+            actor = ray.get_actor(f"{place.name}-{lives[place.name]}", namespace=NAMESPACE)
+            num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)
+        except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
+            raise StartupError(f"{place.name} loses no replies: {error}") from error
+        return num_lost
+
+    def limit_files(self, place: Place, max_bytes: int | None) -> None:
+        self._at(place, lambda: limit_files(place.pid, max_bytes))
+
+    def _at(self, place: Place, act: Callable[[], None]) -> None:
+        """Does something on a node: at once on this one, else by a task there."""
+        if place.node_id == self._own_node:
+            act()
+            return
+        there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        remote: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy=there)
+        ray.get(remote.remote(act), timeout=PATIENCE_S)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """What the controller says; waits for a new one where it is being made anew.
+
+        Raises:
+            StartupError: none answers.
+        """
+        until_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                reference = getattr(find_controller(), method).remote(*arguments)
+                return ray.get(reference, timeout=ANSWER_TIMEOUT_S)
+            except (ValueError, RayActorError, RayTaskError, GetTimeoutError) as error:
+                if time.monotonic() > until_s:
+                    raise StartupError(f"no controller answers: {error}") from error
+            time.sleep(POLL_S)
+
+
+def _serve_details() -> Any:
+    """All that Serve knows of its replicas and proxies."""
+    client: Any = _get_global_client()
+    return client.get_serve_details()
+
+
+def _alive(actor_id: str, name: str) -> list[Place]:
+    """Where an actor is; nothing once it is dead, of which Serve hears later than Ray."""
+    actor: Any = actors(actor_id)
+    if actor.get("State") != "ALIVE":
+        return []
+    return [Place(name=name, node_id=actor["Address"]["NodeID"], pid=actor["Pid"])]
+
+
+def signal_actor(pid: int, number: signal.Signals) -> None:
+    """Signals an actor's process; never one whose number has passed on to another program."""
+    if _is_actor(pid):
+        os.kill(pid, number)
+
+
+def limit_files(pid: int, max_bytes: int | None) -> None:
+    """Sets how large files of a process may grow; what it may set itself stays as it is."""
+    if _is_actor(pid):
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        soft = hard if max_bytes is None else max_bytes
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _is_actor(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).cmdline()[0].startswith("ray::")
+    except (psutil.Error, IndexError):
+        return False
+
+
+def _call(act: Callable[[], None]) -> None:
+    act()

@@ -1,0 +1,108 @@
+"""Whom a fault hits, and when a cluster is whole again. Pure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milliways.benchmarks.chaos.faults import Fault
+from milliways.wire.placement import ExpertId
+from milliways.wire.view import ClusterView, WorkerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A process of the cluster."""
+
+    name: str
+    node_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFacts:
+    """What decides whether a fault would hit something in a worker."""
+
+    place: Place
+    num_experts: int
+    num_layers: int
+    is_router: bool
+    num_active_requests: int = 0
+    num_kv_blocks_used: int = 0
+
+    @classmethod
+    def of(cls, status: Mapping[str, Any]) -> "WorkerFacts":
+        """From what `milliways status` knows of a worker."""
+        router = status.get("router", {})
+        return cls(
+            place=Place(name=status["worker_id"], node_id=status["node"], pid=status["pid"]),
+            num_experts=len(status["experts"]),
+            num_layers=status.get("layers", [0, 0])[1],
+            is_router=bool(status.get("has_ends")),
+            num_active_requests=router.get("active_requests", 0),
+            num_kv_blocks_used=router.get("kv_blocks_used", 0),
+        )
+
+
+# Where every worker has a bit of all, the one in whom the fault hits most of what it names.
+_SUITS: Mapping[Fault, Callable[[WorkerFacts], tuple[bool, ...]]] = {
+    Fault.KILL_EXPERT: lambda w: (
+        w.num_experts > 0,
+        w.num_layers == 0,
+        w.num_active_requests == 0,
+    ),
+    Fault.KILL_ATTENTION: lambda w: (w.num_layers > 0, not w.is_router, w.num_kv_blocks_used > 0),
+    Fault.KILL_ROUTER: lambda w: (w.is_router, w.num_active_requests > 0),
+}
+
+
+def choose(fault: Fault, workers: Sequence[WorkerFacts], draw: int) -> Place | None:
+    """The victim among those that suit best; None where there is nobody."""
+    suits = _SUITS.get(fault, lambda w: (True,))
+    in_order = sorted(workers, key=lambda w: w.place.name)
+    best = max((suits(worker) for worker in in_order), default=(False,))
+    if not best[0]:
+        return None
+    candidates = [worker.place for worker in in_order if suits(worker) == best]
+    return candidates[draw % len(candidates)]
+
+
+@dataclass(frozen=True, slots=True)
+class Wholeness:
+    """How replicated a cluster was before anything was done to it."""
+
+    num_ready: int
+    num_routers: int
+    num_holders: Mapping[ExpertId, int]
+    # Processes that clients' connections go through.
+    num_ingress: int = 0
+    num_proxies: int = 0
+
+    @classmethod
+    def of(
+        cls, view: ClusterView, ingress: Sequence[Place] = (), proxies: Sequence[Place] = ()
+    ) -> "Wholeness":
+        """Of a view in which everything is well, and of who serves."""
+        experts = frozenset[ExpertId]().union(*(m.experts for m in view.members.values()))
+        return cls(
+            num_ready=_num_ready(view),
+            num_routers=len(view.routers()),
+            num_holders={expert_id: len(view.holders(expert_id)) for expert_id in experts},
+            num_ingress=len(ingress),
+            num_proxies=len(proxies),
+        )
+
+    def is_in(self, view: ClusterView) -> bool:
+        """Whether workers hold as much of everything."""
+        return (
+            _num_ready(view) >= self.num_ready
+            and len(view.routers()) >= self.num_routers
+            and all(len(view.holders(e)) >= count for e, count in self.num_holders.items())
+        )
+
+    def has_doors(self, ingress: Sequence[Place], proxies: Sequence[Place]) -> bool:
+        """Whether as many serve clients."""
+        return len(ingress) >= self.num_ingress and len(proxies) >= self.num_proxies
+
+
+def _num_ready(view: ClusterView) -> int:
+    return sum(member.state is WorkerState.READY for member in view.members.values())

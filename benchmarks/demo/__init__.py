@@ -1,0 +1,1 @@
+"""How the demo model was made: its language and its training."""

@@ -1,0 +1,187 @@
+"""What a hop of the data plane costs beside the least that it could: dispatch to a peer, and back.
+
+Four contestants echo the same bytes in the same run, taking turns: a blocking Unix socket, a bare
+grpc.aio stream, and our two links. Each is a pair of processes of `programs.run_hop`.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from milliways.benchmarks.speed.contestant import ContestantError
+from milliways.benchmarks.speed.rounds import rotated
+from milliways.benchmarks.speed.table import format_table
+
+CONTESTANTS = ("uds", "aio", "shm", "grpc")
+# Each of ours, what it is measured against, and how many times as long it may take.
+AIMS = {"shm": ("uds", 2.0), "grpc": ("aio", 1.15)}
+NUM_TOKENS = (1, 32, 256)
+_TITLES = {
+    "uds": "Unix socket, blocking: floor",
+    "shm": "shared memory link",
+    "aio": "grpc.aio stream, bare: floor",
+    "grpc": "gRPC link",
+}
+
+_PROGRAM = "milliways.benchmarks.speed.programs.run_hop"
+_NUM_WARM_UP_CALLS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """All round trips of one contestant with so many tokens each way."""
+
+    contestant: str
+    num_tokens: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median_us(self) -> float:
+        return median(self.seconds) * 1e6
+
+    @property
+    def least_us(self) -> float:
+        return min(self.seconds) * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class HopRatio:
+    """One of ours beside its floor; `ratio` is the median over the rounds of medians' ratios."""
+
+    contestant: str
+    floor: str
+    num_tokens: int
+    ratio: float
+    aim: float
+
+    @property
+    def is_reached(self) -> bool:
+        return self.ratio <= self.aim
+
+
+@dataclass(frozen=True, slots=True)
+class HopFigures:
+    """Everything a run measured."""
+
+    hops: tuple[Hop, ...]
+    ratios: tuple[HopRatio, ...]
+
+    def find(self, contestant: str, num_tokens: int) -> Hop:
+        """The figures of one contestant at one size."""
+        wanted = (contestant, num_tokens)
+        return next(hop for hop in self.hops if (hop.contestant, hop.num_tokens) == wanted)
+
+    def ratio(self, contestant: str, num_tokens: int) -> HopRatio:
+        """What one of ours takes at one size, in parts of its floor."""
+        wanted = (contestant, num_tokens)
+        return next(r for r in self.ratios if (r.contestant, r.num_tokens) == wanted)
+
+
+# Contestant, tokens, calls: the seconds of each call.
+Ask = Callable[[str, int, int], list[float]]
+
+
+def measure_hops(
+    num_rounds: int = 10, calls_per_round: int = 50, num_tokens: Sequence[int] = NUM_TOKENS
+) -> HopFigures:
+    """Starts all contestants, and has them take turns.
+
+    Raises:
+        ContestantError: one of them does not answer.
+    """
+    with ExitStack() as stack:
+        programs = {name: stack.enter_context(_started(name)) for name in CONTESTANTS}
+
+        def ask(contestant: str, tokens: int, calls: int) -> list[float]:
+            return _ask(programs[contestant], tokens, calls)
+
+        return take_turns(ask, num_rounds, calls_per_round, num_tokens)
+
+
+def take_turns(
+    ask: Ask, num_rounds: int, calls_per_round: int, num_tokens: Sequence[int]
+) -> HopFigures:
+    """Rounds of all contestants at all sizes, each round beginning with another one."""
+    rounds: dict[tuple[str, int], list[list[float]]] = {}
+    for tokens in num_tokens:
+        for contestant in CONTESTANTS:
+            ask(contestant, tokens, _NUM_WARM_UP_CALLS)
+        for turn in range(num_rounds):
+            for contestant in rotated(CONTESTANTS, turn):
+                seconds = ask(contestant, tokens, calls_per_round)
+                rounds.setdefault((contestant, tokens), []).append(seconds)
+    hops = [
+        Hop(contestant, tokens, tuple(second for seconds in all_seconds for second in seconds))
+        for (contestant, tokens), all_seconds in rounds.items()
+    ]
+    ratios = [
+        HopRatio(ours, floor, tokens, _ratio(rounds[ours, tokens], rounds[floor, tokens]), aim)
+        for tokens in num_tokens
+        for ours, (floor, aim) in AIMS.items()
+    ]
+    return HopFigures(tuple(hops), tuple(ratios))
+
+
+def format_hops(figures: HopFigures) -> str:
+    """A Markdown table: microseconds there and back, and ours in parts of their floors."""
+    sizes = list(dict.fromkeys(hop.num_tokens for hop in figures.hops))
+    rows: list[list[str]] = []
+    for ours, (floor, aim) in AIMS.items():
+        for name in (floor, ours):
+            hops = [figures.find(name, size) for size in sizes]
+            cells = [f"{hop.median_us:.0f} ({hop.least_us:.0f})" for hop in hops]
+            rows.append([_TITLES[name], *cells])
+        ratios = [figures.ratio(ours, size) for size in sizes]
+        cells = [f"{r.ratio:.2f}{'' if r.is_reached else ' (missed)'}" for r in ratios]
+        rows.append([f"times its floor, aim {aim:g}", *cells])
+    return format_table(["µs, median (least)", *map(_size_title, sizes)], rows)
+
+
+def hops_to_json(figures: HopFigures) -> dict[str, Any]:
+    """Every sample, and what became of the aims."""
+    return {
+        "seconds": {
+            f"{hop.contestant} {hop.num_tokens}": list(hop.seconds) for hop in figures.hops
+        },
+        "ratios": [asdict(ratio) for ratio in figures.ratios],
+    }
+
+
+def _size_title(num_tokens: int) -> str:
+    return f"{num_tokens} token{'s' if num_tokens > 1 else ''}"
+
+
+def _ratio(ours: list[list[float]], floor: list[list[float]]) -> float:
+    # Round by round: both of a round had the same weather.
+    return median(median(a) / median(b) for a, b in zip(ours, floor, strict=True))
+
+
+@contextmanager
+def _started(contestant: str) -> Generator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", _PROGRAM, "client", contestant]
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert program.stdin is not None and program.stdout is not None
+    try:
+        if not program.stdout.readline():
+            raise ContestantError(f"{contestant} did not start")
+        yield program
+    finally:
+        # It ends with its input, and takes its server with it.
+        program.stdin.close()
+        program.stdout.close()
+        program.wait()
+
+
+def _ask(program: subprocess.Popen[str], num_tokens: int, num_calls: int) -> list[float]:
+    assert program.stdin is not None and program.stdout is not None
+    program.stdin.write(json.dumps({"tokens": num_tokens, "calls": num_calls}) + "\n")
+    program.stdin.flush()
+    line = program.stdout.readline()
+    if not line:
+        raise ContestantError(f"no answer at {num_tokens} tokens")
+    return json.loads(line)["seconds"]

@@ -1,0 +1,120 @@
+"""Clients of a served cluster, one for each door: they note when tokens come, and no more."""
+
+import http.client
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import grpc
+
+from milliways.benchmarks.speed.serving import Timeline
+from milliways.v1 import generate_pb2, router_pb2, sampling_pb2
+
+_TIMEOUT_S = 120.0
+_ROUTE = "/milliways.v1.RouterService/Route"
+_GENERATE = "/milliways.v1.GenerateService/Generate"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The request that goes through all doors."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+
+
+class RouterDoorClient:
+    """The stream that the ingress has."""
+
+    def __init__(self, address: str, ask: Ask) -> None:
+        self._ask = ask
+        self._numbers = count()
+        self._call: Any = grpc.insecure_channel(address).unary_stream(
+            _ROUTE,
+            request_serializer=router_pb2.RouteRequest.SerializeToString,
+            response_deserializer=router_pb2.RouteResponse.FromString,
+        )
+
+    def __call__(self) -> Timeline:
+        request = router_pb2.RouteRequest(
+            request_id=f"bench-{next(self._numbers)}",
+            prompt_token_ids=self._ask.prompt_ids,
+            max_tokens=self._ask.max_tokens,
+            sampling=_greedy(),
+            ignore_eos=True,
+        )
+        return _timed(self._ask, _with_events(self._call, request))
+
+
+class GrpcDoorClient:
+    """The public service."""
+
+    def __init__(self, address: str, ask: Ask) -> None:
+        self._ask = ask
+        self._call: Any = grpc.insecure_channel(address).unary_stream(
+            _GENERATE,
+            request_serializer=generate_pb2.GenerateRequest.SerializeToString,
+            response_deserializer=generate_pb2.GenerateResponse.FromString,
+        )
+
+    def __call__(self) -> Timeline:
+        request = generate_pb2.GenerateRequest(
+            tokens=generate_pb2.TokenIds(token_ids=self._ask.prompt_ids),
+            max_tokens=self._ask.max_tokens,
+            sampling=_greedy(),
+            ignore_eos=True,
+        )
+        return _timed(self._ask, _with_events(self._call, request))
+
+
+class HttpDoorClient:
+    """`/v1/completions`, streaming, over a connection that is kept."""
+
+    def __init__(self, address: str, model: str, ask: Ask) -> None:
+        self._ask = ask
+        self._connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
+        body = {
+            "model": model,
+            "prompt": list(ask.prompt_ids),
+            "max_tokens": ask.max_tokens,
+            "temperature": 0,
+            "seed": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        self._body = json.dumps(body)
+
+    def __call__(self) -> Timeline:
+        return _timed(self._ask, self._chunks())
+
+    def _chunks(self) -> Iterator[None]:
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("POST", "/v1/completions", self._body, headers)
+        response = self._connection.getresponse()
+        if response.status != http.client.OK:
+            raise RuntimeError(f"HTTP {response.status}: {response.read().decode()}")
+        while line := response.readline():
+            if line.startswith(b"data: {"):
+                yield None
+
+
+def _timed(ask: Ask, tokens: Iterator[None]) -> Timeline:
+    """The last token is always seen; some between may come together, or show nothing."""
+    begin_s = time.perf_counter()
+    times = [time.perf_counter() - begin_s for _ in tokens]
+    if not times:
+        raise RuntimeError("no token came")
+    return Timeline(times[0], times[-1], ask.max_tokens)
+
+
+def _with_events(call: Any, request: Any) -> Iterator[None]:
+    for response in call(request, timeout=_TIMEOUT_S):
+        if response.events:
+            yield None
+
+
+def _greedy() -> sampling_pb2.SamplingParams:
+    return sampling_pb2.SamplingParams(temperature=0.0, seed=0)

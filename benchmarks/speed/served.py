@@ -1,0 +1,113 @@
+"""A `milliways serve` of its own for a measurement: free ports, and folders that go with it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from milliways.cluster.settings.config import LOOPBACK
+from milliways.wire.errors import StartupError
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 20.0
+STATUS_TIMEOUT_S = 120.0
+_POLL_S = 0.2
+_NUM_LOG_LINES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Where a running cluster's doors are."""
+
+    http: str
+    grpc: str
+    routers: tuple[str, ...]
+
+
+@contextmanager
+def serving(model: str, num_workers: int, work_dir: Path) -> Generator[Served]:
+    """Runs a cluster as a user would.
+
+    Raises:
+        StartupError: it does not come up.
+    """
+    http_port, grpc_port = _free_ports(2)
+    flags = ["--model", model, "--workers", str(num_workers)]
+    flags += ["--port", str(http_port), "--grpc-port", str(grpc_port)]
+    environment = _environment(work_dir)
+    log_path = work_dir / "serve.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "milliways", "serve", *flags],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        _wait_until_ready(f"http://{LOOPBACK}:{http_port}/ready", process, log_path)
+        routers = routers_of(_status(environment))
+        yield Served(f"{LOOPBACK}:{http_port}", f"{LOOPBACK}:{grpc_port}", routers)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def routers_of(status: dict[str, Any]) -> tuple[str, ...]:
+    """Addresses of the workers that take requests."""
+    addresses = (worker.get("router_address", "") for worker in status["workers"])
+    return tuple(address for address in addresses if address)
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
+    until_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < until_s and process.poll() is None:
+        try:
+            with urlopen(url, timeout=10.0):
+                return
+        except (URLError, OSError):
+            time.sleep(_POLL_S)
+    lines = log_path.read_text("utf-8", errors="replace").strip().splitlines()
+    raise StartupError(" / ".join(["the cluster is not ready", *lines[-_NUM_LOG_LINES:]]))
+
+
+def _status(environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "milliways", "status", "--json"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, timeout=STATUS_TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        raise StartupError(f"no status: {done.stderr.decode(errors='replace').strip()}")
+    return json.loads(done.stdout)
+
+
+def _environment(work_dir: Path) -> dict[str, str]:
+    return os.environ | {
+        # A cluster that the user runs beside it keeps its name in `milliways status`.
+        "XDG_CACHE_HOME": str(work_dir / "cache"),
+    }
+
+
+def _free_ports(num_ports: int) -> list[int]:
+    probes = [socket.socket() for _ in range(num_ports)]
+    try:
+        for probe in probes:
+            probe.bind((LOOPBACK, 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,22 @@
+"""`milliways drain`: moves a worker's work away, then stops it or starts it anew."""
+
+import argparse
+
+from milliways.cluster.cli.commands.status import ask_controller
+from milliways.cluster.settings.config import WorkerSettings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("worker", metavar="WORKER", help="as `milliways status` names it")
+    parser.add_argument(
+        "--restart", action="store_true", help="start it anew; one after another: a rolling restart"
+    )
+    parser.add_argument("--address", metavar="RAY", help="Ray cluster [the one you started last]")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Has the controller drain; returns when the worker is stopped, or ready again."""
+    timeout_s = WorkerSettings().load_timeout_s
+    ask_controller(options.address, "drain", options.worker, options.restart, timeout_s=timeout_s)
+    print(f"{options.worker} was {'restarted' if options.restart else 'stopped'}")

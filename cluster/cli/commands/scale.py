@@ -1,0 +1,20 @@
+"""`milliways scale`: grows or shrinks a running cluster without a failed request."""
+
+import argparse
+
+from milliways.cluster.cli.commands.status import ask_controller
+from milliways.cluster.settings.config import WorkerSettings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument("--workers", type=int, required=True, metavar="N", help="to have")
+    parser.add_argument("--address", metavar="RAY", help="Ray cluster [the one you started last]")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Has the controller grow or shrink; returns when the new placement is served."""
+    # The bounds of the setting hold for the command.
+    settings = WorkerSettings(count=options.workers)
+    ask_controller(options.address, "scale", options.workers, timeout_s=settings.load_timeout_s)
+    print(f"{options.workers} workers")

@@ -1,0 +1,107 @@
+"""The `milliways` command: parses arguments, calls the composition roots, prints.
+
+    milliways generate PROMPT   continues a prompt, streaming
+    milliways logits            writes the logits of given tokens, to compare implementations
+    milliways inspect PATH      what a checkpoint holds, and what it needs
+    milliways plan              which worker would hold what
+    milliways serve             starts a cluster and its endpoint
+    milliways status            who is in the cluster, what each holds and does
+    milliways scale             grows or shrinks a running cluster
+    milliways drain WORKER      moves a worker's work away, then stops or restarts it
+    milliways chaos             breaks a cluster under load, and compares every token
+    milliways bench             how fast we are, beside other engines and the machine's limits
+
+Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
+130 interrupted.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from typing import cast
+
+from milliways.model.errors import InvalidRequestError, ModelError
+from milliways.runtime.user_cache import keep_programs
+from milliways.wire.errors import ClusterError
+
+COMMANDS = {
+    "generate": "continue a prompt",
+    "logits": "write the logits of given tokens to a file",
+    "inspect": "show tensors, parameters, bytes, and memory for N workers",
+    "plan": "show which worker would hold what, without starting anything",
+    "serve": "start a cluster and its HTTP and gRPC endpoint",
+    "status": "show the workers of a running cluster",
+    "scale": "grow or shrink a running cluster",
+    "drain": "move a worker's work away, then stop it or start it anew",
+    "chaos": "break a cluster under load and compare every token with the undisturbed run",
+    "bench": "measure speed, beside other engines and the limits of the machine",
+}
+
+EXIT_UNUSABLE = 1
+EXIT_BAD_REQUEST = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `milliways` command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    speak_utf8()
+    keep_programs()
+    options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+        sys.stdout.flush()
+    except InvalidRequestError as error:
+        return _fail(error, EXIT_BAD_REQUEST)
+    except (ModelError, ClusterError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            return _abandon_stdout()
+        return _fail(error, EXIT_UNUSABLE)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The command line. Only the chosen command is imported: not every one needs JAX."""
+    parser = argparse.ArgumentParser(
+        prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
+    )
+    parser.add_argument("--version", action="version", version=version("milliways"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        if name == chosen:
+            module = import_module(f"milliways.cluster.cli.commands.{name}")
+            module.add_options(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def speak_utf8() -> None:
+    """Text is UTF-8 whatever the locale says: tokens are, and a model may write any character."""
+    # What comes in broken reaches the tokenizer, which refuses it by name.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "strict")):
+        if isinstance(stream, io.TextIOWrapper):
+            cast("io.TextIOWrapper", stream).reconfigure(encoding="utf-8", errors=errors)
+
+
+def _fail(error: Exception, exit_code: int) -> int:
+    print(f"milliways: {error}", file=sys.stderr)
+    return exit_code
+
+
+def _abandon_stdout() -> int:
+    """The reader went away: give the interpreter something else to flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

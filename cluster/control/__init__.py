@@ -1,0 +1,1 @@
+"""The decisions of the controller: membership, placement, supervision."""

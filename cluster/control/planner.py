@@ -1,0 +1,355 @@
+"""Which worker holds what: a pure plan from sizes, memory, load and policy.
+
+`plan` decides in this order:
+
+1. Attention: all layers on every worker, or a run of layers on each (`AttentionCut`). What it and
+   its KV cache leave free is for experts.
+2. How many expert replicas each worker holds: as even as memory allows, and on no node so many that
+   it would have all replicas of an expert.
+3. Which: dealt out of a circle in which layers and loads alternate.
+
+A plan is data. Nothing here loads, starts or measures anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from milliways.wire.errors import PlacementError
+from milliways.wire.placement import BYTES_PER_GB, AttentionShard, ExpertId, ModelBytes, ShardPlan
+
+DEFAULT_KV_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMemory:
+    """A worker to plan for: what it may use, and the node that it would die with."""
+
+    worker_id: str
+    node_id: str
+    memory_bytes: int
+    # Whether it may hold attention, and so route requests; else it has experts only.
+    takes_attention: bool = True
+
+
+class AttentionCut(Enum):
+    """REPLICATED spreads sequences over workers, LAYERS sends a sequence through all of them.
+
+    AUTO replicates where memory allows it.
+    """
+
+    AUTO = "auto"
+    REPLICATED = "replicated"
+    LAYERS = "layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementPolicy:
+    """How to place. `kv_tokens` are positions to keep room for on each attention shard.
+
+    `spread_nodes` refuses a plan in which one node holds all replicas of an expert, where there are
+    two nodes and two replicas.
+    """
+
+    expert_replicas: int = 1
+    attention: AttentionCut = AttentionCut.AUTO
+    kv_tokens: int = DEFAULT_KV_TOKENS
+    spread_nodes: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """What one worker holds, and what that takes of its memory."""
+
+    worker: WorkerMemory
+    attention: AttentionShard
+    experts: tuple[ExpertId, ...]
+    attention_bytes: int
+    kv_bytes: int
+    end_bytes: int
+    expert_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        return self.attention_bytes + self.kv_bytes + self.end_bytes + self.expert_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.worker.memory_bytes - self.used_bytes
+
+    @property
+    def shards(self) -> ShardPlan:
+        """What the worker shall load: the plan without its arithmetic."""
+        shard = self.attention
+        return ShardPlan(
+            first_layer=shard.first_layer,
+            num_layers=shard.num_layers,
+            has_ends=shard.has_ends,
+            experts=frozenset(self.experts),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All workers' plans, in the order the workers were given, under one epoch."""
+
+    placement_epoch: int
+    workers: tuple[WorkerPlan, ...]
+
+    def replicas(self, expert_id: ExpertId) -> tuple[str, ...]:
+        """The workers that hold an expert."""
+        return tuple(w.worker.worker_id for w in self.workers if expert_id in w.experts)
+
+
+def plan(
+    model: ModelBytes,
+    workers: Sequence[WorkerMemory],
+    policy: PlacementPolicy,
+    expert_load: Mapping[ExpertId, float] | None = None,
+    placement_epoch: int = 1,
+    attention: Sequence[AttentionShard] | None = None,
+) -> Placement:
+    """Places a model on workers; equal inputs give equal plans.
+
+    `attention` are shards that stay as they are, one for each worker.
+
+    Raises:
+        PlacementError: the workers cannot hold it; says what is needed, there, and short.
+    """
+    _check(model, workers, policy)
+    cuts = [attention] if attention else _attention_cuts(model, workers, policy.attention)
+    for shards in cuts:
+        fixed = [fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
+        num_slots = _slots(model, workers, fixed)
+        needed = model.num_layers * model.num_experts * policy.expert_replicas
+        if num_slots is not None and sum(num_slots) >= needed:
+            counts = _counts(workers, num_slots, needed, policy)
+            held = _deal(model, workers, counts, expert_load or {})
+            return Placement(
+                placement_epoch=placement_epoch,
+                workers=tuple(
+                    _worker_plan(model, worker, shard, experts, policy.kv_tokens)
+                    for worker, shard, experts in zip(workers, shards, held, strict=True)
+                ),
+            )
+    raise PlacementError(_shortage(model, workers, policy))
+
+
+def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> None:
+    if not workers:
+        raise PlacementError("there are no workers")
+    ids = [worker.worker_id for worker in workers]
+    if len(set(ids)) < len(ids):
+        raise PlacementError("two workers have one worker_id")
+    if not any(worker.takes_attention for worker in workers):
+        raise PlacementError("nobody would hold attention: every worker is for experts only")
+    if not 1 <= policy.expert_replicas <= len(workers):
+        raise PlacementError(
+            f"expert_replicas = {policy.expert_replicas}: between 1 and the number of workers,"
+            f" {len(workers)}; two replicas on one worker would die together"
+        )
+    if policy.kv_tokens < 1:
+        raise PlacementError(f"kv_tokens = {policy.kv_tokens}: at least 1")
+
+
+def _attention_cuts(
+    model: ModelBytes, workers: Sequence[WorkerMemory], cut: AttentionCut
+) -> list[Sequence[AttentionShard]]:
+    """The cuts to try, the best first."""
+    whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
+    num_takers = sum(worker.takes_attention for worker in workers)
+    cuts: list[Sequence[AttentionShard]] = []
+    if cut is not AttentionCut.LAYERS:
+        cuts.append((whole,) * num_takers)
+    if cut is not AttentionCut.REPLICATED:
+        cuts.append(_cut_layers(model.num_layers, num_takers))
+    return [_given_to_takers(model, workers, shards) for shards in cuts]
+
+
+def _given_to_takers(
+    model: ModelBytes, workers: Sequence[WorkerMemory], shards: Sequence[AttentionShard]
+) -> list[AttentionShard]:
+    """A shard for each worker: in their order for those that take one, an empty one for others."""
+    left = iter(shards)
+    none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
+    return [next(left) if worker.takes_attention else none for worker in workers]
+
+
+def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
+    """Runs as even as can be; what leaves the last comes back to the first for its logits.
+
+    Workers beyond the number of layers have only experts.
+    """
+    shards: list[AttentionShard] = []
+    first = 0
+    for i in range(num_workers):
+        count = num_layers // num_workers + (i < num_layers % num_workers)
+        shards.append(AttentionShard(first_layer=first, num_layers=count, has_ends=i == 0))
+        first += count
+    return tuple(shards)
+
+
+def fixed_bytes(model: ModelBytes, shard: AttentionShard, kv_tokens: int) -> int:
+    """What a worker needs before any expert: its attention and its KV cache."""
+    kv_bytes = shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens
+    ends = model.end_bytes if shard.has_ends else 0
+    return shard.num_layers * model.attention_layer_bytes + kv_bytes + ends
+
+
+def _slots(
+    model: ModelBytes, workers: Sequence[WorkerMemory], fixed: Sequence[int]
+) -> list[int] | None:
+    """How many experts fit beside the attention of each; None if one cannot even hold that.
+
+    No worker holds an expert twice.
+    """
+    left = [w.memory_bytes - taken for w, taken in zip(workers, fixed, strict=True)]
+    if min(left) < 0:
+        return None
+    most = model.num_layers * model.num_experts
+    return [min(most, space // model.expert_bytes) for space in left]
+
+
+def _counts(
+    workers: Sequence[WorkerMemory],
+    num_slots: Sequence[int],
+    needed: int,
+    policy: PlacementPolicy,
+) -> list[int]:
+    """How many experts each worker will hold: evenly, but for a node that would then hold too many.
+
+    Of R replicas a node may hold R - 1. At most one node can be above that.
+    """
+    counts = _level(num_slots, needed)
+    if not _must_spread(workers, policy):
+        return counts
+    most = needed // policy.expert_replicas * (policy.expert_replicas - 1)
+    for node_id in dict.fromkeys(worker.node_id for worker in workers):
+        here = [i for i, worker in enumerate(workers) if worker.node_id == node_id]
+        elsewhere = [i for i, worker in enumerate(workers) if worker.node_id != node_id]
+        if sum(counts[i] for i in here) <= most:
+            continue
+        if sum(num_slots[i] for i in elsewhere) < needed - most:
+            raise PlacementError(
+                f"node {node_id!r} would hold all replicas of an expert: the other nodes have room"
+                f" for {sum(num_slots[i] for i in elsewhere)} of {needed - most} experts"
+            )
+        for group, total in ((here, most), (elsewhere, needed - most)):
+            for i, count in zip(group, _level([num_slots[i] for i in group], total), strict=True):
+                counts[i] = count
+    return counts
+
+
+def _must_spread(workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> bool:
+    num_nodes = len({worker.node_id for worker in workers})
+    return policy.spread_nodes and policy.expert_replicas > 1 and num_nodes > 1
+
+
+def _level(num_slots: Sequence[int], needed: int) -> list[int]:
+    """Fills workers evenly until `needed` are placed, the small ones up to their brim."""
+    counts = [0] * len(num_slots)
+    # From the smallest worker up: it takes its share of the rest, or all it can.
+    for rank, i in enumerate(sorted(range(len(num_slots)), key=lambda i: num_slots[i])):
+        share = -(-needed // (len(num_slots) - rank))
+        counts[i] = min(num_slots[i], share)
+        needed -= counts[i]
+    assert needed == 0
+    return counts
+
+
+def _deal(
+    model: ModelBytes,
+    workers: Sequence[WorkerMemory],
+    counts: Sequence[int],
+    load: Mapping[ExpertId, float],
+) -> list[list[ExpertId]]:
+    """Deals all experts in a circle, as often round as there are replicas, worker after worker.
+
+    Whoever takes at most one round takes no expert twice. The workers of a node follow one another,
+    so a node that takes at most R - 1 rounds never has all R replicas of an expert.
+    """
+    circle = _circle(model, load, experts_each=sum(counts) / len(workers))
+    held: list[list[ExpertId]] = [[] for _ in workers]
+    place = 0
+    for i in _node_after_node(workers):
+        held[i] = [circle[(place + j) % len(circle)] for j in range(counts[i])]
+        place += counts[i]
+    return held
+
+
+def _circle(
+    model: ModelBytes, load: Mapping[ExpertId, float], experts_each: float
+) -> list[ExpertId]:
+    """Every expert once, so that any run of them spreads over layers and over loads.
+
+    Neighbours are of different layers: whoever takes a run has as many experts of each layer as of
+    any other, but for one. A worker takes about `experts_each`; in each layer the hottest experts
+    lie that far apart.
+    """
+    layers = range(model.num_layers)
+    by_load = [
+        sorted(
+            (ExpertId(layer, expert) for expert in range(model.num_experts)),
+            key=lambda expert_id: (-load.get(expert_id, 0.0), expert_id),
+        )
+        for layer in layers
+    ]
+    step = max(1, round(model.num_layers * model.num_experts / experts_each))
+    ranks = [rank for first in range(step) for rank in range(first, model.num_experts, step)]
+    return [by_load[layer][rank] for rank in ranks for layer in layers]
+
+
+def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
+    """The workers' places, those of one node together."""
+    nodes = list(dict.fromkeys(worker.node_id for worker in workers))
+    return sorted(range(len(workers)), key=lambda i: nodes.index(workers[i].node_id))
+
+
+def _worker_plan(
+    model: ModelBytes,
+    worker: WorkerMemory,
+    shard: AttentionShard,
+    experts: Sequence[ExpertId],
+    kv_tokens: int,
+) -> WorkerPlan:
+    return WorkerPlan(
+        worker=worker,
+        attention=shard,
+        experts=tuple(sorted(experts)),
+        attention_bytes=shard.num_layers * model.attention_layer_bytes,
+        kv_bytes=shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens,
+        end_bytes=model.end_bytes if shard.has_ends else 0,
+        expert_bytes=len(experts) * model.expert_bytes,
+    )
+
+
+def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> str:
+    """The arithmetic of a refusal: of the bare weights if they do not fit, else of the plan."""
+    has = sum(worker.memory_bytes for worker in workers)
+    if model.total_bytes > has:
+        return f"needs {_gb(model.total_bytes)}, has {_sizes(workers)}: " + (
+            f"{_gb(model.total_bytes - has)} short"
+        )
+    shards = _attention_cuts(model, workers, policy.attention)[-1]
+    fixed = sum(fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
+    experts = policy.expert_replicas * model.all_experts_bytes
+    sums = (
+        f"needs {_gb(fixed + experts)} ({policy.expert_replicas} x {_gb(model.all_experts_bytes)}"
+        f" of experts, {_gb(fixed)} of attention, embedding and KV cache), has {_sizes(workers)}"
+    )
+    if fixed + experts > has:
+        return f"{sums}: {_gb(fixed + experts - has)} short"
+    return f"{sums}: enough in all, but experts of {_gb(model.expert_bytes)} do not fit the gaps"
+
+
+def _sizes(workers: Sequence[WorkerMemory]) -> str:
+    """8 x 32 GB, or 4 x 80 GB + 4 x 40 GB."""
+    sizes = [worker.memory_bytes for worker in workers]
+    distinct = dict.fromkeys(sizes)
+    return " + ".join(f"{sizes.count(size)} x {size / BYTES_PER_GB:g} GB" for size in distinct)
+
+
+def _gb(num_bytes: int) -> str:
+    if num_bytes < BYTES_PER_GB / 10:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / BYTES_PER_GB:.1f} GB"

@@ -1,0 +1,187 @@
+"""What each worker shall hold: from the workers that there are to the planner, and back."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from milliways.cluster.control.fleet import WorkerRecord, number_of
+from milliways.cluster.control.planner import (
+    AttentionCut,
+    PlacementPolicy,
+    WorkerMemory,
+    fixed_bytes,
+    plan,
+)
+from milliways.wire.errors import PlacementError
+from milliways.wire.placement import AttentionShard, ExpertId, ModelBytes, ShardPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerSettings:
+    """What is wanted of the cluster."""
+
+    num_workers: int
+    policy: PlacementPolicy
+    # 0: two where there are two workers, else one.
+    expert_replicas: int = 0
+    timeout_s: float = 5.0
+    # So long new workers may take to have a process.
+    start_timeout_s: float = 600.0
+    # Workers with lower numbers hold experts and no attention.
+    experts_only: int = 0
+
+
+def make_settings(
+    num_workers: int,
+    expert_replicas: int,
+    attention: str,
+    kv_tokens: int,
+    start_timeout_s: float = 600.0,
+    experts_only: int = 0,
+) -> ControllerSettings:
+    """Settings of the controller from those of the cluster."""
+    return ControllerSettings(
+        num_workers=num_workers,
+        expert_replicas=expert_replicas,
+        policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
+        start_timeout_s=start_timeout_s,
+        experts_only=experts_only,
+    )
+
+
+def planned(
+    model: ModelBytes,
+    settings: ControllerSettings,
+    records: Collection[WorkerRecord],
+    attention: Mapping[str, AttentionShard] | None = None,
+) -> dict[str, ShardPlan]:
+    """Shards for these workers, in the order of their numbers; `attention` are shards that stay.
+
+    Raises:
+        PlacementError: they cannot hold the model; says what is short.
+    """
+    workers: list[WorkerMemory] = []
+    for record in sorted(records, key=number):
+        assert record.spawned is not None
+        workers.append(
+            WorkerMemory(
+                worker_id=record.worker_id,
+                node_id=record.spawned.node_id,
+                memory_bytes=record.spawned.memory_bytes,
+                takes_attention=number(record) >= settings.experts_only,
+            )
+        )
+    policy = PlacementPolicy(
+        expert_replicas=settings.expert_replicas or min(2, len(workers)),
+        attention=settings.policy.attention,
+        kv_tokens=settings.policy.kv_tokens,
+        spread_nodes=settings.policy.spread_nodes,
+    )
+    kept = [attention[worker.worker_id] for worker in workers] if attention else None
+    placement = plan(model, workers, policy, attention=kept)
+    return {w.worker.worker_id: w.shards for w in placement.workers}
+
+
+def planned_anew(
+    model: ModelBytes, settings: ControllerSettings, records: Collection[WorkerRecord]
+) -> dict[str, ShardPlan]:
+    """As `planned`, where some have shards: attention stays where its keys and values are.
+
+    New ones get all of it where all have that, and none where it is cut by layers.
+
+    Raises:
+        PlacementError: they cannot hold the model; says what is short.
+    """
+    shards = {r.worker_id: r.shards for r in records if r.shards is not None}
+    if not shards:
+        return planned(model, settings, records)
+    if not is_cut(model, records):
+        policy = replace(settings.policy, attention=AttentionCut.REPLICATED)
+        return planned(model, replace(settings, policy=policy), records)
+    none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
+    attention = {record.worker_id: none for record in records}
+    attention |= {worker_id: attention_of(shard) for worker_id, shard in shards.items()}
+    return planned(model, settings, records, attention)
+
+
+def shared_out(
+    model: ModelBytes,
+    settings: ControllerSettings,
+    records: Collection[WorkerRecord],
+    experts: Collection[ExpertId],
+) -> dict[str, set[ExpertId]]:
+    """Who shall take over which experts: whoever has fewest, as long as its memory has room."""
+    shares: dict[str, set[ExpertId]] = {record.worker_id: set() for record in records}
+    held = {record.worker_id: len(record.held) for record in records}
+    room = {record.worker_id: _experts_that_fit(model, settings, record) for record in records}
+    for expert_id in sorted(experts):
+        open_to = [worker_id for worker_id in shares if held[worker_id] < room[worker_id]]
+        if not open_to:
+            break
+        least = min(open_to, key=lambda worker_id: held[worker_id])
+        shares[least].add(expert_id)
+        held[least] += 1
+    return shares
+
+
+def _experts_that_fit(model: ModelBytes, settings: ControllerSettings, record: WorkerRecord) -> int:
+    assert record.spawned is not None and record.shards is not None
+    fixed = fixed_bytes(model, attention_of(record.shards), settings.policy.kv_tokens)
+    return (record.spawned.memory_bytes - fixed) // model.expert_bytes
+
+
+def experts_of(model: ModelBytes) -> set[ExpertId]:
+    """All experts of a model."""
+    return {
+        ExpertId(layer, expert)
+        for layer in range(model.num_layers)
+        for expert in range(model.num_experts)
+    }
+
+
+def attention_of(shards: ShardPlan) -> AttentionShard:
+    """The attention shard among a worker's shards."""
+    return AttentionShard(
+        first_layer=shards.first_layer, num_layers=shards.num_layers, has_ends=shards.has_ends
+    )
+
+
+def is_cut(model: ModelBytes, records: Iterable[WorkerRecord]) -> bool:
+    """Whether attention is cut by layers: then a sequence's keys and values bind its shards."""
+    return any(
+        record.shards is not None and 0 < record.shards.num_layers < model.num_layers
+        for record in records
+    )
+
+
+def check_shrink(
+    model: ModelBytes, records: Iterable[WorkerRecord], leaving: Iterable[WorkerRecord]
+) -> None:
+    """Raises PlacementError where one that leaves holds what no other can take over."""
+    records, leaving = list(records), list(leaving)
+    attending = [r for r in records if r.shards is not None and r.shards.num_layers > 0]
+    stays_any = len(leaving) < len(records)
+    if stays_any and attending and all(record in leaving for record in attending):
+        names = ", ".join(record.worker_id for record in attending)
+        raise PlacementError(f"nobody else holds attention: {names} cannot leave")
+    if not is_cut(model, records):
+        return
+    for record in leaving:
+        if record.shards is not None and record.shards.num_layers > 0:
+            raise PlacementError(
+                f"{record.worker_id} holds layers of attention that no other worker has:"
+                " where attention is cut by layers, only workers without any can leave"
+            )
+
+
+def split(
+    records: Iterable[WorkerRecord], num_workers: int
+) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+    """Those that stay when there shall be so many, and those that leave: the last ones."""
+    in_order = sorted(records, key=number)
+    staying = [record for record in in_order if number(record) < num_workers]
+    return staying, [record for record in in_order if number(record) >= num_workers]
+
+
+def number(record: WorkerRecord) -> int:
+    """Of worker-7: 7."""
+    return number_of(record.worker_id)

@@ -1,0 +1,1 @@
+"""Puts a model, a router and a worker together in one process."""

@@ -1,0 +1,79 @@
+"""What goes between the router and the core of one process, past any message."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from milliways.router.router import Router
+from milliways.runtime.reactor import Reactor
+from milliways.wire.calls import Call, Fence, Refusal, Result, RunExperts, StoreBlocks
+from milliways.wire.errors import RefusalReason
+from milliways.workers.core import WorkerCore
+
+logger = logging.getLogger(__name__)
+
+# Calls with copies of KV blocks that the router has not looked at.
+MAX_WAITING_COPIES = 8
+
+
+class OwnCore:
+    """The core of this process, as its router calls it, in the router's thread.
+
+    At once, past the queue; except experts that routers of other processes ask for as well: in the
+    queue, calls of a layer meet, and their weights are read once for all.
+    """
+
+    def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
+        self._core = core
+        self._compute = compute
+        self._routing = routing
+
+    def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        if isinstance(call, RunExperts) and self._core.has_company(fence.router_id):
+            self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
+        else:
+            reply(self._core.compute_now(call, fence))
+
+    def router_gone(self, router_id: str) -> None:
+        self._core.router_gone(router_id)
+
+    def _queue(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        try:
+            self._core.submit(call, fence, reply)
+        except Exception as error:
+            logger.exception("the core failed to take a call of %s", fence.router_id)
+            reply(Refusal(RefusalReason.FAULT, repr(error)))
+
+    def _post(self, reply: Callable[[Result], None], result: Result) -> None:
+        self._routing.post(lambda: reply(result))
+
+
+class OwnBlocks:
+    """The blocks of this process' router, as the core gives copies to them, in its own thread."""
+
+    def __init__(self, router: Router, compute: Reactor, routing: Reactor) -> None:
+        self._router = router
+        self._compute = compute
+        self._routing = routing
+        self._num_waiting = 0
+
+    def keep(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
+        """Has the router take them in when it has a turn; too many are refused at once."""
+        if self._num_waiting >= MAX_WAITING_COPIES:
+            text = f"{self._num_waiting} calls with copies wait"
+            reply(Refusal(RefusalReason.OVERLOADED, text))
+            return
+        self._num_waiting += 1
+        self._routing.post(lambda: self._store(call, reply))
+
+    def _store(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
+        try:
+            result = self._router.store_blocks(call)
+        except Exception as error:
+            logger.exception("the router failed to take copies in")
+            result = Refusal(RefusalReason.FAULT, repr(error))
+        self._compute.post(lambda: self._answer(reply, result))
+
+    def _answer(self, reply: Callable[[Result], None], result: Result) -> None:
+        self._num_waiting -= 1
+        reply(result)

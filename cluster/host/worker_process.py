@@ -1,0 +1,460 @@
+"""Composition root of a worker: its core, shards, router and doors, on two threads.
+
+    compute thread   the core: experts and attention for other processes, gRPC, shared memory
+    router thread    sequences, steps, the shards of this process by direct call, gRPC
+
+Life: `start` opens the doors (the core refuses everything yet), `load` reads shards and makes it
+READY, `publish` gives the router a view, `fence` has the core refuse older ones. All of these are
+called from other threads, and go through the reactors.
+"""
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from milliways.cluster.control.fleet import Existing, Spawned
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.cluster.host.own_calls import OwnBlocks, OwnCore
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.model.activations import Activations
+from milliways.model.block_pool import BlockPool
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
+from milliways.model.detokenizer import IncrementalDetokenizer
+from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.ops.select import KernelChoice, Residence, select_ops
+from milliways.model.runner import CacheSize
+from milliways.model.tokenizer import Tokenizer
+from milliways.router.block_copies import NO_COPIES
+from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.links.connect import Connector
+from milliways.router.links.direct_link import DirectLink
+from milliways.router.links.link_table import LinkTable
+from milliways.router.pipeline import Pipeline
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import Detokenizer, NoText
+from milliways.router.router import Listener, Router, RouterLimits
+from milliways.router.scheduler import SchedulerLimits
+from milliways.router.server import RouterDoor
+from milliways.runtime.clock import SystemClock
+from milliways.runtime.hosted_loop import AsyncioLoop
+from milliways.runtime.malloc import keep_freed_blocks
+from milliways.runtime.reactor import Reactor
+from milliways.runtime.tasks import Pending
+from milliways.wire.limits import LinkLimits
+from milliways.wire.links import WorkerLink
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.shm import local_host_id
+from milliways.wire.view import ClusterView, Member, WorkerState
+from milliways.workers.attention import AttentionShard
+from milliways.workers.core import WorkerCore
+from milliways.workers.devices import Device, LocalDevices, find_devices
+from milliways.workers.experts import ExpertGroup, ExpertShard
+from milliways.workers.kv_arrays import KvArrays
+from milliways.workers.loading import ShardLoader, shares_now
+from milliways.workers.servers.grpc_server import DoorPlate, GrpcServer
+from milliways.workers.servers.intake import Presence
+from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.spreading import DeviceShare, PartBytes
+from milliways.workers.warm_up import warm_up
+
+logger = logging.getLogger(__name__)
+
+CONTEXTS_BY_DEFAULT = 8
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+DROP_TIMEOUT_S = 5.0
+DROP_POLL_S = 0.01
+Fault = Callable[[BaseException], None]
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """Bytes of the checkpoint read, of those that the shards take; for other threads to look at."""
+
+    bytes_read: int = 0
+    bytes_wanted: int = 0
+
+
+@dataclass(slots=True)
+class Rates:
+    """Tokens over the last seconds."""
+
+    window_s: float = 10.0
+    marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+
+    def per_s(self, num_tokens: int) -> float:
+        """Notes a count and returns its growth a second within the window."""
+        now_s = time.monotonic()
+        self.marks = [m for m in self.marks if now_s - m[0] <= self.window_s]
+        self.marks.append((now_s, num_tokens))
+        first_s, first = self.marks[0]
+        return (num_tokens - first) / (now_s - first_s) if now_s > first_s else 0.0
+
+
+def kv_tokens_of(config: ClusterConfig, model: ModelConfig) -> int:
+    """Positions of KV cache on an attention shard."""
+    return config.workers.kv_tokens or CONTEXTS_BY_DEFAULT * model.sequence_len
+
+
+def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
+    """The KV arrays of an attention shard."""
+    block_size = config.workers.block_size
+    return CacheSize(
+        num_blocks=-(-kv_tokens_of(config, model) // block_size),
+        block_size=block_size,
+        max_slots=config.router.max_running,
+    )
+
+
+class WorkerProcess:
+    """Owns everything of one life of a worker. Methods may be called from any one thread.
+
+    `memory_bytes` is what its devices may be filled with together, 0 where nobody limits it;
+    `devices` are those that it computes on, by default as many as the settings say.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        worker_id: str,
+        incarnation: int,
+        host: str,
+        on_fault: Fault,
+        memory_bytes: int = 0,
+        devices: Sequence[Device] | None = None,
+    ) -> None:
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.progress = LoadProgress()
+        self._config = config
+        self._host = host
+        keep_freed_blocks()
+        # XLA would hand each small program to a thread of its own, and wait for it.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
+        self._model_dir = resolve_model_dir(config.model.path)
+        self._checkpoint = Checkpoint.open(self._model_dir)
+        model = self._checkpoint.config
+        self._tokenizer = load_tokenizer(self._model_dir, model.vocab_size)
+        self._cache_size = cache_size_of(config, model)
+        ops, loader = select_ops(_kernels(config))
+        self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
+        sizes = checkpoint_bytes(self._checkpoint, self._decoder.dtype.itemsize)
+        self._local = LocalDevices(
+            devices=tuple(devices or find_devices(config.workers.gpus_each)),
+            parts=PartBytes.of(sizes, kv_tokens_of(config, model)),
+            memory_bytes=memory_bytes,
+        )
+        self._loader = ShardLoader(
+            self._checkpoint, self._decoder, loader, self._note_read, self._local
+        )
+        self._experts = ExpertShard(self._decoder)
+        self._attention: AttentionShard | None = None
+        self._shards: ShardPlan | None = None
+        self._loading = threading.Lock()
+        self._rates = Rates()
+        clock = SystemClock()
+        self._compute = Reactor(
+            clock, make_loop=AsyncioLoop, on_fault=on_fault, name=f"{worker_id}-compute"
+        )
+        self._routing = Reactor(
+            clock, make_loop=AsyncioLoop, on_fault=on_fault, name=f"{worker_id}-router"
+        )
+        self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
+        self._router, self._links = self._make_router()
+        if config.workers.kv_standby:
+            own_blocks = OwnBlocks(self._router, self._compute, self._routing)
+            self._core.attach_copies(own_blocks.keep)
+
+    def start(self) -> Spawned:
+        """Opens the doors; says where they are."""
+        self._compute.start()
+        self._routing.start()
+        address, router_address = self._open_doors()
+        self._compute.call(lambda: self._compute.tasks.start_service(self._core.serve()))
+        self._routing.call(lambda: self._routing.tasks.start_service(self._router.serve()))
+        return Spawned(
+            address=address,
+            router_address=router_address,
+            node_id="",
+            pid=os.getpid(),
+            memory_bytes=self._local.plannable_bytes,
+        )
+
+    def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
+        """Reads what of the shards is not here yet, and is READY. Takes its time.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+            PlacementError: a device has too little memory for its share.
+        """
+        with self._loading:
+            self.progress.bytes_wanted = bytes_wanted
+            if self._shards is None:
+                self._local.check(shards)
+                self._attention = self._loader.load_attention(
+                    shards, self._experts, self._cache_size
+                )
+                self._compute.call(lambda: self._core.attach(self._attention))
+            wanted = shards.experts - self._experts.held
+            groups = self._loader.load_experts(wanted, self._shares_now())
+            self._shards = shards
+            self._compute.call(lambda: self._take_in(groups))
+            if self._core.state is WorkerState.LOADING:
+                self._warm_up()
+                self._compute.call(lambda: self._core.move(WorkerState.READY))
+
+    def _take_in(self, groups: dict[int, list[ExpertGroup]]) -> None:
+        for layer, of_layer in groups.items():
+            self._experts.add(layer, of_layer)
+
+    def _kv_now(self) -> KvArrays | None:
+        return None if self._attention is None else self._attention.kv
+
+    def _shares_now(self) -> list[DeviceShare]:
+        return shares_now(self._local, self._attention, self._experts)
+
+    def _warm_up(self) -> None:
+        if not self._config.workers.warm_up:
+            return
+        started_s = time.monotonic()
+        warm_up(
+            self._checkpoint.config,
+            self._cache_size,
+            self._attention,
+            self._experts,
+            self._decoder.dtype,
+            self._config.router.max_step_tokens,
+            copies_blocks=self._config.workers.kv_standby,
+        )
+        logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
+
+    def unload(self, kept: frozenset[ExpertId]) -> None:
+        """Drops experts that nobody asks this worker for any more."""
+        self._compute.call(lambda: self._experts.keep_only(kept))
+
+    def publish(self, view: ClusterView) -> None:
+        """Gives the router a view."""
+
+        def take() -> None:
+            self._links.update(view)
+            self._router.chain_changed()
+
+        self._routing.call(take)
+
+    def fence(self, placement_epoch: int) -> None:
+        """Has the core refuse older views."""
+        self._compute.call(lambda: self._core.raise_epoch(placement_epoch))
+
+    def drain(self) -> None:
+        """Has the router hand its requests over."""
+        self._compute.call(self._begin_to_drain)
+        self._routing.call(self._router.drain)
+
+    def drop_replies(self, count: int) -> int:
+        """Loses the next answers to other processes, though their ways stand: a fault to order.
+
+        Returns when they are lost, or after a while; how many were.
+        """
+        presence, until_s = self._presence, time.monotonic() + DROP_TIMEOUT_S
+        self._compute.call(lambda: presence.drop_next(count))
+        while presence.num_to_drop and time.monotonic() < until_s:
+            time.sleep(DROP_POLL_S)
+        return count - self._compute.call(presence.keep_all)
+
+    def submit(self, routed: RoutedRequest, listener: Listener) -> None:
+        """Gives the router a request past its door; it calls the listener in its own thread.
+
+        Raises:
+            ClusterError, InvalidRequestError: why it is not admitted.
+        """
+        self._routing.call(lambda: self._router.submit(routed, listener))
+
+    def stop(self) -> None:
+        """Closes the doors and ends the threads."""
+        self._routing.ask(self._door.stop, STOP_TIMEOUT_S)
+        self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
+        for reactor in (self._routing, self._compute):
+            reactor.close()
+        self._checkpoint.close()
+
+    def describe(self, spawned: Spawned) -> Existing | None:
+        """All that a new controller has to know; None where it has to be started anew."""
+        shards = self._shards
+        if self._core.state is not WorkerState.READY or shards is None:
+            return None
+        view, held = self._routing.call(lambda: (self._links.view, self._experts.held))
+        return Existing(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            spawned=spawned,
+            shards=dataclasses.replace(shards, experts=held),
+            held=held,
+            view=view,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What `milliways status` shows of this worker."""
+        status = self._compute.call(self._core_status)
+        return status | self._routing.call(self._router_status)
+
+    def _begin_to_drain(self) -> None:
+        if self._core.state is WorkerState.READY:
+            self._core.move(WorkerState.DRAINING)
+
+    def _core_status(self) -> dict[str, Any]:
+        shards, core = self._shards, self._core
+        return {
+            "worker_id": self.worker_id,
+            "incarnation": self.incarnation,
+            "pid": os.getpid(),
+            "state": core.state.value,
+            "placement_epoch": core.placement_epoch,
+            "layers": [shards.first_layer, shards.num_layers] if shards else [0, 0],
+            "has_ends": bool(shards and shards.has_ends),
+            "num_experts": len(self._experts.held),
+            "devices": self._local.describe(self._shares_now()),
+            "bytes_read": self._loader.bytes_read,
+            "bytes_wanted": self.progress.bytes_wanted,
+            "calls": core.num_calls,
+            "merged_calls": core.num_merged_calls,
+            "rows": core.num_rows,
+            "waiting_calls": core.num_waiting,
+        }
+
+    def _router_status(self) -> dict[str, Any]:
+        router, pool = self._router, self._router.scheduler.pool
+        copies = router.copies.figures() if router.copies is not None else NO_COPIES
+        return {
+            "router": {
+                "requests": router.figures.num_requests,
+                "tokens": router.figures.num_tokens,
+                "tokens_per_s": round(self._rates.per_s(router.figures.num_tokens), 2),
+                "positions": router.figures.num_positions,
+                "steps": router.figures.num_steps,
+                "replays": router.figures.num_replays,
+                "active_requests": router.num_active,
+                "running": router.scheduler.num_running,
+                "waiting": router.scheduler.num_waiting,
+                "placement_epoch": self._links.view.placement_epoch,
+                "kv_blocks_used": pool.num_held,
+                "kv_blocks_total": pool.num_blocks,
+                "transports": self._links.transports(),
+                "dispatch": self._dispatcher.figures(),
+                "standby": router.standby_id,
+                **copies,
+            }
+        }
+
+    def _open_doors(self) -> tuple[str, str]:
+        tls = self._config.tls
+        self._presence = presence = Presence(self._core)
+        self._memory_server = ShmServer(
+            self._compute, presence, worker_id=self.worker_id, incarnation=self.incarnation
+        )
+        shares = self._config.workers.transport != "grpc"
+        if shares:
+            self._compute.call(self._memory_server.start)
+        plate = DoorPlate(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            host_id=local_host_id() if shares else "",
+            socket_name=self._memory_server.socket_name if shares else "",
+        )
+        self._server = GrpcServer(self._compute, presence, plate, tls=tls)
+        self._door = RouterDoor(
+            self._routing,
+            self._router,
+            request_timeout_s=self._config.router.request_timeout_s,
+            tls=tls,
+        )
+        any_port = f"{self._host}:0"
+        return (
+            self._compute.ask(lambda: self._server.start(any_port), START_TIMEOUT_S),
+            self._routing.ask(lambda: self._door.start(any_port), START_TIMEOUT_S),
+        )
+
+    def _make_router(self) -> tuple[Router, LinkTable]:
+        settings, tasks = self._config.router, self._routing.tasks
+        model = self._checkpoint.config
+        connector = Connector(
+            self._routing,
+            router_id=self.worker_id,
+            host_id=local_host_id(),
+            wanted=self._config.workers.transport,
+            tls=self._config.tls,
+            limits=LinkLimits(),
+        )
+
+        own_core = OwnCore(self._core, self._compute, self._routing)
+
+        def connect(member: Member) -> Pending[WorkerLink]:
+            if member.worker_id != self.worker_id:
+                return connector.connect(member)
+            way: Pending[WorkerLink] = Pending()
+            way.resolve(DirectLink(self.worker_id, own_core, self.worker_id))
+            return way
+
+        links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
+        limits = DispatchLimits(
+            hedge_after_s=settings.hedge_after_s,
+            hedge_after_s_min=settings.hedge_after_s_min,
+            timeout_s=settings.step_timeout_s,
+        )
+        self._dispatcher = Dispatcher(links, limits, tasks)
+        pipeline = Pipeline(
+            model.num_layers, links, self._dispatcher, tasks, settings.step_timeout_s
+        )
+        router_limits = RouterLimits(
+            scheduler=SchedulerLimits(
+                max_running=settings.max_running,
+                max_step_tokens=settings.max_step_tokens,
+                max_waiting=settings.max_waiting,
+            ),
+            max_micro_batches=settings.max_micro_batches,
+            min_micro_batch_tokens=settings.min_micro_batch_tokens,
+            copy_timeout_s=settings.step_timeout_s,
+        )
+        pool = BlockPool(self._cache_size.num_blocks, self._cache_size.block_size)
+        router = Router(
+            model,
+            pool,
+            router_limits,
+            links,
+            pipeline,
+            self._detokenizer_for,
+            tasks,
+            self._kv_now if self._config.workers.kv_standby else None,
+        )
+        return router, links
+
+    def _detokenizer_for(self, request: GenerateRequest) -> Detokenizer:
+        return detokenizer_for(self._tokenizer, request)
+
+    def _note_read(self, bytes_read: int) -> None:
+        self.progress.bytes_read = bytes_read
+
+
+def detokenizer_for(tokenizer: Tokenizer | None, request: GenerateRequest) -> Detokenizer:
+    """Text where the model has a tokenizer."""
+    return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
+
+
+def _kernels(config: ClusterConfig) -> KernelChoice:
+    threads = config.workers.threads_each or max(1, round(config.workers.cpus_each))
+    return KernelChoice(
+        activations=Activations(config.model.activations),
+        residence=Residence(config.model.experts),
+        deterministic=config.model.deterministic,
+        num_threads=threads,
+    )

@@ -1,0 +1,182 @@
+"""The Ray Serve application.
+
+    serve run milliways.cluster.ray.app:app 'workers={count: 3}'
+    serve build milliways.cluster.ray.app:default_app -o FILE
+
+Arguments are the tables of `cluster/settings/config.py`; a file for `serve deploy` has them in its
+`args`. The first replica brings up the controller, which
+brings up the workers; all replicas follow its view, and go on with the last one while it is away.
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray import serve
+from ray.exceptions import RayError
+
+from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.metrics import IngressMetrics
+from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.served_model import load_served_model
+from milliways.cluster.ingress.server import GrpcServer
+from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.cluster.ingress.worker_metrics import render_metrics
+from milliways.cluster.ray.controller_actor import find_or_make_controller
+from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
+from milliways.cluster.settings.config import ClusterConfig, config_from_tree, read_config
+from milliways.wire.errors import ConfigError
+from milliways.wire.view import EMPTY_VIEW, ClusterView
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "milliways"
+VIEW_TIMEOUT_S = 10.0
+RETRY_S = 0.5
+# Until one has asked, a dead replica is not replaced.
+HEALTH_CHECK_PERIOD_S = 1.0
+
+
+class Directory:
+    """A `RouterDirectory` that follows the controller's view."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._view: ClusterView = EMPTY_VIEW
+        self._changed = asyncio.Event()
+
+    @property
+    def view(self) -> ClusterView:
+        return self._view
+
+    def routers(self) -> Sequence[RouterInfo]:
+        return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
+
+    async def changed(self) -> None:
+        await self._changed.wait()
+
+    async def follow(self) -> None:
+        """Asks for newer views, for ever; a controller that is gone is made anew."""
+        while True:
+            try:
+                controller = find_or_make_controller(self._config)
+                await controller.begin.remote(self._view)
+                while True:
+                    known_epoch = self._view.placement_epoch
+                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))
+            except RayError as error:
+                logger.warning("the controller does not answer: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _take(self, view: ClusterView) -> None:
+        if view.placement_epoch > self._view.placement_epoch:
+            self._view = view
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+
+
+@serve.deployment(name="Ingress", max_ongoing_requests=512)
+@serve.ingress()
+class IngressReplica:
+    """A replica: HTTP through Serve's proxy, gRPC on a port that all replicas of a node share."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        bind_replicas_to_loopback()
+        self._config = config
+        self._directory = Directory(config)
+        self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
+        settings, metrics = config.ingress, IngressMetrics()
+        self._source = RouterSource(
+            self._directory,
+            tls=config.tls,
+            hedging=HedgeLimits(
+                after_s_min=settings.hedge_after_s_min, after_s_max=settings.hedge_after_s_max
+            ),
+            on_hedge=metrics.hedges.inc,
+        )
+        self._ingress = Ingress(
+            load_served_model(config.model),
+            self._source,
+            settings,
+            request_timeout_s=config.router.request_timeout_s,
+            metrics=metrics,
+        )
+        self._grpc = GrpcServer(
+            self._ingress,
+            host=settings.host,
+            port=settings.grpc_port,
+            tls=config.tls,
+            # With the other replicas on this node.
+            shares_port=True,
+        )
+        self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        # Serve itself echoes request ids.
+        return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that raises here."""
+        if self._follower.done():
+            self._follower.result()
+
+    async def _metrics_of_workers(self) -> str:
+        try:
+            status = await find_or_make_controller(self._config).status.remote()
+        except RayError as error:
+            logger.warning("no metrics of workers: %s", error)
+            return ""
+        return render_metrics(status)
+
+
+def make_app(config: ClusterConfig) -> serve.Application:
+    """The application of some settings."""
+    settings = config.ingress
+    # Serve's own classes have no types.
+    deployment: Any = IngressReplica
+    return deployment.options(
+        max_ongoing_requests=2 * settings.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0.1},
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests,
+        },
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.5,
+    ).bind(config)
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """The builder that Serve calls with its arguments.
+
+    Raises:
+        ConfigError: names the table, field, value and limit that do not fit.
+    """
+    return make_app(config_from_args(args))
+
+
+# What `serve build` wants: an application with its settings.
+default_app = make_app(ClusterConfig())
+
+
+def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:
+    """Settings from Serve's arguments: tables, or text of YAML where a command line gave them."""
+    tree: dict[str, Any] = {}
+    for name, value in args.items():
+        if name == "config":
+            if len(args) > 1:
+                raise ConfigError("config", value, "the only argument, the path of a TOML file")
+            return read_config(Path(str(value)))
+        tree[name] = yaml.safe_load(value) if isinstance(value, str) else value
+    return config_from_tree(tree)

@@ -1,0 +1,255 @@
+"""The controller as a Ray actor: one for the cluster, detached, off the path of every token."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from milliways.cluster.control.controller import Controller
+from milliways.cluster.control.fleet import WorkerRecord
+from milliways.cluster.control.targets import make_settings, number
+from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.cluster.ray.fleet import NAMESPACE, RayFleet
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.model.checkpoint import Checkpoint
+from milliways.model.model_dir import resolve_model_dir
+from milliways.runtime.async_tasks import AsyncTasks
+from milliways.wire.errors import UnavailableError
+from milliways.wire.view import EMPTY_VIEW, ClusterView, WorkerState
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "controller"
+CONTEXTS_BY_DEFAULT = 8
+VIEW_POLL_S = 5.0
+# Finding workers that do not answer takes seconds for each.
+BEGIN_TIMEOUT_S = 25.0
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class ControllerActor:
+    """What commands and the ingress ask; the decisions are `Controller`'s."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._started_at_s = time.time()
+        self._shell: AsyncTasks | None = None
+        self._has_begun = asyncio.Event()
+
+    async def begin(self, known: ClusterView = EMPTY_VIEW) -> None:
+        """Brings the cluster up, or on from the view that the caller knows; does so once."""
+        if self._shell is not None:
+            await self._has_begun.wait()
+            return
+        self._shell = AsyncTasks()
+        try:
+            await self._begin(self._shell, known)
+        except BaseException:
+            # Half begun it would be asked for ever, and never answer.
+            self._shell = None
+            raise
+        self._shell.kick()
+        self._has_begun.set()
+
+    async def _begin(self, shell: AsyncTasks, known: ClusterView) -> None:
+        config = self._config
+        with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
+            model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
+            sequence_len = checkpoint.config.sequence_len
+        workers = config.workers
+        kv_tokens = workers.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
+        settings = make_settings(
+            workers.count,
+            workers.expert_replicas,
+            workers.attention,
+            kv_tokens,
+            start_timeout_s=workers.start_timeout_s,
+            experts_only=workers.experts_only,
+        )
+        self._fleet = RayFleet(config, model, shell)
+        self._controller = Controller(model, settings, self._fleet, shell.tasks)
+        self._controller.start(await self._fleet.find_existing(), known)
+
+    async def _begun(self) -> Controller:
+        """The controller; one that was just made anew has to find its workers first.
+
+        Raises:
+            UnavailableError: it takes too long.
+        """
+        try:
+            async with asyncio.timeout(BEGIN_TIMEOUT_S):
+                await self._has_begun.wait()
+        except TimeoutError:
+            raise UnavailableError("the controller has not begun") from None
+        return self._controller
+
+    async def config(self) -> ClusterConfig:
+        return self._config
+
+    async def whereabouts(self) -> tuple[str, int]:
+        """The node and the process of the controller itself."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
+        """The view, as soon as it is newer than the known one, or when the time is over."""
+        controller = await self._begun()
+        controller.overtake(known_epoch)
+        until_s = time.monotonic() + timeout_s
+        while controller.view.placement_epoch <= known_epoch:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or not await self._changed(left_s):
+                break
+        return controller.view
+
+    async def progress(self) -> dict[str, Any]:
+        """How far the start is: for each worker what it waits for, and bytes read of how many."""
+        controller = await self._begun()
+        workers = await asyncio.gather(
+            *(self._progress_of(record) for record in controller.workers.values())
+        )
+        failure = controller.failure
+        return {
+            "is_complete": controller.is_complete
+            and all(r.state is WorkerState.READY for r in controller.workers.values()),
+            "failure": str(failure) if failure else "",
+            "workers": workers,
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that `milliways status` shows."""
+        controller = await self._begun()
+        records = sorted(controller.workers.values(), key=number)
+        workers = await asyncio.gather(*(self._status_of(record) for record in records))
+        return {
+            "model": self._config.model.path,
+            "placement_epoch": controller.view.placement_epoch,
+            "is_complete": controller.is_complete,
+            "uptime_s": round(time.time() - self._started_at_s, 1),
+            "deaths": controller.figures.num_deaths,
+            "controller_pid": os.getpid(),
+            "workers": workers,
+        }
+
+    async def scale(self, num_workers: int) -> None:
+        """Grows or shrinks; returns when the new placement is served."""
+        controller = await self._begun()
+        assert self._shell is not None
+        await self._shell.wait(controller.scale(num_workers))
+
+    async def drain(self, worker_id: str, restarts: bool) -> None:
+        """Moves a worker's work away, then stops it or starts it anew; returns when it is."""
+        controller = await self._begun()
+        assert self._shell is not None
+        await self._shell.wait(controller.drain(worker_id, restarts=restarts))
+        while restarts and controller.workers[worker_id].state is not WorkerState.READY:
+            await self._changed(VIEW_POLL_S)
+
+    async def stop(self) -> None:
+        """Kills all workers; the cluster ends."""
+        if self._shell is not None:
+            self._controller.close()
+            self._fleet.stop_all()
+
+    async def _changed(self, timeout_s: float) -> bool:
+        assert self._shell is not None
+        changed = asyncio.Event()
+        self._controller.changed.wait().when_done(changed.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _progress_of(self, record: WorkerRecord) -> dict[str, Any]:
+        bytes_read = bytes_wanted = 0
+        if record.spawned is not None and record.state is not WorkerState.LOST:
+            try:
+                async with asyncio.timeout(2.0):
+                    bytes_read, bytes_wanted = await self._fleet.progress(record.worker_id)
+            except Exception:
+                # It may die while it is asked; the next look tells.
+                pass
+        return {
+            "worker_id": record.worker_id,
+            "state": record.state.value,
+            "has_process": record.spawned is not None,
+            "waits_for": self._controller.waits_for(record),
+            "bytes_read": bytes_read,
+            "bytes_wanted": bytes_wanted,
+            "last_error": record.last_error,
+        }
+
+    async def _status_of(self, record: WorkerRecord) -> dict[str, Any]:
+        member = record.member()
+        known: dict[str, Any] = {
+            "worker_id": record.worker_id,
+            "role": _role(record),
+            "state": record.state.value,
+            "incarnation": record.incarnation,
+            "node": record.spawned.node_id if record.spawned else "",
+            "pid": record.spawned.pid if record.spawned else 0,
+            "address": member.address,
+            "router_address": member.router_address,
+            "waits_for": self._controller.waits_for(record),
+            "last_error": record.last_error,
+            "quick_deaths": record.num_quick_deaths,
+            "experts": sorted([e.layer, e.expert] for e in record.held),
+        }
+        if record.state in (WorkerState.READY, WorkerState.DRAINING):
+            try:
+                async with asyncio.timeout(5.0):
+                    told = await self._fleet.status(record.worker_id)
+                return told | known
+            except Exception as error:
+                known["last_error"] = f"it does not answer: {error}"
+        return known
+
+
+def _role(record: WorkerRecord) -> str:
+    if record.shards is None:
+        return "none yet"
+    parts = ["attention"] if record.shards.num_layers else []
+    parts += ["router"] if record.shards.has_ends else []
+    parts += ["experts"] if record.held else []
+    return "+".join(parts) or "spare"
+
+
+def find_controller() -> Any:
+    """The running controller. Raises ValueError where there is none."""
+    return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+
+
+def find_or_make_controller(config: ClusterConfig) -> Any:
+    """The controller of the cluster, with its own settings if it is there already."""
+    remote: Any = ray.remote(ControllerActor)
+    controller = remote.options(
+        name=CONTROLLER_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=0,
+        max_concurrency=1000,
+        num_cpus=0,
+    ).remote(config)
+    return controller
+
+
+def end_controller(timeout_s: float) -> None:
+    """Ends all workers and the controller, where there is one; returns when they are gone."""
+    try:
+        controller = find_controller()
+    except ValueError:
+        return
+    try:
+        ray.get(controller.stop.remote(), timeout=timeout_s)
+    except (RayActorError, GetTimeoutError) as error:
+        logger.warning("the controller does not stop its workers: %s", error)
+    ray.kill(controller)

@@ -1,0 +1,222 @@
+"""The controller's fleet on Ray: a placement group and an actor for each worker.
+
+`max_restarts=0`: Ray tells of a death within 30 ms then, and the controller restarts. The placement
+group stays between two lives of a worker, so that nobody takes its GPUs meanwhile; where a node is
+missing for it, Ray's autoscaler has one brought up.
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util import list_named_actors
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError, number_of
+from milliways.cluster.ray.resources import lack_of
+from milliways.cluster.ray.worker_actor import make_worker_actor
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.runtime.async_tasks import AsyncTasks
+from milliways.runtime.tasks import Pending
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.view import ClusterView
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "milliways"
+DESCRIBE_TIMEOUT_S = 5.0
+_ACTOR_NAME = re.compile(r"worker-\d+-\d+")
+T = TypeVar("T")
+
+
+class RayFleet:
+    """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`."""
+
+    def __init__(self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks) -> None:
+        self._config = config
+        self._model = model
+        self._shell = shell
+        self._groups: dict[str, PlacementGroup] = {}
+        self._actors: dict[str, Any] = {}
+        self._deaths: dict[str, Pending[None]] = {}
+
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+        return self._shell.pending(self._spawn(worker_id, incarnation))
+
+    def lack(self, worker_id: str) -> str:
+        group = self._groups.get(worker_id)
+        if group is not None and placement_group_table(group)["state"] == "CREATED":
+            return "its process to start"
+        nodes: Any = ray.nodes()
+        amounts = [node["Resources"] for node in nodes if node["Alive"]]
+        return lack_of(self._resources(worker_id), amounts, ray.available_resources())
+
+    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+        actor = self._actors[worker_id]
+        return self._call(worker_id, actor.load.remote(shards, self.bytes_of(shards)))
+
+    def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].unload.remote(kept))
+
+    def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].publish.remote(view))
+
+    def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].fence.remote(placement_epoch))
+
+    def drain(self, worker_id: str) -> Pending[None]:
+        return self._call(worker_id, self._actors[worker_id].drain.remote())
+
+    def stop(self, worker_id: str) -> Pending[None]:
+        return self._shell.pending(self._stop(worker_id))
+
+    def death(self, worker_id: str) -> Pending[None]:
+        return self._deaths[worker_id]
+
+    async def find_existing(self) -> list[Existing]:
+        """Workers that another controller started and that serve; those that do not are ended."""
+        found: dict[str, Existing] = {}
+        entries: Any = list_named_actors(all_namespaces=True)
+        for entry in entries:
+            match = _ACTOR_NAME.fullmatch(entry["name"])
+            if entry["namespace"] != NAMESPACE or match is None:
+                continue
+            try:
+                actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+            except ValueError:
+                # It died since it was listed.
+                continue
+            existing = await _described(actor)
+            if existing is None:
+                ray.kill(actor)
+                continue
+            worker_id = existing.worker_id
+            found[worker_id] = existing
+            self._actors[worker_id] = actor
+            self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+        return list(found.values())
+
+    async def progress(self, worker_id: str) -> tuple[int, int]:
+        """Bytes that a worker read, and bytes that it will."""
+        return await self._actors[worker_id].progress.remote()
+
+    async def status(self, worker_id: str) -> dict[str, Any]:
+        """What a worker says of itself."""
+        return await self._actors[worker_id].status.remote()
+
+    def stop_all(self) -> None:
+        """Kills all workers, at once."""
+        for actor in self._actors.values():
+            ray.kill(actor)
+        for group in self._groups.values():
+            remove_placement_group(group)
+
+    def bytes_of(self, shards: ShardPlan) -> int:
+        """What shards take of the checkpoint."""
+        model = self._model
+        return (
+            shards.num_layers * model.attention_layer_bytes
+            + len(shards.experts) * model.expert_bytes
+            + shards.has_ends * model.end_bytes
+        )
+
+    async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
+        if worker_id not in self._groups:
+            self._groups[worker_id] = self._group(worker_id)
+        strategy = PlacementGroupSchedulingStrategy(
+            self._groups[worker_id], placement_group_bundle_index=0
+        )
+        settings = self._config.workers
+        options: dict[str, Any] = {
+            "name": f"{worker_id}-{incarnation}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "max_concurrency": 64,
+            "num_cpus": settings.cpus_each,
+            "num_gpus": settings.gpus_each,
+            "resources": dict(settings.resources_of(number_of(worker_id))),
+            "scheduling_strategy": strategy,
+        }
+        try:
+            actor = make_worker_actor(self._config, worker_id, incarnation, options)
+        except ValueError as error:
+            # An earlier controller gave somebody this life, and died before it told anybody. The
+            # next one is free, or the one after that.
+            raise WorkerDiedError(f"life {incarnation} of {worker_id} is taken") from error
+        self._actors[worker_id] = actor
+        self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+        return await _answer(worker_id, actor.start.remote())
+
+    def _group(self, worker_id: str) -> PlacementGroup:
+        """The group of a worker; an earlier controller may have made it."""
+        name = f"milliways-{worker_id}"
+        try:
+            return get_placement_group(name)
+        except ValueError:
+            return placement_group([self._resources(worker_id)], name=name, lifetime="detached")
+
+    def _resources(self, worker_id: str) -> dict[str, float]:
+        settings = self._config.workers
+        extra = settings.resources_of(number_of(worker_id))
+        wanted = {"CPU": settings.cpus_each, "GPU": settings.gpus_each, **extra}
+        return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
+
+    async def _stop(self, worker_id: str) -> None:
+        actor = self._actors.pop(worker_id, None)
+        if actor is not None:
+            ray.kill(actor)
+        group = self._groups.pop(worker_id, None)
+        if group is not None:
+            remove_placement_group(group)
+
+    def _call(self, worker_id: str, reference: Any) -> Pending[None]:
+        return self._shell.pending(_answer(worker_id, reference))
+
+
+async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
+    """The answer of an actor.
+
+    Raises:
+        WorkerDiedError: it is dead, or could not do it.
+    """
+    try:
+        return await reference
+    except (RayActorError, RayTaskError) as error:
+        raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
+
+
+async def _described(actor: Any) -> Existing | None:
+    """What an actor says of itself; None where it does not answer or has not loaded its shards."""
+    try:
+        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            return await actor.describe.remote()
+    except (TimeoutError, RayActorError, RayTaskError):
+        return None
+
+
+async def _gone(reference: Awaitable[None]) -> None:
+    try:
+        await reference
+    except (RayActorError, RayTaskError) as error:
+        logger.info("a worker is gone: %s", _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(cause).__name__

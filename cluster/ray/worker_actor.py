@@ -1,0 +1,127 @@
+"""A worker as a Ray actor: a process of its own on its own GPUs. Decides nothing."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from milliways.cluster.control.fleet import Existing, Spawned
+from milliways.cluster.host.local_devices import tell_jax
+from milliways.cluster.ray.environment import FAULTS_VARIABLE
+from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
+from milliways.runtime.user_cache import keep_programs
+from milliways.wire.errors import ConfigError, StartupError
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.view import ClusterView
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAULT = 70
+
+
+class WorkerActor:
+    """What the controller calls. `until_gone` never returns: its failure tells of a death."""
+
+    def __init__(self, config: ClusterConfig, worker_id: str, incarnation: int) -> None:
+        keep_programs()
+        tell_jax(config.workers.gpus_each, os.environ)
+        # JAX reads its settings when it is imported, which this does.
+        from milliways.cluster.host.worker_process import WorkerProcess
+
+        host = ray.util.get_node_ip_address() or LOOPBACK
+        self._memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
+        self._spawned: Spawned | None = None
+        self._process = WorkerProcess(
+            config, worker_id, incarnation, host, _exit_with, self._memory_bytes
+        )
+
+    async def start(self) -> Spawned:
+        """Opens the doors."""
+        spawned = await asyncio.to_thread(self._process.start)
+        self._spawned = Spawned(
+            address=spawned.address,
+            router_address=spawned.router_address,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=spawned.pid,
+            memory_bytes=spawned.memory_bytes,
+        )
+        return self._spawned
+
+    async def describe(self) -> Existing | None:
+        """All that a new controller has to know; None before the shards are loaded."""
+        if self._spawned is None:
+            return None
+        return await asyncio.to_thread(self._process.describe, self._spawned)
+
+    async def load(self, shards: ShardPlan, bytes_wanted: int) -> None:
+        await asyncio.to_thread(self._process.load, shards, bytes_wanted)
+
+    async def unload(self, kept: frozenset[ExpertId]) -> None:
+        await asyncio.to_thread(self._process.unload, kept)
+
+    async def publish(self, view: ClusterView) -> None:
+        await asyncio.to_thread(self._process.publish, view)
+
+    async def fence(self, placement_epoch: int) -> None:
+        await asyncio.to_thread(self._process.fence, placement_epoch)
+
+    async def drain(self) -> None:
+        await asyncio.to_thread(self._process.drain)
+
+    async def drop_replies(self, count: int) -> int:
+        """As `WorkerProcess.drop_replies`.
+
+        Raises:
+            ConfigError: this cluster takes no orders to do anything wrong.
+        """
+        told = os.environ.get(FAULTS_VARIABLE, "")
+        if told != "1":
+            raise ConfigError(FAULTS_VARIABLE, told, "'1' where the cluster was started")
+        return await asyncio.to_thread(self._process.drop_replies, count)
+
+    async def progress(self) -> tuple[int, int]:
+        """Bytes read, and bytes that will be."""
+        progress = self._process.progress
+        return progress.bytes_read, progress.bytes_wanted
+
+    async def status(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._process.status)
+
+    async def until_gone(self) -> None:
+        await asyncio.Event().wait()
+
+
+def _memory_bytes(config: ClusterConfig) -> int:
+    """What a worker may use: its GPUs' memory, or an even share of the machine's."""
+    if config.workers.gpus_each > 0:
+        import jax
+
+        if jax.default_backend() == "cpu":
+            wanted = f"workers.gpus_each is {config.workers.gpus_each:g}"
+            raise StartupError(f"{wanted}, and JAX finds no GPU here: is jax[cuda12] installed?")
+        from milliways.workers.devices import find_devices
+
+        stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
+        return sum(int(s["bytes_limit"]) for s in stats if s)
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return round(0.8 * machine_bytes / config.workers.count)
+
+
+def _exit_with(error: BaseException) -> None:
+    """A fault of ours: what this process would say from now on is not to be believed."""
+    logger.critical("a fault of ours; the process ends", exc_info=error)
+    os._exit(EXIT_FAULT)
+
+
+def make_worker_actor(
+    config: ClusterConfig, worker_id: str, incarnation: int, options: dict[str, Any]
+) -> ActorHandle[Any]:
+    """Has Ray start a worker, somewhere, some time."""
+    remote: Any = ray.remote(WorkerActor)
+    return remote.options(**options).remote(config, worker_id, incarnation)

@@ -1,0 +1,1 @@
+"""Serves mixture-of-experts language models on a cluster."""

@@ -1,0 +1,1 @@
+"""What programs import: a model in this process, and clients of a served one."""

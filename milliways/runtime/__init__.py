@@ -1,0 +1,1 @@
+"""Time, tasks and threads: how decisions run, in production and in simulation."""

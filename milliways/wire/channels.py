@@ -1,0 +1,77 @@
+"""How gRPC connections are kept: dead peers noticed within two seconds, with or without calls."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+from milliways.wire.tls import TlsSettings
+
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A frozen process's kernel still acknowledges bytes, which is all that the timeout above looks
+    # at: that no ping is answered counts only after a minute, unless this says otherwise.
+    ("grpc.http2.ping_timeout_ms", 1000),
+    # A router that was started again is found soon, one that does not answer is given up soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+# Every server that such clients connect to has to put up with their pings.
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def open_channel(
+    address: str, tls: TlsSettings, options: Sequence[tuple[str, int]] = CLIENT_OPTIONS
+) -> aio.Channel:
+    """A channel to a peer; the connection is made when it is needed.
+
+    Raises:
+        OSError: a certificate file cannot be read.
+    """
+    if not tls.is_on:
+        return aio.insecure_channel(address, options)
+    return aio.secure_channel(address, channel_credentials(tls), options)
+
+
+def channel_credentials(tls: TlsSettings) -> grpc.ChannelCredentials:
+    """What a client shows, and whom it trusts.
+
+    Raises:
+        OSError: a certificate file cannot be read.
+    """
+    return grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.ca_file),
+        private_key=_read(tls.key_file),
+        certificate_chain=_read(tls.cert_file),
+    )
+
+
+def add_port(server: aio.Server, address: str, tls: TlsSettings) -> int:
+    """Has a server listen at `host:port`, with mutual TLS where it is on; returns the port.
+
+    Raises:
+        OSError: a certificate file cannot be read.
+        RuntimeError: the address cannot be listened on.
+    """
+    if not tls.is_on:
+        return server.add_insecure_port(address)
+    credentials = grpc.ssl_server_credentials(
+        [(_read(tls.key_file), _read(tls.cert_file))],
+        root_certificates=_read(tls.ca_file),
+        require_client_auth=True,
+    )
+    return server.add_secure_port(address, credentials)
+
+
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()

@@ -1,0 +1,63 @@
+"""Experts, attention shards, and their sizes: the words in which a placement is said."""
+
+from dataclasses import dataclass
+
+BYTES_PER_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertId:
+    """One expert of one layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBytes:
+    """What the parts of a model take in memory.
+
+    `end_bytes` are the embedding, which also makes the logits, and the final norm.
+    """
+
+    num_layers: int
+    num_experts: int
+    expert_bytes: int
+    attention_layer_bytes: int
+    end_bytes: int
+    kv_layer_bytes_per_token: int
+
+    @property
+    def attention_bytes(self) -> int:
+        return self.num_layers * self.attention_layer_bytes
+
+    @property
+    def all_experts_bytes(self) -> int:
+        return self.num_layers * self.num_experts * self.expert_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.all_experts_bytes + self.attention_bytes + self.end_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShard:
+    """A run of layers, perhaps none, and whether the embedding and the logits are here."""
+
+    first_layer: int
+    num_layers: int
+    has_ends: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """What a worker shall load: a plan without its arithmetic."""
+
+    first_layer: int
+    num_layers: int
+    has_ends: bool
+    experts: frozenset[ExpertId]
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_layers > 0 or self.has_ends

@@ -1,0 +1,29 @@
+"""Certificates for gRPC connections, as settings name them."""
+
+from dataclasses import dataclass
+
+from milliways.wire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSettings:
+    """Certificates in PEM files; all three or none. With them, gRPC is mutual TLS.
+
+    That is every gRPC connection: between workers, from ingress to router, and from clients to the
+    public port, so that clients, and probes of that port, need a certificate of `ca_file` as well.
+    HTTP is plain: what ends TLS there stands before it. Shared memory does not leave its machine.
+    Ray's own connections are Ray's to set up, by RAY_USE_TLS.
+    """
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+    def __post_init__(self) -> None:
+        given = [bool(path) for path in (self.ca_file, self.cert_file, self.key_file)]
+        if any(given) and not all(given):
+            raise ConfigError("tls", given, "ca_file, cert_file and key_file together, or none")
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.ca_file)

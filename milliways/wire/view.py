@@ -1,0 +1,126 @@
+"""What the controller tells everybody: who is in the cluster, and who holds what.
+
+A view is a value with a version, the placement epoch. Routers act on the newest they have seen;
+workers refuse calls that act on an older one than theirs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from milliways.wire.placement import AttentionShard, ExpertId
+
+
+class WorkerState(Enum):
+    """LOADING -> READY -> DRAINING -> STOPPED; LOST is what others see of one that is gone."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    LOST = "lost"
+
+
+WORKER_MOVES: dict[WorkerState, set[WorkerState]] = {
+    WorkerState.LOADING: {WorkerState.READY, WorkerState.STOPPED, WorkerState.LOST},
+    WorkerState.READY: {WorkerState.DRAINING, WorkerState.STOPPED, WorkerState.LOST},
+    WorkerState.DRAINING: {WorkerState.READY, WorkerState.STOPPED, WorkerState.LOST},
+    WorkerState.STOPPED: set(),
+    WorkerState.LOST: set(),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A worker: which life of it, where its data plane listens, what it holds."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+    state: WorkerState
+    # Where its router takes requests; empty without one.
+    router_address: str = ""
+    node_id: str = ""
+    pid: int = 0
+    # The layers of its attention shard; empty where it has none.
+    first_layer: int = 0
+    num_layers: int = 0
+    has_ends: bool = False
+    experts: frozenset[ExpertId] = frozenset()
+
+    @property
+    def can_compute(self) -> bool:
+        """Whether calls may go to it; one that drains still answers."""
+        return self.state in (WorkerState.READY, WorkerState.DRAINING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """All members under one placement epoch, and the chain of shards of each router's sequences.
+
+    `chains` maps a router's worker_id to the workers that its sequences run through, in the order
+    of layers; where attention is replicated that is the worker itself.
+    """
+
+    placement_epoch: int
+    members: Mapping[str, Member]
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+    def holders(self, expert_id: ExpertId) -> tuple[Member, ...]:
+        """Those that can compute an expert now, in the order of their ids."""
+        return tuple(
+            member
+            for _, member in sorted(self.members.items())
+            if member.can_compute and expert_id in member.experts
+        )
+
+    def routers(self) -> tuple[Member, ...]:
+        """Those that take requests: ready, with a chain of shards that can all compute."""
+        return tuple(
+            self.members[worker_id]
+            for worker_id, chain in sorted(self.chains.items())
+            if self.members[worker_id].state is WorkerState.READY
+            and all(self.members[link].can_compute for link in chain)
+        )
+
+    def buddies(self, worker_id: str) -> tuple[Member, ...]:
+        """Whom a router may send copies of its KV blocks to, best first.
+
+        Routers that take requests and have all layers themselves, as this one must; on other nodes
+        where there are any. Each router prefers another one: which, follows from its own place.
+        """
+        if self.chains.get(worker_id) != (worker_id,):
+            return ()
+        others = [
+            member
+            for member in self.routers()
+            if member.worker_id != worker_id and len(self.chains[member.worker_id]) == 1
+        ]
+        node_id = self.members[worker_id].node_id
+        elsewhere = [member for member in others if member.node_id != node_id]
+        others = elsewhere or others
+        if not others:
+            return ()
+        first = sorted(self.chains).index(worker_id) % len(others)
+        return (*others[first:], *others[:first])
+
+
+EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
+
+
+def chains_of(shards: Mapping[str, AttentionShard], num_layers: int) -> dict[str, tuple[str, ...]]:
+    """The routers of a placement: one on each worker with all of attention, else one for the chain.
+
+    It sits with the output head, where tokens enter and leave. `shards` go by worker_id; as long as
+    they do not make all layers up, while a cluster starts, there is no router.
+    """
+    whole = [name for name, shard in shards.items() if shard.num_layers == num_layers]
+    if whole:
+        return {name: (name,) for name in whole}
+    chain = sorted(
+        (name for name, shard in shards.items() if shard.num_layers),
+        key=lambda name: shards[name].first_layer,
+    )
+    if sum(shards[name].num_layers for name in chain) < num_layers:
+        return {}
+    return {name: tuple(chain) for name in chain if shards[name].has_ends}

@@ -1,0 +1,92 @@
+"""Turns a request into sequences: what fits, how long each may grow, what it already has."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from milliways.model.config import ModelConfig
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import Detokenizer, Sequence
+
+DetokenizerFor = Callable[[GenerateRequest], Detokenizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedRequest:
+    """A request on its way: who it is, until when it matters, and what its client has of it.
+
+    `delivered` are the tokens of each sample that another router drew; samples in `finished` had
+    come to their end. `num_scored` log-probabilities of the prompt were delivered; all that are
+    wanted, where a token was.
+    """
+
+    request_id: str
+    request: GenerateRequest
+    timeout_s: float
+    delivered: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    finished: frozenset[int] = frozenset()
+    num_scored: int = 0
+
+
+def max_completion_tokens(request: GenerateRequest, config: ModelConfig) -> int:
+    """How many tokens may be drawn; a prompt that fills the context has logits, and so one."""
+    room = config.sequence_len - len(request.prompt_ids)
+    return min(request.max_tokens, max(1, room))
+
+
+def make_sequences(
+    routed: RoutedRequest, config: ModelConfig, detokenizer_for: DetokenizerFor
+) -> list[Sequence]:
+    """One sequence for each sample that has not ended; the first one scores the prompt.
+
+    Where the prompt is only scored, there is one until it is, whatever the number of samples.
+
+    Raises:
+        InvalidRequestError: the request does not fit the model, or what was delivered not the
+            request.
+    """
+    request = routed.request
+    request.check_fits(config)
+    num_tokens = max_completion_tokens(request, config)
+    _check_scored(routed)
+    num_samples = request.num_samples
+    if num_tokens == 0:
+        num_samples = int(routed.num_scored < request.num_to_score)
+    sequences: list[Sequence] = []
+    for index in range(num_samples):
+        if index in routed.finished:
+            continue
+        sequence = Sequence(
+            request,
+            index,
+            detokenizer_for(request),
+            num_tokens,
+            config.eos_token,
+            # Sample 0 has not ended where this matters: no token came.
+            num_scored=request.num_to_score if index else routed.num_scored,
+        )
+        delivered = routed.delivered.get(index, ())
+        _check_delivered(delivered, num_tokens, config)
+        sequence.replay(delivered)
+        sequences.append(sequence)
+    return sequences
+
+
+def _check_scored(routed: RoutedRequest) -> None:
+    """Scores come before tokens."""
+    num_to_score = routed.request.num_to_score
+    has_tokens = bool(routed.finished) or any(routed.delivered.values())
+    least = num_to_score if has_tokens else 0
+    if not least <= routed.num_scored <= num_to_score:
+        limit = f"between {least} and {num_to_score}, all of which come before a token"
+        raise InvalidRequestError("num_delivered_prompt_logprobs", routed.num_scored, limit)
+
+
+def _check_delivered(delivered: tuple[int, ...], num_tokens: int, config: ModelConfig) -> None:
+    if delivered and len(delivered) >= num_tokens:
+        limit = f"fewer than {num_tokens} tokens, the most that the request has"
+        raise InvalidRequestError("delivered", f"{len(delivered)} tokens", limit)
+    for token_id in delivered:
+        if not 0 <= token_id < config.vocab_size:
+            limit = f"token ids in 0..{config.vocab_size - 1}"
+            raise InvalidRequestError("delivered", token_id, limit)

@@ -1,0 +1,82 @@
+"""What a client asks for, checked when it is made."""
+
+from dataclasses import dataclass, field
+
+from milliways.model.config import ModelConfig
+from milliways.model.errors import InvalidRequestError, PromptTooLongError
+from milliways.model.sampling_params import MAX_LOGPROBS, SamplingParams
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt, and how to continue it.
+
+    `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not
+    part of its text. The end-of-sequence token ends it too, unless `ignore_eos`.
+
+    `prompt_logprobs` has the prompt scored: the log-probability of each of its tokens but the first
+    comes before any token, with so many of the most likely ones in its place. `max_tokens` may be 0
+    then: nothing is drawn.
+
+    Raises:
+        InvalidRequestError: names field, value and limit.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_samples: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise InvalidRequestError("prompt", "", "at least one token")
+        if self.prompt_logprobs is None:
+            limit = "at least 1, or 0 with log-probabilities of the prompt"
+            _check_count("max_tokens", self.max_tokens, 1, None, limit)
+        else:
+            _check_count("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+            _check_count("max_tokens", self.max_tokens, 0, None)
+        _check_count("num_samples", self.num_samples, 1, MAX_SAMPLES)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequestError("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_CHARS:
+                raise InvalidRequestError("stop", text, f"1 to {MAX_STOP_CHARS} characters long")
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose log-probabilities are wanted: those at positions 1 and following."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt_ids) - 1
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Holds the request against the model.
+
+        Raises:
+            PromptTooLongError: the prompt is longer than the context.
+            InvalidRequestError: a token id lies outside the vocabulary.
+        """
+        if len(self.prompt_ids) > config.sequence_len:
+            raise PromptTooLongError(len(self.prompt_ids), config.sequence_len)
+        for token_id in self.prompt_ids:
+            if not 0 <= token_id < config.vocab_size:
+                limit = f"a token id in 0..{config.vocab_size - 1}"
+                raise InvalidRequestError("prompt token", token_id, limit)
+        self.sampling.check_vocab(config.vocab_size)
+
+
+def _check_count(
+    name: str, value: object, least: int, largest: int | None, limit: str | None = None
+) -> None:
+    if limit is None:
+        limit = f"at least {least}" if largest is None else f"between {least} and {largest}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(name, value, f"a whole number, {limit}")
+    if value < least or (largest is not None and value > largest):
+        raise InvalidRequestError(name, value, limit)

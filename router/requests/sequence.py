@@ -1,0 +1,203 @@
+"""One token stream: its tokens, how far they are computed, its KV blocks, its text."""
+
+from collections.abc import Sequence as TokenIds
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from milliways.model.sampling_params import SampledToken
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.stop import StopMatcher
+
+
+class SequenceStatus(Enum):
+    """WAITING -> RUNNING -> FINISHED or FAILED; RUNNING <-> PREEMPTED when blocks run out."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+ALLOWED_MOVES: dict[SequenceStatus, set[SequenceStatus]] = {
+    SequenceStatus.WAITING: {SequenceStatus.RUNNING, SequenceStatus.FAILED},
+    SequenceStatus.RUNNING: {
+        SequenceStatus.PREEMPTED,
+        SequenceStatus.FINISHED,
+        SequenceStatus.FAILED,
+    },
+    SequenceStatus.PREEMPTED: {SequenceStatus.RUNNING, SequenceStatus.FAILED},
+    SequenceStatus.FINISHED: set(),
+    SequenceStatus.FAILED: set(),
+}
+
+
+class FinishReason(Enum):
+    """Why a sequence ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    # The logits were not finite: no token can be drawn from them.
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """A token of one sequence, with the text it completes (often none, sometimes held back)."""
+
+    sample_index: int
+    token_id: int
+    text: str
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """Log-probabilities of the prompt's tokens from `position` on, each given those before it.
+
+    The first token of a prompt has none, so the first `position` is 1. They are the request's: the
+    same for all its samples.
+    """
+
+    position: int
+    tokens: tuple[SampledToken, ...]
+
+
+# What comes of a request: first all scores that it wants, then the tokens of its samples.
+Event = PromptScores | TokenEvent
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one sequence into text, as far as characters are complete."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class NoText:
+    """Stands in where a model has no tokenizer: tokens in, tokens out, no text."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class Sequence:
+    """A prompt and what was drawn so far. `num_computed` tokens have their keys and values.
+
+    `num_scored` tokens of the prompt need not be scored any more: of a request's sequences one
+    scores the prompt for all. Until it has, the prefix cache takes it no further than that: a block
+    holds keys and values, and not the rows that score.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        sample_index: int,
+        detokenizer: Detokenizer,
+        max_completion_tokens: int,
+        eos_token: int,
+        num_scored: int = 0,
+    ) -> None:
+        self.request = request
+        self.sample_index = sample_index
+        self.status = SequenceStatus.WAITING
+        self.token_ids = list(request.prompt_ids)
+        self.num_computed = 0
+        self.num_scored = num_scored
+        # Set by what ends it: its last token, or its last score where no token is wanted.
+        self.finish_reason: FinishReason | None = None
+        self.block_table: list[int] = []
+        self._max_tokens = len(request.prompt_ids) + max_completion_tokens
+        self._eos_token = eos_token
+        self._detokenizer = detokenizer
+        self._stop_matcher = StopMatcher(request.stop)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
+        # The last row says what follows; where nothing is to follow, nobody needs it.
+        num_wanted = len(self.token_ids) - (not self.wants_tokens)
+        return num_wanted - self.num_computed
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether any is to be drawn; else the prompt is only scored."""
+        return self.request.max_tokens > 0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether all log-probabilities of the prompt were given that are wanted."""
+        return self.num_scored >= self.request.num_to_score
+
+    @property
+    def reusable_ids(self) -> TokenIds[int]:
+        """The tokens of which all but the last may have come from the prefix cache."""
+        return self.token_ids if self.is_scored else self.token_ids[: self.num_scored + 1]
+
+    def next_tokens(self, num_tokens: int) -> TokenIds[int]:
+        """The next tokens to compute, from position `num_computed` on."""
+        return self.token_ids[self.num_computed : self.num_computed + num_tokens]
+
+    def move(self, to: SequenceStatus) -> None:
+        """The one door between states."""
+        assert to in ALLOWED_MOVES[self.status], f"{self.status} -> {to}"
+        self.status = to
+
+    def score(self, tokens: TokenIds[SampledToken]) -> PromptScores:
+        """Takes in the log-probabilities of the next prompt tokens."""
+        scores = PromptScores(position=self.num_scored + 1, tokens=tuple(tokens))
+        self.num_scored += len(tokens)
+        assert self.num_scored <= self.request.num_to_score
+        if self.is_scored and not self.wants_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        return scores
+
+    def append(self, sampled: SampledToken) -> TokenEvent:
+        """Adds a drawn token and says what it means: text, and whether the sequence ends."""
+        if not sampled.is_valid:
+            return self._event(sampled, self._flush(), FinishReason.ERROR)
+        self.token_ids.append(sampled.token_id)
+        if sampled.token_id == self._eos_token and not self.request.ignore_eos:
+            return self._event(sampled, self._flush(), FinishReason.STOP)
+        text = self._stop_matcher.push(self._detokenizer.push(sampled.token_id))
+        if self._stop_matcher.has_matched:
+            return self._event(sampled, text, FinishReason.STOP)
+        if len(self.token_ids) >= self._max_tokens:
+            return self._event(sampled, text + self._flush(), FinishReason.LENGTH)
+        return self._event(sampled, text, None)
+
+    def replay(self, token_ids: TokenIds[int]) -> None:
+        """Takes in tokens drawn elsewhere, whose text the client has: goes on as if drawn here."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self._stop_matcher.push(self._detokenizer.push(token_id))
+
+    def _flush(self) -> str:
+        """The text still held back: an unfinished character, the beginning of a stop string."""
+        return self._stop_matcher.push(self._detokenizer.flush()) + self._stop_matcher.flush()
+
+    def _event(self, sampled: SampledToken, text: str, reason: FinishReason | None) -> TokenEvent:
+        self.finish_reason = reason
+        return TokenEvent(
+            sample_index=self.sample_index,
+            token_id=sampled.token_id,
+            text=text,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            finish_reason=reason,
+        )

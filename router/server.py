@@ -1,0 +1,217 @@
+"""A router's gRPC: requests of the ingress in, tokens out, in the router's own thread."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import grpc
+
+from milliways.model.errors import InvalidRequestError
+from milliways.router.requests.admission import RoutedRequest
+from milliways.router.requests.codec import (
+    checked_seed,
+    event_to_wire,
+    sampling_from_wire,
+    scores_to_wire,
+)
+from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.sequence import PromptScores, TokenEvent
+from milliways.router.router import Router
+from milliways.runtime.reactor import Reactor
+from milliways.runtime.tasks import Pending
+from milliways.v1 import router_pb2
+from milliways.wire.channels import add_port
+from milliways.wire.errors import ClusterError
+from milliways.wire.status_codes import ACCEPTED_KEY, Verbatim, status_of
+from milliways.wire.tls import TlsSettings
+
+_SERVICE = "milliways.v1.RouterService"
+# Prompts of the longest context there is, as 5-byte varints, with room to spare.
+MAX_REQUEST_BYTES = 16 << 20
+
+
+class RouterDoor:
+    """Serves `RouterService`. Used from the router's reactor, which hosts an event loop."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        router: Router,
+        *,
+        request_timeout_s: float,
+        tls: TlsSettings | None = None,
+    ) -> None:
+        self._reactor = reactor
+        self._router = router
+        self._request_timeout_s = request_timeout_s
+        self._tls = tls or TlsSettings()
+        self._server: Any = None
+
+    def start(self, address: str) -> Pending[str]:
+        """Listens at `host:port`, port 0 for any; comes to the address with the port it has."""
+        return self._reactor.run_in_loop(self._start(address))
+
+    def stop(self, grace_s: float = 0.0) -> Pending[None]:
+        """Takes no more requests; breaks the streams after `grace_s`."""
+        return self._reactor.run_in_loop(self._stop(grace_s))
+
+    async def _start(self, address: str) -> str:
+        options = [
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+            ("grpc.so_reuseport", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 500),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+        self._server = grpc.aio.server(options=options)
+        route = grpc.unary_stream_rpc_method_handler(
+            self._route,
+            request_deserializer=router_pb2.RouteRequest.FromString,
+            response_serializer=router_pb2.RouteResponse.SerializeToString,
+        )
+        ping = grpc.unary_unary_rpc_method_handler(
+            _ping,
+            request_deserializer=router_pb2.PingRequest.FromString,
+            response_serializer=router_pb2.PingResponse.SerializeToString,
+        )
+        handler = grpc.method_handlers_generic_handler(_SERVICE, {"Route": route, "Ping": ping})
+        self._server.add_generic_rpc_handlers((handler,))
+        port = add_port(self._server, address, self._tls)
+        await self._server.start()
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    async def _stop(self, grace_s: float) -> None:
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+    async def _route(
+        self, message: router_pb2.RouteRequest, context: Any
+    ) -> AsyncIterator[router_pb2.RouteResponse]:
+        stream = _Stream(lambda: self._router.standby_id)
+        routed: RoutedRequest | None = None
+        try:
+            routed = routed_request(message, self._request_timeout_s)
+            stream.num_delivered = {i: len(tokens) for i, tokens in routed.delivered.items()}
+            self._router.submit(routed, stream)
+            stream.begin()
+        except (ClusterError, InvalidRequestError) as error:
+            await _abort(context, error)
+        assert routed is not None
+        try:
+            await context.send_initial_metadata(((ACCEPTED_KEY, "1"),))
+            async for response in stream.responses():
+                yield response
+            if stream.error is not None:
+                await _abort(context, stream.error)
+        finally:
+            # Also when the client is gone: its blocks are free before the next step.
+            self._router.cancel_listener(routed.request_id, stream)
+
+
+async def _ping(message: router_pb2.PingRequest, context: Any) -> router_pb2.PingResponse:
+    return router_pb2.PingResponse()
+
+
+class _Stream:
+    """A listener whose news go to one call. Bounded by the tokens that a request may have."""
+
+    def __init__(self, standby_id: Callable[[], str]) -> None:
+        self.error: ClusterError | None = None
+        self.num_delivered: dict[int, int] = {}
+        self._news: list[router_pb2.RouteResponse] = []
+        self._has_ended = False
+        self._rung = asyncio.Event()
+        self._standby_id = standby_id
+        self._told_standby_id = ""
+
+    def begin(self) -> None:
+        """Says who has copies, where anybody has: the router may die before the first token."""
+        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
+        if response.standby_id:
+            self._ring(response)
+
+    def scored(self, scores: PromptScores) -> None:
+        response = router_pb2.RouteResponse(
+            standby_id=self._news_of_standby(), prompt_logprobs=scores_to_wire(scores)
+        )
+        self._ring(response)
+
+    def tokens(self, events: Sequence[TokenEvent]) -> None:
+        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
+        for event in events:
+            index = self.num_delivered.get(event.sample_index, 0)
+            self.num_delivered[event.sample_index] = index + 1
+            response.events.append(event_to_wire(event, index))
+        self._ring(response)
+
+    def ended(self, error: ClusterError | None) -> None:
+        self.error, self._has_ended = error, True
+        self._rung.set()
+
+    def moved(self) -> None:
+        self._has_ended = True
+        self._ring(router_pb2.RouteResponse(has_moved=True))
+
+    async def responses(self) -> AsyncIterator[router_pb2.RouteResponse]:
+        """Until the request ends."""
+        while True:
+            news, self._news = self._news, []
+            for response in news:
+                yield response
+            if self._has_ended and not self._news:
+                return
+            if not self._news:
+                self._rung.clear()
+                await self._rung.wait()
+
+    def _news_of_standby(self) -> str:
+        """Who has copies now; empty where that was told."""
+        standby_id = self._standby_id()
+        if standby_id == self._told_standby_id:
+            return ""
+        self._told_standby_id = standby_id
+        return standby_id
+
+    def _ring(self, response: router_pb2.RouteResponse) -> None:
+        self._news.append(response)
+        self._rung.set()
+
+
+def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> RoutedRequest:
+    """A request from its message.
+
+    Raises:
+        InvalidRequestError: names field, value and limit.
+    """
+    if not message.sampling.HasField("seed"):
+        # Made up here, another router would go on with another.
+        raise InvalidRequestError("sampling.seed", Verbatim("(absent)"), "given")
+    seed = checked_seed(message.sampling.seed)
+    request = GenerateRequest(
+        prompt_ids=tuple(message.prompt_token_ids),
+        max_tokens=message.max_tokens,
+        sampling=sampling_from_wire(message.sampling, seed),
+        num_samples=message.num_samples or 1,
+        stop=tuple(message.stop),
+        ignore_eos=message.ignore_eos,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+    for delivered in message.delivered:
+        if delivered.sample_index >= request.num_samples:
+            limit = f"below num_samples = {request.num_samples}"
+            raise InvalidRequestError("delivered.sample_index", delivered.sample_index, limit)
+    timeout_s = message.timeout_ms / 1000 if message.timeout_ms else longest_s
+    return RoutedRequest(
+        request_id=message.request_id,
+        request=request,
+        timeout_s=min(timeout_s, longest_s),
+        delivered={d.sample_index: tuple(d.token_ids) for d in message.delivered},
+        finished=frozenset(d.sample_index for d in message.delivered if d.is_finished),
+        num_scored=message.num_delivered_prompt_logprobs,
+    )
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    status = status_of(error)
+    code = grpc.StatusCode[status.code]
+    await context.abort(code, status.message, status.trailing_metadata)
