@@ -18,7 +18,7 @@ from milliways.model.errors import OutOfBlocksError
 
 
 class BlockPool:
-    """Hands out block ids 0 .. num_blocks - 1 of `block_size` positions each."""
+    """Actuator out block ids 0 .. num_blocks - 1 of `block_size` positions each."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from milliways.model.errors import ConfigError
+from milliways.model.errors import ModelConfigError
 
 CONFIG_FILE = "config.json"
 
@@ -25,7 +25,7 @@ class ModelConfig:
     """The shape of a model. All sizes count elements, not bytes.
 
     Raises:
-        ConfigError: a field is mistyped, out of range, or does not fit the others.
+        ModelConfigError: a field is mistyped, out of range, or does not fit the others.
     """
 
     emb_size: int
@@ -49,22 +49,24 @@ class ModelConfig:
         for field in fields(self):
             _check_number(field.name, getattr(self, field.name), whole=field.type is int)
         if self.num_q_heads % self.num_kv_heads:
-            raise ConfigError(
+            raise ModelConfigError(
                 "num_q_heads",
                 self.num_q_heads,
                 f"no multiple of num_kv_heads = {self.num_kv_heads}",
             )
         if self.num_selected_experts > self.num_experts:
-            raise ConfigError(
+            raise ModelConfigError(
                 "num_selected_experts",
                 self.num_selected_experts,
                 f"more than num_experts = {self.num_experts}",
             )
         if self.key_size % 2:
-            raise ConfigError("key_size", self.key_size, "rotary embedding needs an even width")
+            raise ModelConfigError(
+                "key_size", self.key_size, "rotary embedding needs an even width"
+            )
         for name in ("pad_token", "eos_token"):
             if getattr(self, name) >= self.vocab_size:
-                raise ConfigError(
+                raise ModelConfigError(
                     name, getattr(self, name), f"not below vocab_size = {self.vocab_size}"
                 )
 
@@ -89,7 +91,7 @@ def load_config(model_dir: Path) -> ModelConfig:
     """The configuration of a model directory; Grok-1's where it brings none.
 
     Raises:
-        ConfigError: the file is no JSON object, or a field is missing or impossible; names the
+        ModelConfigError: the file is no JSON object, or a field is missing or impossible; names the
             file.
     """
     path = model_dir / CONFIG_FILE
@@ -98,19 +100,21 @@ def load_config(model_dir: Path) -> ModelConfig:
     raw = _read_object(path)
     try:
         return config_from_dict(raw)
-    except ConfigError as error:
-        raise ConfigError(error.field, error.value, error.reason, path) from None
+    except ModelConfigError as error:
+        raise ModelConfigError(error.field, error.value, error.reason, path) from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(CONFIG_FILE, str(path), f"cannot be read: {error.strerror}") from error
+        raise ModelConfigError(
+            CONFIG_FILE, str(path), f"cannot be read: {error.strerror}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(CONFIG_FILE, str(path), f"not JSON: {error}") from error
+        raise ModelConfigError(CONFIG_FILE, str(path), f"not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(CONFIG_FILE, str(path), "not a JSON object")
+        raise ModelConfigError(CONFIG_FILE, str(path), "not a JSON object")
     return raw
 
 
@@ -118,7 +122,7 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
     """Reads the known fields, ignores the rest; derives `ffn_size` from `widening_factor`.
 
     Raises:
-        ConfigError: a field is missing or impossible.
+        ModelConfigError: a field is missing or impossible.
     """
     values = {field.name: raw[field.name] for field in fields(ModelConfig) if field.name in raw}
     if "ffn_size" not in values and "widening_factor" in raw:
@@ -127,7 +131,7 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
         values["ffn_size"] = ffn_size(raw["emb_size"], raw["widening_factor"])
     for field in fields(ModelConfig):
         if field.name not in values and field.default is MISSING:
-            raise ConfigError(field.name, None, "missing")
+            raise ModelConfigError(field.name, None, "missing")
     return ModelConfig(**values)
 
 
@@ -135,13 +139,13 @@ def _check_number(name: str, value: object, *, whole: bool) -> None:
     """Token ids may be 0; every other number must be above it. A float field accepts an int."""
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(name, value, "not a whole number" if whole else "not a number")
+        raise ModelConfigError(name, value, "not a whole number" if whole else "not a number")
     lowest = 0 if name.endswith("_token") else 1 if whole else 0.0
     largest = _largest(name, whole=whole)
     # NaN compares with nothing, and so is out of every range.
     if not lowest <= value <= largest or (not whole and value == 0):
         least = "at least" if whole else "above"
-        raise ConfigError(name, value, f"must be {least} {lowest} and at most {largest}")
+        raise ModelConfigError(name, value, f"must be {least} {lowest} and at most {largest}")
 
 
 def _largest(name: str, *, whole: bool) -> int | float:

@@ -1,7 +1,7 @@
 """Every error `model` raises for the world's faults (our own bugs are assertions).
 
 ModelError
-├── ConfigError            a field of config.json is missing, mistyped or impossible
+├── ModelConfigError            a field of config.json is missing, mistyped or impossible
 ├── CheckpointError        names the file and the reason
 │   ├── UnsafePickleError      an opcode or global outside the allow-list; nothing was executed
 │   ├── CorruptTensorError     truncated, malformed, or bytes that do not add up
@@ -23,7 +23,7 @@ class ModelError(Exception):
     """Root of the tree above."""
 
 
-class ConfigError(ModelError):
+class ModelConfigError(ModelError):
     """A configuration that cannot describe a model; names field and value, and the file if any."""
 
     def __init__(self, field: str, value: object, reason: str, path: Path | None = None) -> None:

@@ -182,7 +182,7 @@ class BlockCopies:
         pending.when_done(lambda: self._settle(run, pending))
         if not pending.is_done:
             timeout_s = self._timeout_s * self._links.slowness(buddy_id)
-            self._links.forsake(buddy_id, pending, 2 * timeout_s)
+            self._links.abandon(buddy_id, pending, 2 * timeout_s)
         self.look()
 
     def _settle(self, run: Run, pending: Pending[Result]) -> None:

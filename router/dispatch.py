@@ -6,7 +6,7 @@ For one layer of one micro-batch:
 2. One message goes to each worker, with all the tokens that need its experts.
 3. Outputs are put where the gate's ranking has them, whatever order they arrive in. What is missing
    because a worker died, refused or is slow is asked of another; what arrived is kept.
-4. An expert without a replica parks the layer until a view or a way brings one.
+4. An expert without a replica parks the layer until a view or a assignment brings one.
 
 No expert is left out and no sum is taken here: the attention shard combines. Rows with which worker
 after worker dies are not passed on to the rest (see `suspects`).
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milliways.router.links.link_table import LinkTable
-from milliways.router.suspects import WorkersDiedError
+from milliways.router.suspects import RowsKilledWorkersError
 from milliways.runtime.tasks import Pending, Task, Tasks
 from milliways.wire.calls import ExpertInput, ExpertOutputs, Refusal, Result, RunExperts
 from milliways.wire.errors import PeerError, PeerLostError, RefusalReason, RefusedError
@@ -55,7 +55,7 @@ class _Layer:
     outputs_ND: np.ndarray
     is_missing_N: np.ndarray
     num_faults: int = 0
-    # Lives of workers whose way broke while they had rows of it.
+    # Lives of workers whose assignment broke while they had rows of it.
     broken: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
     caution_s: float | None = None
 
@@ -70,7 +70,7 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Way:
+class _Assignment:
     """Places that one worker is asked to fill; those without a worker wait for one."""
 
     worker_id: str | None
@@ -112,7 +112,7 @@ class Dispatcher:
 
         Raises:
             RefusedError: workers fail to compute it, again and again.
-            WorkersDiedError: they die of it.
+            RowsKilledWorkersError: they die of it.
         """
         num_rows, num_selected = given.expert_ids_TA.shape
         width = given.rows_TD.shape[1]
@@ -130,28 +130,34 @@ class Dispatcher:
     async def _fill(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> None:
         """Has all of these places filled, each by a worker that is not avoided.
 
-        A loop, since failures may go on for as long as anybody waits. Places that go different ways
-        part, and fail each for themselves.
+        A loop, since failures may go on for as long as anybody waits. Places of different
+        assignments are filled side by side, and fail one by one.
         """
         while (places := layer.missing(places)).size:
-            ways = self._choose(layer, places, avoided)
-            if len(ways) > 1 and layer.caution_s is not None:
-                for way in ways:
+            assignments = self._choose(layer, places, avoided)
+            if len(assignments) > 1 and layer.caution_s is not None:
+                for assignment in assignments:
                     # One at a time, so that a death costs one worker.
-                    await self._fill_by(layer, way, avoided)
+                    await self._fill_by(layer, assignment, avoided)
                 return
-            if len(ways) > 1:
-                await self._tasks.gather(self._fill_by(layer, way, avoided) for way in ways)
+            if len(assignments) > 1:
+                await self._tasks.gather(
+                    self._fill_by(layer, assignment, avoided) for assignment in assignments
+                )
                 return
-            avoided = await self._try(layer, ways[0], avoided)
+            avoided = await self._try(layer, assignments[0], avoided)
 
-    async def _fill_by(self, layer: _Layer, way: _Way, avoided: frozenset[str]) -> None:
-        """As `_fill`, by a way that is chosen already."""
-        avoided = await self._try(layer, way, avoided)
-        await self._fill(layer, way.places, avoided)
+    async def _fill_by(
+        self, layer: _Layer, assignment: _Assignment, avoided: frozenset[str]
+    ) -> None:
+        """As `_fill`, by an assignment that is chosen already."""
+        avoided = await self._try(layer, assignment, avoided)
+        await self._fill(layer, assignment.places, avoided)
 
-    def _choose(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> Sequence[_Way]:
-        """A way for each worker that is asked, and one for the places whose experts nobody has."""
+    def _choose(
+        self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]
+    ) -> Sequence[_Assignment]:
+        """One assignment per worker to ask, and one for the places whose experts nobody has."""
         ids = layer.given.expert_ids_TA.reshape(-1)[places]
         chosen: dict[str, list[np.ndarray]] = {}
         homeless: list[np.ndarray] = []
@@ -168,10 +174,12 @@ class Dispatcher:
             chosen.setdefault(worker, []).append(its_places)
         # Those of this process last: the others compute meanwhile.
         workers = sorted(chosen, key=lambda w: (self._links.is_local(w), w))
-        ways = [_Way(worker, np.sort(np.concatenate(chosen[worker]))) for worker in workers]
+        assignments = [
+            _Assignment(worker, np.sort(np.concatenate(chosen[worker]))) for worker in workers
+        ]
         if homeless:
-            ways.append(_Way(None, np.sort(np.concatenate(homeless))))
-        return ways
+            assignments.append(_Assignment(None, np.sort(np.concatenate(homeless))))
+        return assignments
 
     def _cost(self, worker_id: str, num_planned: int) -> tuple[bool, bool, int, str]:
         links = self._links
@@ -185,41 +193,47 @@ class Dispatcher:
         wanted_s = max(self._limits.hedge_after_s_min, HEDGE_LATENCIES * latency_s)
         return min(wanted_s, self._limits.hedge_after_s)
 
-    async def _try(self, layer: _Layer, way: _Way, avoided: frozenset[str]) -> frozenset[str]:
-        """Asks the worker of a way once; whom to avoid for what is missing after that."""
-        if way.worker_id is None:
+    async def _try(
+        self, layer: _Layer, assignment: _Assignment, avoided: frozenset[str]
+    ) -> frozenset[str]:
+        """Asks the worker of an assignment once; whom to avoid for what is missing after that."""
+        if assignment.worker_id is None:
             await self._park()
             if layer.caution_s is not None:
                 await self._tasks.sleep(layer.caution_s)
             return frozenset()
-        life = self._links.life(way.worker_id)
-        timeout_s = self._limits.timeout_s * self._links.slowness(way.worker_id)
-        hedge_after_s = self._hedge_after_s(way.worker_id)
+        life = self._links.incarnation_of(assignment.worker_id)
+        timeout_s = self._limits.timeout_s * self._links.slowness(assignment.worker_id)
+        hedge_after_s = self._hedge_after_s(assignment.worker_id)
         pending = self._links.ask(
-            way.worker_id,
-            _call(layer, way.places),
+            assignment.worker_id,
+            _call(layer, assignment.places),
             step=layer.step,
             timeout_s=timeout_s,
-            num_rows=len(way.places),
+            num_rows=len(assignment.places),
             late_after_s=hedge_after_s,
         )
-        avoided |= {way.worker_id}
+        avoided |= {assignment.worker_id}
         try:
             is_done = pending.is_done or await self._tasks.wait_for(pending, hedge_after_s)
             if not is_done:
-                self._links.note_late(way.worker_id)
+                self._links.mark_late(assignment.worker_id)
                 left_s = timeout_s - hedge_after_s
-                await self._hedge(layer, way, pending, avoided, left_s)
-                if pending.is_done and pending.error is None and layer.missing(way.places).size:
-                    self._links.note_rash(way.worker_id, hedge_after_s)
+                await self._hedge(layer, assignment, pending, avoided, left_s)
+                if (
+                    pending.is_done
+                    and pending.error is None
+                    and layer.missing(assignment.places).size
+                ):
+                    self._links.hedged_too_early(assignment.worker_id, hedge_after_s)
         finally:
             if not pending.is_done:
-                self._links.forsake(way.worker_id, pending, 2 * timeout_s)
+                self._links.abandon(assignment.worker_id, pending, 2 * timeout_s)
         try:
             if pending.is_done:
-                self._take(layer, way.worker_id, way.places, pending)
+                self._take(layer, assignment.worker_id, assignment.places, pending)
         except PeerError as error:
-            num_missing = layer.missing(way.places).size
+            num_missing = layer.missing(assignment.places).size
             if num_missing:
                 self.num_resent += num_missing
                 if isinstance(error, PeerLostError) and life is not None:
@@ -229,7 +243,7 @@ class Dispatcher:
         return avoided
 
     async def _judge(self, layer: _Layer) -> None:
-        """Raises WorkersDiedError where too many did, of those whose way broke.
+        """Raises RowsKilledWorkersError where too many did, of those whose assignment broke.
 
         A stream that broke may stand again soon; that a process is gone, a view tells.
         """
@@ -237,7 +251,7 @@ class Dispatcher:
         while len(layer.broken) >= layer.max_deaths:
             dead = [life for life in layer.broken if self._links.has_ended(*life)]
             if len(dead) >= layer.max_deaths:
-                raise WorkersDiedError(sorted(worker_id for worker_id, _ in dead))
+                raise RowsKilledWorkersError(sorted(worker_id for worker_id, _ in dead))
             left_s = until_s - self._tasks.clock.now_s()
             if left_s <= 0:
                 return
@@ -246,18 +260,18 @@ class Dispatcher:
     async def _hedge(
         self,
         layer: _Layer,
-        way: _Way,
+        assignment: _Assignment,
         pending: Pending[Result],
         avoided: frozenset[str],
         left_s: float,
     ) -> None:
         """Asks others as well, where there are any; who answers first is taken: equal bits."""
-        assert way.worker_id is not None
+        assert assignment.worker_id is not None
         patience: Pending[None] = Pending()
         timer = self._tasks.call_later(max(0.0, left_s), lambda: patience.resolve(None))
         asked: dict[str, Task[None]] = {}
         try:
-            while (left := layer.missing(way.places)).size:
+            while (left := layer.missing(assignment.places)).size:
                 if all(task.is_done for task in asked.values()):
                     # What is missing although they are done, they failed to compute.
                     avoided |= asked.keys()
@@ -273,17 +287,17 @@ class Dispatcher:
             timer.cancel()
             for task in asked.values():
                 task.cancel()
-        if not pending.is_done and layer.missing(way.places).size:
-            self._links.give_up(way.worker_id)
+        if not pending.is_done and layer.missing(assignment.places).size:
+            self._links.give_up(assignment.worker_id)
 
     def _ask_others(
         self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]
     ) -> dict[str, Task[None]]:
-        ways = self._choose(layer, places, avoided)
+        assignments = self._choose(layer, places, avoided)
         asked = {
-            way.worker_id: self._tasks.start(self._fill_by(layer, way, avoided))
-            for way in ways
-            if way.worker_id is not None
+            assignment.worker_id: self._tasks.start(self._fill_by(layer, assignment, avoided))
+            for assignment in assignments
+            if assignment.worker_id is not None
         }
         self.num_hedged += len(asked)
         return asked
@@ -311,7 +325,7 @@ class Dispatcher:
             if layer.num_faults >= MAX_FAULTS:
                 raise error
         if reason in (RefusalReason.STALE_EPOCH, RefusalReason.STALE_INCARNATION):
-            # A newer view is on its way; waiting for it is bounded, should it be lost.
+            # A newer view is on its assignment; waiting for it is bounded, should it be lost.
             await self._tasks.wait_for(self._links.changed.wait(), 10 * BACK_OFF_S)
             return frozenset()
         if reason is RefusalReason.OVERLOADED:
@@ -332,7 +346,7 @@ class Dispatcher:
 
 def _raise_if_workers_died(tasks: Iterable[Task[None]]) -> None:
     for task in tasks:
-        if isinstance(task.error, WorkersDiedError):
+        if isinstance(task.error, RowsKilledWorkersError):
             raise task.error
 
 

@@ -18,7 +18,7 @@ from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.runner import ModelRunner, ScheduledTokens
 from milliways.model.tokenizer import Tokenizer
 from milliways.router.requests.admission import RoutedRequest, make_sequences, max_completion_tokens
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
     Detokenizer,
     Event,
@@ -57,7 +57,7 @@ class LocalEngine:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
-    def add(self, request: GenerateRequest) -> list[Sequence]:
+    def add(self, request: GenerationRequest) -> list[Sequence]:
         """Queues a request: one sequence for each sample; none where nothing is wanted of it.
 
         Raises:
@@ -86,7 +86,7 @@ class LocalEngine:
             self._finish(entry.sequence)
         return events
 
-    def generate(self, request: GenerateRequest) -> Iterator[Event]:
+    def generate(self, request: GenerationRequest) -> Iterator[Event]:
         """Runs one request to its end, streaming the tokens of all its samples.
 
         Where the prompt is scored, its scores come before.
@@ -105,7 +105,7 @@ class LocalEngine:
             for sequence in unfinished:
                 self._scheduler.finish(sequence, SequenceStatus.FAILED)
 
-    def _detokenizer(self, request: GenerateRequest) -> Detokenizer:
+    def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         if self._tokenizer is None:
             return NoText()
         return IncrementalDetokenizer(self._tokenizer, request.prompt_ids)

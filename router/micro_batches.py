@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from milliways.router.scheduler import ScheduledSequence
 
 
-def split(
+def split_step(
     scheduled: Sequence[ScheduledSequence], max_batches: int, min_tokens: int
 ) -> list[list[ScheduledSequence]]:
     """At most `max_batches` runs, each of at least `min_tokens` tokens where it can be."""

@@ -92,7 +92,7 @@ class Pipeline:
         Raises:
             ShardLostError: keys and values are lost.
             RefusedError: workers fail to compute it, again and again.
-            WorkersDiedError: they die of it.
+            RowsKilledWorkersError: they die of it.
         """
         # As it was: a new chain is taken up by the next step, since keys and values are lost.
         chain = self.chain
@@ -148,7 +148,7 @@ class Pipeline:
             is_done = pending.is_done or await self._tasks.wait_for(pending, timeout_s)
         finally:
             if not pending.is_done:
-                self._links.forsake(shard.worker_id, pending, 2 * timeout_s)
+                self._links.abandon(shard.worker_id, pending, 2 * timeout_s)
         if not is_done:
             self._links.give_up(shard.worker_id)
             raise ShardLostError(PeerSilentError(shard.worker_id, "no reply in time"))

@@ -29,7 +29,7 @@ from milliways.model.config import ModelConfig
 from milliways.model.sampling_params import SampledToken
 from milliways.router.block_copies import ArraysNow, BlockCopies
 from milliways.router.links.link_table import LinkTable
-from milliways.router.micro_batches import split
+from milliways.router.micro_batches import split_step
 from milliways.router.pipeline import Pipeline, ShardLostError
 from milliways.router.requests.admission import (
     DetokenizerFor,
@@ -46,7 +46,7 @@ from milliways.router.requests.sequence import (
 )
 from milliways.router.rows import pack, take_events
 from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
-from milliways.router.suspects import Suspects, WorkersDiedError
+from milliways.router.suspects import RowsKilledWorkersError, Suspects
 from milliways.runtime.tasks import Signal, Tasks, Timer
 from milliways.wire.calls import Refusal, Result, StoreBlocks
 from milliways.wire.errors import (
@@ -253,7 +253,7 @@ class Router:
                     await self._recover(error)
                 except RefusedError as error:
                     self._fail_running(error)
-                except WorkersDiedError as error:
+                except RowsKilledWorkersError as error:
                     logger.error("a step is given up: %s", error)
                 # Requests and cancellations that arrived meanwhile come before the next choice.
                 await self._tasks.sleep(0)
@@ -271,7 +271,7 @@ class Router:
             return
         self.figures.num_steps += 1
         self.figures.num_positions += sum(entry.num_tokens for entry in scheduled)
-        batches = split(
+        batches = split_step(
             scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
         )
         computing = self._tasks.start(
@@ -309,7 +309,7 @@ class Router:
         step, batch_id = self.figures.num_steps, self._num_batches
         try:
             return await self._pipeline.run(step, batch_id, pack(batch), caution_s)
-        except WorkersDiedError as error:
+        except RowsKilledWorkersError as error:
             running = [e.sequence for e in batch if e.sequence.status is SequenceStatus.RUNNING]
             if caution_s is None:
                 self._suspects.accuse(running)

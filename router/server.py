@@ -8,13 +8,13 @@ import grpc
 
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.codec import (
+from milliways.router.requests.messages import (
     checked_seed,
     event_to_wire,
     sampling_from_wire,
     scores_to_wire,
 )
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.router.router import Router
 from milliways.runtime.reactor import Reactor
@@ -30,7 +30,7 @@ _SERVICE = "milliways.v1.RouterService"
 MAX_REQUEST_BYTES = 16 << 20
 
 
-class RouterDoor:
+class RouterServer:
     """Serves `RouterService`. Used from the router's reactor, which hosts an event loop."""
 
     def __init__(
@@ -187,7 +187,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
         # Made up here, another router would go on with another.
         raise InvalidRequestError("sampling.seed", Verbatim("(absent)"), "given")
     seed = checked_seed(message.sampling.seed)
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
         sampling=sampling_from_wire(message.sampling, seed),

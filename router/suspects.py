@@ -20,7 +20,7 @@ MAX_DEATHS_ALONE = 3
 PAUSE_S = 0.5
 
 
-class WorkersDiedError(ClusterError):
+class RowsKilledWorkersError(ClusterError):
     """Workers died with the same rows: several, or one with rows of a suspect."""
 
     def __init__(self, worker_ids: Row[str]) -> None:

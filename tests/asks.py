@@ -5,7 +5,7 @@ from typing import Any
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.engine import LocalEngine
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 
 MAX_TOKENS = 12
@@ -20,12 +20,12 @@ PARAMS: list[dict[str, Any]] = [
 PROMPTS: list[Any] = [PROMPT, "Welcome to", [5, 60, 700]]
 
 
-def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> GenerateRequest:
+def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> GenerationRequest:
     """What the engine is asked when a client asks this."""
     given = dict(params)
     num_samples, stop = given.pop("n", 1), tuple(given.pop("stop", ()))
     bias = {int(key): float(value) for key, value in given.pop("logit_bias", {}).items()}
-    return GenerateRequest(
+    return GenerationRequest(
         prompt_ids=model.encode(prompt) if isinstance(prompt, str) else tuple(prompt),
         max_tokens=given.pop("max_tokens", MAX_TOKENS),
         ignore_eos=given.pop("ignore_eos", False),
@@ -35,7 +35,7 @@ def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> Gener
     )
 
 
-def alone(engine: LocalEngine, request: GenerateRequest) -> list[list[TokenEvent]]:
+def alone(engine: LocalEngine, request: GenerationRequest) -> list[list[TokenEvent]]:
     """What a request gets where there is no other, by sample."""
     samples: list[list[TokenEvent]] = [[] for _ in range(request.num_samples)]
     for event in engine.generate(request):

@@ -37,8 +37,8 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import local_host_id
 from milliways.wire.tls import TlsSettings
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import DoorPlate, GrpcServer
-from milliways.workers.servers.intake import Presence
+from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
+from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.shm_server import ShmServer
 
 WORKER_ID = "echo"
@@ -134,21 +134,21 @@ class EchoServer:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
         self.host_id = local_host_id()
-        self.presence = presence = Presence(self.core)
+        self.sessions = sessions = RouterSessions(self.core)
         self.shm = ShmServer(
             self.reactor,
-            presence,
+            sessions,
             worker_id=WORKER_ID,
             incarnation=INCARNATION,
             limits=limits,
         )
-        plate = DoorPlate(
+        plate = ServerIdentity(
             worker_id=WORKER_ID,
             incarnation=INCARNATION,
             host_id=self.host_id,
             socket_name=self.shm.socket_name,
         )
-        self._grpc = GrpcServer(self.reactor, presence, plate, tls=tls, limits=limits)
+        self._grpc = WorkerGrpcServer(self.reactor, sessions, plate, tls=tls, limits=limits)
 
     def start(self, host: str = "127.0.0.1") -> str:
         """Serves from a thread of its own; returns the address."""

@@ -10,8 +10,8 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.router.requests.codec import event_to_wire, sampling_from_wire, scores_to_wire
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.messages import event_to_wire, sampling_from_wire, scores_to_wire
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import router_pb2, router_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port
@@ -158,8 +158,8 @@ def remaining_events(request: router_pb2.RouteRequest) -> list[router_pb2.TokenE
     return remaining
 
 
-def request_of(message: router_pb2.RouteRequest) -> GenerateRequest:
-    return GenerateRequest(
+def request_of(message: router_pb2.RouteRequest) -> GenerationRequest:
+    return GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
         sampling=sampling_from_wire(message.sampling, message.sampling.seed),
@@ -170,7 +170,7 @@ def request_of(message: router_pb2.RouteRequest) -> GenerateRequest:
     )
 
 
-def expected_events(request: GenerateRequest) -> list[TokenEvent]:
+def expected_events(request: GenerationRequest) -> list[TokenEvent]:
     return [replace(event) for event in counted_events(request)]
 
 

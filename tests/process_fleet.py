@@ -20,7 +20,7 @@ from milliways.cluster.control.targets import ControllerSettings
 from milliways.cluster.ingress.router_choice import RouterInfo
 from milliways.cluster.ingress.router_source import RouterSource
 from milliways.cluster.settings.config import ClusterConfig
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
@@ -223,7 +223,7 @@ class ProcessCluster:
         )
 
     async def generate(
-        self, request: GenerateRequest, request_id: str, heard: Callable[[TokenEvent], None]
+        self, request: GenerationRequest, request_id: str, heard: Callable[[TokenEvent], None]
     ) -> None:
         deadline_s = time.monotonic() + TIMEOUT_S
         stream = self.source.generate(request, request_id=request_id, deadline_s=deadline_s)

@@ -13,7 +13,7 @@ from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SampledToken
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.journal import DeliveredSample
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
     Event,
     FinishReason,
@@ -27,7 +27,7 @@ from milliways.wire.errors import DeadlineError, UnavailableError
 EOS = 2
 
 
-def counted_events(request: GenerateRequest, vocab_size: int = 1280) -> list[TokenEvent]:
+def counted_events(request: GenerationRequest, vocab_size: int = 1280) -> list[TokenEvent]:
     """Hand-computable: the next token is the last plus 1 plus the sample index.
 
     Token t reads "t," and has log-probability -t. Samples take turns.
@@ -50,7 +50,7 @@ def counted_events(request: GenerateRequest, vocab_size: int = 1280) -> list[Tok
     return events
 
 
-def counted_scores(request: GenerateRequest) -> list[SampledToken]:
+def counted_scores(request: GenerationRequest) -> list[SampledToken]:
     """Hand-computable: a prompt token t has log-probability -t / 2, and t + 1 is likelier."""
     return [
         SampledToken(
@@ -64,7 +64,7 @@ def counted_scores(request: GenerateRequest) -> list[SampledToken]:
 
 
 def counted_score_events(
-    request: GenerateRequest, num_scored: int = 0, events_each: int = 2
+    request: GenerationRequest, num_scored: int = 0, events_each: int = 2
 ) -> list[PromptScores]:
     """What of these a client has not had, in pieces."""
     scores = counted_scores(request)
@@ -99,8 +99,8 @@ class CountingSource:
     # Events wait here until told to go on; None: they do not wait.
     gate: asyncio.Semaphore | None = None
     probe_error: Exception | None = None
-    make_events: Callable[[GenerateRequest], list[TokenEvent]] = counted_events
-    requests: list[GenerateRequest] = field(default_factory=list)
+    make_events: Callable[[GenerationRequest], list[TokenEvent]] = counted_events
+    requests: list[GenerationRequest] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     deadlines_s: list[float] = field(default_factory=list)
     nums_scored: list[int] = field(default_factory=list)
@@ -110,7 +110,7 @@ class CountingSource:
 
     async def generate(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         *,
         request_id: str,
         deadline_s: float,
@@ -178,7 +178,7 @@ class LocalSource:
 
     async def generate(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         *,
         request_id: str,
         deadline_s: float,
@@ -243,7 +243,7 @@ class LocalSource:
                     del self._streams[sequence]
 
 
-async def collect(source: CountingSource | LocalSource, request: GenerateRequest) -> list[Event]:
+async def collect(source: CountingSource | LocalSource, request: GenerationRequest) -> list[Event]:
     """All events of a request."""
     deadline_s = time.monotonic() + 60
     stream = source.generate(request, request_id="test", deadline_s=deadline_s)

@@ -9,7 +9,7 @@ from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize, StepMode
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.engine import LocalEngine
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from tests.runners import ON_GPU, load, runner_of
 
@@ -41,11 +41,11 @@ SPREADS = [
 ]
 
 
-def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
+def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
     """Greedy and seeded, short and long, some with equal beginnings, some with two samples."""
     random = Random(seed)
     shared = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(9))
-    made: list[GenerateRequest] = []
+    made: list[GenerationRequest] = []
     for i in range(count):
         own = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(random.randint(1, 12)))
         sampling = SamplingParams(
@@ -56,7 +56,7 @@ def requests(count: int, seed: int = 0) -> list[GenerateRequest]:
             seed=i,
         )
         made.append(
-            GenerateRequest(
+            GenerationRequest(
                 prompt_ids=shared + own if i % 2 else own,
                 max_tokens=random.randint(1, 10),
                 sampling=sampling,
@@ -73,7 +73,7 @@ def alone(model_dir: Path, count: int, seed: int = 0, dtype: str = "float32") ->
     return answers(model_dir, requests(count, seed), dtype)
 
 
-def answers(model_dir: Path, wanted: list[GenerateRequest], dtype: str = "float32") -> list[Told]:
+def answers(model_dir: Path, wanted: list[GenerationRequest], dtype: str = "float32") -> list[Told]:
     """What one process tells of these, one after another."""
     # As `milliways generate` computes there; on a CPU, whole steps take long to compile.
     mode = StepMode.FUSED if ON_GPU else StepMode.HALVES

@@ -33,6 +33,7 @@ from milliways.wire.calls import (
     Turn,
 )
 from milliways.wire.errors import RefusalReason
+from milliways.workers.block_ownership import BlockOwnership, Owner
 from milliways.workers.devices import Device
 from milliways.workers.experts import ExpertGroup, places_in
 from milliways.workers.kv_arrays import KvArrays
@@ -42,7 +43,6 @@ from milliways.workers.programs import (
     gather_and_combine,
     pass_through,
 )
-from milliways.workers.tenancy import Owner, Tenancy
 
 MAX_BATCHES = 16
 
@@ -103,7 +103,7 @@ class AttentionShard:
         self._end_device = end_device
         self.kv = KvArrays(decoder, first_layer, layer_devices, cache_size)
         self._batches: dict[tuple[Owner, int], _Batch] = {}
-        self._tenancy = Tenancy()
+        self._tenancy = BlockOwnership()
         self._parts = jitted_parts(decoder)
         self._go_on = combine_and_attend(decoder)
         self._pass = pass_through(decoder)

@@ -38,7 +38,7 @@ from milliways.wire.calls import (
 )
 from milliways.wire.errors import RefusalReason
 from milliways.wire.view import WORKER_MOVES, WorkerState
-from milliways.workers.company import Company
+from milliways.workers.co_arrival import CoArrival
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class WorkerCore:
         self._queue: deque[_Waiting] = deque()
         self._num_waiting_rows = 0
         self._arrived = Signal()
-        self._company = Company()
+        self._co_arrival = CoArrival()
         self._took_s = 0.0
         # Of each router the newest life and step whose batches came to the attention shard.
         self._newest_steps: dict[str, tuple[int, int]] = {}
@@ -174,9 +174,9 @@ class WorkerCore:
         self._num_waiting_rows += waiting.num_rows
         self._arrived.notify()
 
-    def has_company(self, router_id: str) -> bool:
+    def has_co_arrivals(self, router_id: str) -> bool:
         """Whether calls of a router may meet those of another: then they are better queued."""
-        return self._company.others(router_id)
+        return self._co_arrival.others(router_id)
 
     def compute_now(self, call: Call, fence: Fence) -> Result:
         """Computes a call of this very process at once, past the queue; or refuses it."""
@@ -193,7 +193,7 @@ class WorkerCore:
         Its calls stay in the queue: it may have come back by another stream, and what it asked for
         by the old one is refused or computed in vain.
         """
-        self._company.left(router_id)
+        self._co_arrival.left(router_id)
         if self._attention is not None:
             self._attention.release(router_id)
 
@@ -213,8 +213,8 @@ class WorkerCore:
     def _be_patient(self, waiting: _Waiting, layer: int, now_s: float) -> None:
         """Has a call wait for those of other routers that are behind its own."""
         router_id = waiting.fence.router_id
-        self._company.came(router_id, layer)
-        waiting.awaited = self._company.awaited(router_id, layer)
+        self._co_arrival.came(router_id, layer)
+        waiting.awaited = self._co_arrival.awaited(router_id, layer)
         if waiting.awaited:
             waiting.patient_until_s = now_s + self._patience_s
 
@@ -246,7 +246,7 @@ class WorkerCore:
         now_s = self._tasks.clock.now_s()
         here = {waiting.fence.router_id for waiting in batch}
         for router_id in set(first.awaited) - here:
-            self._company.waited_in_vain(router_id)
+            self._co_arrival.waited_without_result(router_id)
         alive: list[_Waiting] = []
         for waiting in batch:
             if waiting.deadline_s is not None and waiting.deadline_s < now_s:

@@ -21,7 +21,7 @@ EPOCH_TIMEOUT_S = 30.0
 MOST_DROPPED = 4
 
 
-class Hands(Protocol):
+class Actuator(Protocol):
     """Reaches the processes of a cluster, wherever they are."""
 
     def workers(self) -> Sequence[WorkerFacts]:
@@ -70,7 +70,7 @@ class Done:
     killed: Place | None = None
 
 
-def inject(strike: Strike, hands: Hands) -> Done:
+def inject(strike: Strike, hands: Actuator) -> Done:
     """Does one fault, from its beginning to its end.
 
     Raises:
@@ -112,13 +112,13 @@ def _any(strike: Strike, places: Sequence[Place]) -> Place:
     return sorted(places, key=lambda place: place.name)[strike.draw % len(places)]
 
 
-def _kill(place: Place, hands: Hands) -> Done:
+def _kill(place: Place, hands: Actuator) -> Done:
     now_s = time.monotonic()
     hands.send(place, signal.SIGKILL)
     return Done(place.name, now_s, time.monotonic(), place)
 
 
-def _freeze(strike: Strike, hands: Hands) -> Done:
+def _freeze(strike: Strike, hands: Actuator) -> Done:
     place = _victim(strike, hands.workers())
     began_s = time.monotonic()
     with _stopped(place, hands):
@@ -126,7 +126,7 @@ def _freeze(strike: Strike, hands: Hands) -> Done:
     return Done(place.name, began_s, time.monotonic())
 
 
-def _slow(strike: Strike, hands: Hands) -> Done:
+def _slow(strike: Strike, hands: Actuator) -> Done:
     place = _victim(strike, hands.workers())
     began_s = time.monotonic()
     while time.monotonic() < began_s + strike.length_s:
@@ -136,7 +136,7 @@ def _slow(strike: Strike, hands: Hands) -> Done:
     return Done(place.name, began_s, time.monotonic())
 
 
-def _fill_disk(strike: Strike, hands: Hands) -> Done:
+def _fill_disk(strike: Strike, hands: Actuator) -> Done:
     place = _victim(strike, hands.workers())
     began_s = time.monotonic()
     hands.limit_files(place, 0)
@@ -147,14 +147,14 @@ def _fill_disk(strike: Strike, hands: Hands) -> Done:
     return Done(place.name, began_s, time.monotonic())
 
 
-def _drop_replies(strike: Strike, hands: Hands) -> Done:
+def _drop_replies(strike: Strike, hands: Actuator) -> Done:
     place = _victim(strike, hands.workers())
     began_s = time.monotonic()
     num_lost = hands.drop_replies(place, 1 + strike.draw % MOST_DROPPED)
     return Done(f"{place.name}, {num_lost} times", began_s, time.monotonic())
 
 
-def _sleep_through(strike: Strike, hands: Hands) -> Done:
+def _sleep_through(strike: Strike, hands: Actuator) -> Done:
     """One worker stands still while another dies, and wakes up under another epoch."""
     workers = hands.workers()
     sleeper = _victim(strike, workers)
@@ -169,14 +169,14 @@ def _sleep_through(strike: Strike, hands: Hands) -> Done:
     return Done(names, began_s, time.monotonic())
 
 
-def _wait_for_epoch(hands: Hands, epoch: int) -> None:
+def _wait_for_epoch(hands: Actuator, epoch: int) -> None:
     until_s = time.monotonic() + EPOCH_TIMEOUT_S
     while hands.view().placement_epoch <= epoch and time.monotonic() < until_s:
         time.sleep(0.02)
 
 
 @contextmanager
-def _stopped(place: Place, hands: Hands) -> Generator[None]:
+def _stopped(place: Place, hands: Actuator) -> Generator[None]:
     hands.send(place, signal.SIGSTOP)
     try:
         yield

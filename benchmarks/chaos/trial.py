@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from milliways.benchmarks.chaos.asks import Ask
 from milliways.benchmarks.chaos.faults import DEADLY, Fault, Strike, strikes
-from milliways.benchmarks.chaos.injectors import Done, Hands, inject
+from milliways.benchmarks.chaos.injectors import Actuator, Done, inject
 from milliways.benchmarks.chaos.load import Load
 from milliways.benchmarks.chaos.report import Report, Struck, make_report
 from milliways.benchmarks.chaos.victims import Wholeness
@@ -39,7 +39,7 @@ class Trial:
     """Owns one run against one cluster."""
 
     def __init__(
-        self, asks: Sequence[Ask], load: Load, hands: Hands, say: Callable[[str], None]
+        self, asks: Sequence[Ask], load: Load, hands: Actuator, say: Callable[[str], None]
     ) -> None:
         self._asks = asks
         self._load = load

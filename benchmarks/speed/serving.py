@@ -40,7 +40,7 @@ Send = Callable[[], Timeline]
 
 
 @dataclass(frozen=True, slots=True)
-class DoorFigures:
+class EndpointFigures:
     """All requests through one door."""
 
     door: str
@@ -57,7 +57,7 @@ class DoorFigures:
         return _median_and_least([line.token_s for line in self.timelines])
 
 
-def measure_doors(doors: Mapping[str, Send], num_rounds: int) -> list[DoorFigures]:
+def measure_endpoints(doors: Mapping[str, Send], num_rounds: int) -> list[EndpointFigures]:
     """Rounds of all doors, each round beginning with another one; the first does not count."""
     timelines: dict[str, list[Timeline]] = {name: [] for name in doors}
     for turn in range(num_rounds + 1):
@@ -65,10 +65,10 @@ def measure_doors(doors: Mapping[str, Send], num_rounds: int) -> list[DoorFigure
             timeline = doors[name]()
             if turn:
                 timelines[name].append(timeline)
-    return [DoorFigures(name, tuple(lines)) for name, lines in timelines.items()]
+    return [EndpointFigures(name, tuple(lines)) for name, lines in timelines.items()]
 
 
-def format_doors(figures: Sequence[DoorFigures]) -> str:
+def format_endpoints(figures: Sequence[EndpointFigures]) -> str:
     """A Markdown table, in milliseconds: what each door takes, and what it adds to the floor."""
     floor = next(one for one in figures if one.door == FLOOR)
     rows: list[list[str]] = []
@@ -81,7 +81,7 @@ def format_doors(figures: Sequence[DoorFigures]) -> str:
     return format_table(header, rows)
 
 
-def doors_to_json(figures: Sequence[DoorFigures]) -> dict[str, Any]:
+def endpoints_to_json(figures: Sequence[EndpointFigures]) -> dict[str, Any]:
     """Every sample, in seconds."""
     return {
         one.door: {
@@ -92,7 +92,7 @@ def doors_to_json(figures: Sequence[DoorFigures]) -> dict[str, Any]:
     }
 
 
-def _added(one: DoorFigures, floor: DoorFigures) -> list[str]:
+def _added(one: EndpointFigures, floor: EndpointFigures) -> list[str]:
     return [
         f"{one.first_ms[0] - floor.first_ms[0]:.2f}",
         f"{one.token_ms[0] - floor.token_ms[0]:.3f}",

@@ -33,7 +33,7 @@ from milliways.cluster.control.targets import (
     planned,
     planned_anew,
     shared_out,
-    split,
+    split_workers,
 )
 from milliways.runtime.tasks import Pending, Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError, StartupError
@@ -372,7 +372,7 @@ class Controller:
     async def _scale(self, num_workers: int) -> None:
         for record in [r for r in self.workers.values() if r.state is WorkerState.STOPPED]:
             del self.workers[record.worker_id]
-        staying, leaving = split(self.workers.values(), num_workers)
+        staying, leaving = split_workers(self.workers.values(), num_workers)
         check_shrink(self._model, self.workers.values(), leaving)
         new = [f"worker-{n}" for n in range(num_workers) if f"worker-{n}" not in self.workers]
         for worker_id in new:

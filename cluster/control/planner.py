@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from milliways.wire.errors import PlacementError
-from milliways.wire.placement import BYTES_PER_GB, AttentionShard, ExpertId, ModelBytes, ShardPlan
+from milliways.wire.placement import BYTES_PER_GB, AttentionRange, ExpertId, ModelBytes, ShardPlan
 
 DEFAULT_KV_TOKENS = 8192
 
@@ -62,7 +62,7 @@ class WorkerPlan:
     """What one worker holds, and what that takes of its memory."""
 
     worker: WorkerMemory
-    attention: AttentionShard
+    attention: AttentionRange
     experts: tuple[ExpertId, ...]
     attention_bytes: int
     kv_bytes: int
@@ -107,7 +107,7 @@ def plan(
     policy: PlacementPolicy,
     expert_load: Mapping[ExpertId, float] | None = None,
     placement_epoch: int = 1,
-    attention: Sequence[AttentionShard] | None = None,
+    attention: Sequence[AttentionRange] | None = None,
 ) -> Placement:
     """Places a model on workers; equal inputs give equal plans.
 
@@ -154,11 +154,11 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
 
 def _attention_cuts(
     model: ModelBytes, workers: Sequence[WorkerMemory], cut: AttentionCut
-) -> list[Sequence[AttentionShard]]:
+) -> list[Sequence[AttentionRange]]:
     """The cuts to try, the best first."""
-    whole = AttentionShard(first_layer=0, num_layers=model.num_layers, has_ends=True)
+    whole = AttentionRange(first_layer=0, num_layers=model.num_layers, has_ends=True)
     num_takers = sum(worker.takes_attention for worker in workers)
-    cuts: list[Sequence[AttentionShard]] = []
+    cuts: list[Sequence[AttentionRange]] = []
     if cut is not AttentionCut.LAYERS:
         cuts.append((whole,) * num_takers)
     if cut is not AttentionCut.REPLICATED:
@@ -167,29 +167,29 @@ def _attention_cuts(
 
 
 def _given_to_takers(
-    model: ModelBytes, workers: Sequence[WorkerMemory], shards: Sequence[AttentionShard]
-) -> list[AttentionShard]:
+    model: ModelBytes, workers: Sequence[WorkerMemory], shards: Sequence[AttentionRange]
+) -> list[AttentionRange]:
     """A shard for each worker: in their order for those that take one, an empty one for others."""
     left = iter(shards)
-    none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
+    none = AttentionRange(first_layer=model.num_layers, num_layers=0, has_ends=False)
     return [next(left) if worker.takes_attention else none for worker in workers]
 
 
-def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionShard, ...]:
+def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionRange, ...]:
     """Runs as even as can be; what leaves the last comes back to the first for its logits.
 
     Workers beyond the number of layers have only experts.
     """
-    shards: list[AttentionShard] = []
+    shards: list[AttentionRange] = []
     first = 0
     for i in range(num_workers):
         count = num_layers // num_workers + (i < num_layers % num_workers)
-        shards.append(AttentionShard(first_layer=first, num_layers=count, has_ends=i == 0))
+        shards.append(AttentionRange(first_layer=first, num_layers=count, has_ends=i == 0))
         first += count
     return tuple(shards)
 
 
-def fixed_bytes(model: ModelBytes, shard: AttentionShard, kv_tokens: int) -> int:
+def fixed_bytes(model: ModelBytes, shard: AttentionRange, kv_tokens: int) -> int:
     """What a worker needs before any expert: its attention and its KV cache."""
     kv_bytes = shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens
     ends = model.end_bytes if shard.has_ends else 0
@@ -308,7 +308,7 @@ def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
 def _worker_plan(
     model: ModelBytes,
     worker: WorkerMemory,
-    shard: AttentionShard,
+    shard: AttentionRange,
     experts: Sequence[ExpertId],
     kv_tokens: int,
 ) -> WorkerPlan:

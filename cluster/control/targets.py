@@ -12,7 +12,7 @@ from milliways.cluster.control.planner import (
     plan,
 )
 from milliways.wire.errors import PlacementError
-from milliways.wire.placement import AttentionShard, ExpertId, ModelBytes, ShardPlan
+from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes, ShardPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ def planned(
     model: ModelBytes,
     settings: ControllerSettings,
     records: Collection[WorkerRecord],
-    attention: Mapping[str, AttentionShard] | None = None,
+    attention: Mapping[str, AttentionRange] | None = None,
 ) -> dict[str, ShardPlan]:
     """Shards for these workers, in the order of their numbers; `attention` are shards that stay.
 
@@ -97,7 +97,7 @@ def planned_anew(
     if not is_cut(model, records):
         policy = replace(settings.policy, attention=AttentionCut.REPLICATED)
         return planned(model, replace(settings, policy=policy), records)
-    none = AttentionShard(first_layer=model.num_layers, num_layers=0, has_ends=False)
+    none = AttentionRange(first_layer=model.num_layers, num_layers=0, has_ends=False)
     attention = {record.worker_id: none for record in records}
     attention |= {worker_id: attention_of(shard) for worker_id, shard in shards.items()}
     return planned(model, settings, records, attention)
@@ -138,9 +138,9 @@ def experts_of(model: ModelBytes) -> set[ExpertId]:
     }
 
 
-def attention_of(shards: ShardPlan) -> AttentionShard:
+def attention_of(shards: ShardPlan) -> AttentionRange:
     """The attention shard among a worker's shards."""
-    return AttentionShard(
+    return AttentionRange(
         first_layer=shards.first_layer, num_layers=shards.num_layers, has_ends=shards.has_ends
     )
 
@@ -173,7 +173,7 @@ def check_shrink(
             )
 
 
-def split(
+def split_workers(
     records: Iterable[WorkerRecord], num_workers: int
 ) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
     """Those that stay when there shall be so many, and those that leave: the last ones."""

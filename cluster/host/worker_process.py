@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from milliways.cluster.control.fleet import Existing, Spawned
+from milliways.cluster.host.local_calls import LocalBlocks, LocalCore
 from milliways.cluster.host.model_bytes import checkpoint_bytes
-from milliways.cluster.host.own_calls import OwnBlocks, OwnCore
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
@@ -41,11 +41,11 @@ from milliways.router.links.direct_link import DirectLink
 from milliways.router.links.link_table import LinkTable
 from milliways.router.pipeline import Pipeline
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Detokenizer, NoText
 from milliways.router.router import Listener, Router, RouterLimits
 from milliways.router.scheduler import SchedulerLimits
-from milliways.router.server import RouterDoor
+from milliways.router.server import RouterServer
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.malloc import keep_freed_blocks
@@ -62,8 +62,8 @@ from milliways.workers.devices import Device, LocalDevices, find_devices
 from milliways.workers.experts import ExpertGroup, ExpertShard
 from milliways.workers.kv_arrays import KvArrays
 from milliways.workers.loading import ShardLoader, shares_now
-from milliways.workers.servers.grpc_server import DoorPlate, GrpcServer
-from milliways.workers.servers.intake import Presence
+from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
+from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.shm_server import ShmServer
 from milliways.workers.spreading import DeviceShare, PartBytes
 from milliways.workers.warm_up import warm_up
@@ -173,14 +173,14 @@ class WorkerProcess:
         self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
         self._router, self._links = self._make_router()
         if config.workers.kv_standby:
-            own_blocks = OwnBlocks(self._router, self._compute, self._routing)
+            own_blocks = LocalBlocks(self._router, self._compute, self._routing)
             self._core.attach_copies(own_blocks.keep)
 
     def start(self) -> Spawned:
         """Opens the doors; says where they are."""
         self._compute.start()
         self._routing.start()
-        address, router_address = self._open_doors()
+        address, router_address = self._start_servers()
         self._compute.call(lambda: self._compute.tasks.start_service(self._core.serve()))
         self._routing.call(lambda: self._routing.tasks.start_service(self._router.serve()))
         return Spawned(
@@ -266,11 +266,11 @@ class WorkerProcess:
 
         Returns when they are lost, or after a while; how many were.
         """
-        presence, until_s = self._presence, time.monotonic() + DROP_TIMEOUT_S
-        self._compute.call(lambda: presence.drop_next(count))
-        while presence.num_to_drop and time.monotonic() < until_s:
+        sessions, until_s = self._sessions, time.monotonic() + DROP_TIMEOUT_S
+        self._compute.call(lambda: sessions.drop_next(count))
+        while sessions.num_to_drop and time.monotonic() < until_s:
             time.sleep(DROP_POLL_S)
-        return count - self._compute.call(presence.keep_all)
+        return count - self._compute.call(sessions.keep_all)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Gives the router a request past its door; it calls the listener in its own thread.
@@ -356,23 +356,23 @@ class WorkerProcess:
             }
         }
 
-    def _open_doors(self) -> tuple[str, str]:
+    def _start_servers(self) -> tuple[str, str]:
         tls = self._config.tls
-        self._presence = presence = Presence(self._core)
+        self._sessions = sessions = RouterSessions(self._core)
         self._memory_server = ShmServer(
-            self._compute, presence, worker_id=self.worker_id, incarnation=self.incarnation
+            self._compute, sessions, worker_id=self.worker_id, incarnation=self.incarnation
         )
         shares = self._config.workers.transport != "grpc"
         if shares:
             self._compute.call(self._memory_server.start)
-        plate = DoorPlate(
+        plate = ServerIdentity(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             host_id=local_host_id() if shares else "",
             socket_name=self._memory_server.socket_name if shares else "",
         )
-        self._server = GrpcServer(self._compute, presence, plate, tls=tls)
-        self._door = RouterDoor(
+        self._server = WorkerGrpcServer(self._compute, sessions, plate, tls=tls)
+        self._door = RouterServer(
             self._routing,
             self._router,
             request_timeout_s=self._config.router.request_timeout_s,
@@ -396,7 +396,7 @@ class WorkerProcess:
             limits=LinkLimits(),
         )
 
-        own_core = OwnCore(self._core, self._compute, self._routing)
+        own_core = LocalCore(self._core, self._compute, self._routing)
 
         def connect(member: Member) -> Pending[WorkerLink]:
             if member.worker_id != self.worker_id:
@@ -438,14 +438,14 @@ class WorkerProcess:
         )
         return router, links
 
-    def _detokenizer_for(self, request: GenerateRequest) -> Detokenizer:
+    def _detokenizer_for(self, request: GenerationRequest) -> Detokenizer:
         return detokenizer_for(self._tokenizer, request)
 
     def _note_read(self, bytes_read: int) -> None:
         self.progress.bytes_read = bytes_read
 
 
-def detokenizer_for(tokenizer: Tokenizer | None, request: GenerateRequest) -> Detokenizer:
+def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
     """Text where the model has a tokenizer."""
     return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
 

@@ -15,13 +15,13 @@ from milliways.cluster.ingress.request_id import is_request_id, new_request_id, 
 from milliways.cluster.ingress.resume import Received, ResumePoint
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.codec import (
+from milliways.router.requests.messages import (
     checked_seed,
     event_to_wire,
     sampling_from_wire,
     scores_to_wire,
 )
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from milliways.wire.errors import code_of
 from milliways.wire.status_codes import GrpcStatus, Verbatim, abridged, status_of
@@ -36,7 +36,7 @@ Context = aio.ServicerContext[Any, Any]
 class GrpcAsk:
     """A request and what its first response says of it."""
 
-    request: GenerateRequest
+    request: GenerationRequest
     echo: str
     request_id: str
     resume: ResumePoint | None
@@ -60,7 +60,7 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
     request_id = _request_id(message)
     prompt_ids = _prompt_ids(message, model)
     wanted = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=prompt_ids,
         # More than the context holds is all that it holds.
         max_tokens=min(wanted, model.config.sequence_len),
@@ -107,7 +107,7 @@ def _request_id(message: generate_pb2.GenerateRequest) -> str:
 
 
 def _resume(
-    message: generate_pb2.GenerateRequest, request: GenerateRequest, model: ServedModel
+    message: generate_pb2.GenerateRequest, request: GenerationRequest, model: ServedModel
 ) -> ResumePoint | None:
     if not message.HasField("resume"):
         return None
@@ -128,7 +128,7 @@ def _resume(
     return point
 
 
-def _check_scored(count: int, received: list[Received], request: GenerateRequest) -> None:
+def _check_scored(count: int, received: list[Received], request: GenerationRequest) -> None:
     """Log-probabilities of the prompt come before tokens: who has one of these has all of those."""
     most = request.num_to_score
     least = most if any(had.num_tokens for had in received) else 0
@@ -138,7 +138,7 @@ def _check_scored(count: int, received: list[Received], request: GenerateRequest
 
 
 def _received(
-    had: generate_pb2.ReceivedTokens, request: GenerateRequest, model: ServedModel
+    had: generate_pb2.ReceivedTokens, request: GenerationRequest, model: ServedModel
 ) -> Received:
     token_ids = tuple(had.token_ids)
     field = "resume.received.token_ids"

@@ -23,7 +23,7 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.cluster.ingress.source import TokenSource
 from milliways.cluster.settings.config import IngressSettings
 from milliways.router.requests.journal import DeliveredSample
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
 from milliways.wire.errors import ModelFaultError, OverloadedError
 
@@ -105,7 +105,7 @@ class Ingress:
 
     async def generate(
         self,
-        requests: Sequence[GenerateRequest],
+        requests: Sequence[GenerationRequest],
         request_id: str,
         timeout_s: float | None = None,
         resume: ResumePoint | None = None,
@@ -146,7 +146,7 @@ class Ingress:
 
     def _events(
         self,
-        requests: Sequence[GenerateRequest],
+        requests: Sequence[GenerationRequest],
         request_id: str,
         deadline_s: float,
         resume: ResumePoint | None,
@@ -162,7 +162,7 @@ class Ingress:
 
     async def _one(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         first_choice: int,
         request_id: str,
         deadline_s: float,

@@ -19,7 +19,7 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import MAX_LOGPROBS, SamplingParams
-from milliways.router.requests.request import MAX_SAMPLES, GenerateRequest
+from milliways.router.requests.request import MAX_SAMPLES, GenerationRequest
 from milliways.wire.status_codes import Verbatim, abridged
 
 DEFAULT_MAX_TOKENS = 16
@@ -105,7 +105,7 @@ class Ask:
     Choice `i` is sample `i % n` of prompt `i // n`.
     """
 
-    requests: tuple[GenerateRequest, ...]
+    requests: tuple[GenerationRequest, ...]
     # The text before each prompt's completions, where the client wants its prompt back.
     echoes: tuple[str, ...]
     # Where each of a prompt's tokens begins in its echo, where log-probabilities come with it.
@@ -216,7 +216,7 @@ def _ask(
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options", "given", "left out without stream")
     requests = tuple(
-        GenerateRequest(
+        GenerationRequest(
             prompt_ids=prompt_ids,
             # More than the context holds is all that it holds.
             max_tokens=min(max_tokens, model.config.sequence_len),

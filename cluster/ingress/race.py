@@ -85,7 +85,7 @@ class Race:
         if len(self._tasks) > 1:
             first, *_ = self.attempts
             if winner is first:
-                winner.connection.was_rash()
+                winner.connection.hedged_too_early()
             await self._cancel([attempt for attempt in self.attempts if attempt is not winner])
 
     async def aclose(self) -> None:

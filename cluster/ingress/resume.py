@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from milliways.cluster.ingress.request_id import is_request_id
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.wire.status_codes import Verbatim, abridged
 
 LAST_EVENT_ID = "Last-Event-ID"
@@ -55,7 +55,7 @@ class ResumePoint:
     # Log-probabilities of the prompt; only where there is one prompt.
     num_scored: int = 0
 
-    def check_fits(self, requests: Sequence[GenerateRequest]) -> None:
+    def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
         """Raises InvalidRequestError unless the requests could have given so much."""
         num_choices = sum(request.num_samples for request in requests)
         if len(self.received) != num_choices:
@@ -67,7 +67,7 @@ class ResumePoint:
             if had.num_tokens > most:
                 self.refuse_count(had.num_tokens, most)
 
-    def num_scored_of(self, request: GenerateRequest, received: Sequence[Received]) -> int:
+    def num_scored_of(self, request: GenerationRequest, received: Sequence[Received]) -> int:
         """How many scores of a prompt need not come, of whose samples so much was received."""
         if all(had.num_tokens for had in received):
             return request.num_to_score

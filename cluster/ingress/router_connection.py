@@ -8,7 +8,7 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.signs import HedgeLimits, Signs
+from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
 from milliways.v1 import router_pb2
 from milliways.wire.channels import open_channel
 from milliways.wire.tls import TlsSettings
@@ -30,8 +30,8 @@ _NO_ANSWERS = (
 class RouterConnection:
     """Open as long as the router is listed or has a stream.
 
-    While streams are open, or the router is silent, `Signs` are looked at several times within its
-    patience, and listeners are called at each look that finds it silent.
+    While streams are open, or the router is silent, the `SilenceDetector` is checked several times
+    within its patience. Listeners are called at each check that finds the router silent.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RouterConnection:
             request_serializer=router_pb2.PingRequest.SerializeToString,
             response_deserializer=router_pb2.PingResponse.FromString,
         )
-        self._signs = Signs(limits)
+        self._signs = SilenceDetector(limits)
         self._clock = clock
         self._listeners: set[Callable[[], None]] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -78,9 +78,9 @@ class RouterConnection:
         """The router gave a sign of life."""
         self._signs.heard(self._clock())
 
-    def was_rash(self) -> None:
+    def hedged_too_early(self) -> None:
         """It was called silent, and had the next token before anybody else."""
-        self._signs.was_rash()
+        self._signs.hedged_too_early()
 
     async def close(self) -> None:
         """Ends the streams that are still open."""

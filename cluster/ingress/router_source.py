@@ -33,12 +33,12 @@ from milliways.cluster.ingress.request_id import new_request_id
 from milliways.cluster.ingress.retries import Retries
 from milliways.cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
 from milliways.cluster.ingress.router_connection import RouterConnection
-from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.cluster.ingress.silence import HedgeLimits
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.codec import event_from_wire, route_request, score_from_wire
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.messages import event_from_wire, route_request, score_from_wire
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Event, PromptScores
 from milliways.wire.errors import (
     ClusterError,
@@ -103,7 +103,7 @@ class RouterSource:
 
     async def generate(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         *,
         request_id: str,
         deadline_s: float,
@@ -152,7 +152,7 @@ class RouterSource:
         """As `TokenSource.probe`: a token that just came, or one made for it."""
         if self._clock() - self._token_at_s < _TOKEN_PROVES_FOR_S:
             return
-        request = GenerateRequest(
+        request = GenerationRequest(
             prompt_ids=(0,), max_tokens=1, sampling=SamplingParams(temperature=0.0)
         )
         # Impatient: who asks whether it is ready now does not want to wait until it is.

@@ -22,7 +22,7 @@ _OWN_KEEPALIVE: tuple[tuple[str, int], ...] = (
 _MAX_STREAMS_PER_CONNECTION = 1024
 
 
-class GrpcServer:
+class IngressGrpcServer:
     """One listening server; `port` is known from the start."""
 
     def __init__(

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from milliways.router.requests.journal import DeliveredSample
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Event
 
 
@@ -13,7 +13,7 @@ class TokenSource(Protocol):
 
     def generate(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         *,
         request_id: str,
         deadline_s: float,

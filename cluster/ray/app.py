@@ -27,8 +27,8 @@ from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.router_choice import RouterInfo
 from milliways.cluster.ingress.router_source import RouterSource
 from milliways.cluster.ingress.served_model import load_served_model
-from milliways.cluster.ingress.server import GrpcServer
-from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.cluster.ingress.server import IngressGrpcServer
+from milliways.cluster.ingress.silence import HedgeLimits
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.controller_actor import find_or_make_controller
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
@@ -109,7 +109,7 @@ class IngressReplica:
             request_timeout_s=config.router.request_timeout_s,
             metrics=metrics,
         )
-        self._grpc = GrpcServer(
+        self._grpc = IngressGrpcServer(
             self._ingress,
             host=settings.host,
             port=settings.grpc_port,

@@ -41,7 +41,7 @@ class ModelBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShard:
+class AttentionRange:
     """A run of layers, perhaps none, and whether the embedding and the logits are here."""
 
     first_layer: int

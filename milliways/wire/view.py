@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from milliways.wire.placement import AttentionShard, ExpertId
+from milliways.wire.placement import AttentionRange, ExpertId
 
 
 class WorkerState(Enum):
@@ -108,7 +108,7 @@ class ClusterView:
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 
 
-def chains_of(shards: Mapping[str, AttentionShard], num_layers: int) -> dict[str, tuple[str, ...]]:
+def chains_of(shards: Mapping[str, AttentionRange], num_layers: int) -> dict[str, tuple[str, ...]]:
     """The routers of a placement: one on each worker with all of attention, else one for the chain.
 
     It sits with the output head, where tokens enter and leave. `shards` go by worker_id; as long as

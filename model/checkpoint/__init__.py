@@ -14,7 +14,7 @@ from milliways.model.checkpoint.records import QuantizedArray as QuantizedArray
 from milliways.model.checkpoint.records import TensorRecord as TensorRecord
 from milliways.model.checkpoint.summary import CheckpointSummary as CheckpointSummary
 from milliways.model.checkpoint.summary import RoleSummary as RoleSummary
-from milliways.model.checkpoint.summary import WorkerMemory as WorkerMemory
+from milliways.model.checkpoint.summary import ShardMemory as ShardMemory
 from milliways.model.checkpoint.summary import format_summary as format_summary
 from milliways.model.checkpoint.summary import kv_bytes_per_token as kv_bytes_per_token
 from milliways.model.checkpoint.summary import summarize as summarize

@@ -31,7 +31,7 @@ class RoleSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerMemory:
+class ShardMemory:
     """Weights of one worker that holds all attention layers and a share of the experts.
 
     Attention bytes include the norms and the gate, embedding bytes the final norm.
@@ -64,7 +64,7 @@ class CheckpointSummary:
     num_file_bytes: int
     kv_bytes_per_token: int
     roles: tuple[RoleSummary, ...]
-    workers: tuple[WorkerMemory, ...]
+    workers: tuple[ShardMemory, ...]
 
 
 def summarize(checkpoint: Checkpoint, num_workers: int) -> CheckpointSummary:
@@ -140,7 +140,7 @@ def _num_idle_parameters(config: ModelConfig, specs: Sequence[TensorSpec]) -> in
     return num_in_experts // config.num_experts * num_idle_experts
 
 
-def _worker_memory(checkpoint: Checkpoint, num_workers: int) -> tuple[WorkerMemory, ...]:
+def _worker_memory(checkpoint: Checkpoint, num_workers: int) -> tuple[ShardMemory, ...]:
     expert_bytes = attention_bytes = embedding_bytes = 0
     for spec, record in zip(checkpoint.specs, checkpoint.records, strict=True):
         if spec.role.is_expert:
@@ -151,7 +151,7 @@ def _worker_memory(checkpoint: Checkpoint, num_workers: int) -> tuple[WorkerMemo
             embedding_bytes += _array_bytes(record)
     num_experts = checkpoint.config.num_experts
     return tuple(
-        WorkerMemory(
+        ShardMemory(
             worker_index=worker_index,
             num_experts_per_layer=num_held,
             expert_bytes=expert_bytes // num_experts * num_held,
@@ -194,7 +194,7 @@ def _format_workers(summary: CheckpointSummary) -> list[str]:
     return lines
 
 
-def _format_alike(workers: Sequence[WorkerMemory], num_experts: int) -> list[str]:
+def _format_alike(workers: Sequence[ShardMemory], num_experts: int) -> list[str]:
     """Workers that hold equally many experts follow one another and need equal memory."""
     one = workers[0]
     which = f"worker {one.worker_index}"

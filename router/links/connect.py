@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from milliways.router.links.grpc_link import GrpcDoor
+from milliways.router.links.grpc_link import GrpcChannel
 from milliways.router.links.shm_link import ShmLink
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
@@ -51,7 +51,7 @@ class Connector:
         return self._reactor.tasks.start(self._connect(member))
 
     async def _connect(self, member: Member) -> WorkerLink:
-        door = GrpcDoor(
+        door = GrpcChannel(
             self._reactor, member.worker_id, member.address, tls=self._tls, limits=self._limits
         )
         is_handed_over = False

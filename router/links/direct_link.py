@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class DirectLink:
-    """Hands calls to a core as they are, arrays and all."""
+    """Actuator calls to a core as they are, arrays and all."""
 
     def __init__(self, worker_id: str, sink: CallSink, router_id: str) -> None:
         self._worker_id = worker_id

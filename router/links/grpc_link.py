@@ -22,7 +22,7 @@ _EOF: Any = grpc.aio.EOF  # pyright: ignore
 _SERVICE = "/milliways.v1.WorkerService"
 
 
-class GrpcDoor:
+class GrpcChannel:
     """A channel to a worker. Lives in the loop that the router's reactor hosts."""
 
     def __init__(
@@ -72,7 +72,7 @@ class GrpcLink:
     """An Exchange stream. Sends in the order of asking; results come in any."""
 
     def __init__(
-        self, reactor: Reactor, worker_id: str, door: GrpcDoor, stream: Any, limits: LinkLimits
+        self, reactor: Reactor, worker_id: str, door: GrpcChannel, stream: Any, limits: LinkLimits
     ) -> None:
         self._reactor = reactor
         self._door = door

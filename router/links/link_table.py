@@ -1,8 +1,8 @@
-"""The ways from one router to all workers: which are open, which are lost, how much is out on each.
+"""A router's connections to all workers: which are open, which are lost, what each has to answer.
 
-`update` takes a new view: ways to lives that ended are closed, ways to new ones are opened. A way
-that breaks is opened again while the view still has that life of the worker: a broken stream and a
-dead process look alike from here.
+`update` takes a new view. It closes connections to incarnations that ended, and opens connections
+to new ones. A connection that breaks is opened again while the view still has that incarnation of
+the worker: from here a broken stream and a dead process look the same.
 """
 
 import math
@@ -29,7 +29,7 @@ Connect = Callable[[Member], Pending[WorkerLink]]
 
 
 @dataclass(slots=True)
-class _Way:
+class _Connection:
     member: Member
     link: WorkerLink | None = None
     opening: Task[None] | None = None
@@ -45,7 +45,7 @@ class _Way:
 
 
 class LinkTable:
-    """Owns the links of a router; `changed` tells of every new view, way opened, and way lost."""
+    """Owns the links of a router; `changed` fires at each new view, opened or lost connection."""
 
     def __init__(self, router_id: str, incarnation: int, connect: Connect, tasks: Tasks) -> None:
         self.router_id = router_id
@@ -54,43 +54,45 @@ class LinkTable:
         self.changed = Signal()
         self._connect = connect
         self._tasks = tasks
-        self._ways: dict[str, _Way] = {}
+        self._connections: dict[str, _Connection] = {}
 
     def update(self, view: ClusterView) -> None:
         """Takes a newer view; an older one changes nothing."""
         if view.placement_epoch < self.view.placement_epoch:
             return
         self.view = view
-        for worker_id, way in list(self._ways.items()):
+        for worker_id, connection in list(self._connections.items()):
             member = view.members.get(worker_id)
             if (
                 member is not None
                 and member.can_compute
-                and member.incarnation == way.member.incarnation
+                and member.incarnation == connection.member.incarnation
             ):
-                way.member = member
+                connection.member = member
             else:
                 self._close(worker_id)
         for worker_id, member in view.members.items():
-            if member.can_compute and worker_id not in self._ways:
-                self._open(_Way(member))
+            if member.can_compute and worker_id not in self._connections:
+                self._open(_Connection(member))
         self.changed.notify()
 
     def close(self) -> None:
-        """Lets go of all ways."""
-        for worker_id in list(self._ways):
+        """Lets go of all connections."""
+        for worker_id in list(self._connections):
             self._close(worker_id)
 
     def is_open(self, worker_id: str) -> bool:
         """Whether a worker can be asked now."""
-        way = self._ways.get(worker_id)
-        return way is not None and way.link is not None
+        connection = self._connections.get(worker_id)
+        return connection is not None and connection.link is not None
 
     def transports(self) -> dict[str, str]:
         """What carries the bytes to each worker, or why nothing does."""
         return {
-            worker_id: way.link.transport if way.link else f"none: {way.problem or 'opening'}"
-            for worker_id, way in sorted(self._ways.items())
+            worker_id: connection.link.transport
+            if connection.link
+            else f"none: {connection.problem or 'opening'}"
+            for worker_id, connection in sorted(self._connections.items())
         }
 
     def holders(self, expert_id: ExpertId) -> list[str]:
@@ -100,23 +102,25 @@ class LinkTable:
 
     def num_rows_out(self, worker_id: str) -> int:
         """Rows that a worker was asked for and has not answered."""
-        return self._ways[worker_id].num_rows_out
+        return self._connections[worker_id].num_rows_out
 
     def slowness(self, worker_id: str) -> float:
         """How many times as long as others a worker may take."""
-        way = self._ways.get(worker_id)
-        if way is None or way.slowness == 1.0:
+        connection = self._connections.get(worker_id)
+        if connection is None or connection.slowness == 1.0:
             return 1.0
-        half_lives = (self._tasks.clock.now_s() - way.slow_since_s) / SLOWNESS_HALF_LIFE_S
-        return max(1.0, way.slowness * 0.5**half_lives)
+        half_lives = (self._tasks.clock.now_s() - connection.slow_since_s) / SLOWNESS_HALF_LIFE_S
+        return max(1.0, connection.slowness * 0.5**half_lives)
 
-    def life(self, worker_id: str) -> tuple[str, int] | None:
-        """Which life of a worker is asked by the way that is open; None where none is."""
-        way = self._ways.get(worker_id)
-        return (worker_id, way.member.incarnation) if way and way.link else None
+    def incarnation_of(self, worker_id: str) -> tuple[str, int] | None:
+        """The worker and incarnation that the open connection leads to; None if none is open."""
+        connection = self._connections.get(worker_id)
+        return (
+            (worker_id, connection.member.incarnation) if connection and connection.link else None
+        )
 
     def has_ended(self, worker_id: str, incarnation: int) -> bool:
-        """Whether the view says that this life of a worker is over."""
+        """Whether the view says that this incarnation_of of a worker is over."""
         member = self.view.members.get(worker_id)
         return (
             member is None
@@ -126,29 +130,29 @@ class LinkTable:
 
     def latency_s(self, worker_id: str) -> float | None:
         """About the longest that a worker took to answer of late; None before it ever did."""
-        way = self._ways.get(worker_id)
-        return way.latency_s if way is not None else None
+        connection = self._connections.get(worker_id)
+        return connection.latency_s if connection is not None else None
 
     def is_silent(self, worker_id: str) -> bool:
         """Whether it was late and has not answered anything since."""
-        return self._ways[worker_id].is_silent
+        return self._connections[worker_id].is_silent
 
-    def note_late(self, worker_id: str) -> None:
+    def mark_late(self, worker_id: str) -> None:
         """Others are asked in its place: it comes last until it answers."""
-        way = self._ways.get(worker_id)
-        if way is not None:
-            way.is_silent = True
+        connection = self._connections.get(worker_id)
+        if connection is not None:
+            connection.is_silent = True
 
-    def note_rash(self, worker_id: str, late_after_s: float) -> None:
+    def hedged_too_early(self, worker_id: str, late_after_s: float) -> None:
         """It was late, and yet there before the others that were asked in its place."""
-        way = self._ways.get(worker_id)
-        if way is not None:
-            way.latency_s = max(way.latency_s or 0.0, late_after_s)
+        connection = self._connections.get(worker_id)
+        if connection is not None:
+            connection.latency_s = max(connection.latency_s or 0.0, late_after_s)
 
     def is_local(self, worker_id: str) -> bool:
         """Whether a worker's core is in this process."""
-        way = self._ways[worker_id]
-        return way.link is not None and way.link.transport == "direct"
+        connection = self._connections[worker_id]
+        return connection.link is not None and connection.link.transport == "direct"
 
     def ask(
         self,
@@ -161,50 +165,52 @@ class LinkTable:
         late_after_s: float = math.inf,
         is_timed: bool = True,
     ) -> Pending[Result]:
-        """Asks a worker; fails with PeerLostError where there is no way, or it breaks.
+        """Asks a worker; fails with PeerLostError where there is no connection, or it breaks.
 
         An answer after `late_after_s` says nothing of how long others will take: a worker that was
-        frozen is no slower than before. `note_rash` has a worker waited for longer.
+        frozen is no slower than before. `hedged_too_early` has a worker waited for longer.
 
         What is not timed says nothing of how long others may take: nobody waits for it.
         """
-        way = self._ways.get(worker_id)
-        if way is None or way.link is None:
+        connection = self._connections.get(worker_id)
+        if connection is None or connection.link is None:
             lost: Pending[Result] = Pending()
-            lost.fail(PeerLostError(worker_id, "no way there is open"))
+            lost.fail(PeerLostError(worker_id, "no connection there is open"))
             return lost
         fence = Fence(
             placement_epoch=self.view.placement_epoch,
-            incarnation=way.member.incarnation,
+            incarnation=connection.member.incarnation,
             step=step,
             timeout_s=timeout_s,
             router_id=self.router_id,
             router_incarnation=self.incarnation,
         )
-        link, asked_at_s = way.link, self._tasks.clock.now_s()
-        way.num_rows_out += num_rows
+        link, asked_at_s = connection.link, self._tasks.clock.now_s()
+        connection.num_rows_out += num_rows
         pending = link.ask(call, fence)
         if is_timed:
             pending.when_done(
-                lambda: self._answered(way, link, pending, num_rows, asked_at_s, late_after_s)
+                lambda: self._answered(
+                    connection, link, pending, num_rows, asked_at_s, late_after_s
+                )
             )
         else:
-            pending.when_done(lambda: self._look_for_loss(way, link, pending))
+            pending.when_done(lambda: self._look_for_loss(connection, link, pending))
         return pending
 
     def give_up(self, worker_id: str) -> None:
-        """Breaks the way to a worker that does not answer, and tries for a new one."""
-        way = self._ways.get(worker_id)
-        if way is not None and way.link is not None:
-            way.slowness = min(2 * self.slowness(worker_id), SLOWNESS_MAX)
-            way.slow_since_s = self._tasks.clock.now_s()
-            self._lost(way)
+        """Breaks the connection to a worker that does not answer, and tries for a new one."""
+        connection = self._connections.get(worker_id)
+        if connection is not None and connection.link is not None:
+            connection.slowness = min(2 * self.slowness(worker_id), SLOWNESS_MAX)
+            connection.slow_since_s = self._tasks.clock.now_s()
+            self._lost(connection)
 
-    def forsake(self, worker_id: str, pending: Pending[Result], within_s: float) -> None:
-        """Nobody waits for this answer any more; if it never comes, the way is no good."""
+    def abandon(self, worker_id: str, pending: Pending[Result], within_s: float) -> None:
+        """Nobody waits for this answer any more; if it never comes, the connection is no good."""
 
         def look() -> None:
-            # A way that broke meanwhile has failed all that was out on it.
+            # A connection that broke meanwhile has failed all that was out on it.
             if not pending.is_done:
                 self.give_up(worker_id)
 
@@ -213,55 +219,57 @@ class LinkTable:
 
     def _answered(
         self,
-        way: _Way,
+        connection: _Connection,
         link: WorkerLink,
         pending: Pending[Result],
         num_rows: int,
         asked_at_s: float,
         late_after_s: float,
     ) -> None:
-        way.num_rows_out -= num_rows
+        connection.num_rows_out -= num_rows
         if pending.error is None:
             took_s = self._tasks.clock.now_s() - asked_at_s
-            if way.latency_s is not None:
-                way.latency_s *= LATENCY_FADING
+            if connection.latency_s is not None:
+                connection.latency_s *= LATENCY_FADING
             if took_s <= late_after_s:
-                way.latency_s = max(took_s, way.latency_s or 0.0)
-            way.is_silent = False
-        self._look_for_loss(way, link, pending)
+                connection.latency_s = max(took_s, connection.latency_s or 0.0)
+            connection.is_silent = False
+        self._look_for_loss(connection, link, pending)
 
-    def _look_for_loss(self, way: _Way, link: WorkerLink, pending: Pending[Result]) -> None:
-        if isinstance(pending.error, PeerLostError) and way.link is link:
-            self._lost(way)
+    def _look_for_loss(
+        self, connection: _Connection, link: WorkerLink, pending: Pending[Result]
+    ) -> None:
+        if isinstance(pending.error, PeerLostError) and connection.link is link:
+            self._lost(connection)
 
-    def _lost(self, way: _Way) -> None:
-        worker_id = way.member.worker_id
-        if self._ways.get(worker_id) is way:
+    def _lost(self, connection: _Connection) -> None:
+        worker_id = connection.member.worker_id
+        if self._connections.get(worker_id) is connection:
             self._close(worker_id)
-            again = _Way(
-                way.member,
-                slowness=way.slowness,
-                slow_since_s=way.slow_since_s,
-                # The same life of the same worker: as quick as it was.
-                latency_s=way.latency_s,
+            again = _Connection(
+                connection.member,
+                slowness=connection.slowness,
+                slow_since_s=connection.slow_since_s,
+                # The same incarnation_of of the same worker: as quick as it was.
+                latency_s=connection.latency_s,
             )
             self._open(again)
             self.changed.notify()
 
-    def _open(self, way: _Way) -> None:
-        self._ways[way.member.worker_id] = way
-        way.opening = self._tasks.start(self._keep_trying(way))
+    def _open(self, connection: _Connection) -> None:
+        self._connections[connection.member.worker_id] = connection
+        connection.opening = self._tasks.start(self._keep_trying(connection))
 
-    async def _keep_trying(self, way: _Way) -> None:
+    async def _keep_trying(self, connection: _Connection) -> None:
         delay_s = RECONNECT_AFTER_S
         while True:
-            opening = self._connect(way.member)
+            opening = self._connect(connection.member)
             try:
-                way.link = await opening
-                way.problem = ""
+                connection.link = await opening
+                connection.problem = ""
                 break
             except (PeerLostError, ConfigError) as error:
-                way.problem = str(error)
+                connection.problem = str(error)
                 await self._tasks.sleep(delay_s)
                 delay_s = min(2 * delay_s, RECONNECT_AFTER_S_MAX)
             except Cancelled:
@@ -271,10 +279,10 @@ class LinkTable:
         self.changed.notify()
 
     def _close(self, worker_id: str) -> None:
-        way = self._ways.pop(worker_id)
-        if way.opening is not None:
-            way.opening.cancel()
-        link, way.link = way.link, None
+        connection = self._connections.pop(worker_id)
+        if connection.opening is not None:
+            connection.opening.cancel()
+        link, connection.link = connection.link, None
         if link is not None:
             link.close()
 

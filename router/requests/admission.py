@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from milliways.model.config import ModelConfig
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Detokenizer, Sequence
 
-DetokenizerFor = Callable[[GenerateRequest], Detokenizer]
+DetokenizerFor = Callable[[GenerationRequest], Detokenizer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +21,14 @@ class RoutedRequest:
     """
 
     request_id: str
-    request: GenerateRequest
+    request: GenerationRequest
     timeout_s: float
     delivered: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     finished: frozenset[int] = frozenset()
     num_scored: int = 0
 
 
-def max_completion_tokens(request: GenerateRequest, config: ModelConfig) -> int:
+def max_completion_tokens(request: GenerationRequest, config: ModelConfig) -> int:
     """How many tokens may be drawn; a prompt that fills the context has logits, and so one."""
     room = config.sequence_len - len(request.prompt_ids)
     return min(request.max_tokens, max(1, room))

@@ -10,7 +10,7 @@ function of its tokens. A pure object: no clock, no network.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 
 
 class OutOfOrderError(Exception):
@@ -35,7 +35,7 @@ class Journal:
 
     def __init__(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         delivered: Sequence[DeliveredSample] = (),
         num_scored: int = 0,
     ) -> None:

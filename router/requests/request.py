@@ -12,7 +12,7 @@ MAX_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateRequest:
+class GenerationRequest:
     """One prompt, and how to continue it.
 
     `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Protocol
 
 from milliways.model.sampling_params import SampledToken
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.stop import StopMatcher
 
 
@@ -98,7 +98,7 @@ class Sequence:
 
     def __init__(
         self,
-        request: GenerateRequest,
+        request: GenerationRequest,
         sample_index: int,
         detokenizer: Detokenizer,
         max_completion_tokens: int,

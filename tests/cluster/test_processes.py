@@ -18,7 +18,7 @@ from milliways.cluster.settings.config import (
     WorkerSettings,
 )
 from milliways.model.checkpoint import Checkpoint
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.wire.placement import ExpertId, ModelBytes
 from milliways.wire.view import WorkerState
@@ -37,10 +37,10 @@ class Model:
 
     path: Path
     sizes: ModelBytes
-    wanted: list[GenerateRequest]
+    wanted: list[GenerationRequest]
     told: list[Told]
     # The same, long enough for somebody to die meanwhile.
-    wanted_long: list[GenerateRequest]
+    wanted_long: list[GenerationRequest]
     told_long: list[Told]
 
 
@@ -96,7 +96,7 @@ def settings_of(spread: Spread) -> ControllerSettings:
 
 async def served(
     cluster: ProcessCluster,
-    wanted: list[GenerateRequest],
+    wanted: list[GenerationRequest],
     at_a_time: int,
     after: Callable[[int], None] = lambda num_tokens: None,
 ) -> list[Told]:
@@ -104,7 +104,7 @@ async def served(
     room = asyncio.Semaphore(at_a_time)
     heard: list[Told] = [[] for _ in wanted]
 
-    async def one(index: int, request: GenerateRequest) -> None:
+    async def one(index: int, request: GenerationRequest) -> None:
         def take(event: TokenEvent) -> None:
             heard[index].append(event)
             after(sum(map(len, heard)))

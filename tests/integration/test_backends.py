@@ -21,7 +21,7 @@ from milliways.model.model_dir import resolve_model_dir
 from milliways.model.ops import PureOps, native, select
 from milliways.model.ops.select import KernelChoice, Residence, select_ops
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from tests.reference import small_config, write_random_model
 
 PROMPTS = ("Welcome to", "Question: What is the capital of", "Table 4, Iris:")
@@ -44,7 +44,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def tokens_of(model: LocalModel, prompt: str, temperature: float) -> list[int]:
     assert model.tokenizer is not None
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=tuple(model.tokenizer.encode(prompt)),
         max_tokens=40,
         sampling=SamplingParams(temperature=temperature, seed=11),
@@ -87,7 +87,7 @@ def test_engine_keeps_mapped_experts_known_by_itself() -> None:
     engine = make_local_engine(
         load_local_model(resolve_model_dir("demo"), "float32", kernels), cache_size_for(1, 16)
     )
-    events = list(engine.generate(GenerateRequest(prompt_ids=(5, 9), max_tokens=4)))
+    events = list(engine.generate(GenerationRequest(prompt_ids=(5, 9), max_tokens=4)))
     assert events[-1].finish_reason is not None
 
 

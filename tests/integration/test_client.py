@@ -14,7 +14,7 @@ from grpc import aio
 from milliways.api.client import GenerateClient, StreamChangedError
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import GrpcServer
+from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.v1 import generate_pb2, sampling_pb2
 from milliways.wire.errors import DeadlineError, OverloadedError, UnavailableError
 from tests.ingresses import demo_model, local_source, make_ingress
@@ -28,7 +28,7 @@ class Servers:
     """Servers of one model on ports of their own, that can be stopped and started again."""
 
     ingresses: list[Ingress]
-    servers: list[GrpcServer]
+    servers: list[IngressGrpcServer]
 
     @property
     def addresses(self) -> list[str]:
@@ -42,7 +42,7 @@ class Servers:
     async def die_and_come_back(self, index: int) -> None:
         port = self.servers[index].port
         await self.servers[index].stop()
-        self.servers[index] = GrpcServer(self.ingresses[index], port=port)
+        self.servers[index] = IngressGrpcServer(self.ingresses[index], port=port)
         await self.servers[index].start()
 
 
@@ -51,7 +51,7 @@ async def running(
     model: ServedModel, *sources: CountingSource | LocalSource
 ) -> AsyncIterator[Servers]:
     ingresses = [make_ingress(source, model) for source in sources]
-    servers = Servers(ingresses, [GrpcServer(ingress) for ingress in ingresses])
+    servers = Servers(ingresses, [IngressGrpcServer(ingress) for ingress in ingresses])
     for server in servers.servers:
         await server.start()
     try:

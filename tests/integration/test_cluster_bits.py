@@ -14,7 +14,7 @@ from milliways.cluster.host.model_bytes import checkpoint_bytes
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText
 from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.view import Member
@@ -27,7 +27,7 @@ from tests.shards import ShardFactory, place, view_of
 from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
 
 
-def served(cluster: MemoryCluster, wanted: list[GenerateRequest], at_a_time: int) -> list[Told]:
+def served(cluster: MemoryCluster, wanted: list[GenerationRequest], at_a_time: int) -> list[Told]:
     """What the cluster tells, requests joining while others run."""
     routers = sorted(cluster.routers)
     heard: dict[str, Heard] = {}
@@ -132,7 +132,7 @@ def test_preemption_changes_nothing(golden_dir: Path, cut: AttentionCut) -> None
 
 
 # With a token that is never visible as a key.
-COPIED = GenerateRequest(
+COPIED = GenerationRequest(
     prompt_ids=(5, 9, 0, 17, 4, 0, 8, 30, 31, 32, 33, 34, 35),
     max_tokens=12,
     sampling=SamplingParams(temperature=0.0),

@@ -18,7 +18,7 @@ from milliways.model.demo import DEMO_DIR
 from milliways.model.model_dir import resolve_model_dir
 from milliways.model.sampling_params import SamplingParams
 from milliways.model.tokenizer import Tokenizer
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from tests.layers import PADDED_LENGTH, layer_states
 
 NUM_TEXTS = 200
@@ -43,7 +43,7 @@ def texts(demo: LocalModel, tokenizer: Tokenizer) -> list[str]:
     engine = make_local_engine(demo, cache_size_for(NUM_BESIDE_EACH_OTHER, MAX_TOKENS + 32))
     texts: dict[int, str] = {}
     for number, prompt in enumerate(opening_prompts(random.Random("openings"), NUM_TEXTS)):
-        request = GenerateRequest(
+        request = GenerationRequest(
             prompt_ids=tuple(tokenizer.encode(prompt)),
             max_tokens=MAX_TOKENS,
             sampling=SamplingParams(temperature=0.7, seed=number),
@@ -58,7 +58,7 @@ def texts(demo: LocalModel, tokenizer: Tokenizer) -> list[str]:
 
 def test_demo_model_knows_the_answer(demo: LocalModel, tokenizer: Tokenizer) -> None:
     engine = make_local_engine(demo, cache_size_for(1, 64))
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=tuple(tokenizer.encode(ANSWER_PROMPT)),
         max_tokens=8,
         sampling=SamplingParams(temperature=0.0),

@@ -12,7 +12,7 @@ from milliways.model.params import ModelParams
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.engine import LocalEngine
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, TokenEvent
 from milliways.router.scheduler import SchedulerLimits
 from tests.runners import load, runner_of
@@ -33,9 +33,9 @@ def make_engine(model: Model, num_blocks: int = 64, **limits: int) -> LocalEngin
     return LocalEngine(runner_of(model, cache_size=size), None, SchedulerLimits(**limits))
 
 
-def make_request(prompt: Items[int], max_tokens: int = 12, **fields: Any) -> GenerateRequest:
+def make_request(prompt: Items[int], max_tokens: int = 12, **fields: Any) -> GenerationRequest:
     sampling = SamplingParams(**fields.pop("sampling", {"temperature": 0.0}))
-    return GenerateRequest(
+    return GenerationRequest(
         prompt_ids=tuple(prompt),
         max_tokens=max_tokens,
         sampling=sampling,

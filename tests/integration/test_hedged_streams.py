@@ -9,9 +9,9 @@ import pytest
 from grpc import aio
 
 from milliways.cluster.ingress.router_source import RouterSource
-from milliways.cluster.ingress.signs import HedgeLimits
+from milliways.cluster.ingress.silence import HedgeLimits
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import router_pb2
 from tests.fake_routers import (
@@ -24,7 +24,7 @@ from tests.fake_routers import (
     start,
 )
 
-REQUEST = GenerateRequest(
+REQUEST = GenerationRequest(
     prompt_ids=(100,), max_tokens=12, sampling=SamplingParams(temperature=0.0), ignore_eos=True
 )
 # Its length is not what is tested; that nobody is silent for it is.

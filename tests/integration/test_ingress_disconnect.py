@@ -13,7 +13,7 @@ import pytest
 from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from tests.ingresses import demo_model, make_ingress, served
 from tests.sources import CountingSource, counted_events
@@ -65,7 +65,7 @@ def test_client_that_goes_away_ends_its_request(
 
 
 def test_slow_client_slows_no_other_and_holds_back_its_own(model: ServedModel) -> None:
-    def endless(request: GenerateRequest) -> list[TokenEvent]:
+    def endless(request: GenerationRequest) -> list[TokenEvent]:
         return counted_events(request) * 2000
 
     ingress = make_ingress(CountingSource(make_events=endless), model)

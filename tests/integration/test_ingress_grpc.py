@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from milliways.cluster.ingress.grpc_service import SERVICE
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import GrpcServer
+from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.errors import InvalidRequestError
 from milliways.v1 import generate_pb2, generate_pb2_grpc, router_pb2, sampling_pb2
 from milliways.wire.errors import (
@@ -43,7 +43,7 @@ def run(scenario: Scenario, source: CountingSource, model: ServedModel, **settin
     async def main() -> Any:
         limits = {"max_body_bytes": MAX_MESSAGE_BYTES} | settings
         ingress = make_ingress(source, model, **limits)
-        server = GrpcServer(ingress)
+        server = IngressGrpcServer(ingress)
         await server.start()
         try:
             async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -12,7 +12,7 @@ from milliways.cluster.ingress.http import MoreMetrics, make_http_app
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, TokenEvent
 from milliways.wire.errors import (
     DeadlineError,
@@ -201,7 +201,7 @@ def test_error_after_the_first_token_is_an_event(
 
 
 def test_model_that_computes_nan_is_an_error(model: ServedModel) -> None:
-    def break_second(request: GenerateRequest) -> list[TokenEvent]:
+    def break_second(request: GenerationRequest) -> list[TokenEvent]:
         first, second, *_ = counted_events(request)
         return [first, replace(second, finish_reason=FinishReason.ERROR, token_id=-1, text="")]
 

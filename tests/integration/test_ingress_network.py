@@ -16,8 +16,8 @@ from grpc import aio
 
 from milliways.cluster.ingress.router_choice import RouterInfo
 from milliways.cluster.ingress.router_source import RouterSource
-from milliways.cluster.ingress.server import GrpcServer
-from milliways.router.requests.request import GenerateRequest
+from milliways.cluster.ingress.server import IngressGrpcServer
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from milliways.wire.channels import open_channel
@@ -29,7 +29,7 @@ from tests.ingresses import demo_model, make_ingress
 from tests.sources import CountingSource
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-REQUEST = GenerateRequest(prompt_ids=(100,), max_tokens=5)
+REQUEST = GenerationRequest(prompt_ids=(100,), max_tokens=5)
 # Keepalive takes two seconds to notice; the rest is for a busy machine.
 NOTICED_WITHIN_S = 10.0
 
@@ -104,7 +104,7 @@ def test_public_server_speaks_mutual_tls(tmp_path: Path) -> None:
     tls = make_certificates(tmp_path)
 
     async def main() -> None:
-        server = GrpcServer(make_ingress(CountingSource(), demo_model()), tls=tls)
+        server = IngressGrpcServer(make_ingress(CountingSource(), demo_model()), tls=tls)
         await server.start()
         address = f"127.0.0.1:{server.port}"
         async with open_channel(address, tls) as channel, aio.insecure_channel(address) as plain:
@@ -123,9 +123,9 @@ def test_public_server_speaks_mutual_tls(tmp_path: Path) -> None:
 def test_port_that_is_taken_is_an_error_that_names_it() -> None:
     async def main() -> None:
         ingress = make_ingress(CountingSource(), demo_model())
-        server = GrpcServer(ingress)
+        server = IngressGrpcServer(ingress)
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{server.port}"):
-            GrpcServer(ingress, port=server.port)
+            IngressGrpcServer(ingress, port=server.port)
         await server.start()
         await server.stop()
 
@@ -135,10 +135,10 @@ def test_port_that_is_taken_is_an_error_that_names_it() -> None:
 def test_port_is_shared_by_those_that_all_say_so() -> None:
     async def main() -> None:
         ingresses = [make_ingress(CountingSource(), demo_model()) for _ in range(2)]
-        first = GrpcServer(ingresses[0], shares_port=True)
-        second = GrpcServer(ingresses[1], port=first.port, shares_port=True)
+        first = IngressGrpcServer(ingresses[0], shares_port=True)
+        second = IngressGrpcServer(ingresses[1], port=first.port, shares_port=True)
         with pytest.raises(OSError, match="cannot listen"):
-            GrpcServer(ingresses[0], port=first.port)
+            IngressGrpcServer(ingresses[0], port=first.port)
         await first.start()
         await second.start()
         address = f"127.0.0.1:{first.port}"

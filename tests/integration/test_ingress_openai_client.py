@@ -13,7 +13,7 @@ from grpc import aio
 from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import GrpcServer
+from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of
@@ -147,7 +147,7 @@ def test_grpc_gives_the_same_tokens_and_logprobs(demo: Served, alone: dict[Any, 
     )
 
     async def main() -> list[Any]:
-        server = GrpcServer(make_ingress(demo.source, demo.model))
+        server = IngressGrpcServer(make_ingress(demo.source, demo.model))
         await server.start()
         try:
             async with aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

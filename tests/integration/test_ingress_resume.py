@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.wire.errors import UnavailableError
 from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, run
@@ -39,13 +39,13 @@ def engine_source() -> Iterator[LocalSource]:
         yield source
 
 
-def partly_hidden(request: GenerateRequest) -> list[TokenEvent]:
+def partly_hidden(request: GenerationRequest) -> list[TokenEvent]:
     """Every second token completes no text."""
     events = counted_events(request)
     return [replace(e, text="" if e.token_id % 2 else e.text) for e in events]
 
 
-def reordered(request: GenerateRequest) -> list[TokenEvent]:
+def reordered(request: GenerationRequest) -> list[TokenEvent]:
     """As `partly_hidden`, one sample after the other, the last one first."""
     return sorted(partly_hidden(request), key=lambda event: -event.sample_index)
 
@@ -204,7 +204,7 @@ def test_bad_id_is_refused_by_name(
 
 
 def test_more_tokens_than_there_are_is_an_error(model: ServedModel) -> None:
-    def stopped(request: GenerateRequest) -> list[TokenEvent]:
+    def stopped(request: GenerationRequest) -> list[TokenEvent]:
         return counted_events(replace(request, max_tokens=2))
 
     async def scenario(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
@@ -237,7 +237,7 @@ def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
     with served(lambda: BreaksOff(make_http_app(ingress), num_events=2)) as url:
         told = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
     assert len({chunk["id"] for chunk in told}) == 1
-    expected = counted_events(GenerateRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
+    expected = counted_events(GenerationRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
     for sample in range(2):
         choices = [c for chunk in told for c in chunk["choices"] if c["index"] == sample]
         texts = [event.text for event in expected if event.sample_index == sample]

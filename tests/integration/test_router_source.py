@@ -12,7 +12,7 @@ from milliways.cluster.ingress.router_source import RouterSource
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.wire.errors import (
     DeadlineError,
@@ -26,8 +26,8 @@ from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, fu
 NUM_TOKENS = 4
 
 
-def request_for(num_samples: int = 1, prompt: tuple[int, ...] = (100,)) -> GenerateRequest:
-    return GenerateRequest(
+def request_for(num_samples: int = 1, prompt: tuple[int, ...] = (100,)) -> GenerationRequest:
+    return GenerationRequest(
         prompt_ids=prompt,
         max_tokens=NUM_TOKENS,
         num_samples=num_samples,
@@ -38,7 +38,7 @@ def request_for(num_samples: int = 1, prompt: tuple[int, ...] = (100,)) -> Gener
 
 
 async def collect(
-    source: RouterSource, request: GenerateRequest, timeout_s: float = 20.0
+    source: RouterSource, request: GenerationRequest, timeout_s: float = 20.0
 ) -> list[TokenEvent]:
     deadline_s = time.monotonic() + timeout_s
     stream = source.generate(request, request_id="r", deadline_s=deadline_s)

@@ -20,10 +20,10 @@ from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.openai_requests import completion_ask
 from milliways.cluster.ingress.router_source import RouterSource
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import GrpcServer
+from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from milliways.wire.errors import ModelFaultError
@@ -191,7 +191,7 @@ async def grpc_told(
 
 def over_grpc(source: Any, model: ServedModel, request: Any) -> list[Any]:
     async def main() -> list[Any]:
-        server = GrpcServer(make_ingress(source, model))
+        server = IngressGrpcServer(make_ingress(source, model))
         await server.start()
         try:
             return await grpc_told(f"127.0.0.1:{server.port}", request)
@@ -233,7 +233,7 @@ def test_grpc_gives_scores_in_pieces_before_any_token(model: ServedModel, num_to
     kinds = [(len(r.prompt_logprobs), len(r.events), r.HasField("usage")) for r in responses]
     assert kinds == [(2, 0, False)] * 2 + [(0, 1, False)] * 2 * num_tokens + [(0, 0, True)]
     assert [r.HasField("started") for r in responses] == [True] + [False] * (len(kinds) - 1)
-    request = GenerateRequest(prompt_ids=tuple(TOKENS), max_tokens=1, prompt_logprobs=1)
+    request = GenerationRequest(prompt_ids=tuple(TOKENS), max_tokens=1, prompt_logprobs=1)
     assert scores_of(responses) == wanted_scores(counted_scores(request))
     assert responses[-1].usage.num_completion_tokens == 2 * num_tokens
 
@@ -281,7 +281,7 @@ def test_client_of_servers_that_die_gets_every_score_once(
         source = CountingSource(gate=asyncio.Semaphore(1))
         assert source.gate is not None
         ingresses = [make_ingress(source, model) for _ in range(2)]
-        servers = [GrpcServer(ingress) for ingress in ingresses]
+        servers = [IngressGrpcServer(ingress) for ingress in ingresses]
         for server in servers:
             await server.start()
         addresses = [f"127.0.0.1:{server.port}" for server in servers]
@@ -313,7 +313,7 @@ def test_client_of_servers_that_die_gets_every_score_once(
 def test_routers_that_break_off_anywhere_give_every_score_once(
     num_tokens: int, events_each: int
 ) -> None:
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=tuple(TOKENS), max_tokens=num_tokens, prompt_logprobs=1, num_samples=2
     )
 
@@ -337,7 +337,7 @@ def test_routers_that_break_off_anywhere_give_every_score_once(
         assert tokens == counted_events(request)
 
 
-async def deadline_stream(source: RouterSource, request: GenerateRequest) -> Any:
+async def deadline_stream(source: RouterSource, request: GenerationRequest) -> Any:
     deadline_s = asyncio.get_running_loop().time() + 20
     stream = source.generate(request, request_id="r", deadline_s=deadline_s)
     async with aclosing(stream) as events:
@@ -360,7 +360,7 @@ def source() -> Iterator[LocalSource]:
 
 
 def alone(engine: LocalEngine, prompt_ids: tuple[int, ...]) -> list[SampledToken]:
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=prompt_ids, max_tokens=0, prompt_logprobs=3, sampling=SamplingParams()
     )
     return [token for e in engine.generate(request) for token in e.tokens]  # type: ignore[union-attr]

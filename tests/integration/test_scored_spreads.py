@@ -10,7 +10,7 @@ from milliways.cluster.control.planner import AttentionCut
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
 from milliways.router.scheduler import SchedulerLimits
 from tests.integration.test_cluster_bits import make_cluster
@@ -19,7 +19,7 @@ from tests.runners import load, runner_of
 from tests.spreads import CACHE, VOCAB_SIZE, Spread, by_sample
 
 REQUESTS = [
-    GenerateRequest(
+    GenerationRequest(
         prompt_ids=tuple((5 * i + start) % VOCAB_SIZE for i in range(length)),
         max_tokens=max_tokens,
         num_samples=2,

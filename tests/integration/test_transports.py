@@ -280,13 +280,13 @@ def test_killed_worker_is_noticed_at_once(router: Router, wanted: str) -> None:
 def test_reply_that_is_to_be_lost_is_lost_and_no_other(router: Router, wanted: str) -> None:
     with serving() as (server, member):
         link = router.connect(member, wanted, host_id=server.host_id)
-        server.reactor.call(lambda: server.presence.drop_next(2))
+        server.reactor.call(lambda: server.sessions.drop_next(2))
         calls = [random_call(seed, 8) for seed in range(5)]
         lost = [router.begin_ask(link, call) for call in calls[:2]]
         for call, result in zip(calls[2:], router.ask_all(link, calls[2:]), strict=True):
             assert_outputs(result, call)
         assert not any(pending.is_done for pending in lost)
-        assert server.presence.num_to_drop == 0
+        assert server.sessions.num_to_drop == 0
         router.close(link)
         for pending in lost:
             assert isinstance(pending.error, PeerLostError)

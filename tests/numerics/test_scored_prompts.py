@@ -9,7 +9,7 @@ import pytest
 from milliways.model.runner import MAX_LOGITS_ROWS, CacheSize, StepMode
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
 from milliways.router.scheduler import SchedulerLimits
 from tests.runners import Model, load, logits_of, runner_of
@@ -30,13 +30,13 @@ def engine_of(model: Model, mode: StepMode = StepMode.HALVES, **limits: int) -> 
     return LocalEngine(runner, None, SchedulerLimits(max_running=8, **limits))
 
 
-def request_for(prompt: tuple[int, ...] = PROMPT, **fields: Any) -> GenerateRequest:
+def request_for(prompt: tuple[int, ...] = PROMPT, **fields: Any) -> GenerationRequest:
     given = {"max_tokens": 2, "prompt_logprobs": NUM_TOP} | fields
     sampling = SamplingParams(temperature=0.0, num_logprobs=NUM_TOP)
-    return GenerateRequest(prompt_ids=prompt, sampling=sampling, ignore_eos=True, **given)
+    return GenerationRequest(prompt_ids=prompt, sampling=sampling, ignore_eos=True, **given)
 
 
-def scored(engine: LocalEngine, request: GenerateRequest) -> list[SampledToken]:
+def scored(engine: LocalEngine, request: GenerationRequest) -> list[SampledToken]:
     scores: list[SampledToken] = []
     has_token = False
     for event in engine.generate(request):

@@ -36,7 +36,7 @@ import numpy as np
 from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason
 from milliways.wire.calls import (
     AdvanceBatch,
@@ -52,7 +52,7 @@ from milliways.wire.calls import (
 )
 from milliways.wire.errors import RefusalReason
 from milliways.wire.placement import ExpertId
-from milliways.workers.tenancy import Owner, Tenancy
+from milliways.workers.block_ownership import BlockOwnership, Owner
 
 PRIME = 8191
 VOCAB_SIZE = 64
@@ -122,14 +122,14 @@ class Stream:
 
 
 def expected_streams(
-    request: GenerateRequest, config: ModelConfig, by: Draw = draw
+    request: GenerationRequest, config: ModelConfig, by: Draw = draw
 ) -> list[Stream]:
     """What each sample of a request must come to, whatever happens to the cluster."""
     return [_expected_stream(request, config, index, by) for index in range(request.num_samples)]
 
 
 def expected_scores(
-    request: GenerateRequest, config: ModelConfig, by: Draw = draw
+    request: GenerationRequest, config: ModelConfig, by: Draw = draw
 ) -> list[SampledToken]:
     """What the prompt of a request must be scored."""
     if request.prompt_logprobs is None:
@@ -145,7 +145,9 @@ def expected_scores(
     ]
 
 
-def _expected_stream(request: GenerateRequest, config: ModelConfig, index: int, by: Draw) -> Stream:
+def _expected_stream(
+    request: GenerationRequest, config: ModelConfig, index: int, by: Draw
+) -> Stream:
     if request.max_tokens == 0:
         return Stream((), "", None)
     rows = _Rows(config)
@@ -271,7 +273,7 @@ class FakeAttention:
             for layer in layers
         }
         self._batches: dict[int, _Batch] = {}
-        self._tenancy = Tenancy()
+        self._tenancy = BlockOwnership()
 
     @property
     def num_batches(self) -> int:

@@ -15,7 +15,7 @@ from random import Random
 
 from milliways.model.sampling_params import SampledToken
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.wire.errors import ClusterError, DeadlineError, RetryLaterError
 from milliways.wire.view import EMPTY_VIEW, ClusterView
@@ -31,7 +31,7 @@ class Journal:
     """A request, and everything that its client was told."""
 
     request_id: str
-    request: GenerateRequest
+    request: GenerationRequest
     deadline_s: float
     delivered: dict[int, list[TokenEvent]] = field(default_factory=dict[int, list[TokenEvent]])
     scores: list[SampledToken] = field(default_factory=list[SampledToken])
@@ -191,7 +191,7 @@ class Ingress:
     def is_done(self) -> bool:
         return all(journal.is_done for journal in self.journals)
 
-    def submit(self, request: GenerateRequest, timeout_s: float) -> Journal:
+    def submit(self, request: GenerationRequest, timeout_s: float) -> Journal:
         deadline_s = self.cluster.clock.now_s() + timeout_s
         journal = Journal(f"r{len(self.journals)}", request, deadline_s)
         self.journals.append(journal)

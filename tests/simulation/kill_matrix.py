@@ -18,7 +18,7 @@ from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.dispatch import DispatchLimits
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.calls import AdvanceBatch, BeginBatch, RunExperts
 from milliways.wire.view import EMPTY_VIEW
@@ -130,13 +130,13 @@ LED_SHAPES = (
 
 def request(
     sampling: SamplingParams, prompt_ids: tuple[int, ...] = PROMPT, **others: object
-) -> GenerateRequest:
+) -> GenerationRequest:
     """A request of four tokens, unless told otherwise."""
     wanted = {"max_tokens": 4, "ignore_eos": True} | others
-    return GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, **wanted)  # pyright: ignore
+    return GenerationRequest(prompt_ids=prompt_ids, sampling=sampling, **wanted)  # pyright: ignore
 
 
-def stopped_request() -> GenerateRequest:
+def stopped_request() -> GenerationRequest:
     """A stop string of its third and fourth letter: the text is held back before it is complete."""
     whole = request(GREEDY, max_tokens=8)
     (stream,) = expected_streams(whole, CONFIG, TrueSampler())
@@ -147,7 +147,7 @@ def stopped_request() -> GenerateRequest:
 
 # A seed with which every layer of every step asks some worker without attention.
 SEEDED = SamplingParams(temperature=0.7, seed=1)
-MODES: dict[str, tuple[GenerateRequest, ...]] = {
+MODES: dict[str, tuple[GenerationRequest, ...]] = {
     "greedy": (request(GREEDY),),
     "temperature": (request(SEEDED),),
     "top-p": (request(PENALIZED),),

@@ -10,7 +10,7 @@ from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.dispatch import DispatchLimits
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.placement import ModelBytes
 from milliways.wire.view import EMPTY_VIEW, ClusterView
@@ -28,7 +28,7 @@ class Arrival:
     """A request, when it comes, how long it may take, and when its client goes away."""
 
     at_s: float
-    request: GenerateRequest
+    request: GenerationRequest
     timeout_s: float = FOR_EVER_S
     cancel_after_s: float | None = None
 
@@ -236,7 +236,7 @@ def random_arrivals(random: Random) -> tuple[Arrival, ...]:
     return tuple(arrivals)
 
 
-def random_request(random: Random, shared: tuple[int, ...]) -> GenerateRequest:
+def random_request(random: Random, shared: tuple[int, ...]) -> GenerationRequest:
     own = random_tokens(random, random.randint(1, 10))
     sampling = SamplingParams(
         temperature=random.choice((0.0, 0.7)),
@@ -249,7 +249,7 @@ def random_request(random: Random, shared: tuple[int, ...]) -> GenerateRequest:
     max_tokens = random.choice((1, 4, 12, 40))
     # No draw of their own, so that runs without them stay what they were.
     is_scored, is_only_scored = sampling.seed % 4 == 0, sampling.seed % 12 == 0
-    return GenerateRequest(
+    return GenerationRequest(
         prompt_ids=prompt_ids,
         max_tokens=0 if is_only_scored else max_tokens,
         prompt_logprobs=2 if is_scored else None,

@@ -9,7 +9,7 @@ from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.dispatch import DispatchLimits
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.wire.errors import RefusalReason
 from milliways.wire.view import ClusterView
 from tests.memory_cluster import ClusterSettings, Process
@@ -18,7 +18,7 @@ from tests.simulation.fake_model import fake_config
 from tests.simulation.scenario import Arrival, Scenario, make_view
 
 CONFIG = fake_config(num_layers=4)
-REQUEST = GenerateRequest(
+REQUEST = GenerationRequest(
     prompt_ids=(5, 3, 17, 40), max_tokens=6, sampling=SamplingParams(temperature=0.0)
 )
 
@@ -151,7 +151,7 @@ def test_a_step_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> No
     simulation.supervisor.kill(worker(simulation, "w1"))
     # Tokens 1 and 3 go to experts 0 and 1, and to 0 and 2.
     for name, token in (("lost", 1), ("held", 3)):
-        request = GenerateRequest(prompt_ids=(token,), max_tokens=1, sampling=REQUEST.sampling)
+        request = GenerationRequest(prompt_ids=(token,), max_tokens=1, sampling=REQUEST.sampling)
         heard = cluster.submit(
             "w0", name, RoutedRequest(request_id=name, request=request, timeout_s=900.0)
         )

@@ -8,7 +8,7 @@ from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.dispatch import DispatchLimits
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.wire.calls import RunExperts
 from milliways.wire.errors import PoisonedRequestError
 from tests.heard import Heard
@@ -28,7 +28,7 @@ def is_deadly(call: RunExperts) -> bool:
 
 
 def run(
-    requests: list[GenerateRequest],
+    requests: list[GenerationRequest],
     replicas: int,
     num_routers: int = 1,
     seed: int = 1,
@@ -68,8 +68,8 @@ def run(
     return simulation, heard
 
 
-def request(*prompt_ids: int, max_tokens: int = 8) -> GenerateRequest:
-    return GenerateRequest(
+def request(*prompt_ids: int, max_tokens: int = 8) -> GenerationRequest:
+    return GenerationRequest(
         prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=SamplingParams(temperature=0.0)
     )
 

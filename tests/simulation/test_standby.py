@@ -12,7 +12,7 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.scheduler import SchedulerLimits
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
@@ -32,7 +32,7 @@ BLOCK = 4
 CONFIG = fake_config(num_layers=3, sequence_len=256)
 MAX_TOKENS = 100
 PROMPT = random_tokens(Random(3), 120)
-REQUEST = GenerateRequest(
+REQUEST = GenerationRequest(
     prompt_ids=PROMPT,
     max_tokens=MAX_TOKENS,
     sampling=SamplingParams(temperature=0.7, frequency_penalty=0.5, seed=5),

@@ -9,7 +9,12 @@ from milliways.benchmarks.speed.distribution import format_aims, paired_ratio
 from milliways.benchmarks.speed.programs.run_cluster import decode_speed
 from milliways.benchmarks.speed.rounds import Results
 from milliways.benchmarks.speed.served import routers_of
-from milliways.benchmarks.speed.serving import Timeline, doors_to_json, format_doors, measure_doors
+from milliways.benchmarks.speed.serving import (
+    Timeline,
+    endpoints_to_json,
+    format_endpoints,
+    measure_endpoints,
+)
 from milliways.benchmarks.speed.workload import Kind, Workload
 from milliways.cluster.cli import main as cli
 from milliways.model.errors import InvalidRequestError
@@ -101,15 +106,15 @@ def test_doors_take_turns_and_their_first_request_does_not_count() -> None:
         asked.append(name)
         return Timeline(first_s if asked.count(name) > 1 else 9.0, first_s + 1.0, 101)
 
-    figures = measure_doors(
+    figures = measure_endpoints(
         {"router": lambda: door("router", 0.002), "http": lambda: door("http", 0.012)}, 2
     )
     assert asked == ["router", "http", "http", "router", "router", "http"]
-    assert cells(format_doors(figures))[2:] == [
+    assert cells(format_endpoints(figures))[2:] == [
         ["router's own stream: floor", "2.00 (2.00)", "", "10.00 (10.00)", ""],
         ["HTTP, through Serve and the ingress", "12.00 (12.00)", "10.00", "10.00 (10.00)", "0.000"],
     ]
-    assert doors_to_json(figures)["http"]["first_token_s"] == [0.012, 0.012]
+    assert endpoints_to_json(figures)["http"]["first_token_s"] == [0.012, 0.012]
 
 
 def test_routers_are_the_workers_that_take_requests() -> None:

@@ -32,7 +32,7 @@ class Time:
         self._now_s += seconds
 
 
-class Hands:
+class Actuator:
     """One of each; who is killed is away for a while, or for ever after the last healing."""
 
     def __init__(self, heals_after_s: float, num_healed: int = 1000) -> None:
@@ -100,7 +100,7 @@ class Load:
 
 
 def run(
-    hands: Hands,
+    hands: Actuator,
     monkeypatch: pytest.MonkeyPatch,
     fault: Fault = Fault.KILL_ROUTER,
     **plan: Any,
@@ -116,7 +116,7 @@ def run(
 def test_faults_come_when_it_is_time_whether_or_not_all_is_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hands = Hands(heals_after_s=12.0)
+    hands = Actuator(heals_after_s=12.0)
     report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
     assert len(hands.kills) == 4
     # Nothing was well between them: all of them are made good at the end, by the same.
@@ -128,13 +128,13 @@ def test_faults_come_when_it_is_time_whether_or_not_all_is_well(
 def test_each_fault_is_made_good_where_there_is_time_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report = run(Hands(heals_after_s=2.0), monkeypatch, duration_s=21.0, every_s=5.0)
+    report = run(Actuator(heals_after_s=2.0), monkeypatch, duration_s=21.0, every_s=5.0)
     assert len(report.rows[-1].recoveries_s) == 4
     assert report.rows[-1].recoveries_s == pytest.approx([2.0] * 4, abs=0.2)
 
 
 def test_what_is_never_made_good_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    hands = Hands(heals_after_s=2.0, num_healed=3)
+    hands = Actuator(heals_after_s=2.0, num_healed=3)
     report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
     assert report.rows[-1].num_not_recovered == 1
     assert not report.holds
@@ -145,7 +145,7 @@ def test_what_is_never_made_good_breaks_the_promise(monkeypatch: pytest.MonkeyPa
 def test_all_is_well_again_when_as_many_serve_clients(
     monkeypatch: pytest.MonkeyPatch, fault: Fault, every_s: float | None
 ) -> None:
-    hands = Hands(heals_after_s=3.0)
+    hands = Actuator(heals_after_s=3.0)
     report = run(hands, monkeypatch, fault, duration_s=16.0, every_s=every_s)
     assert report.holds and report.rows[-1].name == "all"
     assert report.rows[-1].recoveries_s == pytest.approx([3.0] * len(hands.kills), abs=0.2)
@@ -155,5 +155,5 @@ def test_all_is_well_again_when_as_many_serve_clients(
 def test_nobody_who_serves_clients_comes_back(
     monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    hands = Hands(heals_after_s=3.0, num_healed=0)
+    hands = Actuator(heals_after_s=3.0, num_healed=0)
     assert not run(hands, monkeypatch, fault, duration_s=5.0).holds

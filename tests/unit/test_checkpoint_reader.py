@@ -20,8 +20,8 @@ from milliways.model.checkpoint import (
 from milliways.model.checkpoint.records import BFLOAT16
 from milliways.model.errors import (
     CheckpointError,
-    ConfigError,
     CorruptTensorError,
+    ModelConfigError,
     TensorLayoutError,
     TensorValueError,
     UnsafePickleError,
@@ -282,7 +282,7 @@ def test_missing_config_is_said_to_be_the_likely_cause(model_dir: Path) -> None:
 
 def test_broken_config_is_a_config_error(model_dir: Path) -> None:
     (model_dir / "config.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ModelConfigError):
         Checkpoint.open(model_dir)
 
 

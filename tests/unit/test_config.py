@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from milliways.model.config import GROK_1, config_from_dict, ffn_size, load_config
-from milliways.model.errors import ConfigError
+from milliways.model.errors import ModelConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -59,7 +59,7 @@ def test_ffn_size_is_derived_where_it_is_not_given() -> None:
     ],
 )
 def test_impossible_field_is_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=field) as caught:
+    with pytest.raises(ModelConfigError, match=field) as caught:
         config_from_dict(tiny(**{field: value}))
     assert caught.value.field == field
 
@@ -69,7 +69,7 @@ def test_missing_field_is_refused_by_name(field: str) -> None:
     fields = tiny()
     del fields[field]
     fields.pop("widening_factor")
-    with pytest.raises(ConfigError, match=rf"'{field}' = None: missing"):
+    with pytest.raises(ModelConfigError, match=rf"'{field}' = None: missing"):
         config_from_dict(fields)
 
 
@@ -79,11 +79,11 @@ def test_missing_field_is_refused_by_name(field: str) -> None:
 def test_file_that_is_no_configuration_is_refused_by_its_path(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(str(path))):
+    with pytest.raises(ModelConfigError, match=re.escape(str(path))):
         load_config(tmp_path)
 
 
 def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ModelConfigError, match="not JSON"):
         load_config(tmp_path)

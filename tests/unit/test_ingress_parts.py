@@ -19,13 +19,13 @@ from milliways.cluster.ingress.openai_requests import (
 )
 from milliways.cluster.ingress.readiness import Readiness
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.wire.errors import OverloadedError, UnavailableError
 from tests.sources import CountingSource, counted_events
 
 
 def events_of(max_tokens: int, num_samples: int = 1) -> list[ChoiceEvent]:
-    request = GenerateRequest(prompt_ids=(5,), max_tokens=max_tokens, num_samples=num_samples)
+    request = GenerationRequest(prompt_ids=(5,), max_tokens=max_tokens, num_samples=num_samples)
     return [
         ChoiceEvent(event.sample_index, event, i // num_samples)
         for i, event in enumerate(counted_events(request))

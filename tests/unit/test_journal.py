@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 
 
 def journal(num_samples: int = 1) -> Journal:
-    return Journal(GenerateRequest(prompt_ids=(1,), max_tokens=9, num_samples=num_samples))
+    return Journal(GenerationRequest(prompt_ids=(1,), max_tokens=9, num_samples=num_samples))
 
 
 def test_new_token_is_delivered_and_a_repeated_one_is_not() -> None:
@@ -23,7 +23,7 @@ def test_new_token_is_delivered_and_a_repeated_one_is_not() -> None:
 
 def test_what_was_delivered_elsewhere_counts_as_delivered() -> None:
     had = [DeliveredSample(1, (60, 61), True), DeliveredSample(0, (50,), False)]
-    request = GenerateRequest(prompt_ids=(1,), max_tokens=9, num_samples=2)
+    request = GenerationRequest(prompt_ids=(1,), max_tokens=9, num_samples=2)
     book = Journal(request, had)
     assert (book.delivered(), book.num_delivered) == (had[::-1], 3)
     assert not book.try_deliver(0, 0, 50, is_finished=False)

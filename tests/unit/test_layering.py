@@ -243,7 +243,10 @@ def test_import_against_the_direction_is_caught(importer: str, statement: str) -
         ("cluster.control.targets", "from milliways.runtime.clock import Clock"),
         ("cluster.cli.main", "from milliways.benchmarks.chaos.trial import Trial"),
         ("cluster.host.worker_process", "import jax, milliways.workers.core, milliways.router"),
-        ("cluster.ingress.source", "from milliways.router.requests.request import GenerateRequest"),
+        (
+            "cluster.ingress.source",
+            "from milliways.router.requests.request import GenerationRequest",
+        ),
         ("workers.servers.grpc_server", "from milliways.v1 import worker_pb2"),
         ("router.dispatch", "from milliways.model.sampling_params import SamplingParams"),
         ("router.server", "import asyncio, grpc"),

@@ -98,7 +98,7 @@ def test_a_way_that_opened_in_the_moment_it_was_let_go_is_closed(bench: Bench) -
 def test_a_way_whose_answer_never_comes_is_given_up_although_nobody_waits(bench: Bench) -> None:
     link = bench.open()
     pending = bench.ask(num_rows=3)
-    bench.table.forsake("w", pending, within_s=2.0)
+    bench.table.abandon("w", pending, within_s=2.0)
     bench.advance(1.9)
     assert not link.is_closed and bench.table.num_rows_out("w") == 3
     bench.advance(0.2)
@@ -108,7 +108,7 @@ def test_a_way_whose_answer_never_comes_is_given_up_although_nobody_waits(bench:
 def test_a_way_whose_answer_comes_late_stays(bench: Bench) -> None:
     link = bench.open()
     pending = bench.ask()
-    bench.table.forsake("w", pending, within_s=2.0)
+    bench.table.abandon("w", pending, within_s=2.0)
     link.asked[0].resolve(Abandoned())
     bench.advance(5.0)
     assert not link.is_closed
@@ -141,7 +141,7 @@ def test_what_nobody_waits_for_says_nothing_of_how_long_others_may_take(bench: B
     asked, untimed = bench.ask(), bench.ask_untimed()
     bench.advance(0.01)
     link.asked[0].resolve(Abandoned())
-    bench.table.note_late("w")
+    bench.table.mark_late("w")
     bench.advance(50.0)
     link.asked[1].resolve(Abandoned())
     assert asked.is_done and untimed.is_done
@@ -159,7 +159,7 @@ def test_worker_that_was_frozen_is_no_slower_than_before(bench: Bench) -> None:
         bench.advance(took_s)
         link.asked[-1].resolve(Abandoned())
     assert bench.table.latency_s("w") == pytest.approx(0.05, rel=0.02)
-    bench.table.note_rash("w", 0.2)
+    bench.table.hedged_too_early("w", 0.2)
     assert bench.table.latency_s("w") == 0.2
 
 

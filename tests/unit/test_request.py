@@ -7,12 +7,12 @@ import pytest
 from milliways.model.config import GROK_1
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 
 
-def make(**changes: Any) -> GenerateRequest:
+def make(**changes: Any) -> GenerationRequest:
     fields: dict[str, Any] = {"prompt_ids": (5, 6), "max_tokens": 4}
-    return GenerateRequest(**(fields | changes))
+    return GenerationRequest(**(fields | changes))
 
 
 @pytest.mark.parametrize(

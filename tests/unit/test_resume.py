@@ -12,7 +12,7 @@ from milliways.cluster.ingress.request_id import (
 )
 from milliways.cluster.ingress.resume import LAST_EVENT_ID, event_id, parse_event_id
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 
 ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
 
@@ -68,7 +68,7 @@ def test_what_is_no_event_id_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("counts", [[0], [3], [1, 1, 1], [1, 4]])
 def test_counts_that_the_request_cannot_have_are_refused(counts: list[int]) -> None:
-    request = GenerateRequest(prompt_ids=(1,), max_tokens=3, num_samples=2)
+    request = GenerationRequest(prompt_ids=(1,), max_tokens=3, num_samples=2)
     with pytest.raises(InvalidRequestError) as caught:
         parse_event_id(event_id(ID, counts)).check_fits([request])
     assert caught.value.field == LAST_EVENT_ID

@@ -7,7 +7,7 @@ import pytest
 from milliways.model.block_pool import BlockPool
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SampledToken
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText, Sequence, SequenceStatus
 from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
@@ -22,7 +22,7 @@ def make_scheduler(num_blocks: int = 16, **limits: int) -> Scheduler:
 def add(
     scheduler: Scheduler, prompt: list[int], max_tokens: int = 8, num_samples: int = 1
 ) -> list[Sequence]:
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=tuple(prompt), max_tokens=max_tokens, num_samples=num_samples
     )
     sequences = [Sequence(request, i, NoText(), max_tokens, EOS) for i in range(num_samples)]

@@ -14,7 +14,7 @@ from milliways.model.sampling import SampledTokens, pack_rows, sample
 from milliways.model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
 from milliways.router.requests.admission import RoutedRequest, make_sequences
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
     FinishReason,
     NoText,
@@ -75,16 +75,16 @@ def test_given_token_behind_broken_logits_is_flagged() -> None:
     assert (bool(told.is_valid_B[0]), int(told.token_B[0])) == (False, INVALID_TOKEN)
 
 
-def request_for(num_prompt: int = 10, **fields: Any) -> GenerateRequest:
+def request_for(num_prompt: int = 10, **fields: Any) -> GenerationRequest:
     given = {"max_tokens": 3, "prompt_logprobs": 2} | fields
-    return GenerateRequest(prompt_ids=tuple(range(20, 20 + num_prompt)), **given)
+    return GenerationRequest(prompt_ids=tuple(range(20, 20 + num_prompt)), **given)
 
 
-def routed(request: GenerateRequest, **fields: Any) -> RoutedRequest:
+def routed(request: GenerationRequest, **fields: Any) -> RoutedRequest:
     return RoutedRequest(request_id="r", request=request, timeout_s=1.0, **fields)
 
 
-def sequences_of(request: GenerateRequest, **fields: Any) -> list[Sequence]:
+def sequences_of(request: GenerationRequest, **fields: Any) -> list[Sequence]:
     return make_sequences(routed(request, **fields), GROK_1, lambda _: NoText())
 
 
@@ -200,7 +200,7 @@ def test_any_load_scores_every_token_once(seed: int) -> None:
     firsts: list[Sequence] = []
     for _ in range(400):
         if len(firsts) < 8 and rng.random() < 0.5:
-            request = GenerateRequest(
+            request = GenerationRequest(
                 prompt_ids=tuple(rng.randint(10, 12) for _ in range(rng.randint(1, 12))),
                 max_tokens=rng.choice((0, 1, 5)),
                 num_samples=rng.randint(1, 3),
@@ -276,10 +276,10 @@ def test_journal_refuses_a_token_before_the_scores() -> None:
     with pytest.raises(OutOfOrderError):
         journal.try_deliver(0, 0, 9, is_finished=False)
     with pytest.raises(OutOfOrderError):
-        Journal(GenerateRequest(prompt_ids=(1, 2), max_tokens=1)).try_score(1, 2)
+        Journal(GenerationRequest(prompt_ids=(1, 2), max_tokens=1)).try_score(1, 2)
 
 
 def test_only_a_prompt_that_is_scored_may_want_no_token() -> None:
-    assert GenerateRequest(prompt_ids=(1, 2), max_tokens=0, prompt_logprobs=0).num_to_score == 1
+    assert GenerationRequest(prompt_ids=(1, 2), max_tokens=0, prompt_logprobs=0).num_to_score == 1
     with pytest.raises(InvalidRequestError, match="log-probabilities of the prompt"):
-        GenerateRequest(prompt_ids=(1, 2), max_tokens=0)
+        GenerationRequest(prompt_ids=(1, 2), max_tokens=0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Items
 import pytest
 
 from milliways.model.sampling_params import SampledToken
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
     ALLOWED_MOVES,
     FinishReason,
@@ -33,7 +33,7 @@ class LetterDetokenizer:
 
 
 def make(max_tokens: int = 99, stop: tuple[str, ...] = (), ignore_eos: bool = False) -> Sequence:
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=(65,), max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos
     )
     return Sequence(request, 0, LetterDetokenizer(), max_tokens, EOS)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from milliways.model.block_pool import chain_digest
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText, Sequence, SequenceStatus
 from milliways.router.standby import Run, Standby, StandbyLimits
 
@@ -20,7 +20,7 @@ BUDDY = ("b", 1)
 
 def running(prompt: tuple[int, ...], num_computed: int, first_block: int = 0) -> Sequence:
     """A sequence so far; its blocks are numbered from `first_block` on."""
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=prompt, max_tokens=100, sampling=SamplingParams(temperature=0.0)
     )
     sequence = Sequence(request, 0, NoText(), 100, eos_token=-1)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from milliways.wire.placement import AttentionShard
+from milliways.wire.placement import AttentionRange
 from milliways.wire.view import ClusterView, Member, WorkerState, chains_of
 
-FIRST = AttentionShard(first_layer=0, num_layers=2, has_ends=False)
-LAST = AttentionShard(first_layer=2, num_layers=2, has_ends=True)
-WHOLE = AttentionShard(first_layer=0, num_layers=4, has_ends=True)
-NONE = AttentionShard(first_layer=4, num_layers=0, has_ends=False)
+FIRST = AttentionRange(first_layer=0, num_layers=2, has_ends=False)
+LAST = AttentionRange(first_layer=2, num_layers=2, has_ends=True)
+WHOLE = AttentionRange(first_layer=0, num_layers=4, has_ends=True)
+NONE = AttentionRange(first_layer=4, num_layers=0, has_ends=False)
 
 
 def test_each_worker_with_all_of_attention_has_a_router() -> None:
@@ -21,7 +21,7 @@ def test_a_chain_has_its_router_where_tokens_enter_and_leave() -> None:
 
 
 @pytest.mark.parametrize("shards", [{}, {"a": FIRST}, {"b": LAST}, {"c": NONE}])
-def test_there_is_no_router_before_all_layers_are_there(shards: dict[str, AttentionShard]) -> None:
+def test_there_is_no_router_before_all_layers_are_there(shards: dict[str, AttentionRange]) -> None:
     assert chains_of(shards, 4) == {}
 
 

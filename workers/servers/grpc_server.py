@@ -22,14 +22,14 @@ from milliways.wire.channels import add_port
 from milliways.wire.limits import LinkLimits
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
 from milliways.wire.tls import TlsSettings
-from milliways.workers.servers.intake import Intake, Presence
+from milliways.workers.servers.intake import Intake, RouterSessions
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore
 _SERVICE = "milliways.v1.WorkerService"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoorPlate:
+class ServerIdentity:
     """What a worker says of itself when it is greeted."""
 
     worker_id: str
@@ -40,20 +40,20 @@ class DoorPlate:
     socket_name: str = ""
 
 
-class GrpcServer:
+class WorkerGrpcServer:
     """Serves a worker's data plane. Used from its reactor's thread."""
 
     def __init__(
         self,
         reactor: Reactor,
-        presence: Presence,
-        plate: DoorPlate,
+        sessions: RouterSessions,
+        plate: ServerIdentity,
         *,
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
     ) -> None:
         self._reactor = reactor
-        self._presence = presence
+        self._sessions = sessions
         self._plate = plate
         self._tls = tls or TlsSettings()
         self._limits = limits or LinkLimits()
@@ -101,7 +101,7 @@ class GrpcServer:
         )
 
     async def _exchange(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        stream = _Stream(self._reactor, self._presence, context, self._limits)
+        stream = _Stream(self._reactor, self._sessions, context, self._limits)
         await stream.run()
 
 
@@ -109,12 +109,12 @@ class _Stream:
     """One router's stream: reads, submits, and writes results in whatever order they come."""
 
     def __init__(
-        self, reactor: Reactor, presence: Presence, context: Any, limits: LinkLimits
+        self, reactor: Reactor, sessions: RouterSessions, context: Any, limits: LinkLimits
     ) -> None:
         self._reactor = reactor
         self._context = context
         self._limits = limits
-        self._intake = Intake(presence, self._send)
+        self._intake = Intake(sessions, self._send)
         self._outbox: deque[bytes] = deque()
         self._is_writing = False
         self._is_taking = False

@@ -14,7 +14,7 @@ from milliways.wire.tensors import MalformedMessageError, PayloadReader
 logger = logging.getLogger(__name__)
 
 
-class Presence:
+class RouterSessions:
     """Which routers have a way to this worker; one that comes again may overlap with itself."""
 
     def __init__(self, sink: CallSink) -> None:
@@ -54,9 +54,9 @@ class Presence:
 class Intake:
     """The calls of one connection: decoded, submitted or refused, answered once each."""
 
-    def __init__(self, presence: Presence, send: Callable[[int, Result], None]) -> None:
+    def __init__(self, sessions: RouterSessions, send: Callable[[int, Result], None]) -> None:
         self.num_open = 0
-        self._presence = presence
+        self._sessions = sessions
         self._send = send
         self._router_id: str | None = None
         self._is_closed = False
@@ -64,7 +64,7 @@ class Intake:
     def greet(self, router_id: str) -> None:
         """Says whose connection it is, before its first call."""
         self._router_id = router_id
-        self._presence.arrived(router_id)
+        self._sessions.arrived(router_id)
 
     def take(self, fields: Fields, payload: PayloadReader) -> None:
         """Submits a call; what cannot be read, or comes in another's name, is refused."""
@@ -82,7 +82,7 @@ class Intake:
             reply(Refusal(RefusalReason.MALFORMED, text))
             return
         try:
-            self._presence.sink.submit(call, fence, reply)
+            self._sessions.sink.submit(call, fence, reply)
         except Exception as error:
             logger.exception("the core failed to take a call of %s", fence.router_id)
             reply(Refusal(RefusalReason.FAULT, repr(error)))
@@ -93,12 +93,12 @@ class Intake:
             return
         self._is_closed = True
         if self._router_id is not None:
-            self._presence.left(self._router_id)
+            self._sessions.left(self._router_id)
 
     def answer(self, call_id: int, result: Result) -> None:
         """Sends the one answer to a call."""
         self.num_open -= 1
-        if not self._is_closed and not self._presence.try_drop():
+        if not self._is_closed and not self._sessions.try_drop():
             self._send(call_id, result)
 
 

@@ -31,7 +31,7 @@ from milliways.wire.frames import (
 from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import Segment, attach_segment
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
-from milliways.workers.servers.intake import Intake, Presence
+from milliways.workers.servers.intake import Intake, RouterSessions
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ShmServer:
     def __init__(
         self,
         reactor: Reactor,
-        presence: Presence,
+        sessions: RouterSessions,
         *,
         worker_id: str,
         incarnation: int,
@@ -55,7 +55,7 @@ class ShmServer:
         # Random: who knows it was told by the worker.
         self.socket_name = f"milliways-{worker_id}-{incarnation}-{secrets.token_hex(8)}"[:100]
         self._reactor = reactor
-        self._presence = presence
+        self._sessions = sessions
         self._welcome = WelcomeFrame(PROTOCOL_VERSION, incarnation, worker_id)
         self._limits = limits or LinkLimits()
         self._listener: socket.socket | None = None
@@ -92,7 +92,7 @@ class ShmServer:
             accepted.close()
             return
         connection = _Connection(
-            self._reactor, accepted, self._presence, self._welcome, self._limits
+            self._reactor, accepted, self._sessions, self._welcome, self._limits
         )
         self._connections.add(connection)
         connection.when_closed = lambda: self._connections.discard(connection)
@@ -105,14 +105,14 @@ class _Connection:
         self,
         reactor: Reactor,
         accepted: socket.socket,
-        presence: Presence,
+        sessions: RouterSessions,
         welcome: WelcomeFrame,
         limits: LinkLimits,
     ) -> None:
         self.when_closed = _nothing
         self._welcome = welcome
         self._limits = limits
-        self._intake = Intake(presence, self._send)
+        self._intake = Intake(sessions, self._send)
         self._segments: dict[int, Segment] = {}
         self._rooms: dict[int, _Room] = {}
         self._is_greeted = False

@@ -37,8 +37,8 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.shm import local_host_id
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import DoorPlate, GrpcServer
-from milliways.workers.servers.intake import Presence
+from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
+from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.shm_server import ShmServer
 
 # Of Grok-1, in bfloat16.
@@ -62,7 +62,7 @@ Measure = Callable[[int, int], list[float]]
 
 
 class EchoCore:
-    """Hands the rows back: as many bytes there as back, and no arithmetic."""
+    """Actuator the rows back: as many bytes there as back, and no arithmetic."""
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
         assert isinstance(call, RunExperts)
@@ -83,15 +83,15 @@ def run_experts(num_tokens: int) -> RunExperts:
 def serve_links() -> None:
     """Both our transports; prints the address."""
     reactor = Reactor(SystemClock(), make_loop=AsyncioLoop)
-    presence = Presence(EchoCore())
-    shm = ShmServer(reactor, presence, worker_id="bench", incarnation=1)
-    plate = DoorPlate(
+    sessions = RouterSessions(EchoCore())
+    shm = ShmServer(reactor, sessions, worker_id="bench", incarnation=1)
+    plate = ServerIdentity(
         worker_id="bench",
         incarnation=1,
         host_id=local_host_id(),
         socket_name=shm.socket_name,
     )
-    server = GrpcServer(reactor, presence, plate)
+    server = WorkerGrpcServer(reactor, sessions, plate)
     reactor.start()
     reactor.call(shm.start)
     print(reactor.ask(lambda: server.start("127.0.0.1:0"), _TIMEOUT_S), flush=True)

@@ -34,10 +34,10 @@ from milliways.cluster.settings.config import ClusterConfig, config_from_tree
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.sampling import SamplingParams
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.wire.errors import ClusterError
-from milliways.wire.placement import AttentionShard
+from milliways.wire.placement import AttentionRange
 from milliways.wire.view import ClusterView, Member, WorkerState, chains_of
 
 _HOST = "127.0.0.1"
@@ -104,7 +104,7 @@ def view_of(placement: Placement, addresses: Sequence[str]) -> ClusterView:
         for worker, address in zip(placement.workers, addresses, strict=True)
     }
     shards = {
-        name: AttentionShard(
+        name: AttentionRange(
             first_layer=member.first_layer, num_layers=member.num_layers, has_ends=member.has_ends
         )
         for name, member in members.items()
@@ -141,7 +141,7 @@ def run_prompts(
     """All of them at once; when each token of each came."""
     heard = [Arrivals() for _ in prompts]
     for number, (prompt_ids, arrivals) in enumerate(zip(prompts, heard, strict=True)):
-        request = GenerateRequest(
+        request = GenerationRequest(
             prompt_ids=tuple(prompt_ids), max_tokens=max_tokens, sampling=_GREEDY, ignore_eos=True
         )
         process.submit(

@@ -5,14 +5,18 @@ import tempfile
 from pathlib import Path
 
 from milliways.benchmarks.speed.arguments import check_rounds, find_model, report, write_json
-from milliways.benchmarks.speed.programs.doors import (
+from milliways.benchmarks.speed.programs.endpoints import (
     Ask,
-    GrpcDoorClient,
-    HttpDoorClient,
-    RouterDoorClient,
+    GrpcBenchClient,
+    HttpBenchClient,
+    RouterBenchClient,
 )
 from milliways.benchmarks.speed.served import serving
-from milliways.benchmarks.speed.serving import doors_to_json, format_doors, measure_doors
+from milliways.benchmarks.speed.serving import (
+    endpoints_to_json,
+    format_endpoints,
+    measure_endpoints,
+)
 from milliways.model.config import load_config
 from milliways.model.errors import InvalidRequestError, ModelError
 from milliways.model.model_dir import DEMO_NAME
@@ -48,14 +52,14 @@ def run(options: argparse.Namespace) -> None:
         serving(str(model_dir), options.workers, Path(work_dir)) as served,
     ):
         doors = {
-            "router": RouterDoorClient(served.routers[0], ask),
-            "grpc": GrpcDoorClient(served.grpc, ask),
-            "http": HttpDoorClient(served.http, model_dir.name, ask),
+            "router": RouterBenchClient(served.routers[0], ask),
+            "grpc": GrpcBenchClient(served.grpc, ask),
+            "http": HttpBenchClient(served.http, model_dir.name, ask),
         }
         report(f"{options.rounds} rounds")
         try:
-            figures = measure_doors(doors, options.rounds)
+            figures = measure_endpoints(doors, options.rounds)
         except (RuntimeError, OSError) as error:
             raise ModelError(f"a request failed: {error}") from error
-    print(format_doors(figures))
-    write_json(options.json, doors_to_json(figures))
+    print(format_endpoints(figures))
+    write_json(options.json, endpoints_to_json(figures))

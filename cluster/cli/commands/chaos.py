@@ -177,9 +177,9 @@ def _endpoint_of(running: RunningCluster) -> Endpoint:
 
 
 def _endpoint(options: argparse.Namespace) -> Endpoint:
-    from milliways.benchmarks.chaos.ray_hands import RayHands
+    from milliways.benchmarks.chaos.ray_actuator import RayActuator
 
-    config: ClusterConfig = RayHands().config()
+    config: ClusterConfig = RayActuator().config()
     ingress = config.ingress
     return Endpoint(
         http=options.http or f"http://{ingress.host}:{ingress.port}",
@@ -205,7 +205,7 @@ def _confirm(options: argparse.Namespace, faults: tuple[Fault, ...]) -> None:
 
 
 def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpoint) -> Report:
-    from milliways.benchmarks.chaos.ray_hands import RayHands
+    from milliways.benchmarks.chaos.ray_actuator import RayActuator
 
     asks = draw_asks(options.requests, options.tokens, options.seed)
     plan = Plan(
@@ -213,4 +213,4 @@ def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpo
     )
     with open_clients(endpoint) as clients:
         load = Load(asks, clients, options.clients)
-        return Trial(asks, load, RayHands(), say).run(plan)
+        return Trial(asks, load, RayActuator(), say).run(plan)

@@ -20,7 +20,7 @@ from milliways.model.errors import InvalidRequestError, NonFiniteLogitsError, To
 from milliways.model.model_dir import DEMO_NAME, resolve_model_dir
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.model.tokenizer import Tokenizer
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
 
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = sampling_params(options)
     model_dir = resolve_model_dir(options.model)
     model = load_local_model(model_dir, options.dtype, wanted_kernels(options))
-    request = GenerateRequest(
+    request = GenerationRequest(
         prompt_ids=prompt_ids(options, model.tokenizer),
         max_tokens=options.max_tokens,
         sampling=sampling,
@@ -173,7 +173,7 @@ def prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None) -> tupl
 
 
 def collect(
-    options: argparse.Namespace, model: LocalModel, request: GenerateRequest, *, stream: bool
+    options: argparse.Namespace, model: LocalModel, request: GenerationRequest, *, stream: bool
 ) -> tuple[list[Choice], list[float]]:
     """Runs the request to its end; prints text (or ids, without a tokenizer) as it comes."""
     num_tokens = min(
@@ -200,7 +200,7 @@ def collect(
     return choices, token_times_s or [time.perf_counter()]
 
 
-def _prompt(options: argparse.Namespace, model: LocalModel, request: GenerateRequest) -> Prompt:
+def _prompt(options: argparse.Namespace, model: LocalModel, request: GenerationRequest) -> Prompt:
     pieces = [""] * len(request.prompt_ids)
     if model.tokenizer is not None:
         pieces = prompt_pieces(model.tokenizer, request.prompt_ids)
@@ -231,7 +231,7 @@ def print_choices(choices: list[Choice]) -> None:
 
 
 def to_json(
-    request: GenerateRequest,
+    request: GenerationRequest,
     choices: list[Choice],
     logprobs: list[dict[str, Any]] | None,
     timings: Timings,

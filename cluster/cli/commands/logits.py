@@ -15,7 +15,7 @@ from milliways.cluster.host.local import (
 from milliways.model.errors import InvalidRequestError
 from milliways.model.model_dir import resolve_model_dir
 from milliways.model.runner import ModelRunner, ScheduledTokens
-from milliways.router.requests.request import GenerateRequest
+from milliways.router.requests.request import GenerationRequest
 
 # Logits of a chunk take chunk * V * 4 bytes: 64 MiB at Grok-1's vocabulary.
 CHUNK_TOKENS = 128
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise InvalidRequestError("out", str(out), "a file in a folder that exists")
     # Checked as a request would be, so that bad ids get the same clear answer.
-    request = GenerateRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
+    request = GenerationRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
     model_dir = resolve_model_dir(options.model)
     model = load_local_model(model_dir, options.dtype, wanted_kernels(options))
     request.check_fits(model.decoder.config)

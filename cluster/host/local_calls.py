@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 MAX_WAITING_COPIES = 8
 
 
-class OwnCore:
+class LocalCore:
     """The core of this process, as its router calls it, in the router's thread.
 
     At once, past the queue; except experts that routers of other processes ask for as well: in the
@@ -29,7 +29,7 @@ class OwnCore:
         self._routing = routing
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
-        if isinstance(call, RunExperts) and self._core.has_company(fence.router_id):
+        if isinstance(call, RunExperts) and self._core.has_co_arrivals(fence.router_id):
             self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
         else:
             reply(self._core.compute_now(call, fence))
@@ -48,7 +48,7 @@ class OwnCore:
         self._routing.post(lambda: reply(result))
 
 
-class OwnBlocks:
+class LocalBlocks:
     """The blocks of this process' router, as the core gives copies to them, in its own thread."""
 
     def __init__(self, router: Router, compute: Reactor, routing: Reactor) -> None:

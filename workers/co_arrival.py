@@ -21,7 +21,7 @@ class _Progress:
     num_vain_waits: int = 0
 
 
-class Company:
+class CoArrival:
     """Where each router is among the layers; a token goes through them again and again."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Company:
             and 0 < (layer - progress.layer) % self._num_layers <= self._num_layers // 2
         ]
 
-    def waited_in_vain(self, router_id: str) -> None:
+    def waited_without_result(self, router_id: str) -> None:
         """It did not come in time."""
         progress = self._routers.get(router_id)
         if progress is not None:

@@ -4,21 +4,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milliways.cluster.ingress.signs import HedgeLimits, Signs
+from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
 
 LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
 
 
-def heard_every(gap_s: float, count: int) -> tuple[Signs, float]:
+def heard_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
     """A router that was heard of so often, and the time of the last sign."""
-    signs = Signs(LIMITS)
+    signs = SilenceDetector(LIMITS)
     signs.begin(0.0)
     for i in range(count):
         signs.heard((i + 1) * gap_s)
     return signs, count * gap_s
 
 
-def silent_after_s(signs: Signs, now_s: float) -> float:
+def silent_after_s(signs: SilenceDetector, now_s: float) -> float:
     """How long after a time it is taken for silent, in steps of 10 ms."""
     for i in range(10_000):
         signs.look(now_s + i / 100)
@@ -38,7 +38,7 @@ def test_patience_is_a_multiple_of_the_longest_silence_within_limits(
 
 
 def test_router_not_heard_of_yet_has_a_second() -> None:
-    signs = Signs(LIMITS)
+    signs = SilenceDetector(LIMITS)
     signs.begin(5.0)
     assert silent_after_s(signs, 5.0) == 1.0
 
@@ -58,7 +58,7 @@ def test_router_that_was_frozen_is_no_slower_than_before() -> None:
     signs.heard(now_s + 30.0)
     assert not signs.is_silent
     assert signs.patience_s == 0.1
-    signs.was_rash()
+    signs.hedged_too_early()
     assert signs.patience_s == 0.2
 
 
@@ -72,7 +72,7 @@ def test_router_that_is_always_slow_is_soon_waited_for() -> None:
         now_s += 2.0
         signs.heard(now_s)
         if was_silent:
-            signs.was_rash()
+            signs.hedged_too_early()
     assert num_silences == 7
 
 
@@ -94,7 +94,7 @@ def test_ping_comes_before_the_verdict() -> None:
 
 @given(st.lists(st.floats(0.0, 100.0), max_size=50))
 def test_patience_stays_within_limits(gaps_s: list[float]) -> None:
-    signs, now_s = Signs(LIMITS), 0.0
+    signs, now_s = SilenceDetector(LIMITS), 0.0
     signs.begin(now_s)
     for gap_s in gaps_s:
         now_s += gap_s
@@ -113,7 +113,7 @@ def test_sign_that_came_after_the_sleep_counts_from_when_it_came() -> None:
 
 
 def test_router_whose_first_sign_was_late_still_has_a_second() -> None:
-    signs = Signs(LIMITS)
+    signs = SilenceDetector(LIMITS)
     signs.begin(0.0)
     signs.look(2.0)
     signs.heard(2.0)

@@ -6,7 +6,7 @@ from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Tasks
 from milliways.wire.calls import ExpertOutputs, Fence, Result, RunExperts
 from milliways.wire.view import WorkerState
-from milliways.workers.company import MAX_VAIN_WAITS, Company
+from milliways.workers.co_arrival import MAX_VAIN_WAITS, CoArrival
 from milliways.workers.core import WorkerCore
 
 COMPUTE_S = 0.01
@@ -122,24 +122,24 @@ def test_nobody_waits_for_a_router_that_is_alone() -> None:
         bench.ask("a", layer)
         bench.run()
     assert len(bench.answers) == 3
-    assert not bench.core.has_company("a")
+    assert not bench.core.has_co_arrivals("a")
 
 
 def test_router_that_does_not_come_is_not_waited_for_until_it_comes_again() -> None:
-    company = Company()
+    company = CoArrival()
     for layer in range(6):
         company.came("a", layer)
     company.came("b", 3)
     for _ in range(MAX_VAIN_WAITS):
         assert company.awaited("a", 5) == ["b"] and company.others("a")
-        company.waited_in_vain("b")
+        company.waited_without_result("b")
     assert company.awaited("a", 5) == [] and not company.others("a")
     company.came("b", 4)
     assert company.awaited("a", 5) == ["b"]
 
 
 def test_layers_are_a_circle_half_of_which_is_ahead() -> None:
-    company = Company()
+    company = CoArrival()
     for layer in range(8):
         company.came("a", layer)
     company.came("b", 6)
@@ -151,7 +151,7 @@ def test_layers_are_a_circle_half_of_which_is_ahead() -> None:
 
 
 def test_router_that_left_is_forgotten() -> None:
-    company = Company()
+    company = CoArrival()
     company.came("a", 1)
     company.came("b", 0)
     company.left("b")

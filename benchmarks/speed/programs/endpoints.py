@@ -26,7 +26,7 @@ class Ask:
     max_tokens: int
 
 
-class RouterDoorClient:
+class RouterBenchClient:
     """The stream that the ingress has."""
 
     def __init__(self, address: str, ask: Ask) -> None:
@@ -49,7 +49,7 @@ class RouterDoorClient:
         return _timed(self._ask, _with_events(self._call, request))
 
 
-class GrpcDoorClient:
+class GrpcBenchClient:
     """The public service."""
 
     def __init__(self, address: str, ask: Ask) -> None:
@@ -70,7 +70,7 @@ class GrpcDoorClient:
         return _timed(self._ask, _with_events(self._call, request))
 
 
-class HttpDoorClient:
+class HttpBenchClient:
     """`/v1/completions`, streaming, over a connection that is kept."""
 
     def __init__(self, address: str, model: str, ask: Ask) -> None:

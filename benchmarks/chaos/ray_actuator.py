@@ -1,4 +1,4 @@
-"""Hands on a cluster on Ray: asks its controller, signals processes on whatever node they are."""
+"""Breaks a cluster on Ray: asks its controller, and signals processes on any node."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -31,8 +31,8 @@ POLL_S = 0.1
 T = TypeVar("T")
 
 
-class RayHands:
-    """`Hands` for the cluster that this process has joined."""
+class RayActuator:
+    """`Actuator` for the cluster that this process has joined."""
 
     def __init__(self) -> None:
         self._own_node = ray.get_runtime_context().get_node_id()

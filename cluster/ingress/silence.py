@@ -25,7 +25,7 @@ class HedgeLimits:
     after_s_max: float = 60.0
 
 
-class Signs:
+class SilenceDetector:
     """What was heard of one router."""
 
     def __init__(self, limits: HedgeLimits) -> None:
@@ -60,7 +60,7 @@ class Signs:
         self._since_s = now_s
         self.is_silent = False
 
-    def was_rash(self) -> None:
+    def hedged_too_early(self) -> None:
         """It was taken for silent, and had the next token before those who were asked as well."""
         self._longest_s = max(self._longest_s or 0.0, self.patience_s)
 

@@ -11,7 +11,7 @@ from milliways.wire.errors import RefusalReason
 Owner = tuple[str, int]
 
 
-class Tenancy:
+class BlockOwnership:
     """Owns who the tenant is, and who was."""
 
     def __init__(self) -> None:
