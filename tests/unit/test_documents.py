@@ -3,10 +3,13 @@
 Decision records are history: they may name files that are gone. Their links are checked.
 """
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
+
+from milliways.cluster.cli.main import COMMANDS, build_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECORDS = REPOSITORY / "docs" / "adr"
@@ -41,14 +44,32 @@ def missing_files(text: str) -> list[str]:
     return [name for name in (*CODE.findall(text), *run) if not _exists(name)]
 
 
+def usage(command: str) -> str:
+    """What README says of a command's arguments."""
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    found = re.search(rf"^milliways {command} +(.*(?:\n {{3,}}.*)*)", text, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def options(command: str) -> set[str]:
+    """The options that a command takes, by their long names."""
+    [commands] = [
+        action
+        for action in build_parser(command)._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
+    actions = commands.choices[command]._actions
+    return {name for action in actions for name in action.option_strings} - {"-h", "--help"}
+
+
 def _leads_somewhere(document: Path, target: str) -> bool:
     path, _, heading = target.partition("#")
     page = document.parent / path if path else document
     if not page.exists():
         return False
-    return not heading or heading in {
-        _anchor(line) for line in page.read_text("utf-8").splitlines()
-    }
+    headings = {_anchor(line) for line in page.read_text("utf-8").splitlines()}
+    return not heading or heading in headings
 
 
 def _anchor(line: str) -> str:
@@ -107,3 +128,12 @@ def test_names_and_links_that_lead_somewhere_pass() -> None:
     python -m milliways.benchmarks.full_size"""
     assert missing_files(text) == []
     assert broken_links(REPOSITORY / "docs" / "ARCHITECTURE.md", text) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_lists_the_options_of_a_command(command: str) -> None:
+    listed = usage(command)
+    named = set(re.findall(r"--[a-z-]+", listed))
+    assert named <= options(command)
+    # Only a list that says that there are more may leave any out.
+    assert listed.endswith("…") or named == options(command)
