@@ -4,7 +4,9 @@ Decision records are history: they may name files that are gone. Their links are
 """
 
 import argparse
+import fnmatch
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,12 @@ def missing_files(text: str) -> list[str]:
     """Files, folders and modules named as code that are not there; `*` stands for any letters."""
     run = (f"{name.replace('.', '/')}.py" for name in RUN.findall(text))
     return [name for name in (*CODE.findall(text), *run) if not _exists(name)]
+
+
+@cache
+def module_names() -> list[str]:
+    """The names of all our Python files, without their folders."""
+    return [path.name for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
 
 
 def usage(command: str) -> str:
@@ -83,7 +91,7 @@ def _exists(name: str) -> bool:
     if PATH.fullmatch(name):
         return any(REPOSITORY.glob(name.rstrip("/")))
     if MODULE.fullmatch(name):
-        return any(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob(name))
+        return bool(fnmatch.filter(module_names(), name))
     return True
 
 
