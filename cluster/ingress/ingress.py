@@ -20,7 +20,7 @@ from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.readiness import Readiness
 from milliways.cluster.ingress.resume import Received, ResumePoint
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.cluster.settings.config import IngressSettings
 from milliways.router.requests.journal import DeliveredSample
 from milliways.router.requests.request import GenerationRequest

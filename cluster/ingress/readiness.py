@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.wire.errors import ClusterError, UnavailableError
 
 logger = logging.getLogger(__name__)

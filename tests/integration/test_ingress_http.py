@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from milliways.cluster.ingress.http import MoreMetrics, make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import MoreMetrics, make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.request import GenerationRequest

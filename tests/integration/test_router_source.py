@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 import pytest
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample

@@ -8,8 +8,8 @@ import pytest
 
 from milliways.cluster.ingress.ingress import ChoiceEvent, merged
 from milliways.cluster.ingress.metrics import IngressMetrics
-from milliways.cluster.ingress.openai_fields import IGNORED, REFUSED, drop_foreign_fields
-from milliways.cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.openai.fields import IGNORED, REFUSED, drop_foreign_fields
+from milliways.cluster.ingress.openai.requests import (
     ChatBody,
     CompletionBody,
     parse_content,

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from milliways.cluster.ingress.openai_errors import refusal
+from milliways.cluster.ingress.openai.errors import refusal
 
 # nginx's code for it: for logs and metrics, nobody receives it.
 CLIENT_GONE = "499"

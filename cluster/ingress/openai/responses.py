@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milliways.cluster.ingress.ingress import ChoiceEvent, PromptEvent
-from milliways.cluster.ingress.openai_requests import Ask
+from milliways.cluster.ingress.openai.requests import Ask
 from milliways.cluster.ingress.request_id import created_s_of
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets

@@ -22,18 +22,22 @@ from dataclasses import dataclass, field
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.race import (
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.routing.race import (
     Attempt,
     News,
     Race,
     RouterSilentError,
     StreamBrokenError,
 )
-from milliways.cluster.ingress.request_id import new_request_id
-from milliways.cluster.ingress.retries import Retries
-from milliways.cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
-from milliways.cluster.ingress.router_connection import RouterConnection
-from milliways.cluster.ingress.silence import HedgeLimits
+from milliways.cluster.ingress.routing.retries import Retries
+from milliways.cluster.ingress.routing.router_choice import (
+    RouterChoice,
+    RouterDirectory,
+    RouterInfo,
+)
+from milliways.cluster.ingress.routing.router_connection import RouterConnection
+from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError

@@ -4,10 +4,10 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from milliways.cluster.ingress.grpc_service import SERVICE, GenerateServicer
-from milliways.cluster.ingress.health import HealthServicer
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.malformed import MalformedInterceptor
+from milliways.cluster.ingress.public_grpc.health import HealthServicer
+from milliways.cluster.ingress.public_grpc.malformed_requests import MalformedInterceptor
+from milliways.cluster.ingress.public_grpc.service import SERVICE, GenerateServicer
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.v1 import generate_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.openai import openai_routes
-from milliways.cluster.ingress.openai_errors import error_response, http_status
+from milliways.cluster.ingress.openai.errors import error_response, http_status
+from milliways.cluster.ingress.openai.routes import openai_routes
 from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
 from milliways.cluster.ingress.request_id import new_request_id
 from milliways.model.errors import InvalidRequestError

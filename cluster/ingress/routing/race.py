@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_connection import RouterConnection
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_connection import RouterConnection
 from milliways.v1 import router_pb2
 
 _MAX_UNREAD = 8

@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from milliways.cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
 from milliways.cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
-from milliways.cluster.ingress.openai_errors import error_body, http_status
-from milliways.cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.openai.errors import error_body, http_status
+from milliways.cluster.ingress.openai.exchange import CLIENT_GONE, Exchange, Sender
+from milliways.cluster.ingress.openai.requests import (
     Ask,
     ChatBody,
     CompletionBody,
     chat_ask,
     completion_ask,
 )
-from milliways.cluster.ingress.openai_responses import (
+from milliways.cluster.ingress.openai.responses import (
     Answer,
     ChatAnswer,
     CompletionAnswer,

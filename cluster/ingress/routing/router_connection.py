@@ -7,8 +7,8 @@ from collections.abc import Callable
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetector
 from milliways.v1 import router_pb2
 from milliways.wire.channels import open_channel
 from milliways.wire.tls import TlsSettings

@@ -9,7 +9,7 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.ingress import Ingress, PromptEvent, off_loop
-from milliways.cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
+from milliways.cluster.ingress.openai.requests import DEFAULT_MAX_TOKENS
 from milliways.cluster.ingress.outcome import log_error
 from milliways.cluster.ingress.request_id import is_request_id, new_request_id, seed_of
 from milliways.cluster.ingress.resume import Received, ResumePoint

@@ -1,0 +1,1 @@
+"""HTTP for clients, in the shape of OpenAI's API."""

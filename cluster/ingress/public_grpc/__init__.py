@@ -1,0 +1,1 @@
+"""gRPC for clients: GenerateService, health and reflection."""
