@@ -1,4 +1,4 @@
-"""Where the ingress gets tokens from: an interface, so that both surfaces know no router."""
+"""The interface from which the ingress gets tokens, so that it does not depend on routers."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
@@ -20,21 +20,22 @@ class TokenSource(Protocol):
         delivered: Sequence[DeliveredSample] = (),
         num_scored: int = 0,
     ) -> AsyncGenerator[Event]:
-        """Streams the tokens of all samples, each sample's in order. Closing it cancels.
+        """Streams the tokens of all samples, each sample's in order. Closing the stream cancels it.
 
-        Where the request wants its prompt scored, the scores come first, in order.
+        If the request asks for its prompt's scores, they come first, in order.
 
-        Goes on after what was `delivered` of some samples, as if it had been drawn here, and after
-        the first `num_scored` scores; all of them, where a token was delivered.
+        A resumed request continues after the tokens `delivered` of each sample, as if they had been
+        drawn here, and after the first `num_scored` scores. If a token was delivered, `num_scored`
+        counts all scores.
 
-        `deadline_s` is a time of `time.monotonic`. `request_id` is unique among those running.
+        `deadline_s` is a time of `time.monotonic`. `request_id` is unique among running requests.
 
         Raises:
-            InvalidRequestError: the request cannot run, ever; names field, value and limit.
+            InvalidRequestError: the request can never run; names field, value and limit.
             OverloadedError: a bounded queue is full.
-            UnavailableError: nothing could serve it until its deadline.
-            DeadlineError: its deadline passed.
-            ClusterError: any other of the tree in `cluster.errors`.
+            UnavailableError: nothing could serve the request before its deadline.
+            DeadlineError: the deadline passed.
+            ClusterError: any other error of the tree in `milliways.wire.errors`.
         """
         ...
 
@@ -42,6 +43,6 @@ class TokenSource(Protocol):
         """Returns if a token can be made now.
 
         Raises:
-            UnavailableError: none can, and why.
+            UnavailableError: no token can be made; says why.
         """
         ...

@@ -171,7 +171,7 @@ def test_stream_waits_for_a_router_to_come() -> None:
 
 def test_without_routers_the_request_waits_until_its_deadline() -> None:
     async def scenario(source: RouterSource, directory: Directory) -> None:
-        with pytest.raises(UnavailableError, match="no router is there"):
+        with pytest.raises(UnavailableError, match="no router is available"):
             await collect(source, request_for(), timeout_s=0.2)
         directory.set([RouterInfo("gone", "127.0.0.1:1")])
         with pytest.raises(UnavailableError, match="router gone"):

@@ -120,7 +120,7 @@ def test_times_are_of_each_request_and_each_sample() -> None:
     watch = metrics.watch(num_prompt_tokens=3)
     for event in events_of(3, num_samples=2):
         now_s += 0.5
-        watch.note(event.choice_index, event.event)
+        watch.record(event.choice_index, event.event)
 
     def value(name: str) -> float | None:
         return metrics.registry.get_sample_value(f"milliways_{name}")
