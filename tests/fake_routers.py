@@ -9,7 +9,7 @@ from enum import Enum
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
 from milliways.router.requests.messages import event_to_wire, sampling_from_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent

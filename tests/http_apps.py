@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from tests.ingresses import make_ingress
 from tests.sources import CountingSource

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from milliways.cluster.host.local import cache_size_for, load_local_model, make_local_engine
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.served_model import ServedModel, load_served_model
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.cluster.settings.config import IngressSettings, ModelSettings
 from milliways.model.demo import DEMO_DIR
 from milliways.router.engine import LocalEngine

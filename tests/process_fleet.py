@@ -17,8 +17,8 @@ from typing import Any
 from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.fleet import Spawned, WorkerDiedError
 from milliways.cluster.control.targets import ControllerSettings
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent

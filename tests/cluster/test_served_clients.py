@@ -11,7 +11,7 @@ import httpx
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.grpc_service import SERVICE
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.served_cluster import ServedCluster, wait_until
 

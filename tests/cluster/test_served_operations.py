@@ -10,7 +10,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from milliways.cluster.ingress.grpc_service import SERVICE
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from tests.ingresses import demo_model
 from tests.served_cluster import ServedCluster

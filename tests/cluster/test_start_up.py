@@ -28,7 +28,7 @@ def test_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, opti
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         said = refused(child_environment(tmp_path), *ports(), option, port)
-    assert said.startswith(f"milliways: {option} {port}: 127.0.0.1:{port} cannot be listened on")
+    assert said.startswith(f"milliways: {option} {port}: cannot listen on 127.0.0.1:{port}: ")
 
 
 def test_model_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_plan_that_does_not_fit_is_refused_with_its_arithmetic(
 def test_serve_that_listens_elsewhere_is_named(head: RayHead) -> None:
     port = head.start_serve()
     said = refused(head.environment, *ports(), "--address", head.address)
-    assert said.endswith(f"listens on 127.0.0.1:{port}: say so")
+    assert f"already listens on 127.0.0.1:{port}: set --host and --port" in said
     # It was not ours to end.
     assert "SERVE_CONTROLLER_ACTOR" in head.holds()["actors"]
     assert head.holds()["groups"] == []

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from milliways.benchmarks.chaos.answers import Answer, difference
 from milliways.benchmarks.chaos.asks import MODES, Ask, Surface, draw_asks
 from milliways.benchmarks.chaos.clients import AnswerError, HttpClient
-from milliways.cluster.ingress.http import make_http_app
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from tests.ingresses import demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource

@@ -8,8 +8,8 @@ from contextlib import aclosing
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.router_source import RouterSource
-from milliways.cluster.ingress.silence import HedgeLimits
+from milliways.cluster.ingress.routing.router_source import RouterSource
+from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent

@@ -12,10 +12,10 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from milliways.cluster.ingress.grpc_service import SERVICE
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.errors import InvalidRequestError
 from milliways.v1 import generate_pb2, generate_pb2_grpc, router_pb2, sampling_pb2
 from milliways.wire.errors import (

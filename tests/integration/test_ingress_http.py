@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from milliways.cluster.ingress.http import MoreMetrics, make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import MetricsText, make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.request import GenerationRequest
@@ -231,7 +231,7 @@ def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
 
 
 def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None:
-    source = CountingSource(probe_error=UnavailableError("no router is there"))
+    source = CountingSource(probe_error=UnavailableError("no router is available"))
 
     async def ask(client: httpx.AsyncClient, ingress: Ingress) -> list[httpx.Response]:
         assert (await client.get("/health")).status_code == 200
@@ -239,7 +239,7 @@ def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None
 
     answers = run(ask, source, model)
     assert {answer.status_code for answer in answers} == {503}
-    assert "no router is there" in answers[0].json()["error"]["message"]
+    assert "no router is available" in answers[0].json()["error"]["message"]
     assert answers[0].headers["retry-after"] == "1"
     assert source.num_probes == 1
     source = CountingSource()
@@ -286,9 +286,9 @@ def test_others_may_name_requests_and_add_metrics(model: ServedModel) -> None:
     async def broken() -> str:
         raise RuntimeError("they are gone")
 
-    async def ask(more_metrics: MoreMetrics) -> httpx.Response:
+    async def ask(worker_metrics: MetricsText) -> httpx.Response:
         ingress = make_ingress(CountingSource(), model)
-        app = make_http_app(ingress, more_metrics, echoes_request_id=False)
+        app = make_http_app(ingress, worker_metrics, echoes_request_id=False)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.get("/metrics")

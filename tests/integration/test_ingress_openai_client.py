@@ -10,10 +10,10 @@ import openai
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of

@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 import pytest
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample
@@ -171,7 +171,7 @@ def test_stream_waits_for_a_router_to_come() -> None:
 
 def test_without_routers_the_request_waits_until_its_deadline() -> None:
     async def scenario(source: RouterSource, directory: Directory) -> None:
-        with pytest.raises(UnavailableError, match="no router is there"):
+        with pytest.raises(UnavailableError, match="no router is available"):
             await collect(source, request_for(), timeout_s=0.2)
         directory.set([RouterInfo("gone", "127.0.0.1:1")])
         with pytest.raises(UnavailableError, match="router gone"):

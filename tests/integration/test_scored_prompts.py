@@ -15,12 +15,12 @@ from grpc import aio
 
 from milliways.api.client import GenerateClient
 from milliways.cluster.cli import main as cli
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.openai_requests import completion_ask
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.openai.app import make_http_app
+from milliways.cluster.ingress.openai.requests import completion_ask
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.request import GenerationRequest

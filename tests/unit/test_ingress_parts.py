@@ -8,8 +8,8 @@ import pytest
 
 from milliways.cluster.ingress.ingress import ChoiceEvent, merged
 from milliways.cluster.ingress.metrics import IngressMetrics
-from milliways.cluster.ingress.openai_fields import IGNORED, REFUSED, drop_foreign_fields
-from milliways.cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.openai.fields import IGNORED, REFUSED, drop_foreign_fields
+from milliways.cluster.ingress.openai.requests import (
     ChatBody,
     CompletionBody,
     parse_content,
@@ -120,7 +120,7 @@ def test_times_are_of_each_request_and_each_sample() -> None:
     watch = metrics.watch(num_prompt_tokens=3)
     for event in events_of(3, num_samples=2):
         now_s += 0.5
-        watch.note(event.choice_index, event.event)
+        watch.record(event.choice_index, event.event)
 
     def value(name: str) -> float | None:
         return metrics.registry.get_sample_value(f"milliways_{name}")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from milliways.cluster.ingress.retries import DIES_WITHIN_S, Retries
-from milliways.cluster.ingress.router_choice import RouterChoice, RouterInfo
+from milliways.cluster.ingress.routing.retries import DIES_WITHIN_S, Retries
+from milliways.cluster.ingress.routing.router_choice import RouterChoice, RouterInfo
 from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 A, B, C = (RouterInfo(name, f"{name}:1") for name in "abc")

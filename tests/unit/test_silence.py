@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
+from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetector
 
 LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
 

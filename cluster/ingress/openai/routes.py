@@ -1,4 +1,4 @@
-"""The routes of OpenAI's API: completions, chat completions, models."""
+"""The routes of OpenAI's API: /v1/completions, /v1/chat/completions and /v1/models."""
 
 import json
 from collections.abc import AsyncGenerator, Callable
@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from milliways.cluster.ingress.exchange import CLIENT_GONE, Exchange, Sender
 from milliways.cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
-from milliways.cluster.ingress.openai_errors import error_body, http_status
-from milliways.cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.openai.errors import error_body, http_status
+from milliways.cluster.ingress.openai.exchange import CLIENT_GONE, Exchange, Sender
+from milliways.cluster.ingress.openai.requests import (
     Ask,
     ChatBody,
     CompletionBody,
     chat_ask,
     completion_ask,
 )
-from milliways.cluster.ingress.openai_responses import (
+from milliways.cluster.ingress.openai.responses import (
     Answer,
     ChatAnswer,
     CompletionAnswer,
@@ -31,8 +31,8 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 
 _DONE = "data: [DONE]\n\n"
-# Of JSON, about.
-_BYTES_EACH_SCORE = 30
+# Approximate size in JSON of one log-probability.
+_BYTES_PER_SCORE = 30
 
 Packed = TypeVar("Packed")
 
@@ -40,7 +40,7 @@ ReadAsk = Callable[[bytes, ServedModel, str], Ask]
 
 
 def openai_routes(ingress: Ingress) -> APIRouter:
-    """The routes, bound to an ingress."""
+    """Builds the routes of one ingress."""
     router = APIRouter(prefix="/v1")
 
     @router.post("/completions", openapi_extra=_documented(CompletionBody))
@@ -55,7 +55,7 @@ def openai_routes(ingress: Ingress) -> APIRouter:
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [model_object(ingress.model)]})
 
-    # A name may hold a slash.
+    # A model's name may contain a slash.
     @router.get("/models/{name:path}")
     async def model(name: str) -> Response:
         ingress.model.check_name(name)
@@ -72,7 +72,7 @@ def _exchange(
     outcome = outcome_of(request.scope)
     last_event_id = request.headers.get(LAST_EVENT_ID)
 
-    async def work(body: bytes, sender: Sender) -> None:
+    async def handle(body: bytes, sender: Sender) -> None:
         with ingress.admit():
             resume = None if last_event_id is None else parse_event_id(last_event_id)
             request_id = resume.request_id if resume else new_request_id()
@@ -83,7 +83,8 @@ def _exchange(
             stream = ingress.generate(ask.requests, request_id, resume=resume)
             async with aclosing(stream) as events:
                 if resume is not None and (resume.has_usage or ask.draws_nothing):
-                    # Where nothing is drawn there is one event with an id: who has that has all.
+                    # The client has received everything. (A stream that draws no token has only
+                    # one event with an id.)
                     await sender.begin_events()
                     await _end(answer, sender, request_id, has_usage=resume.has_usage)
                 elif ask.stream:
@@ -92,10 +93,10 @@ def _exchange(
                     await _collect(events, answer)
                     await sender.respond(await _off_loop(answer, answer.whole, JSONResponse))
 
-    def when_gone() -> None:
+    def on_disconnect() -> None:
         outcome.code = CLIENT_GONE
 
-    return Exchange(work, ingress.settings.max_body_bytes, when_gone)
+    return Exchange(handle, ingress.settings.max_body_bytes, on_disconnect)
 
 
 def _check_resume(resume: ResumePoint | None, ask: Ask) -> None:
@@ -121,9 +122,9 @@ async def _stream(
     request_id: str,
     outcome: Outcome,
 ) -> None:
-    """Sends chunks, then [DONE]: a stream without it was cut off, and may be asked for again.
+    """Sends chunks, then [DONE]. A client may resume a stream that ended without [DONE].
 
-    Until the first token, an error is still an error of HTTP.
+    An error before the first chunk is raised, and becomes an HTTP error.
     """
     try:
         async for event in events:
@@ -131,11 +132,11 @@ async def _stream(
                 answer.keep_scores(event)
                 continue
             chunk = answer.chunk(event)
-            if chunk is not None and event.is_news:
+            if chunk is not None and event.is_new:
                 if not sender.has_begun:
                     await sender.begin_events()
                 await sender.send_piece(_sse(chunk, event_id(request_id, answer.counts)))
-        # There is nothing more to say to a client that has had it all.
+        # A client that resumed after the last token has no chunk to receive.
         if not sender.has_begun:
             await sender.begin_events()
         if answer.ask.draws_nothing:
@@ -155,12 +156,12 @@ async def _stream(
 async def _off_loop(
     answer: Answer, make: Callable[[], dict[str, Any]], pack: Callable[[dict[str, Any]], Packed]
 ) -> Packed:
-    """Makes a piece of JSON, on a thread where it holds the log-probabilities of long prompts."""
-    return await off_loop(lambda: pack(make()), answer.num_scores * _BYTES_EACH_SCORE)
+    """Makes a piece of JSON; on a thread if it holds the log-probabilities of long prompts."""
+    return await off_loop(lambda: pack(make()), answer.num_scores * _BYTES_PER_SCORE)
 
 
 async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bool = False) -> None:
-    """What follows the last token."""
+    """Sends the usage, if the client asked for it, and [DONE]."""
     if answer.ask.include_usage and not has_usage:
         name = event_id(request_id, answer.counts, has_usage=True)
         await sender.send_piece(_sse(answer.usage_chunk(), name))
@@ -168,12 +169,12 @@ async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bo
 
 
 def _sse(data: dict[str, Any], event_id: str = "") -> str:
-    """One server-sent event; its id says what a client has had with it."""
+    """One server-sent event; its id says how much a client has received up to and including it."""
     head = f"id: {event_id}\n" if event_id else ""
     return f"{head}data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"
 
 
 def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
-    """Bodies are read by hand, so their schema has to be told."""
+    """The OpenAPI schema of a body, which FastAPI cannot know: we parse bodies ourselves."""
     content = {"application/json": {"schema": body.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}

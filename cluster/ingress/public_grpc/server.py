@@ -4,17 +4,17 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from milliways.cluster.ingress.grpc_service import SERVICE, GenerateServicer
-from milliways.cluster.ingress.health import HealthServicer
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.malformed import MalformedInterceptor
+from milliways.cluster.ingress.public_grpc.health import HealthServicer
+from milliways.cluster.ingress.public_grpc.malformed_requests import MalformedRequestInterceptor
+from milliways.cluster.ingress.public_grpc.service import SERVICE, GenerateServicer
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.v1 import generate_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.tls import TlsSettings
 
 _OWN_KEEPALIVE: tuple[tuple[str, int], ...] = (
-    # A client that is gone without a word frees what it holds within ten seconds.
+    # The requests of a client whose host vanished are cancelled within ten seconds.
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.http2.ping_timeout_ms", 5000),
@@ -23,7 +23,10 @@ _MAX_STREAMS_PER_CONNECTION = 1024
 
 
 class IngressGrpcServer:
-    """One listening server; `port` is known from the start."""
+    """One listening server.
+
+    *Invariant:* `port` is the bound port from construction on, also if port 0 was asked for.
+    """
 
     def __init__(
         self,
@@ -36,24 +39,24 @@ class IngressGrpcServer:
     ) -> None:
         """Binds the port; must be called with an event loop running.
 
-        Processes of one user that all say `shares_port` share it: the kernel gives each connection
-        to one of them.
+        Processes of one user that all set `shares_port` can listen on the same port: the kernel
+        gives each connection to one of them.
 
         Raises:
             OSError: the port is taken, or a certificate file cannot be read.
         """
         self._ingress = ingress
         self._server = _make_server(ingress, shares_port)
-        # An address of IPv6 has colons of its own.
+        # An IPv6 address contains colons.
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.port = _bind(self._server, address, tls or TlsSettings())
 
     async def start(self) -> None:
-        """Takes calls from now on."""
+        """Begins to accept calls."""
         await self._server.start()
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Takes no new calls; those that run have so long to end."""
+        """Accepts no more calls; those that run have `grace_s` to end, then they are cancelled."""
         self._ingress.readiness.drain("the server is stopping")
         await self._server.stop(grace_s)
 
@@ -65,7 +68,7 @@ class IngressGrpcServer:
 def _make_server(ingress: Ingress, shares_port: bool) -> aio.Server:
     max_message_bytes = ingress.settings.max_body_bytes
     server = aio.server(
-        interceptors=[MalformedInterceptor()],
+        interceptors=[MalformedRequestInterceptor()],
         options=[
             *SERVER_OPTIONS,
             *_OWN_KEEPALIVE,

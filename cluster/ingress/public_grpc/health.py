@@ -1,4 +1,4 @@
-"""grpc.health.v1 over readiness: `Watch` tells of every change, as long as its client listens."""
+"""grpc.health.v1: reports SERVING while a token can be made."""
 
 import asyncio
 from typing import Any
@@ -15,7 +15,7 @@ Status = health_pb2.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Serving means that a token can be made now, of the server as of each of its services."""
+    """Answers for the whole server (empty name) and for each service; all have the same status."""
 
     def __init__(
         self, readiness: Readiness, services: tuple[str, ...], poll_s: float = CACHED_FOR_S
@@ -28,17 +28,19 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"no service {request.service[:100]!r} on this server"
+            )
         return Status(status=await self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        told: int | None = None
+        last_sent: int | None = None
         while True:
-            # All watchers together cost one probe a second, and none when nobody watches.
+            # `Readiness` caches: all watchers together cause at most one probe a second.
             status = await self._status(request.service)
-            if status != told:
+            if status != last_sent:
                 await context.write(Status(status=status))
-                told = status
+                last_sent = status
             await asyncio.sleep(self._poll_s)
 
     async def _status(self, service: str) -> Status.ServingStatus:

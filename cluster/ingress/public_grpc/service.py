@@ -1,4 +1,4 @@
-"""The gRPC surface: GenerateService over an ingress."""
+"""GenerateService, the public gRPC API: decodes requests, streams tokens, answers with statuses."""
 
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
@@ -9,7 +9,7 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.ingress import Ingress, PromptEvent, off_loop
-from milliways.cluster.ingress.openai_requests import DEFAULT_MAX_TOKENS
+from milliways.cluster.ingress.openai.requests import DEFAULT_MAX_TOKENS
 from milliways.cluster.ingress.outcome import log_error
 from milliways.cluster.ingress.request_id import is_request_id, new_request_id, seed_of
 from milliways.cluster.ingress.resume import Received, ResumePoint
@@ -34,7 +34,7 @@ Context = aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class GrpcAsk:
-    """A request and what its first response says of it."""
+    """A decoded request, and what its first response says."""
 
     request: GenerationRequest
     echo: str
@@ -43,18 +43,18 @@ class GrpcAsk:
 
     @property
     def counts(self) -> list[int]:
-        """Tokens of each sample that need not come any more."""
+        """Number of tokens of each sample that the client sent back and need not be computed."""
         if self.resume is None:
             return [0] * self.request.num_samples
         return [len(received.token_ids) for received in self.resume.received]
 
 
 def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcAsk:
-    """A message as a request. Takes long for a long prompt: not for the event loop.
+    """Decodes a message. Slow for a long prompt: call it off the event loop.
 
     Raises:
         InvalidRequestError: names field, value and limit.
-        UnknownModelError: another model is meant.
+        UnknownModelError: the message names another model.
     """
     model.check_name(message.model or model.name)
     request_id = _request_id(message)
@@ -62,7 +62,7 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
     wanted = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     request = GenerationRequest(
         prompt_ids=prompt_ids,
-        # More than the context holds is all that it holds.
+        # A larger number means: until the context is full.
         max_tokens=min(wanted, model.config.sequence_len),
         sampling=sampling_from_wire(message.sampling, _seed(message, request_id)),
         num_samples=message.num_samples or 1,
@@ -101,7 +101,7 @@ def _request_id(message: generate_pb2.GenerateRequest) -> str:
         return new_request_id()
     request_id = message.resume.request_id
     if not is_request_id(request_id):
-        limit = "the request id that the first response told"
+        limit = "the request_id of the first response"
         raise InvalidRequestError("resume.request_id", abridged(request_id), limit)
     return request_id
 
@@ -129,11 +129,11 @@ def _resume(
 
 
 def _check_scored(count: int, received: list[Received], request: GenerationRequest) -> None:
-    """Log-probabilities of the prompt come before tokens: who has one of these has all of those."""
+    """Raises unless the count is possible: a prompt's scores all come before the first token."""
     most = request.num_to_score
     least = most if any(had.num_tokens for had in received) else 0
     if not least <= count <= most:
-        limit = f"all {most}, since a token was received" if least else f"at most {most}"
+        limit = f"{most}, since a token was received" if least else f"at most {most}"
         raise InvalidRequestError("resume.num_prompt_logprobs", count, limit)
 
 
@@ -159,23 +159,23 @@ def _received(
 
 
 class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
-    """Answers with tokens, or with a status that says what was wrong."""
+    """Serves the calls of GenerateService; an error becomes a status that names it."""
 
     def __init__(self, ingress: Ingress) -> None:
         self._ingress = ingress
 
     async def Generate(self, request: generate_pb2.GenerateRequest, context: Context) -> None:
-        await self._answered(context, lambda: self._generate(request, context))
+        await self._run(context, lambda: self._generate(request, context))
 
     async def Tokenize(
         self, request: generate_pb2.TokenizeRequest, context: Context
     ) -> generate_pb2.TokenizeResponse:
-        return await self._answered(context, lambda: self._tokenize(request))
+        return await self._run(context, lambda: self._tokenize(request))
 
     async def Detokenize(
         self, request: generate_pb2.DetokenizeRequest, context: Context
     ) -> generate_pb2.DetokenizeResponse:
-        return await self._answered(context, lambda: self._detokenize(request))
+        return await self._run(context, lambda: self._detokenize(request))
 
     async def ListModels(
         self, request: generate_pb2.ListModelsRequest, context: Context
@@ -194,7 +194,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
         model = self._ingress.model
         with self._ingress.admit():
             ask = await off_loop(lambda: read_ask(message, model), message.ByteSize())
-            # Goes out with the first response, whatever that is.
+            # Sent with the first response, whether that holds scores, a token or the usage.
             started: generate_pb2.GenerationStarted | None = _started(ask, model)
             counts = ask.counts
             timeout_s = context.time_remaining()
@@ -209,7 +209,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
                         started = None
                         continue
                     counts[choice.choice_index] = choice.index + 1
-                    if choice.is_news:
+                    if choice.is_new:
                         wired = event_to_wire(choice.event, choice.index)
                         response = generate_pb2.GenerateResponse(started=started, events=[wired])
                         await context.write(response)
@@ -240,10 +240,10 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             text = await off_loop(lambda: model.decode(token_ids), len(token_ids))
         return generate_pb2.DetokenizeResponse(text=text)
 
-    async def _answered(
+    async def _run(
         self, context: Context, work: Callable[[], Coroutine[Any, Any, Message]]
     ) -> Message:
-        """Runs a call, counts it, and turns its error into a status."""
+        """Runs one call, counts it, and turns an error into a status."""
         code = grpc.StatusCode.CANCELLED.name
         try:
             answer = await work()
@@ -269,6 +269,6 @@ def _started(ask: GrpcAsk, model: ServedModel) -> generate_pb2.GenerationStarted
 
 
 async def abort(context: Context, status: GrpcStatus) -> Any:
-    """Ends a call with a status."""
+    """Ends a call with an error status."""
     code = grpc.StatusCode[status.code]
     await context.abort(code, status.message, status.trailing_metadata)

@@ -1,4 +1,4 @@
-"""Bytes that are no message, answered as the client's fault: gRPC alone would say UNKNOWN."""
+"""Answers a request that cannot be decoded with INVALID_ARGUMENT; gRPC alone answers UNKNOWN."""
 
 import inspect
 from collections.abc import Awaitable, Callable
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
-class MalformedInterceptor(aio.ServerInterceptor):
-    """Wraps the handlers of calls whose request is one message."""
+class MalformedRequestInterceptor(aio.ServerInterceptor):
+    """Wraps the handlers of methods that take a single message."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        # What a handler has depends on its kind, which its type does not say.
+        # Any: which attributes a handler has depends on the kind of its method.
         handler = cast(Any, await continuation(handler_call_details))
         if handler is None or handler.request_streaming:
             return handler
@@ -36,23 +36,23 @@ class MalformedInterceptor(aio.ServerInterceptor):
             else grpc.unary_unary_rpc_method_handler
         )
         return make(
-            _refusing(behavior),
-            request_deserializer=_lenient(handler.request_deserializer),
+            _refusing_errors(behavior),
+            request_deserializer=_message_or_error(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
 
-def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def message_or_error(raw: bytes) -> Any:
+def _message_or_error(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode(raw: bytes) -> Any:
         try:
             return deserialize(raw)
         except DecodeError as error:
             return error
 
-    return message_or_error
+    return decode
 
 
-def _refusing(behavior: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing_errors(behavior: Callable[..., Any]) -> Callable[..., Any]:
     async def answer(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         if isinstance(request, DecodeError):
             fault = InvalidRequestError("request", "malformed", "a message of the method's type")

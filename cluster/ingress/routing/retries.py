@@ -1,48 +1,51 @@
-"""What becomes of a request whose stream ended before its last token. Pure: times are given."""
+"""Whether to retry a request whose stream broke, when, and where not. Pure: times are arguments."""
 
 from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
-# What a request kills, it kills as soon as it is computed. Who dies later died of something else:
-# while nobody can make a token, any number of routers may come and go.
+# A request that kills routers kills them as soon as it is computed. A router that dies later died
+# of something else: during an outage any number of routers may come and go.
 DIES_WITHIN_S = 1.0
 
 
 class Retries:
-    """The history of one request's attempts: whom to avoid, how long to wait, when to give up.
+    """The history of one request's attempts: routers to avoid, the backoff, and when to give up.
 
-    A router that died as soon as it had the request counts against the request; one that never had
-    it, or had it for long, does not: waiting is bounded by the deadline alone.
+    A router that dies soon after it accepted the request counts against the request. A router that
+    never received it, or had it for longer than `DIES_WITHIN_S`, does not count: only the deadline
+    limits those retries.
+
+    *Invariant:* `avoided` holds the routers that broke, drained or were full in this round.
     """
 
     def __init__(self, max_attempts_without_progress: int, *, is_patient: bool = True) -> None:
-        # Whether to wait for a second round, once all routers were asked in vain.
+        # Whether to try all routers again after every one of them has failed.
         self.is_patient = is_patient
         self._max_attempts_without_progress = max_attempts_without_progress
         self._num_without_progress = 0
         self._backoff_s = _FIRST_BACKOFF_S
         self._full: OverloadedError | None = None
         self.avoided: set[str] = set()
-        self.reason = "no router is there"
+        self.reason = "no router is available"
 
     @property
     def full(self) -> OverloadedError | None:
-        """What a router said that had no room, in this round."""
+        """The error of a router that was full, in this round."""
         return self._full
 
     def progressed(self) -> None:
-        """A token came."""
+        """Resets the count and the backoff: a token arrived."""
         self._num_without_progress = 0
         self._backoff_s = _FIRST_BACKOFF_S
 
     def broke(
         self, worker_id: str, reason: str, *, was_accepted: bool, lasted_s: float = 0.0
     ) -> None:
-        """A router's stream ended early, so long after it was asked.
+        """Records a stream that broke `lasted_s` after its start or its last token.
 
         Raises:
-            PoisonedRequestError: too many did, without a token between. Two may be chance.
+            PoisonedRequestError: too many broke without a token between; a few may be chance.
         """
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {reason}"
@@ -50,24 +53,24 @@ class Retries:
         if self._num_without_progress >= self._max_attempts_without_progress:
             number = self._num_without_progress
             raise PoisonedRequestError(
-                f"{number} routers in a row died or broke off with this request, and no token came"
-                f" between; the last was {self.reason}"
+                f"{number} routers in a row died or broke the stream while they computed this"
+                f" request, and no token came between; the last was {self.reason}"
             )
 
     def moved(self, worker_id: str) -> None:
-        """A router drains: it did nothing wrong."""
+        """Records a router that drains; that does not count against the request."""
         self.avoided.add(worker_id)
-        self.reason = f"router {worker_id} drains"
+        self.reason = f"router {worker_id} is draining"
 
     def was_full(self, worker_id: str, error: OverloadedError, *, is_last: bool = True) -> None:
-        """It has no room; where another still has the request, that may be otherwise later."""
+        """Records a router without room; `is_last` unless another router still runs the request."""
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {error}"
         if is_last:
             self._full = error
 
     def next_round(self) -> float:
-        """All routers may be tried again, after so many seconds."""
+        """Allows all routers again; returns how many seconds to wait first."""
         backoff_s = self._backoff_s
         self._backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
         self.avoided.clear()

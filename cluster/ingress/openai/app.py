@@ -1,4 +1,4 @@
-"""The HTTP surface: one FastAPI application, whose every answer has OpenAI's shape."""
+"""The FastAPI application: OpenAI's routes, /health, /ready, /metrics, and errors as OpenAI's."""
 
 import logging
 import re
@@ -11,8 +11,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.openai import openai_routes
-from milliways.cluster.ingress.openai_errors import error_response, http_status
+from milliways.cluster.ingress.openai.errors import error_response, http_status
+from milliways.cluster.ingress.openai.exchange import CLIENT_GONE
+from milliways.cluster.ingress.openai.routes import openai_routes
 from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
 from milliways.cluster.ingress.request_id import new_request_id
 from milliways.model.errors import InvalidRequestError
@@ -20,7 +21,7 @@ from milliways.wire.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
-MoreMetrics = Callable[[], Awaitable[str]]
+MetricsText = Callable[[], Awaitable[str]]
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_REQUEST_ID_CHARS = 128
@@ -29,28 +30,29 @@ _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=-]")
 
 def make_http_app(
     ingress: Ingress,
-    more_metrics: MoreMetrics | None = None,
+    worker_metrics: MetricsText | None = None,
     *,
     echoes_request_id: bool = True,
 ) -> FastAPI:
-    """The application of one ingress; `more_metrics` gives text of others for /metrics.
+    """Builds the application of one ingress. /metrics appends what `worker_metrics` returns.
 
-    Whoever stands before it and answers with x-request-id already, as Ray Serve does, turns
-    `echoes_request_id` off.
+    Set `echoes_request_id` to False behind a proxy that adds x-request-id to responses itself, as
+    Ray Serve does.
     """
     app = FastAPI(
         title="Milliways", docs_url=None, redoc_url=None, redirect_slashes=False, version="1"
     )
     app.include_router(openai_routes(ingress))
-    _add_operations(app, ingress, more_metrics)
+    _add_operations(app, ingress, worker_metrics)
     for kind in (HTTPException, InvalidRequestError, ClusterError):
         app.add_exception_handler(kind, _answer_error)
-    # Inside Starlette's own catch-all, which would answer in another shape.
+    # Starlette's own handler for uncaught exceptions is outside it, and would not answer in
+    # OpenAI's shape.
     app.add_middleware(_Recorder, ingress=ingress, echoes_request_id=echoes_request_id)
     return app
 
 
-def _add_operations(app: FastAPI, ingress: Ingress, more_metrics: MoreMetrics | None) -> None:
+def _add_operations(app: FastAPI, ingress: Ingress, worker_metrics: MetricsText | None) -> None:
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "alive"})
@@ -63,20 +65,20 @@ def _add_operations(app: FastAPI, ingress: Ingress, more_metrics: MoreMetrics | 
     @app.get("/metrics")
     async def metrics() -> Response:
         text = ingress.metrics.text()
-        if more_metrics is not None:
-            text += await _more_text(more_metrics)
+        if worker_metrics is not None:
+            text += await _text_or_nothing(worker_metrics)
         return PlainTextResponse(text, media_type=METRICS_TYPE)
 
     for route in (health, ready, metrics):
         assert callable(route)
 
 
-async def _more_text(more_metrics: MoreMetrics) -> str:
-    """What others count; that they cannot say it hides nothing of ours."""
+async def _text_or_nothing(worker_metrics: MetricsText) -> str:
+    """The workers' metrics; an error there must not hide the metrics of this process."""
     try:
-        return await more_metrics()
+        return await worker_metrics()
     except Exception:
-        logger.exception("the metrics of others are missing")
+        logger.exception("cannot read the workers' metrics; /metrics leaves them out")
         return ""
 
 
@@ -86,7 +88,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 class _Recorder:
-    """Names every request, answers what nobody caught, and counts what became of it."""
+    """Gives each request an id, answers uncaught exceptions, and counts the result."""
 
     def __init__(self, app: ASGIApp, ingress: Ingress, echoes_request_id: bool) -> None:
         self._app = app
@@ -101,7 +103,7 @@ class _Recorder:
         put_outcome(scope, outcome)
         status: list[int] = []
 
-        async def send_named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status.append(message["status"])
                 if self._echoes_request_id:
@@ -109,19 +111,19 @@ class _Recorder:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            await self._app(scope, receive, send_with_id)
         except Exception as error:
             log_error(error, http_status(error), outcome.request_id)
             if not status:
-                await error_response(error)(scope, receive, send_named)
+                await error_response(error)(scope, receive, send_with_id)
         finally:
-            code = outcome.code or (str(status[0]) if status else "499")
+            code = outcome.code or (str(status[0]) if status else CLIENT_GONE)
             if scope["path"].startswith("/v1/"):
                 self._ingress.metrics.count_request("http", outcome.model, code)
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own name for it, as far as it is fit for logs and headers; else a new one."""
+    """The client's x-request-id without characters unfit for logs and headers, or a new id."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             kept = _NOT_IN_REQUEST_ID.sub("", value.decode("latin-1"))[:_MAX_REQUEST_ID_CHARS]

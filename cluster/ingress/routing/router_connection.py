@@ -1,4 +1,4 @@
-"""A connection to one router: its streams of tokens, and an ear for its silence."""
+"""A connection to one router: opens its streams, and notices when the router is silent."""
 
 import asyncio
 import time
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetector
 from milliways.v1 import router_pb2
 from milliways.wire.channels import open_channel
 from milliways.wire.tls import TlsSettings
@@ -19,7 +19,7 @@ Ping = aio.UnaryUnaryMultiCallable[router_pb2.PingRequest, router_pb2.PingRespon
 
 _SERVICE = "/milliways.v1.RouterService"
 _PING_TIMEOUT_S = 1.0
-# What says nothing of the router: the call did not reach it, or was given up here.
+# Codes that say nothing about the router: the call did not reach it, or ended on our side.
 _NO_ANSWERS = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -28,10 +28,12 @@ _NO_ANSWERS = (
 
 
 class RouterConnection:
-    """Open as long as the router is listed or has a stream.
+    """A gRPC channel to one router, kept while the router is listed or has a stream.
 
-    While streams are open, or the router is silent, the `SilenceDetector` is checked several times
-    within its patience. Listeners are called at each check that finds the router silent.
+    While a stream is open, or the router is silent, a task checks the `SilenceDetector` several
+    times within its patience. Each check that finds the router silent calls all listeners.
+
+    *Invariant:* while there is a listener, the checking task runs, until `close`.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class RouterConnection:
             request_serializer=router_pb2.PingRequest.SerializeToString,
             response_deserializer=router_pb2.PingResponse.FromString,
         )
-        self._signs = SilenceDetector(limits)
+        self._silence = SilenceDetector(limits)
         self._clock = clock
         self._listeners: set[Callable[[], None]] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -60,30 +62,30 @@ class RouterConnection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it outlasted our patience, and has given no sign since."""
-        return self._signs.is_silent
+        """Whether the router was silent for longer than allowed, and has sent nothing since."""
+        return self._silence.is_silent
 
     def begin(self, listener: Callable[[], None]) -> None:
-        """A stream is opened; `end` has to follow."""
+        """Registers an open stream; `end` must follow."""
         self._listeners.add(listener)
         if self._watching is None or self._watching.done():
-            self._signs.begin(self._clock())
+            self._silence.begin(self._clock())
             self._watching = asyncio.create_task(self._watch())
 
     def end(self, listener: Callable[[], None]) -> None:
-        """A stream is over."""
+        """Removes the listener of a stream that ended."""
         self._listeners.discard(listener)
 
-    def heard(self) -> None:
-        """The router gave a sign of life."""
-        self._signs.heard(self._clock())
+    def received(self) -> None:
+        """The router sent something."""
+        self._silence.heard(self._clock())
 
     def hedged_too_early(self) -> None:
-        """It was called silent, and had the next token before anybody else."""
-        self._signs.hedged_too_early()
+        """We asked another router too soon: this one sent the next token first."""
+        self._silence.hedged_too_early()
 
     async def close(self) -> None:
-        """Ends the streams that are still open."""
+        """Closes the channel, which ends its open streams."""
         tasks = [task for task in (self._watching, self._pinging) if task is not None]
         for task in tasks:
             task.cancel()
@@ -91,27 +93,27 @@ class RouterConnection:
         await self._channel.close(None)
 
     async def _watch(self) -> None:
-        signs = self._signs
-        while self._listeners or signs.is_silent:
-            asleep_s, since_s = signs.look_after_s, self._clock()
+        silence = self._silence
+        while self._listeners or silence.is_silent:
+            asleep_s, since_s = silence.look_after_s, self._clock()
             await asyncio.sleep(asleep_s)
             now_s = self._clock()
-            # Where this process had no processor, the router is not to blame.
-            signs.overslept(max(0.0, now_s - since_s - asleep_s), now_s)
-            if signs.wants_ping(now_s) and (self._pinging is None or self._pinging.done()):
-                self._pinging = asyncio.create_task(self._ask())
-            signs.look(now_s)
-            if signs.is_silent:
+            # If this process itself did not run, the router was not silent for that time.
+            silence.overslept(max(0.0, now_s - since_s - asleep_s), now_s)
+            if silence.wants_ping(now_s) and (self._pinging is None or self._pinging.done()):
+                self._pinging = asyncio.create_task(self._send_ping())
+            silence.look(now_s)
+            if silence.is_silent:
                 for listener in list(self._listeners):
                     listener()
 
-    async def _ask(self) -> None:
+    async def _send_ping(self) -> None:
         try:
             await self._ping(router_pb2.PingRequest(), timeout=_PING_TIMEOUT_S)
         except aio.AioRpcError as error:
             if error.code() in _NO_ANSWERS:
                 return
         except asyncio.CancelledError:
-            # Of this task, or because the channel was closed: no matter which.
+            # Either this task was cancelled, or the channel was closed.
             return
-        self.heard()
+        self.received()

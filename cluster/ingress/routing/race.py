@@ -1,53 +1,56 @@
-"""Streams of one request, by several routers at a time: whoever has the next token gives it.
+"""Runs one request on several routers at once and yields what arrives first.
 
-Which one it is makes no difference to the tokens. The queue between is short, so that a slow client
-slows its router down.
+All routers compute the same tokens, so the first to send the next token wins. The caller then
+cancels the others. The queue is short: a slow client slows its router down.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_connection import RouterConnection
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_connection import RouterConnection
 from milliways.v1 import router_pb2
 
 _MAX_UNREAD = 8
 
 
 class StreamBrokenError(Exception):
-    """A stream ended before the request did; another router can carry it on."""
+    """A stream ended before its request did; another router can continue the request."""
 
 
 class RouterSilentError(Exception):
-    """A router gives no sign of life; its stream stands."""
+    """A router has been silent for too long; its stream is still open."""
 
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """A stream by one router; `since_s` is when it was asked, or gave its last token."""
+    """A stream from one router; `since_s` is when it began or sent its last token."""
 
     router: RouterInfo
     connection: RouterConnection
     since_s: float
 
 
-News = router_pb2.RouteResponse | Exception
+StreamItem = router_pb2.RouteResponse | Exception
 
 
 class Race:
-    """Streams that run, and what comes of them, in the order in which it comes.
+    """The open streams of one request, and the queue of what they send.
 
-    To be closed, whatever happens: `contextlib.aclosing`.
+    The caller must close it in any case: use `contextlib.aclosing`.
+
+    *Invariant:* `attempts` are the streams that are open and neither lost nor ended. `next` returns
+    items of these only.
     """
 
     def __init__(self) -> None:
-        self._unread: asyncio.Queue[tuple[Attempt, News]] = asyncio.Queue(_MAX_UNREAD)
+        self._unread: asyncio.Queue[tuple[Attempt, StreamItem]] = asyncio.Queue(_MAX_UNREAD)
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}
 
     @property
     def attempts(self) -> list[Attempt]:
-        """Those that run, in the order in which they began."""
+        """The open streams, in the order in which they began."""
         return list(self._tasks)
 
     def begin(
@@ -55,33 +58,34 @@ class Race:
         attempt: Attempt,
         message: router_pb2.RouteRequest,
         timeout_s: float,
-        when_over: Callable[[], None],
+        on_end: Callable[[], None],
     ) -> None:
-        """Asks a router."""
+        """Opens a stream from a router; `on_end` is called when it has ended."""
         task = asyncio.create_task(self._pump(attempt, message, timeout_s))
-        task.add_done_callback(lambda _: when_over())
+        task.add_done_callback(lambda _: on_end())
         self._tasks[attempt] = task
 
-    async def next(self) -> tuple[Attempt, News]:
-        """A response, RouterSilentError, or how a stream ended: then it is no longer of the race.
+    async def next(self) -> tuple[Attempt, StreamItem]:
+        """Waits for the next item of any stream: a response, a RouterSilentError, or how it ended.
 
-        A stream that ended by itself has StreamBrokenError.
+        A stream that ended is no longer among `attempts`. If the router ended it without an error,
+        the item is a StreamBrokenError.
         """
         while True:
-            attempt, news = await self._unread.get()
-            # What was left of one that lost.
+            attempt, item = await self._unread.get()
+            # An item of a stream that was cancelled since.
             if attempt not in self._tasks:
                 continue
-            if isinstance(news, Exception) and not isinstance(news, RouterSilentError):
+            if isinstance(item, Exception) and not isinstance(item, RouterSilentError):
                 del self._tasks[attempt]
-            return attempt, news
+            return attempt, item
 
-    async def drop(self, attempt: Attempt) -> None:
-        """Cancels a stream; nothing more is heard of it."""
+    async def cancel(self, attempt: Attempt) -> None:
+        """Cancels a stream; `next` returns nothing more of it."""
         await self._cancel([attempt])
 
     async def keep_only(self, winner: Attempt) -> None:
-        """Cancels all the others."""
+        """Cancels all other streams."""
         if len(self._tasks) > 1:
             first, *_ = self.attempts
             if winner is first:
@@ -92,7 +96,7 @@ class Race:
         await self._cancel(self.attempts)
 
     async def _cancel(self, attempts: Sequence[Attempt]) -> None:
-        # All of them before any is waited for, should the waiting be cancelled too.
+        # Cancels all before it waits for any, because the waiting can be cancelled too.
         tasks = [self._tasks.pop(attempt) for attempt in attempts if attempt in self._tasks]
         for task in tasks:
             task.cancel()
@@ -102,21 +106,21 @@ class Race:
         self, attempt: Attempt, message: router_pb2.RouteRequest, timeout_s: float
     ) -> None:
         def on_silence() -> None:
-            # Where it is full, the client is slow.
+            # If the queue is full, the client is slow, not the router.
             if not self._unread.full():
                 self._unread.put_nowait((attempt, RouterSilentError()))
 
         connection = attempt.connection
-        # Not before: a task that is cancelled at once does not begin.
+        # Here and not in `begin`: a task that is cancelled at once never runs, nor cleans up.
         call = connection.route(message, timeout=timeout_s)
         connection.begin(on_silence)
         end: Exception = StreamBrokenError("the stream ended before the request")
         try:
             async for response in call:
-                connection.heard()
+                connection.received()
                 await self._unread.put((attempt, response))
         except asyncio.CancelledError:
-            # Of this task, or of the call under it because its channel was closed?
+            # Was this task cancelled, or the call below it, because its channel was closed?
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from milliways.cluster.ingress.chat_template import ChatMessage
-from milliways.cluster.ingress.openai_fields import drop_foreign_fields
+from milliways.cluster.ingress.openai.fields import drop_foreign_fields
 from milliways.cluster.ingress.request_id import seed_of
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets

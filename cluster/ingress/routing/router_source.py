@@ -1,15 +1,16 @@
-"""Tokens from routers: whichever lives, as if it were one that never dies.
+"""A source of tokens over many routers, which hides the failures of single routers.
 
-The life of a request here:
+Steps of a request:
 
 1. `RouterChoice` picks a router; `Route` opens a stream of tokens.
-2. Every token, and every score of the prompt, is written into the `Journal` and handed on.
-3. A stream that breaks, or a router that drains, sends the request with its journal to another one,
-   which goes on behind the last token; to the one with copies of its KV blocks, if there is one.
-   `Retries` says when to wait and when to give up.
-4. A router that is silent for longer than is its way has another one asked as well. Whichever gives
-   the next token goes on alone: both would give the same.
-5. The last token ends it; closing the generator cancels the call, which frees its blocks.
+2. Each token, and each score of the prompt, is recorded in the `Journal` and yielded.
+3. If the stream breaks, or the router drains, another router receives the request with its journal
+   and continues after the last token. The router with copies of its KV blocks is preferred.
+   `Retries` says how long to wait and when to give up.
+4. If the router is silent for much longer than usual, a second router receives the request as well
+   (a hedge). The first to send the next token continues alone: both would send the same tokens.
+5. The last token ends the request. Closing the generator cancels the call, and the router frees the
+   request's KV blocks.
 """
 
 import asyncio
@@ -22,18 +23,22 @@ from dataclasses import dataclass, field
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.race import (
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.routing.race import (
     Attempt,
-    News,
     Race,
     RouterSilentError,
     StreamBrokenError,
+    StreamItem,
 )
-from milliways.cluster.ingress.request_id import new_request_id
-from milliways.cluster.ingress.retries import Retries
-from milliways.cluster.ingress.router_choice import RouterChoice, RouterDirectory, RouterInfo
-from milliways.cluster.ingress.router_connection import RouterConnection
-from milliways.cluster.ingress.silence import HedgeLimits
+from milliways.cluster.ingress.routing.retries import Retries
+from milliways.cluster.ingress.routing.router_choice import (
+    RouterChoice,
+    RouterDirectory,
+    RouterInfo,
+)
+from milliways.cluster.ingress.routing.router_connection import RouterConnection
+from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
@@ -51,22 +56,22 @@ from milliways.wire.tls import TlsSettings
 
 logger = logging.getLogger(__name__)
 
-# How long others are asked before a router whose stream broke.
+# How long other routers are preferred to one whose stream broke.
 _SUSPECT_FOR_S = 2.0
-# A token that came so short a time ago answers a probe.
+# A probe succeeds at once if a token came within this time.
 _TOKEN_PROVES_FOR_S = 1.0
 _PROBE_TIMEOUT_S = 5.0
-# Routers that compute one request at a time.
+# Limit on the routers that compute one request at the same time.
 _MAX_ATTEMPTS = 2
 
 
 class RouterMovedError(Exception):
-    """The router drains, and said so."""
+    """The router drains, and asked to move the request to another router."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """A request on its way through the routers."""
+    """The state of one request."""
 
     journal: Journal
     retries: Retries
@@ -76,7 +81,11 @@ class _Run:
 
 
 class RouterSource:
-    """A `TokenSource` over the routers of a directory."""
+    """A `TokenSource` over the routers of a directory.
+
+    *Invariant:* `_connections` holds a connection to each router that has a stream of ours. A
+    router's connection is closed once the directory no longer lists it and it has no stream.
+    """
 
     def __init__(
         self,
@@ -95,7 +104,7 @@ class RouterSource:
         self._max_attempts_without_progress = max_attempts_without_progress
         self._clock = clock
         self._choice = RouterChoice()
-        # By worker and address: a worker that comes back elsewhere is another connection.
+        # By worker and address: a worker that restarts at another address needs a new connection.
         self._connections: dict[tuple[str, str], RouterConnection] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._token_at_s = float("-inf")
@@ -130,9 +139,9 @@ class RouterSource:
             while not journal.is_complete:
                 if not streams.attempts:
                     self._begin(run, await self._choose(run))
-                attempt, news = await streams.next()
+                attempt, item = await streams.next()
                 try:
-                    for event in _new_events(news, journal):
+                    for event in _new_events(item, journal):
                         await streams.keep_only(attempt)
                         retries.progressed()
                         self._token_at_s = attempt.since_s = self._clock()
@@ -140,22 +149,22 @@ class RouterSource:
                 except RouterSilentError:
                     self._hedge(run)
                 except RouterMovedError:
-                    await streams.drop(attempt)
+                    await streams.cancel(attempt)
                     retries.moved(attempt.router.worker_id)
                 except (StreamBrokenError, OutOfOrderError) as error:
-                    await streams.drop(attempt)
-                    self._broke(attempt, retries, str(error), was_accepted=True)
+                    await streams.cancel(attempt)
+                    self._record_break(attempt, retries, str(error), was_accepted=True)
                 except aio.AioRpcError as error:
-                    self._judge(run, attempt, error)
+                    self._handle_error(run, attempt, error)
 
     async def probe(self) -> None:
-        """As `TokenSource.probe`: a token that just came, or one made for it."""
+        """As `TokenSource.probe`: a token came just now, or one can be generated."""
         if self._clock() - self._token_at_s < _TOKEN_PROVES_FOR_S:
             return
         request = GenerationRequest(
             prompt_ids=(0,), max_tokens=1, sampling=SamplingParams(temperature=0.0)
         )
-        # Impatient: who asks whether it is ready now does not want to wait until it is.
+        # Not patient: a probe asks whether the cluster is ready now.
         retries = Retries(self._max_attempts_without_progress, is_patient=False)
         deadline_s = self._clock() + _PROBE_TIMEOUT_S
         request_id = f"probe-{new_request_id()}"
@@ -182,11 +191,11 @@ class RouterSource:
         await asyncio.gather(*(connection.close() for connection in connections), *self._closing)
 
     async def _choose(self, run: _Run) -> RouterInfo:
-        """The router to try next; waits for one if there is none.
+        """Picks the router to try next; waits if there is none.
 
         Raises:
-            OverloadedError: none has room, and the request has not begun.
-            UnavailableError: none came until the deadline.
+            OverloadedError: no router has room, and the request has no token yet.
+            UnavailableError: no router was available before the deadline.
         """
         journal, retries, deadline_s = run.journal, run.retries, run.deadline_s
         while True:
@@ -205,7 +214,7 @@ class RouterSource:
             )
             if picked is not None and now_s < deadline_s:
                 return picked
-            # A stream that has begun waits for room instead: no death costs a token.
+            # A request that has tokens waits for room instead, so that a death loses none of them.
             if retries.full is not None and not journal.has_begun:
                 raise retries.full
             if now_s >= deadline_s or not retries.is_patient:
@@ -220,7 +229,7 @@ class RouterSource:
             pass
 
     def _begin(self, run: _Run, router: RouterInfo) -> None:
-        """Asks a router for what the client has not had."""
+        """Sends the request to a router, with its journal."""
         worker_id, now_s = router.worker_id, self._clock()
         timeout_s = max(0.001, run.deadline_s - now_s)
         self._choice.begin(worker_id, run.journal.request.prompt_ids)
@@ -228,11 +237,11 @@ class RouterSource:
             Attempt(router, self._connect(router), now_s),
             route_request(run.journal, run.request_id, timeout_s),
             timeout_s,
-            when_over=lambda: self._choice.end(worker_id),
+            on_end=lambda: self._choice.end(worker_id),
         )
 
     def _hedge(self, run: _Run) -> None:
-        """Has another router do it as well, where there is one that is not silent."""
+        """Sends the request to a second router as well, if there is one that is not silent."""
         asked = {attempt.router.worker_id for attempt in run.streams.attempts}
         if len(asked) >= _MAX_ATTEMPTS:
             return
@@ -244,12 +253,14 @@ class RouterSource:
             others, journal.request.prompt_ids, self._clock(), journal.standby_id
         )
         if picked is not None:
-            logger.info("router %s is silent: %s is asked as well", *asked, picked.worker_id)
+            logger.info(
+                "router %s is silent; sending its request to %s as well", *asked, picked.worker_id
+            )
             self._on_hedge()
             self._begin(run, picked)
 
-    def _judge(self, run: _Run, attempt: Attempt, error: aio.AioRpcError) -> None:
-        """Goes on after a call that failed, or raises what the client has to know."""
+    def _handle_error(self, run: _Run, attempt: Attempt, error: aio.AioRpcError) -> None:
+        """Records a failed call for a retry, or raises the error that the client must see."""
         retries, deadline_s = run.retries, run.deadline_s
         details = error.details() or ""
         named = error_of(details, _texts(error.trailing_metadata()))
@@ -261,23 +272,24 @@ class RouterSource:
             is_last = not run.streams.attempts
             retries.was_full(attempt.router.worker_id, full, is_last=is_last)
         elif isinstance(named, UnavailableError):
-            self._broke(attempt, retries, str(named), was_accepted=False)
+            self._record_break(attempt, retries, str(named), was_accepted=False)
         elif named is not None:
             raise named
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED and self._clock() >= deadline_s - 0.05:
             raise DeadlineError("the request's deadline passed before its last token")
         else:
+            # Any answer proves that the router received the request. Only with UNAVAILABLE it may
+            # not have; then the metadata at the start of the stream tells.
             was_accepted = ACCEPTED_KEY in _texts(error.initial_metadata())
-            # Whoever answers at all is there: only what cannot be reached never had the request.
             was_accepted |= code is not grpc.StatusCode.UNAVAILABLE
             reason = f"{code.name}: {details}"
-            self._broke(attempt, retries, reason, was_accepted=was_accepted)
+            self._record_break(attempt, retries, reason, was_accepted=was_accepted)
 
-    def _broke(
+    def _record_break(
         self, attempt: Attempt, retries: Retries, reason: str, *, was_accepted: bool
     ) -> None:
         worker_id = attempt.router.worker_id
-        logger.warning("router %s: a stream broke: %s", worker_id, reason)
+        logger.warning("router %s broke a stream: %s", worker_id, reason)
         now_s = self._clock()
         self._choice.suspect(worker_id, now_s + _SUSPECT_FOR_S)
         lasted_s = now_s - attempt.since_s
@@ -290,7 +302,7 @@ class RouterSource:
         return self._connections[key]
 
     def _silent(self, routers: Sequence[RouterInfo]) -> set[str]:
-        """Those that give no sign of life, by worker."""
+        """Worker ids of the routers that are silent."""
         connections = (
             (router.worker_id, self._connections.get((router.worker_id, router.address)))
             for router in routers
@@ -298,28 +310,28 @@ class RouterSource:
         return {name for name, connection in connections if connection and connection.is_silent}
 
     def _close_unlisted(self, routers: Sequence[RouterInfo]) -> None:
-        """Drops routers that are gone; one that drains keeps its channel until its last stream."""
+        """Closes connections to routers no longer listed, each after its last stream has ended."""
         listed = {(router.worker_id, router.address) for router in routers}
         for key in set(self._connections) - listed:
             if self._choice.num_running(key[0]) == 0:
                 self._choice.forget(key[0])
-                # By itself, whatever becomes of the request that found it.
+                # In a task of its own: the request that found it can be cancelled.
                 closing = asyncio.create_task(self._connections.pop(key).close())
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
 
 
-def _new_events(news: News, journal: Journal) -> Iterator[Event]:
-    """Events that the client has not had, each written into the journal before it is given.
+def _new_events(item: StreamItem, journal: Journal) -> Iterator[Event]:
+    """Events that the client has not received; recorded in the journal before each is yielded.
 
     Raises:
-        Exception: it is one.
-        OutOfOrderError: an event does not follow on the journal.
-        RouterMovedError: after the last event, and more are to come.
+        Exception: the item itself, if it is an exception.
+        OutOfOrderError: an event does not follow the journal.
+        RouterMovedError: after the events, if the router drains and the request has not ended.
     """
-    if isinstance(news, Exception):
-        raise news
-    response = news
+    if isinstance(item, Exception):
+        raise item
+    response = item
     if response.standby_id:
         journal.standby_id = response.standby_id
     position = journal.num_scored + 1
@@ -345,5 +357,5 @@ def _new_events(news: News, journal: Journal) -> Iterator[Event]:
 
 
 def _texts(metadata: aio.Metadata | None) -> dict[str, str]:
-    """Metadata by key; values that are bytes are none of ours."""
+    """The metadata's text values by key. We send no binary values."""
     return {key: value for key, value in metadata or () if isinstance(value, str)}

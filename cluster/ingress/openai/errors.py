@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, whatever was wrong and wherever it was noticed."""
+"""Turns exceptions into OpenAI's error objects and HTTP status codes."""
 
 import math
 from http import HTTPStatus
@@ -11,7 +11,7 @@ from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.wire.errors import RetryLaterError, UnknownModelError, code_of
 from milliways.wire.status_codes import describe
 
-# OpenAI's `error.code`, where it has one that clients know.
+# OpenAI's `error.code` for the errors that have one.
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (PromptTooLongError, "context_length_exceeded"),
     (InvalidRequestError, "invalid_value"),
@@ -20,7 +20,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """The object that clients of OpenAI look for."""
+    """The JSON body of an error, as OpenAI's clients expect it."""
     if isinstance(error, HTTPException):
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         return _body(str(error.detail), kind, None, None)
@@ -30,7 +30,7 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> JSONResponse:
-    """The whole answer."""
+    """The complete response to an error: status, headers and body."""
     return JSONResponse(error_body(error), http_status(error), headers=_headers(error))
 
 
@@ -39,7 +39,7 @@ def http_status(error: Exception) -> int:
 
 
 def refusal(status: HTTPStatus, message: str) -> HTTPException:
-    """For what never becomes a request: wrong path, method, size or type."""
+    """The error for a wrong path, method, body size or content type."""
     return HTTPException(status.value, message)
 
 
@@ -48,7 +48,7 @@ def _headers(error: Exception) -> dict[str, str]:
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
     elif isinstance(error, RetryLaterError):
-        # Whole seconds, and never 0: it would ask for a storm.
+        # In whole seconds. With 0 all clients would retry at once.
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return headers
 

@@ -1,7 +1,7 @@
-"""One HTTP exchange that works for as long as its client listens, and not a moment longer.
+"""One HTTP request with its response, cancelled as a whole when the client disconnects.
 
-A response that does its work when it is sent: reading, computing and sending are then one
-coroutine, which is cancelled as a whole when the client goes away.
+`Exchange` is a Starlette response whose handler runs while the response is sent. Reading the body,
+computing and sending are then one task, so that one cancellation stops them all.
 """
 
 import asyncio
@@ -12,16 +12,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from milliways.cluster.ingress.openai_errors import refusal
+from milliways.cluster.ingress.openai.errors import refusal
 
-# nginx's code for it: for logs and metrics, nobody receives it.
+# nginx's code for a client that disconnected. Only logs and metrics show it; it is never sent.
 CLIENT_GONE = "499"
 
-Work = Callable[[bytes, "Sender"], Awaitable[None]]
+Handler = Callable[[bytes, "Sender"], Awaitable[None]]
 
 
 class Sender:
-    """What a work sends with: one response, or the pieces of a stream."""
+    """Sends one whole response, or a stream of server-sent events in pieces.
+
+    *Invariant:* once `has_begun` is set, the status line may be on the wire: an error can no longer
+    change the status.
+    """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = (scope, receive, send)
@@ -33,18 +37,18 @@ class Sender:
         await response(*self._connection)
 
     async def begin_events(self) -> None:
-        """Sends the head of a stream of server-sent events."""
+        """Sends the status and the headers of a stream of server-sent events."""
         self.has_begun = True
         head = Response(
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        # The length of a body that has just begun is not known.
+        # A stream's length is not known when it begins.
         headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def send_piece(self, piece: str, *, is_last: bool = False) -> None:
-        """Sends a piece; waits while the client is slow."""
+        """Sends a piece of the body; waits while the client is slow to read."""
         body = piece.encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
@@ -53,43 +57,49 @@ class Sender:
 
 
 class Exchange(Response):
-    """Reads a bounded JSON body, then works until done or until the client is gone."""
+    """Reads a JSON body of limited size, then runs the handler until it ends or the client leaves.
+
+    `on_disconnect` is called if the client left first.
+    """
 
     def __init__(
-        self, work: Work, max_body_bytes: int, when_gone: Callable[[], None] = lambda: None
+        self,
+        handler: Handler,
+        max_body_bytes: int,
+        on_disconnect: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
-        self._work = work
+        self._handler = handler
         self._max_body_bytes = max_body_bytes
-        self._when_gone = when_gone
+        self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read_body(Request(scope, receive), self._max_body_bytes)
-        work = asyncio.ensure_future(self._work(body, Sender(scope, receive, send)))
-        gone = asyncio.ensure_future(_gone(receive))
+        handling = asyncio.ensure_future(self._handler(body, Sender(scope, receive, send)))
+        disconnect = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((handling, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            was_cut_off = not work.done()
-            for task in (work, gone):
+            has_left = not handling.done()
+            for task in (handling, disconnect):
                 task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if was_cut_off:
-            self._when_gone()
+            await asyncio.gather(handling, disconnect, return_exceptions=True)
+        if has_left:
+            self._on_disconnect()
         else:
-            work.result()
+            handling.result()
 
 
-async def _gone(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, whether its length was announced or not.
+    """Reads the body, with or without a content-length header.
 
     Raises:
-        HTTPException: it is no JSON by its type, or longer than the limit.
+        HTTPException: the content type is not JSON, or the body is longer than the limit.
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":

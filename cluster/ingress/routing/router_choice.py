@@ -1,22 +1,24 @@
-"""Which router gets a request: the least busy, and of those one that knows the prompt's beginning.
+"""Chooses the router for a request.
 
-What was begun elsewhere goes to whoever has copies of its keys and values, however busy.
+The least busy router wins; among equally busy ones, the one whose prefix cache covers most of the
+prompt. A request that began on another router goes to the router with copies of its KV blocks,
+however busy that is.
 
-A pure object; times are given.
+Pure: times are arguments.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-# Prompts are compared in runs of so many tokens, from the beginning on.
+# Prompts are compared from the beginning, in runs of this many tokens.
 _RUN_TOKENS = 32
 _MAX_RUNS_PER_PROMPT = 256
 _MAX_RUNS_PER_ROUTER = 8192
 
 
 class RouterInfo(NamedTuple):
-    """A router that takes requests; `load_hint` is what others have running there."""
+    """A router that accepts requests; `load_hint` is the number that other ingresses run there."""
 
     worker_id: str
     address: str
@@ -24,19 +26,22 @@ class RouterInfo(NamedTuple):
 
 
 class RouterDirectory(Protocol):
-    """The routers that there are; the set changes as workers come and go."""
+    """Lists the routers; the list changes as workers start and stop."""
 
     def routers(self) -> Sequence[RouterInfo]:
-        """Those that take requests now."""
+        """The routers that accept requests now."""
         ...
 
     async def changed(self) -> None:
-        """Returns when the set differs from what it is now."""
+        """Returns when the list has changed."""
         ...
 
 
 class RouterChoice:
-    """Remembers what was sent where, within bounds."""
+    """Remembers which prompts went to which router, within limits.
+
+    *Invariant:* `num_running` of a router is the number of `begin` calls without their `end`.
+    """
 
     def __init__(self) -> None:
         self._num_running: dict[str, int] = {}
@@ -54,10 +59,10 @@ class RouterChoice:
         standby_id: str = "",
         silent: Collection[str] = (),
     ) -> RouterInfo | None:
-        """The router for a prompt; None if there is none. Changes nothing.
+        """Picks the router for a prompt; None if the list is empty. Changes no state.
 
-        One that has copies of the request's keys and values comes before those that are less busy;
-        those that are silent come last.
+        `standby_id` names the router that holds copies of the request's KV blocks; it is preferred
+        to less busy ones. Routers in `silent`, and suspects, are chosen last.
         """
         if len(routers) < 2:
             return routers[0] if routers else None
@@ -65,7 +70,7 @@ class RouterChoice:
         return min(routers, key=self._cost(runs, now_s, standby_id, silent))
 
     def begin(self, worker_id: str, prompt_ids: Sequence[int]) -> None:
-        """Notes that a request goes to a router; `end` has to follow."""
+        """Records that a request goes to a router; `end` must follow."""
         self._num_running[worker_id] = self.num_running(worker_id) + 1
         known = self._runs.setdefault(worker_id, OrderedDict())
         for run in _chained_runs(prompt_ids):
@@ -75,16 +80,16 @@ class RouterChoice:
             known.popitem(last=False)
 
     def end(self, worker_id: str) -> None:
-        """Notes that a request is no longer at a router."""
+        """Records that a request has left a router."""
         self._num_running[worker_id] -= 1
         assert self._num_running[worker_id] >= 0
 
     def suspect(self, worker_id: str, until_s: float) -> None:
-        """A stream to it broke: others are asked first for a while."""
+        """A stream of this router broke: prefer other routers until then."""
         self._suspect_until_s[worker_id] = until_s
 
     def forget(self, worker_id: str) -> None:
-        """Drops what is known of a router that is gone."""
+        """Drops the state of a router that has left."""
         for known in (self._num_running, self._runs, self._suspect_until_s):
             known.pop(worker_id, None)
 
@@ -110,9 +115,9 @@ class RouterChoice:
 
 
 def _chained_runs(prompt_ids: Sequence[int]) -> Iterator[int]:
-    """A name for each beginning of the prompt that is a whole number of runs long."""
-    name = 0
+    """A hash of each prefix of the prompt that is a whole number of runs long."""
+    chained = 0
     num_tokens = min(len(prompt_ids), _RUN_TOKENS * _MAX_RUNS_PER_PROMPT)
     for start in range(0, num_tokens - _RUN_TOKENS + 1, _RUN_TOKENS):
-        name = hash((name, *prompt_ids[start : start + _RUN_TOKENS]))
-        yield name
+        chained = hash((chained, *prompt_ids[start : start + _RUN_TOKENS]))
+        yield chained

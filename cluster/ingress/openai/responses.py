@@ -1,9 +1,9 @@
-"""Tokens into OpenAI's objects: whole answers, or the chunks of a stream.
+"""Turns tokens into OpenAI's objects: whole responses, or the chunks of a stream.
 
-A token is one chunk: text, log-probabilities and finish reason of the same token never part, so
-that whoever has had N tokens of a choice can say so with one number. Tokens without anything to
-show (a character that is not complete yet) are left out of a stream, but counted. The prompt's text
-and its log-probabilities are part of a choice's first chunk.
+Each token makes one chunk, with its text, log-probabilities and finish reason. So one number, the
+tokens received of a choice, is enough to resume that choice. A token that shows nothing, because
+its character is not complete yet, makes no chunk, but counts. The first chunk of a choice also
+holds the prompt's text and log-probabilities, if the client asked for them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milliways.cluster.ingress.ingress import ChoiceEvent, PromptEvent
-from milliways.cluster.ingress.openai_requests import Ask
+from milliways.cluster.ingress.openai.requests import Ask
 from milliways.cluster.ingress.request_id import created_s_of
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets
@@ -21,7 +21,7 @@ from milliways.router.requests.sequence import FinishReason, TokenEvent
 
 @dataclass(slots=True)
 class ChoiceProgress:
-    """What was given of one choice so far."""
+    """What has been produced of one choice so far."""
 
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
     num_events: int = 0
@@ -29,7 +29,10 @@ class ChoiceProgress:
 
 
 class Answer:
-    """Grows with a request's tokens; knows what is the same for completions and chat."""
+    """Collects the tokens of one request; subclasses shape them for completions and for chat.
+
+    *Invariant:* `num_events` of a choice counts all its tokens, those without a chunk included.
+    """
 
     object_name = ""
     chunk_name = ""
@@ -39,26 +42,26 @@ class Answer:
         self.ask = ask
         self.model = model
         self._request_id = request_id
-        # A stream that goes on elsewhere says the same.
+        # From the id, so that a resumed stream gives the same time.
         self._created_s = created_s_of(request_id)
         num_choices = len(ask.requests) * ask.num_samples
         self._choices = [ChoiceProgress() for _ in range(num_choices)]
-        # By prompt, from its second token on.
+        # Of each prompt, the scores of its second token and later ones.
         self._scores: list[list[SampledToken]] = [[] for _ in ask.requests]
 
     @property
     def counts(self) -> list[int]:
-        """How many tokens of each choice there were so far."""
+        """Number of tokens of each choice so far."""
         return [choice.num_events for choice in self._choices]
 
     @property
     def num_scores(self) -> int:
-        """Log-probabilities of prompts that an answer repeats with every choice."""
+        """Number of prompt log-probabilities in the whole response; every choice repeats them."""
         num_each = 1 + (self.ask.requests[0].prompt_logprobs or 0)
         return sum(map(len, self._scores)) * self.ask.num_samples * num_each
 
     def usage(self) -> dict[str, int]:
-        """Exact counts: every prompt once, every token drawn, the end-of-sequence token too."""
+        """Exact counts: each prompt once, and each token drawn, end-of-sequence tokens included."""
         num_prompt, num_completion = self.ask.num_prompt_tokens, sum(self.counts)
         return {
             "prompt_tokens": num_prompt,
@@ -67,20 +70,20 @@ class Answer:
         }
 
     def keep_scores(self, event: PromptEvent) -> None:
-        """Adds log-probabilities of a prompt, for all its choices."""
+        """Adds log-probabilities of a prompt."""
         self._scores[event.prompt_index] += event.scores.tokens
 
     def keep(self, event: ChoiceEvent) -> None:
-        """Adds a token to the whole answer."""
+        """Adds a token to the whole response."""
         self._choices[event.choice_index].events.append(event.event)
         self._choices[event.choice_index].num_events += 1
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole response."""
         return self._object(self.object_name, self._whole_choices()) | {"usage": self.usage()}
 
     def chunk(self, event: ChoiceEvent) -> dict[str, Any] | None:
-        """The piece of a stream that a token makes; None if it shows nothing."""
+        """The chunk of one token; None if the token shows nothing."""
         progress = self._choices[event.choice_index]
         is_first = progress.num_events == 0
         progress.num_events += 1
@@ -88,11 +91,11 @@ class Answer:
         return None if choice is None else self._chunk([choice])
 
     def only_chunk(self) -> dict[str, Any]:
-        """The one piece of a stream without a token: all choices, each with its scored prompt."""
+        """The only chunk of a stream that draws no token: each choice with its scored prompt."""
         return self._chunk(self._whole_choices())
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last piece, where a client asked for it."""
+        """The last chunk, for clients that asked for usage."""
         return self._chunk([]) | {"usage": self.usage()}
 
     def _whole_choices(self) -> list[dict[str, Any]]:
@@ -113,7 +116,7 @@ class Answer:
         }
 
     def _shows(self, event: TokenEvent) -> bool:
-        """Whether a token makes a piece of its own."""
+        """Whether a token makes a chunk."""
         wanted = self.ask.wants_logprobs or self.ask.wants_token_ids
         return bool(event.text) or wanted or event.finish_reason is not None
 
@@ -133,7 +136,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A token of a choice; of the prompt's first one there is no more than the token."""
+    """A token in a list of log-probabilities. The prompt's first token has none: None."""
 
     token_id: int
     text_offset: int
@@ -142,7 +145,7 @@ class _Entry:
 
 
 class CompletionAnswer(Answer):
-    """/v1/completions."""
+    """Responses of /v1/completions."""
 
     object_name = "text_completion"
     chunk_name = "text_completion"
@@ -178,14 +181,15 @@ class CompletionAnswer(Answer):
         return self.ask.echoes[index // self.ask.num_samples]
 
     def _prompt_entries(self, index: int) -> list[_Entry]:
-        """The prompt of a choice, where it is scored."""
+        """The tokens of a choice's prompt; none if the prompt is not scored."""
         prompt_index = index // self.ask.num_samples
         request = self.ask.requests[prompt_index]
         if request.prompt_logprobs is None:
             return []
         offsets = self.ask.echo_offsets[prompt_index]
         first = _Entry(request.prompt_ids[0], offsets[0])
-        # There are none where a client that goes on has had them: its piece is not sent again.
+        # A resumed request may have fewer scores than tokens: the client received the rest before,
+        # and this chunk is not sent again.
         scores = zip(self._scores[prompt_index], offsets[1:], strict=False)
         return [first] + [_Entry(s.token_id, at, s.logprob, s.top_logprobs) for s, at in scores]
 
@@ -202,7 +206,7 @@ class CompletionAnswer(Answer):
         }
 
     def _named(self, top: tuple[tuple[int, float], ...] | None) -> dict[str, float] | None:
-        """By name, the best last, so that of two tokens that look alike the better one stays."""
+        """Log-probabilities by token name; the best comes last, so it wins if names are equal."""
         if top is None:
             return None
         name = self.model.token_name
@@ -210,7 +214,7 @@ class CompletionAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    """/v1/chat/completions."""
+    """Responses of /v1/chat/completions."""
 
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
@@ -259,7 +263,7 @@ class ChatAnswer(Answer):
 
 
 def model_object(model: ServedModel) -> dict[str, Any]:
-    """What /v1/models says of a model."""
+    """The object that /v1/models lists."""
     return {
         "id": model.name,
         "object": "model",
@@ -274,7 +278,7 @@ def _text(events: Sequence[TokenEvent]) -> str:
 
 
 def _entries(events: Sequence[TokenEvent], text_offset: int) -> list[_Entry]:
-    """Of a completion's tokens, the first of which begins at an offset."""
+    """Entries of a completion's tokens; the first begins at `text_offset`."""
     offsets = text_offsets(event.text for event in events)
     return [
         _Entry(event.token_id, text_offset + offset, event.logprob, event.top_logprobs)
@@ -283,11 +287,11 @@ def _entries(events: Sequence[TokenEvent], text_offset: int) -> list[_Entry]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's stand-in for it."""
+    """JSON has no infinity: OpenAI writes -9999 instead."""
     return max(logprob, -9999.0)
 
 
 def _finish_reason(events: Sequence[TokenEvent]) -> str | None:
-    """Of a choice that has no token: as many came as were asked for, which is none."""
+    """The last token's reason. A choice without tokens ended by length: max_tokens is 0."""
     reason = events[-1].finish_reason if events else FinishReason.LENGTH
     return reason.value if reason else None
