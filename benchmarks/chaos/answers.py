@@ -1,11 +1,11 @@
-"""What a client heard of a request, and whether it is what it heard before. Pure."""
+"""The answer that a client received, and how it differs from an earlier answer. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from milliways.benchmarks.chaos.asks import Ask
+from milliways.benchmarks.chaos.requests import ChaosRequest
 from milliways.v1 import router_pb2
 
 MAX_REASON_CHARS = 200
@@ -19,7 +19,7 @@ _REASONS = {
 
 @dataclass(slots=True)
 class Choice:
-    """One sample as it grows."""
+    """One sample of an answer. It grows while its tokens arrive."""
 
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[object] = field(default_factory=list[object])
@@ -29,7 +29,7 @@ class Choice:
     def add(
         self, token_ids: Sequence[int], text: str, logprobs: object, finish_reason: str
     ) -> None:
-        """The next tokens of it."""
+        """Appends the next tokens. An empty `finish_reason` means that more will come."""
         self.token_ids += token_ids
         self.text += text
         self.logprobs.append(logprobs)
@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """The end of a connection before that of the answer."""
+    """A connection that ended before the answer was complete."""
 
     at_s: float
     reason: str
@@ -46,31 +46,34 @@ class Break:
 
 @dataclass(slots=True)
 class Answer:
-    """All samples of a request, when tokens came, and when a connection broke meanwhile."""
+    """All samples of a request, the arrival times of tokens, and the connections that broke.
+
+    Invariant: `token_times_s` never decreases; `choices[i]` is the sample with index i.
+    """
 
     choices: list[Choice]
     token_times_s: list[float] = field(default_factory=list[float])
-    # Of a gRPC stream; over HTTP they are among those of each choice.
+    # Filled from a gRPC stream only. Over HTTP they are part of each choice's `logprobs`.
     prompt_logprobs: list[object] = field(default_factory=list[object])
     breaks: list[Break] = field(default_factory=list[Break])
 
     @classmethod
-    def of(cls, ask: Ask) -> "Answer":
-        """An answer that is to come."""
-        return cls([Choice() for _ in range(ask.num_samples)])
+    def of(cls, request: ChaosRequest) -> "Answer":
+        """An empty answer with one choice for each sample of the request."""
+        return cls([Choice() for _ in range(request.num_samples)])
 
     @property
     def is_complete(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
 
     def note_break(self, now_s: float, reason: object) -> None:
-        """A connection broke; the rest comes over another."""
-        # Those of gRPC are paragraphs.
+        """Records that a connection broke. The rest of the answer comes over another one."""
+        # gRPC's messages have several lines: join them, and keep the beginning.
         text = " ".join(str(reason).split())[:MAX_REASON_CHARS]
         self.breaks.append(Break(now_s, f"{type(reason).__name__}: {text}"))
 
     def add_chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
-        """A piece of an HTTP stream."""
+        """Adds a chunk of an HTTP stream."""
         for piece in chunk["choices"]:
             index: int = piece["index"]
             self.choices[index].add(
@@ -79,7 +82,11 @@ class Answer:
             self.token_times_s.append(now_s)
 
     def add_scores(self, scores: Iterable[router_pb2.PromptLogprob]) -> None:
-        """Log-probabilities of the prompt, of a gRPC stream."""
+        """Adds log-probabilities of the prompt from a gRPC stream.
+
+        Raises:
+            ValueError: a position is repeated, or one before it is missing.
+        """
         for score in scores:
             if score.position != len(self.prompt_logprobs) + 1:
                 number = len(self.prompt_logprobs)
@@ -88,9 +95,13 @@ class Answer:
             self.prompt_logprobs.append((score.token_id, score.logprob, tops))
 
     def add_event(self, event: router_pb2.TokenEvent, now_s: float) -> None:
-        """A token of a gRPC stream."""
+        """Adds a token of a gRPC stream.
+
+        Raises:
+            ValueError: a token is repeated, or one before it is missing.
+        """
         choice = self.choices[event.sample_index]
-        # A token that came twice, or too early, must not pass for the one that was to come.
+        # A repeated or early token must not be taken for the next one.
         if event.index != len(choice.token_ids):
             raise ValueError(f"token {event.index} came after {len(choice.token_ids)}")
         tops = [*event.top_token_ids], [*event.top_logprobs]
@@ -101,37 +112,40 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
-    """What became of one request: an answer that is complete, or what went wrong."""
+class Outcome:
+    """How one request ended: with a complete answer, or with an error."""
 
-    ask_index: int
+    request_index: int
     started_s: float
     ended_s: float
     answer: Answer
     error: str = ""
-    # Where the answer is not what it was undisturbed; None as long as nobody has looked.
+    # Where the answer differs from the undisturbed one; "" if nowhere, None if not compared yet.
     difference: str | None = None
 
-    def judged(self, wanted: Mapping[int, Answer]) -> "Heard":
-        """As it was compared with what was wanted of each request; the tokens are let go of."""
+    def compared(self, wanted: Mapping[int, Answer]) -> "Outcome":
+        """The outcome after comparison with the wanted answers, by request index.
+
+        The result keeps the times and drops the tokens, to save memory.
+        """
         if self.difference is not None:
             return self
-        is_comparable = not self.error and self.ask_index in wanted
-        found = difference(wanted[self.ask_index], self.answer) if is_comparable else ""
+        is_comparable = not self.error and self.request_index in wanted
+        found = difference(wanted[self.request_index], self.answer) if is_comparable else ""
         times_only = replace(self.answer, choices=[], prompt_logprobs=[])
         return replace(self, answer=times_only, difference=found)
 
     @property
     def first_token_s(self) -> float | None:
-        """The wait for the first token; None where none came."""
+        """Seconds until the first token; None if no token came."""
         times_s = self.answer.token_times_s
         return times_s[0] - self.started_s if times_s else None
 
     def stall_s(self, since_s: float = float("-inf"), until_s: float = float("inf")) -> float:
-        """The longest wait between two tokens that fell at least in part into this time."""
+        """The longest wait between two tokens that overlaps the given period."""
         times_s = list(self.answer.token_times_s)
         if self.error and times_s:
-            # Who is failed at last has waited for that.
+            # A request that failed waited from its last token until the error.
             times_s.append(self.ended_s)
         gaps = [
             late_s - early_s
@@ -141,12 +155,12 @@ class Heard:
         return max(gaps, default=0.0)
 
     def was_running(self, since_s: float, until_s: float) -> bool:
-        """Whether any of its time lies there."""
+        """Whether the request ran at any time in the given period."""
         return self.started_s <= until_s and self.ended_s >= since_s
 
 
 def difference(wanted: Answer, got: Answer) -> str:
-    """Where an answer is not what it was before; empty where it is, to the bit."""
+    """The first place where an answer differs from the wanted one; "" if they are bit-equal."""
     was, now = wanted.prompt_logprobs, got.prompt_logprobs
     if was != now:
         at = _first_difference(was, now)

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from milliways.benchmarks.chaos.answers import Heard, difference
-from milliways.benchmarks.chaos.asks import Ask, draw_asks
+from milliways.benchmarks.chaos.answers import Outcome, difference
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
 from milliways.benchmarks.chaos.load import Load
+from milliways.benchmarks.chaos.requests import ChaosRequest, draw_requests
 from tests.conftest import REPOSITORY
 from tests.served_cluster import (
     STOP_TIMEOUT_S,
@@ -173,20 +173,20 @@ def complaints_under_load(
     endpoint: Endpoint, strike: Callable[[], None], is_whole: Callable[[], bool]
 ) -> list[str]:
     """What went wrong for clients while something happened and until all was well again."""
-    asks = draw_asks(NUM_ASKS, MAX_TOKENS, seed=3)
+    asks = draw_requests(NUM_ASKS, MAX_TOKENS, seed=3)
     with open_clients(endpoint) as clients:
         load = Load(asks, clients, NUM_ASKS)
         undisturbed = load.run_once()
         load.start()
         try:
             # Now all of them run.
-            wait_until(lambda: load.num_heard > 2, "requests are answered")
+            wait_until(lambda: load.num_ended > 2, "requests are answered")
             struck_s = time.monotonic()
             strike()
             wait_until(is_whole, "all is replicated again", WHOLE_TIMEOUT_S)
             whole_s = time.monotonic()
-            num_heard = load.num_heard
-            wait_until(lambda: load.num_heard > num_heard + NUM_ASKS, "all go on")
+            num_ended = load.num_ended
+            wait_until(lambda: load.num_ended > num_ended + NUM_ASKS, "all go on")
         finally:
             heard = load.stop()
     stalls_s = sorted(one.stall_s(struck_s, struck_s + 20.0) for one in heard)
@@ -198,15 +198,15 @@ def complaints_under_load(
 
 
 def complaints(
-    asks: Sequence[Ask], undisturbed: Sequence[Heard], heard: Sequence[Heard]
+    asks: Sequence[ChaosRequest], undisturbed: Sequence[Outcome], heard: Sequence[Outcome]
 ) -> list[str]:
     """A sentence for each request that failed, or was answered otherwise than undisturbed."""
-    wanted = {one.ask_index: one.answer for one in undisturbed}
+    wanted = {one.request_index: one.answer for one in undisturbed}
     found: list[str] = []
     for one in [*undisturbed, *heard]:
-        wrong = one.error or difference(wanted[one.ask_index], one.answer)
+        wrong = one.error or difference(wanted[one.request_index], one.answer)
         if one.answer.breaks:
             wrong = f"{one.answer.breaks}; {wrong}"
         if wrong:
-            found.append(f"{asks[one.ask_index]}: {wrong}")
+            found.append(f"{asks[one.request_index]}: {wrong}")
     return found

@@ -68,7 +68,7 @@ def test_later_blocks_of_a_prefix_are_evicted_before_earlier_ones() -> None:
 def test_failed_allocation_takes_nothing_and_says_both_numbers() -> None:
     pool = BlockPool(3, BLOCK)
     pool.allocate(2)
-    with pytest.raises(OutOfBlocksError, match="needs 2 KV blocks, 1 are free"):
+    with pytest.raises(OutOfBlocksError, match="2 KV blocks are needed, but only 1"):
         pool.allocate(2)
     assert pool.num_available == 1
 

@@ -1,8 +1,8 @@
-"""What a cluster takes of its machine while it is broken over and over: memory, descriptors.
+"""Memory and file descriptors that a cluster uses while faults are injected.
 
-A process that leaks shows only after many faults; those that die take their leaks with them, so
-what is looked at is the sum over all processes of the cluster. Apart from it stands what Ray's log
-monitor holds open: the log of every process that there was, until they are 200, then none.
+A leak shows only after many faults. A process that dies frees what it leaked, so the figures are
+sums over all processes of the cluster. The descriptors of Ray's log monitor are counted apart: it
+holds open the logs of all processes that ever ran, up to 200, and then closes them.
 """
 
 import statistics
@@ -15,25 +15,25 @@ from dataclasses import asdict, dataclass
 import psutil
 
 _LOG_MONITOR = "log_monitor.py"
-# The share of all samples that stands for the beginning, and for the end.
+# The share of samples at the beginning, and at the end, that `growth` compares.
 _ENDS = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """All processes of a cluster at one moment; memory is what each has for itself."""
+    """Sums over all processes of a cluster at one moment. Memory is private memory only."""
 
     at_s: float
     num_processes: int
     memory_bytes: int
     num_descriptors: int
-    # Of Ray's log monitor, which are not among those.
+    # The descriptors of Ray's log monitor. `num_descriptors` does not include them.
     num_log_descriptors: int = 0
 
 
 @contextmanager
 def watched(root_pid: int | None, every_s: float = 10.0) -> Generator[list[Sample]]:
-    """Samples as they come, from a thread of its own; none of nobody."""
+    """A list to which a thread adds samples; it stays empty if there is no root process."""
     samples: list[Sample] = []
     began_s, stopped = time.monotonic(), threading.Event()
 
@@ -46,7 +46,7 @@ def watched(root_pid: int | None, every_s: float = 10.0) -> Generator[list[Sampl
     if root_pid is None:
         yield samples
         return
-    thread = threading.Thread(target=watch, args=(root_pid,), name="vitals", daemon=True)
+    thread = threading.Thread(target=watch, args=(root_pid,), name="resource-usage", daemon=True)
     thread.start()
     try:
         yield samples
@@ -56,7 +56,7 @@ def watched(root_pid: int | None, every_s: float = 10.0) -> Generator[list[Sampl
 
 
 def take_sample(root_pid: int, at_s: float) -> Sample | None:
-    """Of a process and all that came of it; None where it is gone."""
+    """A sample of a process and its descendants; None if the process is gone."""
     try:
         root = psutil.Process(root_pid)
         processes = [root, *root.children(recursive=True)]
@@ -68,7 +68,7 @@ def take_sample(root_pid: int, at_s: float) -> Sample | None:
             used, held = process.memory_full_info().uss, process.num_fds()
             is_log_monitor = any(part.endswith(_LOG_MONITOR) for part in process.cmdline())
         except psutil.Error:
-            # It died since it was listed.
+            # The process ended after it was listed.
             continue
         count += 1
         memory += used
@@ -86,7 +86,7 @@ def take_sample(root_pid: int, at_s: float) -> Sample | None:
 
 
 def growth(samples: Sequence[Sample]) -> Mapping[str, tuple[float, float]]:
-    """Of each figure the median at the beginning and at the end; empty with too few samples."""
+    """The median of each figure at the beginning and at the end; empty if samples are too few."""
     num = int(_ENDS * len(samples))
     if num == 0:
         return {}
@@ -99,18 +99,18 @@ def growth(samples: Sequence[Sample]) -> Mapping[str, tuple[float, float]]:
         "processes": ends(lambda s: s.num_processes),
         "memory, MB": ends(lambda s: s.memory_bytes / 1e6),
         "descriptors": ends(lambda s: s.num_descriptors),
-        "those of Ray's log monitor": ends(lambda s: s.num_log_descriptors),
+        "descriptors of Ray's log monitor": ends(lambda s: s.num_log_descriptors),
     }
 
 
 def format_growth(samples: Sequence[Sample]) -> str:
-    """A line for a terminal; empty with too few samples."""
-    told = [f"{name} {was:.0f} → {now:.0f}" for name, (was, now) in growth(samples).items()]
-    if not told:
+    """A line for a terminal; empty if samples are too few."""
+    parts = [f"{name} {was:.0f} → {now:.0f}" for name, (was, now) in growth(samples).items()]
+    if not parts:
         return ""
-    return f"first fifth → last fifth of {len(samples)} samples: {'; '.join(told)}"
+    return f"first fifth → last fifth of {len(samples)} samples: {'; '.join(parts)}"
 
 
 def as_records(samples: Sequence[Sample]) -> list[dict[str, float]]:
-    """For a file."""
+    """The samples as dicts, to write to a file."""
     return [asdict(sample) for sample in samples]

@@ -1,4 +1,4 @@
-"""What the load asks: every way of drawing tokens, over HTTP and over gRPC. Pure."""
+"""The requests of the load: every sampling mode, over HTTP and over gRPC. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from milliways.v1 import generate_pb2, sampling_pb2
 
 
 class Surface(Enum):
-    """How a request comes in."""
+    """The protocol that a request is sent over."""
 
     HTTP = "HTTP"
     GRPC = "gRPC"
 
 
-# In the names of OpenAI's API.
+# Sampling modes, with the parameter names of OpenAI's API.
 MODES: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": 0.9},
@@ -41,8 +41,8 @@ _WORDS = ("star", "tea", "towel", "time", "42")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request, however it comes in."""
+class ChaosRequest:
+    """One request, which can be sent over either protocol."""
 
     mode: str
     surface: Surface
@@ -58,7 +58,7 @@ class Ask:
         return MODES[self.mode].get("n", 1)
 
     def http_body(self, model: str) -> dict[str, Any]:
-        """For POST /v1/completions; with token ids, so that every token shows."""
+        """The body for POST /v1/completions. It asks for token ids, to compare every token."""
         return {
             "model": model,
             "prompt": self.prompt,
@@ -71,7 +71,7 @@ class Ask:
         }
 
     def grpc_message(self) -> generate_pb2.GenerateRequest:
-        """For GenerateService.Generate."""
+        """The message for GenerateService.Generate."""
         drawn = dict(MODES[self.mode])
         stop, num_samples = drawn.pop("stop", []), drawn.pop("n", 0)
         num_logprobs, is_scored = drawn.pop("logprobs", 0), drawn.pop("echo", False)
@@ -89,16 +89,16 @@ class Ask:
         )
 
 
-def draw_asks(count: int, max_tokens: int, seed: int) -> tuple[Ask, ...]:
-    """So many different requests, of all modes and surfaces in turn."""
+def draw_requests(count: int, max_tokens: int, seed: int) -> tuple[ChaosRequest, ...]:
+    """`count` different requests, which take the modes and protocols in turn."""
     random = Random(seed)
     kinds = [(mode, surface) for mode in MODES for surface in Surface]
-    asks: list[Ask] = []
+    requests: list[ChaosRequest] = []
     for number in range(count):
         mode, surface = kinds[number % len(kinds)]
         words = " ".join(random.choice(_WORDS) for _ in range(random.randrange(4)))
-        asks.append(
-            Ask(
+        requests.append(
+            ChaosRequest(
                 mode=mode,
                 surface=surface,
                 prompt=f"{random.choice(_BEGINNINGS)} {words}".rstrip(),
@@ -106,4 +106,4 @@ def draw_asks(count: int, max_tokens: int, seed: int) -> tuple[Ask, ...]:
                 max_tokens=max_tokens,
             )
         )
-    return tuple(asks)
+    return tuple(requests)
