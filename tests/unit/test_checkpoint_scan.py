@@ -4,6 +4,8 @@ import builtins
 import os
 import pickle
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from milliways.model.errors import CheckpointError, CorruptTensorError, UnsafePi
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "golden" / "tiny" / "ckpt-0"
 FRAME_HEADER_END = 11
+NOBODY = 65534
 VALUES = np.arange(15, dtype=np.float32).reshape(3, 5)
 
 
@@ -323,13 +326,28 @@ def test_unopenable_path_is_named(tmp_path: Path) -> None:
             scan(tmp_path / name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything is permitted to root")
-def test_forbidden_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "tensor00000_000"
-    path.write_bytes(b"")
-    path.chmod(0)
-    with pytest.raises(CheckpointError, match="Permission"):
-        scan(path)
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may read every file, so root becomes another user for a while."""
+    user = os.geteuid()
+    os.seteuid(NOBODY if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_forbidden_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("readable", "forbidden"):
+        write_plain(tmp_path / name, VALUES)
+    (tmp_path / "forbidden").chmod(0)
+    # The other user may not enter the folders above, which a relative path does not pass through.
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with ordinary_user():
+        scan(Path("readable"))
+        with pytest.raises(CheckpointError, match=r"forbidden.*Permission"):
+            scan(Path("forbidden"))
 
 
 @pytest.mark.parametrize(
