@@ -76,7 +76,7 @@ class RouterConnection:
 
     def heard(self) -> None:
         """The router gave a sign of life."""
-        self._signs.heard(self._clock())
+        self._signs.received(self._clock())
 
     def hedged_too_early(self) -> None:
         """It was called silent, and had the next token before anybody else."""
@@ -97,7 +97,7 @@ class RouterConnection:
             await asyncio.sleep(asleep_s)
             now_s = self._clock()
             # Where this process had no processor, the router is not to blame.
-            signs.overslept(max(0.0, now_s - since_s - asleep_s), now_s)
+            signs.slept(max(0.0, now_s - since_s - asleep_s), now_s)
             if signs.wants_ping(now_s) and (self._pinging is None or self._pinging.done()):
                 self._pinging = asyncio.create_task(self._ask())
             signs.look(now_s)
