@@ -16,10 +16,15 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_type_hints
 
+from milliways.router.limits import DispatchLimits, RouterLimits
+from milliways.wire import transports
 from milliways.wire.errors import ConfigError
 from milliways.wire.tls import TlsSettings
 
 LOOPBACK = "127.0.0.1"
+
+# Defaults stand with the limits themselves.
+_ROUTER, _DISPATCH = RouterLimits(), DispatchLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ class WorkerSettings:
     # An expert's copies, on as many workers; 0: two where there are two workers, else one.
     expert_replicas: int = 0
     attention: str = "auto"
-    transport: str = "auto"
+    transport: str = transports.AUTO
     # A part of one, or a whole number: a worker with several spreads layers and experts over them.
     gpus_each: float = 0.0
     cpus_each: float = 1.0
@@ -84,7 +89,7 @@ class WorkerSettings:
         _between("workers.expert_replicas", self.expert_replicas, 0, self.count)
         _between("workers.experts_only", self.experts_only, 0, self.count - 1)
         _one_of("workers.attention", self.attention, ("auto", "replicated", "layers"))
-        _one_of("workers.transport", self.transport, ("auto", "grpc", "shm"))
+        _one_of("workers.transport", self.transport, transports.SETTINGS)
         _between("workers.gpus_each", self.gpus_each, 0, 1024)
         if self.gpus_each > 1 and self.gpus_each != round(self.gpus_each):
             raise ConfigError("workers.gpus_each", self.gpus_each, "a whole number where above 1")
@@ -104,18 +109,18 @@ class WorkerSettings:
 class RouterSettings:
     """Bounds of a router's queue and of its steps."""
 
-    max_running: int = 32
+    max_running: int = _ROUTER.scheduler.max_running
     max_waiting: int = 256
-    max_step_tokens: int = 128
-    max_micro_batches: int = 2
-    # Fewer tokens than this are not worth another sweep through the weights.
-    min_micro_batch_tokens: int = 16
+    max_step_tokens: int = _ROUTER.scheduler.max_step_tokens
+    max_micro_batches: int = _ROUTER.max_micro_batches
+    # A smaller micro-batch is not worth another pass over the weights.
+    min_micro_batch_tokens: int = _ROUTER.min_micro_batch_tokens
     # A reply that takes several times as long as the longest of late is asked of another replica
     # as well; the wait lies within these.
-    hedge_after_s_min: float = 0.05
-    hedge_after_s: float = 1.0
+    hedge_after_s_min: float = _DISPATCH.hedge_after_s_min
+    hedge_after_s: float = _DISPATCH.hedge_after_s
     # A reply that takes longer than this counts as lost.
-    step_timeout_s: float = 10.0
+    step_timeout_s: float = _DISPATCH.timeout_s
     request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from milliways.cluster.cli.commands.options import ACTIVATION_NAMES, DTYPE_NAMES
 from milliways.model.config import load_config
 from milliways.model.errors import InvalidRequestError, ModelError
 from milliways.model.model_dir import DEMO_NAME
+from milliways.wire import transports
 
 CLUSTER, ALONE = "cluster", "one process"
 MAX_BATCH = 64
@@ -37,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--model", metavar=f"{BENCH_NAME}|{DEMO_NAME}|DIR", default=BENCH_NAME)
     option("--workers", type=int, default=2, metavar="N", help="of one thread [%(default)s]")
-    option("--transport", choices=("auto", "grpc", "shm"), default="auto", help="[%(default)s]")
+    option("--transport", choices=transports.SETTINGS, default="auto", help="[%(default)s]")
     option("--dtype", choices=DTYPE_NAMES, default="float32", help="[%(default)s]")
     option("--activations", choices=ACTIVATION_NAMES, default=ACTIVATION_NAMES[0])
     option("--batch", metavar="1,8", default="1,8,32", help="decode batch sizes [%(default)s]")

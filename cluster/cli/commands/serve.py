@@ -37,6 +37,7 @@ from milliways.cluster.settings.config import (
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import DEMO_NAME, resolve_model_dir
 from milliways.model.tokenizer import TOKENIZER_FILE
+from milliways.wire import transports
 from milliways.wire.errors import PlacementError, StartupError
 
 POLL_S = 0.2
@@ -59,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="GPUs of each worker, or a part of one [0]",
     )
     option("--attention", choices=("auto", "replicated", "layers"), help="[auto]")
-    option("--transport", choices=("auto", "grpc", "shm"), help="between workers [auto]")
+    option("--transport", choices=transports.SETTINGS, help="between workers [auto]")
     option(
         "--kv-standby",
         action="store_const",
