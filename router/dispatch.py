@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from milliways.router.limits import DispatchLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.suspects import RowsKilledWorkersError
 from milliways.runtime.tasks import Pending, Task, Tasks
@@ -30,20 +31,6 @@ MAX_FAULTS = 3
 # So many workers that died with a layer's rows may be no chance. So long a view may take to tell.
 MAX_DEATHS = 2
 DEATH_TOLD_WITHIN_S = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchLimits:
-    """How long a worker may take.
-
-    Another is asked as well after a multiple of the longest that the worker took of late (late
-    answers left out, unless they were the first all the same), within
-    `hedge_after_s_min` and `hedge_after_s`; after `timeout_s` it is given up.
-    """
-
-    hedge_after_s: float = 1.0
-    hedge_after_s_min: float = 0.05
-    timeout_s: float = 10.0
 
 
 @dataclass(slots=True)

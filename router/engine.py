@@ -17,6 +17,7 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.runner import ModelRunner, ScheduledTokens
 from milliways.model.tokenizer import Tokenizer
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest, make_sequences, max_completion_tokens
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
@@ -28,7 +29,7 @@ from milliways.router.requests.sequence import (
     SequenceStatus,
 )
 from milliways.router.rows import sample_rows, take_events
-from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.scheduler import ScheduledSequence, Scheduler
 
 
 class LocalEngine:

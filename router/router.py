@@ -28,6 +28,7 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.config import ModelConfig
 from milliways.model.sampling_params import SampledToken
 from milliways.router.block_copies import ArraysNow, BlockCopies
+from milliways.router.limits import RouterLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.micro_batches import split_step
 from milliways.router.pipeline import Pipeline, ShardLostError
@@ -45,7 +46,7 @@ from milliways.router.requests.sequence import (
     TokenEvent,
 )
 from milliways.router.rows import pack, take_events
-from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.scheduler import ScheduledSequence, Scheduler
 from milliways.router.suspects import RowsKilledWorkersError, Suspects
 from milliways.runtime.tasks import Signal, Tasks, Timer
 from milliways.wire.calls import Refusal, Result, StoreBlocks
@@ -64,18 +65,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FAULTS = 3
 RETRY_AFTER_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterLimits:
-    """Bounds of the queue and of steps; see RouterSettings."""
-
-    scheduler: SchedulerLimits
-    max_micro_batches: int = 2
-    # A micro-batch smaller than this is not worth another sweep through the weights.
-    min_micro_batch_tokens: int = 16
-    # A buddy that does not answer for so long, and as long again, is given up.
-    copy_timeout_s: float = 10.0
 
 
 class Listener(Protocol):

@@ -13,16 +13,8 @@ from dataclasses import dataclass, field
 
 from milliways.model.block_pool import BlockPool
 from milliways.model.errors import InvalidRequestError
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.sequence import Sequence, SequenceStatus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Bounds of a step and of the queue; `max_waiting` is None where the caller has bounds."""
-
-    max_running: int = 32
-    max_step_tokens: int = 128
-    max_waiting: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,10 +36,11 @@ from milliways.wire.errors import RefusalReason
 from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import local_host_id
 from milliways.wire.tls import TlsSettings
+from milliways.wire.transports import AUTO
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
 from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.servers.worker_server import WorkerServer
 
 WORKER_ID = "echo"
 INCARNATION = 7
@@ -130,35 +131,40 @@ def expert_outputs(rows_TD: np.ndarray, expert_ids_TA: np.ndarray) -> np.ndarray
 class EchoServer:
     """The core behind all transports, in the thread of a reactor."""
 
-    def __init__(self, *, tls: TlsSettings | None = None, limits: LinkLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        transport: str = AUTO,
+        tls: TlsSettings | None = None,
+        limits: LinkLimits | None = None,
+    ) -> None:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
         self.host_id = local_host_id()
-        self.sessions = sessions = RouterSessions(self.core)
-        self.shm = ShmServer(
+        self.sessions = RouterSessions(self.core)
+        self._server = WorkerServer(
             self.reactor,
-            sessions,
+            self.sessions,
             worker_id=WORKER_ID,
             incarnation=INCARNATION,
+            transport=transport,
+            tls=tls,
             limits=limits,
         )
-        plate = ServerIdentity(
-            worker_id=WORKER_ID,
-            incarnation=INCARNATION,
-            host_id=self.host_id,
-            socket_name=self.shm.socket_name,
-        )
-        self._grpc = WorkerGrpcServer(self.reactor, sessions, plate, tls=tls, limits=limits)
+
+    @property
+    def shm(self) -> ShmServer:
+        server = self._server.transports["shm"]
+        assert isinstance(server, ShmServer)
+        return server
 
     def start(self, host: str = "127.0.0.1") -> str:
         """Serves from a thread of its own; returns the address."""
         self.reactor.start()
-        self.reactor.call(self.shm.start)
-        return self.reactor.ask(lambda: self._grpc.start(f"{host}:0"), 10.0)
+        return self.reactor.ask(lambda: self._server.start(f"{host}:0"), 10.0)
 
     def close(self) -> None:
-        self.reactor.call(self.shm.stop)
-        self.reactor.ask(self._grpc.stop, 10.0)
+        self.reactor.ask(self._server.stop, 10.0)
         self.reactor.close()
 
 
@@ -170,10 +176,10 @@ def member_at(address: str) -> Member:
 
 @contextmanager
 def serving(
-    *, tls: TlsSettings | None = None, limits: LinkLimits | None = None
+    *, transport: str = AUTO, tls: TlsSettings | None = None, limits: LinkLimits | None = None
 ) -> Iterator[tuple[EchoServer, Member]]:
     """A server in a thread, and what a router has to know to reach it."""
-    server = EchoServer(tls=tls, limits=limits)
+    server = EchoServer(transport=transport, tls=tls, limits=limits)
     host = "localhost" if tls else "127.0.0.1"
     try:
         yield server, member_at(server.start(host))

@@ -14,12 +14,12 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.router.block_copies import BlockArrays
-from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.dispatch import Dispatcher
+from milliways.router.limits import DispatchLimits, RouterLimits, SchedulerLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.pipeline import Pipeline
 from milliways.router.requests.admission import DetokenizerFor, RoutedRequest
-from milliways.router.router import Router, RouterLimits
-from milliways.router.scheduler import SchedulerLimits
+from milliways.router.router import Router
 from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.calls import Call, Fence, Result
@@ -172,6 +172,7 @@ class MemoryLink:
     """A way to a core through the network."""
 
     transport = "memory"
+    is_local = False
 
     def __init__(
         self,
@@ -264,6 +265,7 @@ class DirectLink:
     """A way to the core of the same process."""
 
     transport = "direct"
+    is_local = True
 
     def __init__(self, core: WorkerCore) -> None:
         self._core = core

@@ -16,10 +16,15 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_type_hints
 
+from milliways.router.limits import DispatchLimits, RouterLimits
+from milliways.wire import transports
 from milliways.wire.errors import ConfigError
 from milliways.wire.tls import TlsSettings
 
 LOOPBACK = "127.0.0.1"
+
+# Defaults stand with the limits themselves.
+_ROUTER, _DISPATCH = RouterLimits(), DispatchLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ class WorkerSettings:
     # Number of workers that hold each expert; 0: two, or one if there is a single worker.
     expert_replicas: int = 0
     attention: str = "auto"
-    transport: str = "auto"
+    transport: str = transports.AUTO
     # A fraction below 1, or a whole number. Layers and experts are spread over several GPUs.
     gpus_each: float = 0.0
     cpus_each: float = 1.0
@@ -85,7 +90,7 @@ class WorkerSettings:
         _between("workers.expert_replicas", self.expert_replicas, 0, self.count)
         _between("workers.experts_only", self.experts_only, 0, self.count - 1)
         _one_of("workers.attention", self.attention, ("auto", "replicated", "layers"))
-        _one_of("workers.transport", self.transport, ("auto", "grpc", "shm"))
+        _one_of("workers.transport", self.transport, transports.SETTINGS)
         _between("workers.gpus_each", self.gpus_each, 0, 1024)
         if self.gpus_each > 1 and self.gpus_each != round(self.gpus_each):
             raise ConfigError("workers.gpus_each", self.gpus_each, "a whole number if above 1")
@@ -105,18 +110,18 @@ class WorkerSettings:
 class RouterSettings:
     """Limits of a router's queue and of its steps."""
 
-    max_running: int = 32
+    max_running: int = _ROUTER.scheduler.max_running
     max_waiting: int = 256
-    max_step_tokens: int = 128
-    max_micro_batches: int = 2
-    # A micro-batch below this size is not worth another pass over the weights.
-    min_micro_batch_tokens: int = 16
+    max_step_tokens: int = _ROUTER.scheduler.max_step_tokens
+    max_micro_batches: int = _ROUTER.max_micro_batches
+    # A smaller micro-batch is not worth another pass over the weights.
+    min_micro_batch_tokens: int = _ROUTER.min_micro_batch_tokens
     # A call that takes several times its worker's recent worst latency is sent to a second replica
     # as well (a hedge). These are the bounds of that wait.
-    hedge_after_s_min: float = 0.05
-    hedge_after_s: float = 1.0
+    hedge_after_s_min: float = _DISPATCH.hedge_after_s_min
+    hedge_after_s: float = _DISPATCH.hedge_after_s
     # A call without a reply after this time has failed.
-    step_timeout_s: float = 10.0
+    step_timeout_s: float = _DISPATCH.timeout_s
     request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

@@ -13,10 +13,10 @@ from milliways.cluster.control.planner import AttentionCut
 from milliways.cluster.host.model_bytes import checkpoint_bytes
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.sampling_params import SamplingParams
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.view import Member
 from milliways.workers.core import WorkerCore
 from milliways.workers.kv_arrays import KvArrays

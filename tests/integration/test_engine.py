@@ -12,9 +12,9 @@ from milliways.model.params import ModelParams
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, TokenEvent
-from milliways.router.scheduler import SchedulerLimits
 from tests.runners import load, runner_of
 
 EOS = 2

@@ -9,10 +9,10 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
-from milliways.router.scheduler import SchedulerLimits
 from tests.integration.test_cluster_bits import make_cluster
 from tests.memory_cluster import ClusterSettings
 from tests.runners import load, runner_of

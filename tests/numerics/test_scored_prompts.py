@@ -9,9 +9,9 @@ import pytest
 from milliways.model.runner import MAX_LOGITS_ROWS, CacheSize, StepMode
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
-from milliways.router.scheduler import SchedulerLimits
 from tests.runners import Model, load, logits_of, runner_of
 
 # More than the logits that are held at once, and no multiple of a chunk.

@@ -17,9 +17,8 @@ from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
 from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits, SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.calls import AdvanceBatch, BeginBatch, RunExperts
 from milliways.wire.view import EMPTY_VIEW
 from tests.memory_cluster import ClusterSettings, Process

@@ -9,9 +9,8 @@ from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits, SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.placement import ModelBytes
 from milliways.wire.view import EMPTY_VIEW, ClusterView
 from milliways.workers.core import CoreLimits

@@ -7,7 +7,7 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.wire.errors import RefusalReason

@@ -12,8 +12,8 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation

@@ -27,7 +27,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "router": ("v1", "runtime", "model", "wire", "router.requests", "router.links"),
     "workers.servers": ("v1", "runtime", "wire"),
     "workers": ("runtime", "model", "wire", "workers.servers"),
-    "cluster.settings": ("wire",),
+    # The settings take defaults from the limits that they set.
+    "cluster.settings": ("wire", "router"),
     "cluster.control": ("runtime", "wire"),
     "cluster.ingress": ("v1", "model", "wire", "router.requests", "cluster.settings"),
     "cluster.host": (

@@ -20,6 +20,7 @@ class FakeLink:
     """A way that answers when the test says so."""
 
     transport = "fake"
+    is_local = False
 
     def __init__(self) -> None:
         self.asked: list[Pending[Result]] = []

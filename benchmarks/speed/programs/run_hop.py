@@ -37,9 +37,8 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.shm import local_host_id
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
 from milliways.workers.servers.intake import RouterSessions
-from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.servers.worker_server import WorkerServer
 
 # A row of Grok-1, in bfloat16.
 WIDTH = 6144
@@ -84,16 +83,8 @@ def serve_links() -> None:
     """Serves both of our transports; prints the address."""
     reactor = Reactor(SystemClock(), make_loop=AsyncioLoop)
     sessions = RouterSessions(EchoCore())
-    shm = ShmServer(reactor, sessions, worker_id="bench", incarnation=1)
-    identity = ServerIdentity(
-        worker_id="bench",
-        incarnation=1,
-        host_id=local_host_id(),
-        socket_name=shm.socket_name,
-    )
-    server = WorkerGrpcServer(reactor, sessions, identity)
+    server = WorkerServer(reactor, sessions, worker_id="bench", incarnation=1)
     reactor.start()
-    reactor.call(shm.start)
     print(reactor.ask(lambda: server.start("127.0.0.1:0"), _TIMEOUT_S), flush=True)
     sys.stdin.read()
 

@@ -16,7 +16,7 @@ from milliways.model.activations import Activations
 from milliways.model.ops.select import KernelChoice
 from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens
 from milliways.model.sampling_params import SampleRow, SamplingParams
-from milliways.router.scheduler import SchedulerLimits
+from milliways.router.limits import SchedulerLimits
 
 CHUNK_TOKENS = SchedulerLimits().max_step_tokens
 _GREEDY = SamplingParams(temperature=0.0)

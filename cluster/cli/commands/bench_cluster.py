@@ -17,6 +17,7 @@ from milliways.benchmarks.speed.workload import workloads_of
 from milliways.cluster.cli.commands.options import ACTIVATION_NAMES, DTYPE_NAMES
 from milliways.model.errors import InvalidRequestError, ModelError
 from milliways.model.model_dir import DEMO_NAME
+from milliways.wire import transports
 
 MAX_BATCH = 64
 MAX_WORKERS = 8
@@ -40,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--transport",
-        choices=("auto", "grpc", "shm"),
+        choices=transports.SETTINGS,
         default="auto",
         help="transport between the workers [%(default)s]",
     )

@@ -37,6 +37,7 @@ from milliways.cluster.settings.config import (
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import DEMO_NAME, resolve_model_dir
 from milliways.model.tokenizer import TOKENIZER_FILE
+from milliways.wire import transports
 from milliways.wire.errors import PlacementError, StartupError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--transport",
-        choices=("auto", "grpc", "shm"),
+        choices=transports.SETTINGS,
         help="how workers exchange rows: by gRPC, or by shared memory within a host [auto]",
     )
     option(

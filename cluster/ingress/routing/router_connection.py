@@ -78,7 +78,7 @@ class RouterConnection:
 
     def received(self) -> None:
         """The router sent something."""
-        self._silence.heard(self._clock())
+        self._silence.received(self._clock())
 
     def hedged_too_early(self) -> None:
         """We asked another router too soon: this one sent the next token first."""
@@ -99,7 +99,7 @@ class RouterConnection:
             await asyncio.sleep(asleep_s)
             now_s = self._clock()
             # If this process itself did not run, the router was not silent for that time.
-            silence.overslept(max(0.0, now_s - since_s - asleep_s), now_s)
+            silence.slept(max(0.0, now_s - since_s - asleep_s), now_s)
             if silence.wants_ping(now_s) and (self._pinging is None or self._pinging.done()):
                 self._pinging = asyncio.create_task(self._send_ping())
             silence.look(now_s)

@@ -1,44 +1,58 @@
-"""Whether a router gives signs of life. Pure: times are given.
+"""Whether a router is silent for too long. Pure: times are arguments.
 
-Every token is one, of whatever request, and so is the answer to a ping. How long a router may be
-silent is learned from it, since a step may take milliseconds or seconds: a multiple of its longest
-silence of late. One that was taken for silent and is first all the same has twice the time from
-then on, so that hedging ends by itself where it does not help.
+Every token counts as a message of the router, of whichever request; so does the answer to a ping.
+A step may take milliseconds or seconds, so how long a router may be silent is learned from it: a
+multiple of its longest recent silence. If it was called silent and is first all the same, it has
+twice the time from then on; so hedging ends by itself if it does not help.
 """
 
 from dataclasses import dataclass
 
-# Patience in multiples of the longest silence, and after how long that is half forgotten.
+from milliways.cluster.settings.config import IngressSettings
+from milliways.wire.latency import LatencyEstimate, patience_s
+
+# A router may be silent for this many times its longest recent silence.
 _SILENCES = 2.0
+# Silences are half forgotten after this time.
 _HALVED_AFTER_S = 5.0
-# Patience with a router that was not heard of yet.
+# How long a router may be silent that has not sent anything yet.
 _FIRST_PATIENCE_S = 1.0
-# Looks within one patience; half of it has to pass before a ping.
+# How often a silent router is looked at within its patience; half of it passes before a ping.
 _LOOKS = 4
+
+_DEFAULTS = IngressSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HedgeLimits:
     """The shortest and the longest silence of a router before others are asked as well."""
 
-    after_s_min: float = 0.1
-    after_s_max: float = 60.0
+    after_s_min: float = _DEFAULTS.hedge_after_s_min
+    after_s_max: float = _DEFAULTS.hedge_after_s_max
 
 
 class SilenceDetector:
-    """What was heard of one router."""
+    """What was received of one router, and when.
+
+    Invariant: `is_silent` is set only by `look`, and only after `patience_s` without a message.
+    """
 
     def __init__(self, limits: HedgeLimits) -> None:
         self._limits = limits
-        self._longest_s: float | None = None
+        self._silence = LatencyEstimate()
         self._since_s = 0.0
         self.is_silent = False
 
     @property
     def patience_s(self) -> float:
-        longest_s = self._longest_s
-        wanted_s = _FIRST_PATIENCE_S if longest_s is None else _SILENCES * longest_s
-        return min(max(wanted_s, self._limits.after_s_min), self._limits.after_s_max)
+        """How long the router may be silent."""
+        return patience_s(
+            self._silence.longest_s,
+            multiple=_SILENCES,
+            first_s=_FIRST_PATIENCE_S,
+            least_s=self._limits.after_s_min,
+            most_s=self._limits.after_s_max,
+        )
 
     @property
     def look_after_s(self) -> float:
@@ -46,33 +60,30 @@ class SilenceDetector:
         return self.patience_s / _LOOKS
 
     def begin(self, now_s: float) -> None:
-        """From now on signs are expected."""
+        """From now on messages are expected."""
         self._since_s = now_s
 
-    def heard(self, now_s: float) -> None:
-        """A sign came."""
+    def received(self, now_s: float) -> None:
+        """A message arrived."""
         silence_s = max(0.0, now_s - self._since_s)
-        if self._longest_s is not None:
-            self._longest_s *= 0.5 ** (silence_s / _HALVED_AFTER_S)
-        # What was frozen is no slower than before.
-        if not self.is_silent:
-            self._longest_s = max(self._longest_s or 0.0, silence_s)
+        fading = 0.5 ** (silence_s / _HALVED_AFTER_S)
+        self._silence.observe(silence_s, fading=fading, counts=not self.is_silent)
         self._since_s = now_s
         self.is_silent = False
 
     def hedged_too_early(self) -> None:
-        """It was taken for silent, and had the next token before those who were asked as well."""
-        self._longest_s = max(self._longest_s or 0.0, self.patience_s)
+        """It was called silent, and yet had the next token before the routers asked as well."""
+        self._silence.raise_to(self.patience_s)
 
-    def overslept(self, by_s: float, now_s: float) -> None:
-        """The listener itself stood still for so long, and could not have heard any."""
+    def slept(self, by_s: float, now_s: float) -> None:
+        """This process itself did not run for `by_s`, so it could not have received anything."""
         self._since_s = min(self._since_s + by_s, now_s)
 
     def look(self, now_s: float) -> None:
-        """Takes a router for silent when its time is over."""
+        """Calls the router silent when its time is over."""
         if now_s - self._since_s >= self.patience_s:
             self.is_silent = True
 
     def wants_ping(self, now_s: float) -> bool:
-        """Whether it should be asked for a sign: nothing has come of itself."""
+        """Whether to ping the router, because nothing has come from it by itself."""
         return now_s - self._since_s >= self.patience_s / 2

@@ -52,7 +52,7 @@ class WorkerServiceServicer:
     """
 
     def Hello(self, request, context):
-        """Settles how the two will talk; the first call of a router to a worker.
+        """The first call of a router to a worker: says where the worker can be reached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
