@@ -8,12 +8,7 @@ import grpc
 
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.messages import (
-    checked_seed,
-    event_to_wire,
-    sampling_from_wire,
-    scores_to_wire,
-)
+from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.router.router import Router
@@ -22,6 +17,7 @@ from milliways.runtime.tasks import Pending
 from milliways.v1 import router_pb2
 from milliways.wire.channels import add_port
 from milliways.wire.errors import ClusterError
+from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, Verbatim, status_of
 from milliways.wire.tls import TlsSettings
 
@@ -186,11 +182,10 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
     if not message.sampling.HasField("seed"):
         # Made up here, another router would go on with another.
         raise InvalidRequestError("sampling.seed", Verbatim("(absent)"), "given")
-    seed = checked_seed(message.sampling.seed)
     request = GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
-        sampling=sampling_from_wire(message.sampling, seed),
+        sampling=decode_params(message.sampling),
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,

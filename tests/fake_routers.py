@@ -10,12 +10,13 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.routing.router_choice import RouterInfo
-from milliways.router.requests.messages import event_to_wire, sampling_from_wire, scores_to_wire
+from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import router_pb2, router_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.errors import OverloadedError
+from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, status_of
 from milliways.wire.tls import TlsSettings
 from tests.sources import counted_events, counted_score_events
@@ -162,7 +163,7 @@ def request_of(message: router_pb2.RouteRequest) -> GenerationRequest:
     return GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
-        sampling=sampling_from_wire(message.sampling, message.sampling.seed),
+        sampling=decode_params(message.sampling),
         num_samples=message.num_samples,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,

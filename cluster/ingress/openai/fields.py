@@ -1,7 +1,8 @@
-"""Fields of OpenAI's API that are not ours: which may be ignored, and which change the output.
+"""Fields of OpenAI's API that this server does not support.
 
-A field that changes the output is refused by name, unless it asks for what happens anyway; silence
-would give a client something else than it asked for. A field that changes nothing is ignored.
+Fields that do not change the output are ignored. Fields that would change it are refused by name,
+unless their value asks for the output that the client gets anyway. If they were ignored, the client
+would get another output than it asked for.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from milliways.model.errors import InvalidRequestError
 from milliways.wire.status_codes import abridged
 
-# They name, bill, store or speed up; the tokens are the same.
+# These label, bill, store or speed up a request. The tokens are the same.
 IGNORED = frozenset(
     {
         "metadata",
@@ -31,7 +32,7 @@ IGNORED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """What a field may still say, besides null."""
+    """The values, besides null, that a refused field may have, and why others are refused."""
 
     accepted: tuple[Any, ...] = ()
     why: str = "it is not supported"
@@ -47,7 +48,7 @@ REFUSED: Mapping[str, Unsupported] = {
     "modalities": Unsupported((["text"],), "only text is supported"),
     "audio": Unsupported((), "only text is supported"),
     "web_search_options": Unsupported(),
-    "reasoning_effort": Unsupported(("none",), "the model does not reason apart"),
+    "reasoning_effort": Unsupported(("none",), "the model has no separate reasoning"),
     "verbosity": Unsupported(),
 }
 
@@ -56,7 +57,7 @@ def drop_foreign_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body without the fields above.
 
     Raises:
-        InvalidRequestError: a field asks for what we cannot do.
+        InvalidRequestError: a field asks for something that is not supported.
     """
     kept: dict[str, Any] = {}
     for name, value in body.items():

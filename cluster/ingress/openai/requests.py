@@ -1,15 +1,15 @@
-"""Bodies of OpenAI's API into requests of ours: types first, then values, then the model.
+"""Reads bodies of OpenAI's API as requests. Checks types first, then values, then the model.
 
-Types are strict: "5" and true are no numbers. pydantic checks the flat fields; what OpenAI lets be
-one of several types (`prompt`, `stop`, `content`) is taken apart by hand, so that an error names
-the one place that is wrong and not every type that it might have been.
+Types are strict: "5" and true are not numbers. pydantic checks fields of one type. Fields that may
+have several types (`prompt`, `stop`, `content`) are parsed by hand, so that an error names the one
+place that is wrong, instead of all types that would have been right.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, from_json
 
 from milliways.cluster.ingress.chat_template import ChatMessage
@@ -18,7 +18,7 @@ from milliways.cluster.ingress.request_id import seed_of
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets
 from milliways.model.errors import InvalidRequestError
-from milliways.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from milliways.model.sampling_params import MAX_LOGPROBS, PARAMETERS, SamplingParams
 from milliways.router.requests.request import MAX_SAMPLES, GenerationRequest
 from milliways.wire.status_codes import Verbatim, abridged
 
@@ -26,7 +26,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 64
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
-# Of prompts, in all choices of an answer together; some 30 MB of JSON.
+# Log-probabilities of prompts, in all choices of an answer together: some 30 MB of JSON.
 MAX_ECHOED_LOGPROBS = 1 << 20
 
 
@@ -36,12 +36,35 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
-    # Padding against eavesdroppers on encrypted streams; it changes no token.
+    # Asks for padding that hides the length of tokens on encrypted streams. Changes no token.
     include_obfuscation: bool | None = None
 
 
+AnyBody = TypeVar("AnyBody", bound="CommonBody")
+
+
+def with_sampling_fields(kind: type[AnyBody]) -> type[AnyBody]:
+    """The body with a field for each sampling parameter that has an option of its own."""
+    fields: dict[str, Any] = {}
+    for parameter in PARAMETERS:
+        if parameter.has_own_option:
+            # For the schema only: SamplingParams checks the bounds.
+            schema: dict[str, Any] = {"minimum": parameter.least, "maximum": parameter.most}
+            json_type = parameter.kind
+            if json_type not in (float, int):
+                # Keys of a JSON object are strings.
+                json_type = dict[str, float]
+                schema = {"additionalProperties": {"type": "number"} | schema}
+            declared = Field(None, description=parameter.meaning, json_schema_extra=schema)
+            fields[parameter.name] = (json_type | None, declared)
+    return create_model(
+        kind.__name__, __base__=kind, __doc__=kind.__doc__, __module__=__name__, **fields
+    )
+
+
+@with_sampling_fields
 class CommonBody(BaseModel):
-    """What completions and chat share. Null means left out, as at OpenAI."""
+    """The fields that completions and chat share. Null means left out, as in OpenAI's API."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -50,19 +73,10 @@ class CommonBody(BaseModel):
     n: int | None = None
     best_of: int | None = None
     stop: Any = None
-    seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Not OpenAI's: choices name their tokens by id as well.
+    # Not in OpenAI's API: each choice also lists the ids of its tokens.
     return_token_ids: bool | None = None
 
 
@@ -75,7 +89,7 @@ class CompletionBody(CommonBody):
 
 
 class MessageBody(BaseModel):
-    """One message of a conversation; the fields of an answer may come back as null."""
+    """One message of a conversation. Fields that only answers have may be null."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -100,15 +114,15 @@ class ChatBody(CommonBody):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What a client asked for: one request for each prompt, and how to show what comes.
+    """One request for each prompt of a body, and the form of the answer.
 
     Choice `i` is sample `i % n` of prompt `i // n`.
     """
 
     requests: tuple[GenerationRequest, ...]
-    # The text before each prompt's completions, where the client wants its prompt back.
+    # For each prompt, the text before its completions: the prompt if the client wants it, or "".
     echoes: tuple[str, ...]
-    # Where each of a prompt's tokens begins in its echo, where log-probabilities come with it.
+    # For each prompt, where its tokens begin in its echo; empty unless the prompt is scored.
     echo_offsets: tuple[tuple[int, ...], ...]
     wants_logprobs: bool
     wants_token_ids: bool
@@ -121,7 +135,7 @@ class Ask:
 
     @property
     def draws_nothing(self) -> bool:
-        """Whether the prompts are only scored."""
+        """Whether prompts are only scored."""
         return self.requests[0].max_tokens == 0
 
     @property
@@ -129,11 +143,8 @@ class Ask:
         return sum(len(request.prompt_ids) for request in self.requests)
 
 
-AnyBody = TypeVar("AnyBody", bound=CommonBody)
-
-
 def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
-    """Reads the body of a completion. Takes long for a long prompt: not for the event loop.
+    """Reads the body of a completion. Long prompts take long: do not call it in the event loop.
 
     Raises:
         InvalidRequestError: names field, value and limit.
@@ -163,7 +174,7 @@ def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
 
 
 def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
-    """Reads the body of a chat completion. Takes long for a long prompt: not for the event loop.
+    """Reads the body of a chat completion. Do not call it in the event loop either.
 
     Raises:
         InvalidRequestError: names field, value and limit.
@@ -218,7 +229,7 @@ def _ask(
     requests = tuple(
         GenerationRequest(
             prompt_ids=prompt_ids,
-            # More than the context holds is all that it holds.
+            # More tokens than the context holds cannot be drawn.
             max_tokens=min(max_tokens, model.config.sequence_len),
             sampling=_sampling(body, num_logprobs or 0, seed_of(request_id, i)),
             num_samples=num_samples,
@@ -242,7 +253,7 @@ def _ask(
 
 
 def _check_echo(ask: Ask, num_logprobs: int) -> None:
-    """A prompt is scored once, but its log-probabilities are told with each of its choices."""
+    """Limits the answer's size: every choice repeats the log-probabilities of its prompt."""
     number = ask.num_prompt_tokens * ask.num_samples * (1 + num_logprobs)
     if number > MAX_ECHOED_LOGPROBS:
         limit = f"at most {MAX_ECHOED_LOGPROBS} of the prompts in all choices of an answer"
@@ -250,7 +261,7 @@ def _check_echo(ask: Ask, num_logprobs: int) -> None:
 
 
 def _echo_offsets(ask: Ask, model: ServedModel) -> Iterator[tuple[int, ...]]:
-    """Of each prompt, as its tokens give it back, which of a text need not be to the letter."""
+    """Token offsets in each echo. The tokens of a text may decode to a slightly different text."""
     for request, echo in zip(ask.requests, ask.echoes, strict=True):
         offsets = text_offsets(model.echo_pieces(request.prompt_ids))
         yield tuple(min(offset, len(echo)) for offset in offsets)
@@ -265,20 +276,18 @@ def _num_samples(body: CommonBody, num_prompts: int) -> int:
 
 
 def _sampling(body: CommonBody, num_logprobs: int, own_seed: int) -> SamplingParams:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-    given = {
-        name: value
-        for name in (*names, "frequency_penalty", "seed")
-        if (value := getattr(body, name)) is not None
-    }
-    # Made here, and not by whoever computes: whoever takes a request over needs the same.
-    given.setdefault("seed", own_seed)
-    bias = parse_logit_bias(body.logit_bias or {})
-    return SamplingParams(**given, logit_bias=bias, num_logprobs=num_logprobs)
+    # The seed is chosen here: every process that takes the request over needs the same one.
+    fields: dict[str, Any] = {"seed": own_seed, "num_logprobs": num_logprobs}
+    for parameter in PARAMETERS:
+        value = getattr(body, parameter.name, None)
+        if value is not None:
+            is_mapping = parameter.kind not in (float, int)
+            fields[parameter.name] = parse_logit_bias(value) if is_mapping else value
+    return SamplingParams(**fields)
 
 
 def parse_prompts(value: object) -> list[str | tuple[int, ...]]:
-    """The prompts of a completion: a text, token ids, or several of one of them.
+    """The prompts of a completion: a text, a list of token ids, or a list of either.
 
     Raises:
         InvalidRequestError: names the place in the list.
@@ -299,7 +308,7 @@ def parse_prompts(value: object) -> list[str | tuple[int, ...]]:
 
 
 def parse_stop(value: object) -> tuple[str, ...]:
-    """Stop strings: none, one, or a list; what a request checks further."""
+    """Stop strings, given as none, one, or a list. The request checks their number and length."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -311,7 +320,7 @@ def parse_stop(value: object) -> tuple[str, ...]:
 
 
 def parse_content(name: str, value: object) -> str:
-    """A message's text: a string, or parts of type text."""
+    """A message's text, given as a string or as a list of text parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -321,7 +330,7 @@ def parse_content(name: str, value: object) -> str:
 
 
 def parse_logit_bias(value: Mapping[str, float]) -> dict[int, float]:
-    """JSON has only strings for keys; they are token ids."""
+    """Biases by token id. In JSON, the token ids are strings."""
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
@@ -356,7 +365,7 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def _known(token_ids: tuple[int, ...], model: ServedModel) -> tuple[int, ...]:
-    """Token ids that can be shown; the others are refused by name a moment later."""
+    """Token ids inside the vocabulary. The request refuses the others later, by name."""
     vocab_size = model.config.vocab_size
     return tuple(token_id for token_id in token_ids if 0 <= token_id < vocab_size)
 
@@ -369,7 +378,7 @@ def _check_range(name: str, value: int | None, least: int, most: int | None) -> 
 
 
 def _object(raw: bytes) -> dict[str, Any]:
-    """The body as an object. The parser bounds nesting and the length of numbers by itself."""
+    """The body as an object. The parser itself limits nesting and the length of numbers."""
     try:
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -382,7 +391,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 def _validated(kind: type[AnyBody], fields: dict[str, Any], model: ServedModel) -> AnyBody:
     name = fields.get("model")
     if isinstance(name, str):
-        # First of all: whether another field is right depends on the model.
+        # First, because the limits of other fields depend on the model.
         model.check_name(name)
     try:
         return kind.model_validate(drop_foreign_fields(fields))
@@ -405,7 +414,7 @@ _LIMITS = {
 
 
 def _named(fault: ErrorDetails) -> InvalidRequestError:
-    """pydantic's complaint in our words."""
+    """pydantic's error as one of ours."""
     name = ".".join(map(str, fault["loc"]))
     kind = fault["type"]
     value = Verbatim("(absent)") if kind == "missing" else abridged(fault["input"])

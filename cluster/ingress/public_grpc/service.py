@@ -15,15 +15,11 @@ from milliways.cluster.ingress.request_id import is_request_id, new_request_id, 
 from milliways.cluster.ingress.resume import Received, ResumePoint
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.messages import (
-    checked_seed,
-    event_to_wire,
-    sampling_from_wire,
-    scores_to_wire,
-)
+from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from milliways.wire.errors import code_of
+from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import GrpcStatus, Verbatim, abridged, status_of
 
 SERVICE = "milliways.v1.GenerateService"
@@ -64,7 +60,7 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
         prompt_ids=prompt_ids,
         # A larger number means: until the context is full.
         max_tokens=min(wanted, model.config.sequence_len),
-        sampling=sampling_from_wire(message.sampling, _seed(message, request_id)),
+        sampling=decode_params(message.sampling, default_seed=seed_of(request_id)),
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
@@ -88,12 +84,6 @@ def _prompt_ids(message: generate_pb2.GenerateRequest, model: ServedModel) -> tu
     if message.WhichOneof("prompt") == "text":
         return model.encode(message.text)
     return tuple(message.tokens.token_ids)
-
-
-def _seed(message: generate_pb2.GenerateRequest, request_id: str) -> int:
-    if message.sampling.HasField("seed"):
-        return checked_seed(message.sampling.seed)
-    return seed_of(request_id)
 
 
 def _request_id(message: generate_pb2.GenerateRequest) -> str:
