@@ -10,7 +10,10 @@ The life of a request here:
 5. A finished sequence gives its blocks back; full ones stay for equal prefixes.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 
 from milliways.model.block_pool import BlockPool
@@ -32,8 +35,24 @@ from milliways.router.rows import sample_rows, take_events
 from milliways.router.scheduler import ScheduledSequence, Scheduler
 
 
+@dataclass(slots=True)
+class _Reader:
+    """An open `generate_all`: events that it has not yielded, and sequences that have not ended.
+
+    An event, and an unfinished sequence, goes with the index of its request.
+    """
+
+    events: deque[tuple[int, Event]] = field(default_factory=deque[tuple[int, Event]])
+    unfinished: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
+
+
 class LocalEngine:
-    """Owns the sequences of one process and the step loop over its model."""
+    """Owns the sequences of one process and the step loop over its model.
+
+    It is for one thread at a time.
+
+    Invariant: a sequence is in `_readers` exactly while it is unfinished in its reader.
+    """
 
     def __init__(
         self,
@@ -49,6 +68,7 @@ class LocalEngine:
             BlockPool(size.num_blocks, size.block_size),
             limits or SchedulerLimits(max_running=size.max_slots),
         )
+        self._readers: dict[Sequence, _Reader] = {}
 
     @property
     def pool(self) -> BlockPool:
@@ -88,23 +108,48 @@ class LocalEngine:
         return events
 
     def generate(self, request: GenerationRequest) -> Iterator[Event]:
-        """Runs one request to its end, streaming the tokens of all its samples.
+        """Runs one request to its end; yields the tokens of all its samples as they are drawn.
 
-        Where the prompt is scored, its scores come before.
-
-        A consumer that stops listening cancels what is left.
+        If the prompt is scored, its scores come first. Closing the iterator cancels the request.
         """
-        unfinished = self.add(request)
+        with closing(self.generate_all([request])) as events:
+            for _, event in events:
+                yield event
+
+    def generate_all(self, requests: Iterable[GenerationRequest]) -> Generator[tuple[int, Event]]:
+        """Runs requests beside each other; yields each event with the index of its request.
+
+        Several of these iterators may be open at once: each step serves all of them, and an
+        iterator that is not read keeps its events. Closing one cancels what is left of it.
+
+        Raises:
+            InvalidRequestError: a request does not fit. None of this iterator's requests runs then.
+        """
+        reader = _Reader()
         try:
-            while unfinished:
-                for sequence, event in self.step():
-                    if sequence.finish_reason is not None and sequence in unfinished:
-                        unfinished.remove(sequence)
-                    if sequence.request is request:
-                        yield event
+            for index, request in enumerate(requests):
+                for sequence in self.add(request):
+                    reader.unfinished[sequence] = index
+                    self._readers[sequence] = reader
+            while reader.events or reader.unfinished:
+                while reader.events:
+                    yield reader.events.popleft()
+                if reader.unfinished:
+                    self._step_for_readers()
         finally:
-            for sequence in unfinished:
+            for sequence in reader.unfinished:
+                del self._readers[sequence]
                 self._scheduler.finish(sequence, SequenceStatus.FAILED)
+
+    def _step_for_readers(self) -> None:
+        drawn = self.step()
+        for sequence, event in drawn:
+            reader = self._readers.get(sequence)
+            if reader is not None:
+                reader.events.append((reader.unfinished[sequence], event))
+        for sequence, _ in drawn:
+            if sequence.finish_reason is not None and sequence in self._readers:
+                del self._readers.pop(sequence).unfinished[sequence]
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         if self._tokenizer is None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from grpc import aio
 
-from milliways.api.client import GenerateClient, StreamChangedError
+from milliways.api.resuming import GenerateClient, StreamChangedError
 from milliways.benchmarks.chaos.answers import Answer
 from milliways.benchmarks.chaos.requests import ChaosRequest, Surface
 from milliways.wire.errors import StartupError

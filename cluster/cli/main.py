@@ -41,6 +41,8 @@ COMMANDS = {
     "bench": "measure speed, beside other engines and the limits of the machine",
 }
 
+VERSIONED = ("milliways", "jax", "ray")
+
 EXIT_UNUSABLE = 1
 EXIT_BAD_REQUEST = 2
 EXIT_INTERRUPTED = 130
@@ -73,7 +75,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
     )
-    parser.add_argument("--version", action="version", version=version("milliways"))
+    parser.add_argument("--version", action=ShowVersions, help="show versions, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
@@ -82,6 +84,18 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
             module.add_options(command)
             command.set_defaults(run=module.run)
     return parser
+
+
+class ShowVersions(argparse.Action):
+    """`--version`: our version, and those of the libraries on which bits and behaviour depend."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        # Metadata only: importing JAX and Ray would take seconds.
+        print("\n".join(f"{name} {version(name)}" for name in VERSIONED))
+        parser.exit()
 
 
 def speak_utf8() -> None:

@@ -1,6 +1,7 @@
 """Composition root of a single process: a model directory in, a running engine out."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,34 @@ def wanted_kernels(options: Namespace) -> KernelChoice:
     Raises:
         InvalidRequestError: the number of threads is out of range.
     """
-    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
-        raise InvalidRequestError("threads", options.threads, f"between 1 and {MAX_THREADS}")
-    return KernelChoice(
-        activations=Activations(options.activations),
-        residence=Residence(options.experts),
+    return kernel_choice(
+        activations=options.activations,
+        experts=options.experts,
         deterministic=options.deterministic,
-        num_threads=options.threads,
+        threads=options.threads,
+    )
+
+
+def kernel_choice(
+    *, activations: str, experts: str, deterministic: bool, threads: int | None
+) -> KernelChoice:
+    """What named options ask of the kernels.
+
+    Raises:
+        InvalidRequestError: an option has no such value; names option, value and limit.
+    """
+    for name, value, kind in (
+        ("activations", activations, Activations),
+        ("experts", experts, Residence),
+    ):
+        _check_one_of(name, value, [member.value for member in kind])
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InvalidRequestError("threads", threads, f"between 1 and {MAX_THREADS}")
+    return KernelChoice(
+        activations=Activations(activations),
+        residence=Residence(experts),
+        deterministic=deterministic,
+        num_threads=threads,
     )
 
 
@@ -55,9 +77,11 @@ def load_local_model(
     """Opens, checks and loads a model directory for the best kernels there are here.
 
     Raises:
-        ConfigError, CheckpointError, TokenizerError: what is wrong with which file.
+        InvalidRequestError: there is no such dtype.
+        ModelConfigError, CheckpointError, TokenizerError: what is wrong with which file.
         KernelsMissingError: no kernels here can do what is wanted.
     """
+    _check_one_of("dtype", dtype, DTYPES)
     ops, loader = select_ops(kernels or KernelChoice())
     with Checkpoint.open(model_dir) as checkpoint:
         tokenizer = load_tokenizer(model_dir, checkpoint.config.vocab_size)
@@ -92,6 +116,12 @@ def make_local_runner(model: LocalModel, cache_size: CacheSize) -> ModelRunner:
 def make_local_engine(model: LocalModel, cache_size: CacheSize) -> LocalEngine:
     """An engine that serves requests from this process alone."""
     return LocalEngine(make_local_runner(model, cache_size), model.tokenizer)
+
+
+def _check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    names = tuple(allowed)
+    if value not in names:
+        raise InvalidRequestError(name, value, f"one of {', '.join(names)}")
 
 
 def _round_up(num_blocks: int) -> int:

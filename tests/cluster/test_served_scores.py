@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from milliways.api.client import GenerateClient
+from milliways.api.resuming import GenerateClient
 from milliways.cluster.cli import main as cli
 from milliways.v1 import generate_pb2, sampling_pb2
 from tests.asks import PROMPT

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from milliways.api.client import GenerateClient, StreamChangedError
+from milliways.api.resuming import GenerateClient, StreamChangedError
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel

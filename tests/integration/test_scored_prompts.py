@@ -13,7 +13,7 @@ import openai
 import pytest
 from grpc import aio
 
-from milliways.api.client import GenerateClient
+from milliways.api.resuming import GenerateClient
 from milliways.cluster.cli import main as cli
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.openai.app import make_http_app
