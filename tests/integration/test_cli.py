@@ -180,7 +180,7 @@ def test_text_is_utf8_whatever_the_locale(
 def test_inspect_needs_no_jax(golden_dir: Path) -> None:
     """JAX takes seconds to import; scanning 318 GB takes less than one."""
     program = (
-        "import sys; from cluster import cli; "
+        "import sys; from milliways.cluster.cli import main as cli; "
         f"code = cli.main(['inspect', {str(golden_dir / 'tiny')!r}]); "
         "sys.exit(code or ('jax' in sys.modules))"
     )
