@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from milliways.cluster.ingress.public_grpc.service import read_ask
-from milliways.cluster.ingress.openai.requests import ChatBody, CompletionBody, completion_ask
 
 from milliways.cluster.cli.commands import generate
+from milliways.cluster.ingress.openai.requests import ChatBody, CompletionBody, completion_ask
+from milliways.cluster.ingress.public_grpc.service import read_ask
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling import pack_rows
