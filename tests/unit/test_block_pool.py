@@ -101,7 +101,7 @@ def test_chain_is_held_completely_or_not_at_all() -> None:
     assert pool.hold_chain(second) == blocks and pool.num_held == 2
     pool.free(blocks)
     assert pool.hold_chain(b"") == []
-    assert pool.hold_chain(b"nobody knows it.") is None
+    assert pool.hold_chain(b"an unknown hash") is None
     # The later block is evicted first. The earlier one is then a chain by itself.
     pool.allocate(2)
     assert pool.hold_chain(second) is None and pool.num_held == 2
@@ -113,7 +113,7 @@ def test_chain_is_held_completely_or_not_at_all() -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random sequences come, grow, share and go; the pool's books always balance."""
+    """Random sequences begin, grow, share blocks and end; the invariants always hold."""
 
     def __init__(self) -> None:
         super().__init__()
