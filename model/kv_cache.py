@@ -67,7 +67,7 @@ def scatter_rows(
     rows_TRK: Float[Array, "T R K"],
     places_T: Int[Array, " T"],
 ) -> Float[Array, "N P R K"]:
-    """The blocks with each row written to its place. A row with a place out of range is dropped."""
+    """The blocks, with each row written to its place; drops rows whose place is out of range."""
     flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
     return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
 

@@ -1,8 +1,8 @@
 """Attention over KV blocks on a GPU: one program for each row and key/value head.
 
-A program looks its blocks up in the table and folds the keys in chunks of `CHUNK` positions counted
-from the sequence's beginning (online softmax). It knows of no other row: batch mates, padding and
-prefill chunking cannot reach its bits.
+A program finds its blocks in the table. It adds the keys in chunks of `CHUNK` positions, counted
+from the beginning of the sequence (online softmax). It reads no other row, so other rows, padding
+and the chunks of a prefill cannot change its bits.
 """
 
 from functools import partial
@@ -40,7 +40,7 @@ def attention(
         partial(_attention_kernel, shape=shape),
         grid=(num_rows, num_kv_heads),
         out_shape=jax.ShapeDtypeStruct(query_THK.shape, jnp.float32),
-        # Twice the shared memory under float32, so fewer loads in flight.
+        # float32 needs twice the shared memory, so there are fewer loads in flight.
         compiler_params=plgpu.CompilerParams(
             num_warps=4, num_stages=2 if keys_NPRK.dtype.itemsize == 2 else 1
         ),
@@ -57,7 +57,7 @@ def attention(
 
 
 class _Shape(NamedTuple):
-    """What the kernel knows before it is compiled."""
+    """The constants of a kernel; each combination is compiled separately."""
 
     heads_per_kv_head: int
     key_size: int
@@ -66,7 +66,7 @@ class _Shape(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """The online softmax of a program's heads after some keys."""
+    """The state of the online softmax of a program's heads, after some keys."""
 
     top_H: jax.Array
     total_H: jax.Array
@@ -101,7 +101,7 @@ def _attention_kernel(
     def fold(chunk: Any, folded: _Folded) -> _Folded:
         positions_S = chunk * CHUNK + lax.iota(jnp.int32, CHUNK)
         places_S, seen_S = _find(positions_S, num_keys, (tables_ref, visible_ref), row, shape)
-        # What another sequence left in a block is not even read: it may be NaN.
+        # Values that another sequence left in a block are not read: they may be NaN.
         keys_SK, values_SK = (
             _gather(ref, places_S, kv_head, widths, seen_S) for ref in (keys_ref, values_ref)
         )
@@ -114,7 +114,7 @@ def _attention_kernel(
         jnp.zeros((heads.size, widths.size), jnp.float32),
     )
     folded = lax.fori_loop(0, (num_keys + CHUNK - 1) // CHUNK, fold, nothing)
-    # A row that saw no key has mixed nothing: 0 / 1.
+    # A row that saw no key has a total of 0; it gets 0 / 1.
     total_H = jnp.where(folded.total_H > 0, folded.total_H, 1.0)
     store(out_ref, folded.mixed_HK / total_H[:, None], row, heads, widths)
 
@@ -122,7 +122,7 @@ def _attention_kernel(
 def _find(
     positions_S: jax.Array, num_keys: Any, refs: tuple[Any, Any], row: Any, shape: _Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Where the cache holds these positions of a row's sequence, and which of them it sees."""
+    """The places of these positions in the cache, and which of them the row sees."""
     tables_ref, visible_ref = refs
     exists_S = positions_S < num_keys
     blocks_S = plgpu.load(
@@ -136,7 +136,7 @@ def _find(
 def _gather(
     ref: Any, places_S: jax.Array, kv_head: Any, widths: Span, seen_S: jax.Array
 ) -> jax.Array:
-    """Keys or values at some places; zeros where they are not seen."""
+    """Keys or values at the given places; zeros for those that are not seen."""
     size = (places_S.shape[0], widths.size)
     places_SK = jnp.broadcast_to(places_S[:, None], size)
     widths_SK = jnp.broadcast_to(lax.iota(jnp.int32, widths.size)[None, :], size)
@@ -149,7 +149,7 @@ def _gather(
 def _fold_scores(
     folded: _Folded, scores_HS: jax.Array, seen_S: jax.Array, values_SK: jax.Array
 ) -> _Folded:
-    """Adds a chunk of keys; one that a row does not see leaves it as it was, to the bit."""
+    """Adds a chunk of keys. A key that a row does not see does not change any bit of the row."""
     seen_HS = jnp.broadcast_to(seen_S[None, :], scores_HS.shape)
     scores_HS = jnp.where(seen_HS, LOGIT_CAP * jnp.tanh(scores_HS / LOGIT_CAP), MASKED)
     top_H = jnp.maximum(folded.top_H, jnp.max(scores_HS, axis=1))

@@ -1,4 +1,4 @@
-"""Sampling against the reference's recorded answers, in float32 and with the reference's noise."""
+"""Compares sampling with recorded answers of the reference, with its noise and in float32."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_top_p_near_nought_keeps_the_best_token_where_the_reference_keeps_all(
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_token_is_the_reference_s_given_its_noise(golden: dict[str, np.ndarray], index: int):
+def test_token_is_that_of_the_reference_with_its_noise(golden: dict[str, np.ndarray], index: int):
     temperature, top_p, _ = golden[f"sample{index}_settings"]
     gumbel_BV = jnp.asarray(golden[f"sample{index}_f32_gumbel"][:, 0])
     inputs = inputs_of(float(temperature), float(top_p))
