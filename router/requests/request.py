@@ -18,9 +18,9 @@ class GenerationRequest:
     `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not
     part of its text. The end-of-sequence token ends it too, unless `ignore_eos`.
 
-    `prompt_logprobs` has the prompt scored: the log-probability of each of its tokens but the first
-    comes before any token, with so many of the most likely ones in its place. `max_tokens` may be 0
-    then: nothing is drawn.
+    With `prompt_logprobs` the prompt is scored: the log-probability of each of its tokens but the
+    first is sent before any token, with this many of the most likely tokens at its position. Then
+    `max_tokens` may be 0: nothing is drawn.
 
     Raises:
         InvalidRequestError: names field, value and limit.
@@ -52,11 +52,11 @@ class GenerationRequest:
 
     @property
     def num_to_score(self) -> int:
-        """Prompt tokens whose log-probabilities are wanted: those at positions 1 and following."""
+        """Prompt tokens whose log-probabilities are wanted: all from position 1 on."""
         return 0 if self.prompt_logprobs is None else len(self.prompt_ids) - 1
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Holds the request against the model.
+        """Checks the request against the model.
 
         Raises:
             PromptTooLongError: the prompt is longer than the context.
