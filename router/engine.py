@@ -3,11 +3,11 @@
 The life of a request here:
 
 1. `add` checks it and makes one sequence for each sample.
-2. Each `step` the scheduler picks tokens of many sequences.
-3. The runner computes them, scores the prompts that are to be scored, and draws the next token
-   where a sequence's last one was reached.
-4. Each drawn token becomes a `TokenEvent`: text as far as it can be shown, and perhaps the end.
-5. A finished sequence gives its blocks back; full ones stay for equal prefixes.
+2. For each `step` the scheduler picks tokens of many sequences.
+3. The runner computes them, scores prompts if that is wanted, and draws the next token of each
+   sequence whose tokens are all computed.
+4. Each drawn token becomes a `TokenEvent`: the text that can be shown, and perhaps the end.
+5. A finished sequence frees its blocks; full blocks stay in the prefix cache.
 """
 
 from collections import deque
@@ -79,7 +79,7 @@ class LocalEngine:
         return self._scheduler.has_work
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queues a request: one sequence for each sample; none where nothing is wanted of it.
+        """Queues a request: one sequence for each sample; none if it wants no token and no score.
 
         Raises:
             InvalidRequestError: it does not fit the model or the KV cache.
@@ -88,12 +88,12 @@ class LocalEngine:
         sequences = make_sequences(routed, self._config, self._detokenizer)
         num_tokens = len(request.prompt_ids) + max_completion_tokens(request, self._config)
         for sequence in sequences:
-            # The last token drawn is never computed, so it takes no place.
+            # The last token drawn is never computed, so it needs no position.
             self._scheduler.add(sequence, num_tokens - 1)
         return sequences
 
     def step(self) -> list[tuple[Sequence, Event]]:
-        """Computes one step; returns the tokens drawn in it, and the scores of prompts."""
+        """Computes one step; returns the tokens drawn, and the scores of prompts."""
         scheduled = self._scheduler.schedule()
         rows = [row for entry in scheduled for row in sample_rows(entry)]
         sampled = iter(

@@ -22,15 +22,15 @@ _ROUTER_COUNTERS = {
 _STANDBY_COUNTERS = {
     "standby_blocks_copied": (
         "milliways_standby_blocks_copied_total",
-        "KV blocks that the router's buddy took in.",
+        "KV blocks that the router's standby took in.",
     ),
     "standby_bytes_copied": (
         "milliways_standby_copied_bytes_total",
-        "Bytes of keys and values that the router's buddy took in.",
+        "Bytes of keys and values that the router's standby took in.",
     ),
     "standby_blocks_dropped": (
         "milliways_standby_blocks_dropped_total",
-        "KV blocks refused by the buddy, lost on the way, or not sent before their sequence ended.",
+        "KV blocks that the standby refused, or that were lost or not sent in time.",
     ),
     "standby_blocks_kept": (
         "milliways_standby_blocks_kept_total",

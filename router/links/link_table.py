@@ -34,8 +34,7 @@ Connect = Callable[[Member], Pending[WorkerLink]]
 class _Peer:
     """One incarnation of a worker, and what this router knows of it.
 
-    Invariant: `link` is set, or `opening` is a task that tries to open one; the task ends when it
-    has set `link`.
+    Invariant: while it is in the table, `link` is open, or the task `opening` tries to open it.
     """
 
     member: Member
@@ -57,9 +56,9 @@ class _Peer:
 class LinkTable:
     """Owns the links of a router. `changed` fires at each new view, opened or lost connection.
 
-    Invariant: `_peers` has exactly one entry for each member of `view` that can compute, and it is
-    for the incarnation that the view names. The epoch of `view` never goes back. Nothing is left
-    open after `close`.
+    Invariant: until `close`, `_peers` has exactly one entry for each member of `view` that can
+    compute, and it is for the incarnation that the view names. The epoch of `view` never goes back.
+    After `close` no link is open and none is being opened.
     """
 
     def __init__(self, router_id: str, incarnation: int, connect: Connect, tasks: Tasks) -> None:

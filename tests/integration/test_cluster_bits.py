@@ -164,7 +164,7 @@ def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[b
 
 @pytest.mark.parametrize("num_devices", [1] if ON_GPU else [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_the_bits_that_their_buddy_would_compute(
+def test_copies_are_the_bits_that_their_standby_would_compute(
     golden_dir: Path, dtype: str, num_devices: int
 ) -> None:
     model_dir = golden_dir / "tiny"
@@ -175,18 +175,18 @@ def test_copies_are_the_bits_that_their_buddy_would_compute(
     (told,) = answers(model_dir, [COPIED], dtype)
     assert run_at(cluster, "w0", routed) == told
     token_ids = [*COPIED.prompt_ids, *(event.token_id for event in told)]
-    buddy = cluster.routers["w0"].standby_id
-    (third,) = {"w0", "w1", "w2"} - {"w0", buddy}
+    standby = cluster.routers["w0"].standby_id
+    (third,) = {"w0", "w1", "w2"} - {"w0", standby}
     assert run_at(cluster, third, routed) == told
-    copied = blocks_of(cluster, buddy, token_ids)
+    copied = blocks_of(cluster, standby, token_ids)
     # The last block became full with the last token, when nobody had use for it any more.
     assert len(copied) == (len(token_ids) - 2) // CACHE.block_size == 5
     assert copied == blocks_of(cluster, third, token_ids)[:5]
-    # The buddy goes on with them as if it had computed them.
-    num_positions = cluster.routers[buddy].figures.num_positions
+    # The standby goes on with them as if it had computed them.
+    num_positions = cluster.routers[standby].figures.num_positions
     half = tuple(event.token_id for event in told[:6])
     carried_on = dataclasses.replace(routed, request_id="rest", delivered={0: half})
-    assert run_at(cluster, buddy, carried_on) == told[6:]
-    num_positions = cluster.routers[buddy].figures.num_positions - num_positions
+    assert run_at(cluster, standby, carried_on) == told[6:]
+    num_positions = cluster.routers[standby].figures.num_positions - num_positions
     assert num_positions <= CACHE.block_size + len(told) - len(half)
     cluster.close()

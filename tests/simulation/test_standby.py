@@ -1,4 +1,4 @@
-"""Copies of KV blocks at a buddy: the same tokens, few positions computed again, nothing leaked.
+"""Copies of KV blocks at a standby: the same tokens, few positions computed again, nothing leaked.
 
 A seed that fails is run again with `python -m tests.simulation.replay --standby --seed 1017
 --faults 4`, and `--controlled` where its name says so.
@@ -135,7 +135,7 @@ def test_a_router_that_dies_in_prefill_leaves_what_it_had() -> None:
     assert num_positions <= whole - 80 + 3 * 16
 
 
-def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
+def test_the_next_standby_is_sent_everything_when_the_first_one_dies() -> None:
     made = scenario()
     simulation = Simulation(made)
     kills: list[str] = []
@@ -150,8 +150,8 @@ def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
             return
         if num_told > 20 and not kills:
             kills.append(serving[0].router.standby_id)
-            buddy = next(p for p in simulation.cluster.processes if p.name == kills[0])
-            simulation.supervisor.kill(buddy)
+            standby = next(p for p in simulation.cluster.processes if p.name == kills[0])
+            simulation.supervisor.kill(standby)
         elif num_told > 80 and len(kills) == 1:
             kills.append(serving[0].name)
             simulation.supervisor.kill(serving[0])
@@ -163,7 +163,7 @@ def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
     assert last.figures.num_positions <= MAX_TOKENS - 80 + 2 * BLOCK
 
 
-def test_a_buddy_that_is_full_takes_nothing_from_those_it_runs() -> None:
+def test_a_standby_that_is_full_takes_nothing_from_those_it_runs() -> None:
     """Each router has room for one such request: nobody can take in another's."""
     made = scenario(num_blocks=-(-(len(PROMPT) + MAX_TOKENS) // BLOCK), max_running=1)
     arrivals = tuple(

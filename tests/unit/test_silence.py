@@ -9,8 +9,8 @@ from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetect
 LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
 
 
-def heard_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
-    """A router that was heard of so often, and the time of the last sign."""
+def received_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
+    """A router that sent messages at this interval, and the time of the last one."""
     detector = SilenceDetector(LIMITS)
     detector.begin(0.0)
     for i in range(count):
@@ -19,7 +19,7 @@ def heard_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
 
 
 def silent_after_s(detector: SilenceDetector, now_s: float) -> float:
-    """How long after a time it is taken for silent, in steps of 10 ms."""
+    """How long after a time it is called silent, in steps of 10 ms."""
     for i in range(10_000):
         detector.look(now_s + i / 100)
         if detector.is_silent:
@@ -33,18 +33,18 @@ def silent_after_s(detector: SilenceDetector, now_s: float) -> float:
 def test_patience_is_a_multiple_of_the_longest_silence_within_limits(
     gap_s: float, expected_s: float
 ) -> None:
-    detector, now_s = heard_every(gap_s, 20)
+    detector, now_s = received_every(gap_s, 20)
     assert silent_after_s(detector, now_s) == pytest.approx(expected_s, abs=0.011)
 
 
-def test_router_not_heard_of_yet_has_a_second() -> None:
+def test_router_that_has_not_sent_anything_has_a_second() -> None:
     detector = SilenceDetector(LIMITS)
     detector.begin(5.0)
     assert silent_after_s(detector, 5.0) == 1.0
 
 
 def test_one_long_silence_is_forgotten() -> None:
-    detector, now_s = heard_every(0.1, 5)
+    detector, now_s = received_every(0.1, 5)
     detector.received(now_s + 0.2)
     assert detector.patience_s == pytest.approx(0.4)
     for i in range(100):
@@ -53,7 +53,7 @@ def test_one_long_silence_is_forgotten() -> None:
 
 
 def test_router_that_was_frozen_is_no_slower_than_before() -> None:
-    detector, now_s = heard_every(0.05, 5)
+    detector, now_s = received_every(0.05, 5)
     assert silent_after_s(detector, now_s) == pytest.approx(0.1, abs=0.011)
     detector.received(now_s + 30.0)
     assert not detector.is_silent
@@ -63,7 +63,7 @@ def test_router_that_was_frozen_is_no_slower_than_before() -> None:
 
 
 def test_router_that_is_always_slow_is_soon_waited_for() -> None:
-    detector, now_s = heard_every(0.01, 5)
+    detector, now_s = received_every(0.01, 5)
     num_silences = 0
     for _ in range(20):
         detector.look(now_s + 1.9)
@@ -77,7 +77,7 @@ def test_router_that_is_always_slow_is_soon_waited_for() -> None:
 
 
 def test_listener_that_had_no_processor_blames_nobody() -> None:
-    detector, now_s = heard_every(0.05, 5)
+    detector, now_s = received_every(0.05, 5)
     detector.slept(0.5, now_s + 0.55)
     detector.look(now_s + 0.55)
     assert not detector.is_silent
@@ -85,7 +85,7 @@ def test_listener_that_had_no_processor_blames_nobody() -> None:
 
 
 def test_ping_comes_before_the_verdict() -> None:
-    detector, now_s = heard_every(0.1, 5)
+    detector, now_s = received_every(0.1, 5)
     assert not detector.wants_ping(now_s + 0.05)
     assert detector.wants_ping(now_s + 0.11)
     detector.look(now_s + 0.11)
@@ -105,14 +105,14 @@ def test_patience_stays_within_limits(gaps_s: list[float]) -> None:
         assert not detector.is_silent
 
 
-def test_sign_that_came_after_the_sleep_counts_from_when_it_came() -> None:
-    detector, now_s = heard_every(0.05, 5)
+def test_message_after_the_sleep_counts_from_when_it_came() -> None:
+    detector, now_s = received_every(0.05, 5)
     detector.received(now_s + 0.5)
     detector.slept(0.5, now_s + 0.5)
     assert silent_after_s(detector, now_s + 0.5) == pytest.approx(detector.patience_s, abs=0.011)
 
 
-def test_router_whose_first_sign_was_late_still_has_a_second() -> None:
+def test_router_whose_first_message_was_late_still_has_a_second() -> None:
     detector = SilenceDetector(LIMITS)
     detector.begin(0.0)
     detector.look(2.0)

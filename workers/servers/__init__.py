@@ -6,7 +6,7 @@
     ...
     reactor.ask(server.stop, timeout_s=10.0)
 
-Owns the sockets, and the way of a call from a message into the core and of its result back. One
+Owns the sockets, and the path of a call from a message into the core and of its result back. One
 server class for each transport; `WorkerServer` runs them and answers Hello.
 
 Invariants:
