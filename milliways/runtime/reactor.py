@@ -6,7 +6,8 @@
     reactor.close()
 
 Each turn: calls that were posted, then tasks and timers that are due, then sleep until a file is
-ready. Everything runs in the reactor's thread; so links, tasks and the worker's core need no locks.
+ready. What belongs to a reactor is used in its thread alone, and so needs no lock
+(docs/ARCHITECTURE.md, Threads).
 
 A reactor may host an event loop, which is how gRPC's asyncio lives in the same thread: the loop is
 made with the reactor's selector, and its wait is a turn. What gRPC resolves then wakes a task, and
