@@ -272,7 +272,7 @@ class DirectLink:
 
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
         answer: Pending[Result] = Pending()
-        answer.resolve(self._core.compute_now(call, fence))
+        answer.resolve(self._core.direct.compute_now(call, fence))
         return answer
 
     def close(self) -> None:
@@ -481,7 +481,7 @@ class MemoryCluster:
 def take_view(process: Process, view: ClusterView) -> None:
     """What a process does with a view that arrives."""
     if process.core is not None:
-        process.core.raise_epoch(view.placement_epoch)
+        process.core.fence.raise_epoch(view.placement_epoch)
     if process.router is not None:
         process.router.links.update(view)
         process.router.chain_changed()

@@ -107,5 +107,5 @@ class ShardFactory:
             self.bytes_read[member.worker_id] = loader.bytes_read
             self.arrays[member.worker_id] = attention.kv if attention else None
         core = WorkerCore(member.worker_id, member.incarnation, experts, attention, tasks)
-        core.move(WorkerState.READY)
+        core.fence.move(WorkerState.READY)
         return core

@@ -1,76 +1,40 @@
-"""A worker's decisions: which calls are valid, which wait, which are computed together.
+"""A worker's queue: which calls wait, for how long, and which are computed together.
 
-Life of a call:
+Life of a call of another process:
 
-1. `submit` holds it against the fence, the state and the bound of the queue; what does not fit is
+1. `submit` holds it against the fence (`fence`) and the bounds of the queue. What does not fit is
    refused at once, with the reason.
-2. It waits. Experts of one layer that several routers ask for meanwhile become one batch; where
-   another router is about to ask for them, it waits for that a little (see `company`).
-3. `serve` computes it, unless its deadline has passed, and replies.
+2. It waits. Calls of several routers to experts of one layer become one batch. Where another router
+   is about to ask for the same layer, the call waits for that a little (`co_arrival`).
+3. `serve` computes it (`call_runner`), unless its deadline has passed, and replies.
 
-Copies of KV blocks do not wait here: they are for the router of this process, who has the blocks.
+Copies of KV blocks do not wait here: they go to the router of this process, which has the blocks.
+Nor do calls of that router: they go to `direct`.
 
 No clock, no thread, no socket: time comes from `Tasks`, calls from transports, arrays from shards.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
 
 from milliways.runtime.tasks import Signal, Tasks
-from milliways.wire.calls import (
-    AbandonBatch,
-    Abandoned,
-    AdvanceBatch,
-    BeginBatch,
-    Call,
-    ExpertOutputs,
-    Fence,
-    Refusal,
-    Result,
-    RunExperts,
-    StoreBlocks,
-    Turn,
-)
+from milliways.wire.calls import Call, Fence, Refusal, Result, RunExperts, StoreBlocks
 from milliways.wire.errors import RefusalReason
-from milliways.wire.view import WORKER_MOVES, WorkerState
+from milliways.wire.view import WorkerState
+from milliways.workers.call_runner import (
+    AttentionRunner,
+    CallRunner,
+    ExpertRunner,
+    FencedCall,
+    SteppedAttention,
+)
 from milliways.workers.co_arrival import CoArrival
-
-logger = logging.getLogger(__name__)
+from milliways.workers.fence import WorkerFence
 
 Reply = Callable[[Result], None]
 # Takes a call in and replies once, sooner or later.
 KeepCopies = Callable[[StoreBlocks, Reply], None]
-
-
-class ExpertRunner(Protocol):
-    """Experts held here."""
-
-    def fault_of(self, call: RunExperts) -> Refusal | None:
-        """Why a call cannot be computed here, if it cannot."""
-        ...
-
-    def run(self, call: RunExperts) -> np.ndarray:
-        """Outputs [N, D], a row for each id that is not -1, in row-major order."""
-        ...
-
-
-class AttentionRunner(Protocol):
-    """An attention shard held here, with the KV blocks of one router's sequences at a time."""
-
-    def begin(self, owner: tuple[str, int], call: BeginBatch) -> Turn | Refusal: ...
-
-    def advance(self, owner: tuple[str, int], call: AdvanceBatch) -> Turn | Refusal: ...
-
-    def abandon(self, owner: tuple[str, int], batch_id: int) -> None: ...
-
-    def release(self, router_id: str) -> None:
-        """Forgets the batches of a router that is gone; its blocks mean nothing any more."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,30 +44,44 @@ class CoreLimits:
     max_waiting_calls: int = 256
     max_waiting_rows: int = 16384
     max_merged_rows: int = 1024
-    # How long a call may wait for another router's: a part of what computing took last, and so of
-    # what is gained. 0: never.
+    # How long a call may wait for another router's, as a fraction of the last computation's time,
+    # which is also what merging saves. 0 disables waiting.
     patience: float = 0.5
     patience_s_max: float = 0.02
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    call: Call
-    fence: Fence
+    fenced: FencedCall
     reply: Reply
     deadline_s: float | None
-    # Until when it waits for these routers; once more as long, if one of them is seen to come.
+    # It waits for these routers until then; once as long again, if one of them is seen to come.
     patient_until_s: float = 0.0
     awaited: Sequence[str] = ()
     has_seen_one: bool = False
 
     @property
+    def call(self) -> Call:
+        return self.fenced.call
+
+    @property
+    def router_id(self) -> str:
+        return self.fenced.fence.router_id
+
+    @property
     def num_rows(self) -> int:
-        return len(self.call.rows_TD) if isinstance(self.call, RunExperts) else 0
+        return self.fenced.num_rows
 
 
 class WorkerCore:
-    """Owns a worker's state, its fence and its queue."""
+    """Owns a worker's fence and the queue of other processes' calls.
+
+    Used from the compute thread, except for `direct`, which belongs to the thread of the router in
+    this process, and for `has_co_arrivals` and the counts, which any thread may read.
+
+    Invariant: `_num_waiting_rows` is the sum of the rows in `_queue`; every call in `_queue` is
+    replied to once.
+    """
 
     def __init__(
         self,
@@ -114,15 +92,10 @@ class WorkerCore:
         tasks: Tasks,
         limits: CoreLimits | None = None,
     ) -> None:
-        self.worker_id = worker_id
-        self.incarnation = incarnation
-        self.state = WorkerState.LOADING
-        self.placement_epoch = 0
-        self.num_calls = 0
-        self.num_rows = 0
-        self.num_merged_calls = 0
-        self._experts = experts
-        self._attention = attention
+        """`attention` is for `attach`."""
+        self.fence = WorkerFence(worker_id, incarnation)
+        self.direct = CallRunner(self.fence, experts)
+        self.queued = CallRunner(self.fence, experts)
         self._tasks = tasks
         self._limits = limits or CoreLimits()
         self._keep_copies: KeepCopies | None = None
@@ -130,44 +103,63 @@ class WorkerCore:
         self._num_waiting_rows = 0
         self._arrived = Signal()
         self._co_arrival = CoArrival()
+        # How long the last computation of experts took.
         self._took_s = 0.0
-        # Of each router the newest life and step whose batches came to the attention shard.
-        self._newest_steps: dict[str, tuple[int, int]] = {}
+        self.attach(attention)
+
+    @property
+    def worker_id(self) -> str:
+        return self.fence.worker_id
+
+    @property
+    def incarnation(self) -> int:
+        return self.fence.incarnation
+
+    @property
+    def state(self) -> WorkerState:
+        return self.fence.state
+
+    @property
+    def num_calls(self) -> int:
+        return self.direct.num_calls + self.queued.num_calls
+
+    @property
+    def num_merged_calls(self) -> int:
+        return self.direct.num_merged_calls + self.queued.num_merged_calls
+
+    @property
+    def num_rows(self) -> int:
+        return self.direct.num_rows + self.queued.num_rows
 
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
 
-    def move(self, to: WorkerState) -> None:
-        """The one door between states."""
-        assert to in WORKER_MOVES[self.state], f"{self.state} -> {to}"
-        self.state = to
-
     def attach(self, attention: AttentionRunner | None) -> None:
-        """Takes in the attention shard, which is there only after loading."""
-        self._attention = attention
+        """Gives an attention shard to all callers, where one thread runs everything.
+
+        A worker with two threads attaches its shard to `direct` or to `queued`, in that thread.
+        """
+        stepped = SteppedAttention(attention) if attention is not None else None
+        self.direct.attach(stepped)
+        self.queued.attach(stepped)
 
     def attach_copies(self, keep_copies: KeepCopies) -> None:
-        """Has KV blocks that other routers send taken in; refused else."""
+        """Has KV blocks that other routers send kept. Without this they are refused."""
         self._keep_copies = keep_copies
-
-    def raise_epoch(self, placement_epoch: int) -> None:
-        """From now on refuses callers that act on an older placement."""
-        self.placement_epoch = max(self.placement_epoch, placement_epoch)
 
     def submit(self, call: Call, fence: Fence, reply: Reply) -> None:
         """Queues a call, or refuses it at once."""
-        refusal = self._fault_of(call, fence) or self._lack_of_room(call)
+        if isinstance(call, StoreBlocks):
+            self._store(call, fence, reply)
+            return
+        refusal = self.queued.fault_of(call, fence) or self._room_fault(call)
         if refusal is not None:
             reply(refusal)
             return
-        if isinstance(call, StoreBlocks):
-            assert self._keep_copies is not None
-            self._keep_copies(call, reply)
-            return
         now_s = self._tasks.clock.now_s()
         deadline_s = now_s + fence.timeout_s if fence.timeout_s > 0 else None
-        waiting = _Waiting(call, fence, reply, deadline_s)
+        waiting = _Waiting(FencedCall(call, fence), reply, deadline_s)
         if isinstance(call, RunExperts):
             self._be_patient(waiting, call.layer, now_s)
         self._queue.append(waiting)
@@ -178,24 +170,14 @@ class WorkerCore:
         """Whether calls of a router may meet those of another: then they are better queued."""
         return self._co_arrival.others(router_id)
 
-    def compute_now(self, call: Call, fence: Fence) -> Result:
-        """Computes a call of this very process at once, past the queue; or refuses it."""
-        results: list[Result] = []
-        refusal = self._fault_of(call, fence)
-        if refusal is not None:
-            return refusal
-        self._compute([_Waiting(call, fence, results.append, None)])
-        return results[0]
-
     def router_gone(self, router_id: str) -> None:
-        """Forgets the batches of a router whose stream broke.
+        """Forgets the batches of a router whose last stream broke.
 
-        Its calls stay in the queue: it may have come back by another stream, and what it asked for
-        by the old one is refused or computed in vain.
+        Its calls stay in the queue: the router may have come back over another stream. What it
+        asked over the old one is refused, or computed for nothing.
         """
         self._co_arrival.left(router_id)
-        if self._attention is not None:
-            self._attention.release(router_id)
+        self.queued.release(router_id)
 
     async def serve(self) -> None:
         """Computes what waits, for ever."""
@@ -210,11 +192,19 @@ class WorkerCore:
                 await self._tasks.sleep(0)
             await self._arrived.wait()
 
+    def _store(self, call: StoreBlocks, fence: Fence, reply: Reply) -> None:
+        refusal = self.fence.fault_of(fence)
+        if refusal is not None:
+            reply(refusal)
+        elif self._keep_copies is None:
+            reply(self.fence.refuse(RefusalReason.NOT_HELD, "no copies are kept here"))
+        else:
+            self._keep_copies(call, reply)
+
     def _be_patient(self, waiting: _Waiting, layer: int, now_s: float) -> None:
         """Has a call wait for those of other routers that are behind its own."""
-        router_id = waiting.fence.router_id
-        self._co_arrival.came(router_id, layer)
-        waiting.awaited = self._co_arrival.awaited(router_id, layer)
+        self._co_arrival.came(waiting.router_id, layer)
+        waiting.awaited = self._co_arrival.awaited(waiting.router_id, layer)
         if waiting.awaited:
             waiting.patient_until_s = now_s + self._patience_s
 
@@ -223,7 +213,7 @@ class WorkerCore:
         return min(self._limits.patience * self._took_s, self._limits.patience_s_max)
 
     def _choose(self) -> tuple[_Waiting | None, float]:
-        """The first call that need not wait; else how long until the first of them has waited."""
+        """The first call that need not wait, or None and how long until there is one."""
         now_s = self._tasks.clock.now_s()
         wait_s = float("inf")
         for waiting in self._queue:
@@ -233,10 +223,8 @@ class WorkerCore:
         return None, wait_s
 
     def _has_met(self, waiting: _Waiting) -> bool:
-        """Whether all whom a call waits for are here, at its layer."""
-        here = {
-            other.fence.router_id for other in self._queue if _can_join(waiting.call, other.call)
-        }
+        """Whether all routers that a call waits for are here, at its layer."""
+        here = {other.router_id for other in self._queue if _can_join(waiting.call, other.call)}
         return here.issuperset(waiting.awaited)
 
     def _compute_next(self, first: _Waiting) -> None:
@@ -244,25 +232,30 @@ class WorkerCore:
         batch = [first, *self._joining(first)]
         self._num_waiting_rows -= sum(waiting.num_rows for waiting in batch)
         now_s = self._tasks.clock.now_s()
-        here = {waiting.fence.router_id for waiting in batch}
+        here = {waiting.router_id for waiting in batch}
         for router_id in set(first.awaited) - here:
             self._co_arrival.waited_without_result(router_id)
         alive: list[_Waiting] = []
         for waiting in batch:
-            if waiting.deadline_s is not None and waiting.deadline_s < now_s:
-                refusal = self._refuse(RefusalReason.EXPIRED, "nobody waits any more")
-            else:
-                # A new placement may have taken experts away while it waited.
-                refusal = self._fence_fault(waiting.fence)
+            refusal = self._late_fault(waiting, now_s)
             if refusal is None:
                 alive.append(waiting)
             else:
                 waiting.reply(refusal)
         if alive:
-            self._compute(alive)
+            results = self.queued.run([waiting.fenced for waiting in alive])
+            for waiting, result in zip(alive, results, strict=True):
+                waiting.reply(result)
         if isinstance(first.call, RunExperts):
             self._took_s = self._tasks.clock.now_s() - now_s
             self._stay_patient(here)
+
+    def _late_fault(self, waiting: _Waiting, now_s: float) -> Refusal | None:
+        """Why a call is not computed that was valid when it came, if it is not."""
+        if waiting.deadline_s is not None and waiting.deadline_s < now_s:
+            return self.fence.refuse(RefusalReason.EXPIRED, "its deadline has passed")
+        # A new placement may have taken experts away while it waited.
+        return self.fence.fault_of(waiting.fenced.fence)
 
     def _stay_patient(self, here: set[str]) -> None:
         """What was computed just now may have been the last call before the one waited for."""
@@ -288,85 +281,11 @@ class WorkerCore:
         self._queue = kept
         return joining
 
-    def _compute(self, batch: Sequence[_Waiting]) -> None:
-        self.num_calls += len(batch)
-        self.num_merged_calls += len(batch) - 1
-        self.num_rows += sum(waiting.num_rows for waiting in batch)
-        try:
-            results = self._results(batch)
-        except Exception as error:
-            logger.exception("%s failed to compute", self.worker_id)
-            if len(batch) > 1:
-                # One of them is at fault: it must not fail the others, of other routers.
-                for waiting in batch:
-                    self._compute([waiting])
-                return
-            results = [self._refuse(RefusalReason.FAULT, repr(error))]
-        for waiting, result in zip(batch, results, strict=True):
-            waiting.reply(result)
+    def _room_fault(self, call: Call) -> Refusal | None:
+        """Why there is no room for a call, if there is none.
 
-    def _results(self, batch: Sequence[_Waiting]) -> list[Result]:
-        calls = [waiting.call for waiting in batch if isinstance(waiting.call, RunExperts)]
-        if calls:
-            return list(_run_merged(self._experts, calls))
-        assert self._attention is not None
-        call, fence = batch[0].call, batch[0].fence
-        if not isinstance(call, AbandonBatch) and not self._is_of_newest_step(fence):
-            return [self._refuse(RefusalReason.EXPIRED, "a later step has begun")]
-        owner = (fence.router_id, fence.router_incarnation)
-        match call:
-            case BeginBatch():
-                return [self._attention.begin(owner, call)]
-            case AdvanceBatch():
-                return [self._attention.advance(owner, call)]
-            case AbandonBatch():
-                self._attention.abandon(owner, call.batch_id)
-                return [Abandoned()]
-            case RunExperts() | StoreBlocks():
-                raise AssertionError
-
-    def _is_of_newest_step(self, fence: Fence) -> bool:
-        """Whether a router has not begun a later step; earlier ones' batches are forgotten.
-
-        A router that gave a step up may have handed the blocks to other sequences, while calls of
-        that step are still on their way by a stream that it left: they must not write there.
-        """
-        assert self._attention is not None
-        step = (fence.router_incarnation, fence.step)
-        newest = self._newest_steps.get(fence.router_id, (0, 0))
-        if step > newest:
-            self._newest_steps[fence.router_id] = step
-            self._attention.release(fence.router_id)
-        return step >= newest
-
-    def _fault_of(self, call: Call, fence: Fence) -> Refusal | None:
-        """Why a call is refused before it waits, if it is."""
-        refusal = self._fence_fault(fence)
-        if refusal is not None:
-            return refusal
-        if isinstance(call, RunExperts):
-            return self._experts.fault_of(call)
-        if isinstance(call, StoreBlocks) and self._keep_copies is None:
-            return self._refuse(RefusalReason.NOT_HELD, "no copies are kept here")
-        if self._attention is None:
-            return self._refuse(RefusalReason.NOT_HELD, "no attention shard here")
-        return None
-
-    def _fence_fault(self, fence: Fence) -> Refusal | None:
-        if fence.incarnation != self.incarnation:
-            message = f"incarnation {fence.incarnation} is meant, this is {self.incarnation}"
-            return self._refuse(RefusalReason.STALE_INCARNATION, message)
-        if fence.placement_epoch < self.placement_epoch:
-            message = f"placement {fence.placement_epoch} is older than {self.placement_epoch}"
-            return self._refuse(RefusalReason.STALE_EPOCH, message)
-        if self.state not in (WorkerState.READY, WorkerState.DRAINING):
-            return self._refuse(RefusalReason.NOT_HELD, f"the worker is {self.state.value}")
-        return None
-
-    def _lack_of_room(self, call: Call) -> Refusal | None:
-        """Experts and attention each have a bound: what asks for one must not crowd out the other.
-
-        A batch that cannot go on would keep a router, which has others wait, from all it does.
+        Experts and attention have a bound each: calls to one must not crowd out the other. A batch
+        that cannot go on would stop a router, for whose experts other workers may be waiting.
         """
         is_experts = isinstance(call, RunExperts)
         num_calls = sum(isinstance(w.call, RunExperts) is is_experts for w in self._queue)
@@ -378,10 +297,7 @@ class WorkerCore:
         if has_room:
             return None
         message = f"{num_calls} calls with {self._num_waiting_rows} rows wait"
-        return self._refuse(RefusalReason.OVERLOADED, message)
-
-    def _refuse(self, reason: RefusalReason, message: str) -> Refusal:
-        return Refusal(reason, message, self.placement_epoch)
+        return self.fence.refuse(RefusalReason.OVERLOADED, message)
 
 
 def _can_join(first: Call, other: Call) -> bool:
@@ -391,17 +307,3 @@ def _can_join(first: Call, other: Call) -> bool:
         and other.layer == first.layer
         and other.expert_ids_TA.shape[1] == first.expert_ids_TA.shape[1]
     )
-
-
-def _run_merged(experts: ExpertRunner, calls: Sequence[RunExperts]) -> list[ExpertOutputs]:
-    """One computation for all calls; rows do not see each other, so each gets its own bits."""
-    if len(calls) == 1:
-        return [ExpertOutputs(experts.run(calls[0]))]
-    merged = RunExperts(
-        layer=calls[0].layer,
-        rows_TD=np.concatenate([call.rows_TD for call in calls]),
-        expert_ids_TA=np.concatenate([call.expert_ids_TA for call in calls]),
-    )
-    ends = np.cumsum([call.num_assignments for call in calls])
-    parts = np.split(experts.run(merged), ends[:-1])
-    return [ExpertOutputs(part) for part in parts]

@@ -5,7 +5,7 @@ adds, on each device. A group is a stack; a call goes to each group that holds e
 groups on several devices compute at the same time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ from milliways.model.runner import bucket, jitted_parts, padded_rows
 from milliways.wire.calls import Refusal, RunExperts
 from milliways.wire.errors import RefusalReason
 from milliways.wire.placement import ExpertId
+from milliways.workers.call_runner import ExpertsMissingError
 from milliways.workers.devices import Device
 
 
@@ -30,23 +31,43 @@ class ExpertGroup:
     device: Device
 
 
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """What is held, at one time. Nothing in it ever changes: a new table replaces an old one."""
+
+    groups: Mapping[int, tuple[ExpertGroup, ...]]
+    # The groups of layers of which all experts were loaded at once.
+    whole_layers: Mapping[int, tuple[ExpertGroup, ...]]
+    # Whether there ever were experts on several devices.
+    is_spread: bool
+
+    def all_groups(self) -> Iterator[tuple[int, ExpertGroup]]:
+        """Each group, with its layer."""
+        for layer, groups in self.groups.items():
+            for group in groups:
+                yield layer, group
+
+
 class ExpertShard:
-    """Owns a worker's experts. Groups may be added and dropped between calls."""
+    """Owns a worker's experts.
+
+    `add` and `keep_only` belong to one thread. Any thread may call the other methods, each of which
+    reads `_table` once.
+
+    Invariant: a layer in `whole_layers` has exactly those groups in `groups`; no expert is in two.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._config = decoder.config
-        self._groups: dict[int, list[ExpertGroup]] = {}
-        self._whole_layers: dict[int, tuple[ExpertGroup, ...]] = {}
-        self._is_spread = False
+        self._table = _Table({}, {}, False)
         self._expert_half = jitted_parts(decoder).expert_half
 
     @property
     def held(self) -> frozenset[ExpertId]:
         return frozenset(
             ExpertId(layer, expert)
-            for layer, groups in self._groups.items()
-            for group in groups
+            for layer, group in self._table.all_groups()
             for expert in group.expert_ids
         )
 
@@ -54,52 +75,60 @@ class ExpertShard:
         """What lies on one device."""
         return frozenset(
             ExpertId(layer, expert)
-            for layer, groups in self._groups.items()
-            for group in groups
+            for layer, group in self._table.all_groups()
             if group.device == device
             for expert in group.expert_ids
         )
 
     def add(self, layer: int, groups: Sequence[ExpertGroup]) -> None:
         """Takes in experts that are not held yet, of one layer, as they were loaded."""
-        self._groups.setdefault(layer, []).extend(groups)
-        if sum(len(group.expert_ids) for group in groups) == self._config.num_experts:
-            self._whole_layers[layer] = tuple(groups)
-        devices = {group.device for groups in self._groups.values() for group in groups}
-        self._is_spread = self._is_spread or len(devices) > 1
+        table, new = self._table, tuple(groups)
+        whole_layers = dict(table.whole_layers)
+        if sum(len(group.expert_ids) for group in new) == self._config.num_experts:
+            whole_layers[layer] = new
+        devices = {group.device for _, group in table.all_groups()} | {g.device for g in new}
+        self._table = _Table(
+            groups={**table.groups, layer: (*table.groups.get(layer, ()), *new)},
+            whole_layers=whole_layers,
+            is_spread=table.is_spread or len(devices) > 1,
+        )
 
     def keep_only(self, wanted: Iterable[ExpertId]) -> None:
         """Drops groups of which nothing is wanted any more; a stack goes as a whole or not."""
-        wanted = frozenset(wanted)
-        for layer, groups in list(self._groups.items()):
-            kept = [
+        table, wanted = self._table, frozenset(wanted)
+        kept = {
+            layer: tuple(
                 group
                 for group in groups
                 if any(ExpertId(layer, expert) in wanted for expert in group.expert_ids)
-            ]
-            if len(kept) < len(groups):
-                self._whole_layers.pop(layer, None)
-            if kept:
-                self._groups[layer] = kept
-            else:
-                del self._groups[layer]
+            )
+            for layer, groups in table.groups.items()
+        }
+        self._table = _Table(
+            groups={layer: groups for layer, groups in kept.items() if groups},
+            whole_layers={
+                layer: groups
+                for layer, groups in table.whole_layers.items()
+                if kept[layer] == table.groups[layer]
+            },
+            is_spread=table.is_spread,
+        )
 
     def examples(self) -> list[tuple[int, int]]:
         """A (layer, expert) of each size of stack on each device: they run every program."""
         by_size = {
             (group.device, len(group.expert_ids)): (layer, group.expert_ids[0])
-            for layer, groups in self._groups.items()
-            for group in groups
+            for layer, group in self._table.all_groups()
         }
         return list(by_size.values())
 
     def whole_layer(self, layer: int) -> tuple[ExpertGroup, ...] | None:
         """The groups of a layer of which all experts were loaded at once.
 
-        One that became whole by taking over from the dead is none: the programs that run it were
-        not compiled when this worker warmed up.
+        Layers that a take-over completed are excluded: the programs that run them were not compiled
+        when this worker warmed up.
         """
-        return self._whole_layers.get(layer)
+        return self._table.whole_layers.get(layer)
 
     def fault_of(self, call: RunExperts) -> Refusal | None:
         """Why a call cannot be computed here, if it cannot."""
@@ -118,47 +147,46 @@ class ExpertShard:
             )
             return Refusal(RefusalReason.MALFORMED, f"{message} {width} are computed here")
         wanted = {int(expert) for expert in np.unique(call.expert_ids_TA)} - {-1}
-        missing = wanted - {
-            e for group in self._groups.get(call.layer, []) for e in group.expert_ids
-        }
+        groups = self._table.groups.get(call.layer, ())
+        missing = wanted.difference(*(group.expert_ids for group in groups))
         if missing:
             message = f"experts {sorted(missing)} of layer {call.layer} are not here"
             return Refusal(RefusalReason.NOT_HELD, message)
         return None
 
     def run(self, call: RunExperts) -> np.ndarray:
-        """Outputs [N, D] of the activation type, a row for each id that is not -1."""
+        """Outputs [N, D] of the activation type, a row for each id that is not -1.
+
+        Raises:
+            ExpertsMissingError: some of them are not here any more.
+        """
+        table = self._table
         num_rows, num_selected = call.expert_ids_TA.shape
         padded = bucket(num_rows, self._decoder.ops.min_rows)
         rows_TD = padded_rows(call.rows_TD, padded)
         ids_TA = padded_rows(call.expert_ids_TA, padded, -1)
         is_wanted = ids_TA >= 0
         started: list[tuple[np.ndarray, jax.Array]] = []
-        for group in self._groups[call.layer]:
+        for group in table.groups.get(call.layer, ()):
             places_TA = places_in(group.expert_ids, self._config.num_experts)[ids_TA]
             if (places_TA >= 0).any():
                 rows = (rows_TD, places_TA)
-                if self._is_spread:
+                if table.is_spread:
                     # As they come from other devices: one program for both.
                     rows = jax.device_put(rows, group.device)
                 computing = self._expert_half(group.params, *rows)
                 started.append((places_TA >= 0, computing))
+        if len(started) == 1 and np.array_equal(started[0][0], is_wanted):
+            return np.asarray(started[0][1])[is_wanted]
+        if sum(np.count_nonzero(is_here) for is_here, _ in started) < np.count_nonzero(is_wanted):
+            raise ExpertsMissingError(f"experts of layer {call.layer} are not here any more")
         # Not before all have begun: each device has its own to compute, and its own to send.
-        if len(started) > 1:
-            for _, computing in started:
-                computing.copy_to_host_async()
-        outputs_TAD: np.ndarray | None = None
+        for _, computing in started:
+            computing.copy_to_host_async()
+        shape = (padded, num_selected, self._config.emb_size)
+        outputs_TAD = np.zeros(shape, started[0][1].dtype)
         for is_here, computing in started:
-            computed = np.asarray(computing)
-            if outputs_TAD is None and np.array_equal(is_here, is_wanted):
-                outputs_TAD = computed
-            else:
-                shape = (padded, num_selected, self._config.emb_size)
-                outputs_TAD = (
-                    np.zeros(shape, computed.dtype) if outputs_TAD is None else outputs_TAD
-                )
-                outputs_TAD[is_here] = computed[is_here]
-        assert outputs_TAD is not None
+            outputs_TAD[is_here] = np.asarray(computing)[is_here]
         return outputs_TAD[is_wanted]
 
 

@@ -1,4 +1,4 @@
-"""What goes between the router and the core of one process, past any message."""
+"""Calls between the router and the core of one process, without any message."""
 
 import logging
 from collections.abc import Callable
@@ -17,10 +17,11 @@ MAX_WAITING_COPIES = 8
 
 
 class LocalCore:
-    """The core of this process, as its router calls it, in the router's thread.
+    """The core of this process as its router calls it, in the router's thread.
 
-    At once, past the queue; except experts that routers of other processes ask for as well: in the
-    queue, calls of a layer meet, and their weights are read once for all.
+    A call is computed at once, past the queue. The exception are experts that routers of other
+    processes ask for as well: in the queue, calls to one layer meet, and their weights are read
+    once for all.
     """
 
     def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
@@ -32,10 +33,11 @@ class LocalCore:
         if isinstance(call, RunExperts) and self._core.has_co_arrivals(fence.router_id):
             self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
         else:
-            reply(self._core.compute_now(call, fence))
+            reply(self._core.direct.compute_now(call, fence))
 
     def router_gone(self, router_id: str) -> None:
-        self._core.router_gone(router_id)
+        self._core.direct.release(router_id)
+        self._compute.post(lambda: self._core.router_gone(router_id))
 
     def _queue(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
         try:
@@ -49,7 +51,11 @@ class LocalCore:
 
 
 class LocalBlocks:
-    """The blocks of this process' router, as the core gives copies to them, in its own thread."""
+    """The KV blocks of this process's router, as the core gives copies to them.
+
+    `keep` is called in the compute thread, which owns the count of waiting calls; the blocks are
+    written in the router's thread.
+    """
 
     def __init__(self, router: Router, compute: Reactor, routing: Reactor) -> None:
         self._router = router
@@ -58,7 +64,7 @@ class LocalBlocks:
         self._num_waiting = 0
 
     def keep(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
-        """Has the router take them in when it has a turn; too many are refused at once."""
+        """Has the router store them soon; refuses at once where too many wait."""
         if self._num_waiting >= MAX_WAITING_COPIES:
             text = f"{self._num_waiting} calls with copies wait"
             reply(Refusal(RefusalReason.OVERLOADED, text))

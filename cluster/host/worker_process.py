@@ -1,11 +1,13 @@
-"""Composition root of a worker: its core, shards, router and doors, on two threads.
+"""Composition root of a worker: its core, shards, router and servers, on two threads.
 
-    compute thread   the core: experts and attention for other processes, gRPC, shared memory
-    router thread    sequences, steps, the shards of this process by direct call, gRPC
+    compute thread   the core: experts and attention for routers of other processes
+    router thread    sequences, steps, the shards of this process by direct call
 
-Life: `start` opens the doors (the core refuses everything yet), `load` reads shards and makes it
-READY, `publish` gives the router a view, `fence` has the core refuse older ones. All of these are
-called from other threads, and go through the reactors.
+What belongs to which thread, and what may cross: docs/ARCHITECTURE.md, Threads.
+
+Order of calls: `start` opens the servers (the core refuses everything yet), `load` reads shards and
+makes the worker READY, `publish` gives the router a view, `fence` has the core refuse older ones.
+All of these are called from other threads, and go through the reactors.
 """
 
 import dataclasses
@@ -57,6 +59,7 @@ from milliways.wire.placement import ExpertId, ShardPlan
 from milliways.wire.shm import local_host_id
 from milliways.wire.view import ClusterView, Member, WorkerState
 from milliways.workers.attention import AttentionShard
+from milliways.workers.call_runner import SteppedAttention
 from milliways.workers.core import WorkerCore
 from milliways.workers.devices import Device, LocalDevices, find_devices
 from milliways.workers.experts import ExpertGroup, ExpertShard
@@ -118,10 +121,13 @@ def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
 
 
 class WorkerProcess:
-    """Owns everything of one life of a worker. Methods may be called from any one thread.
+    """Owns everything of one incarnation of a worker. Any thread but its own two may call it.
 
     `memory_bytes` is what its devices may be filled with together, 0 where nobody limits it;
     `devices` are those that it computes on, by default as many as the settings say.
+
+    Invariant: `_attention`, once set, stays. Until the core is READY only the thread that loads
+    uses it; after that only the thread that `_hand_over_attention` gives it to.
     """
 
     def __init__(
@@ -161,6 +167,7 @@ class WorkerProcess:
         self._experts = ExpertShard(self._decoder)
         self._attention: AttentionShard | None = None
         self._shards: ShardPlan | None = None
+        # Guards `_shards`, `_attention` and `progress` while they change: one load at a time.
         self._loading = threading.Lock()
         # Held while replies are dropped: one order at a time.
         self._dropping = threading.Lock()
@@ -207,21 +214,38 @@ class WorkerProcess:
                 self._attention = self._loader.load_attention(
                     shards, self._experts, self._cache_size
                 )
-                self._compute.call(lambda: self._core.attach(self._attention))
             wanted = shards.experts - self._experts.held
             groups = self._loader.load_experts(wanted, self._shares_now())
             self._shards = shards
             self._compute.call(lambda: self._take_in(groups))
             if self._core.state is WorkerState.LOADING:
                 self._warm_up()
-                self._compute.call(lambda: self._core.move(WorkerState.READY))
+                self._hand_over_attention()
+                self._compute.call(lambda: self._core.fence.move(WorkerState.READY))
 
     def _take_in(self, groups: dict[int, list[ExpertGroup]]) -> None:
         for layer, of_layer in groups.items():
             self._experts.add(layer, of_layer)
 
+    def _hand_over_attention(self) -> None:
+        """Gives the attention shard to the one thread that uses it from now on.
+
+        A router sits with the output head of its chain. So a shard that has the head is called by
+        the router of this process, in that router's thread; one that has not, by a router of
+        another process, in the compute thread.
+        """
+        if self._attention is None:
+            return
+        shard = SteppedAttention(self._attention)
+        if self._attention.has_ends:
+            self._routing.call(lambda: self._core.direct.attach(shard))
+        else:
+            self._compute.call(lambda: self._core.queued.attach(shard))
+
     def _kv_now(self) -> KvArrays | None:
-        return None if self._attention is None else self._attention.kv
+        """The keys and values behind the router's blocks, where this process has them."""
+        shard = self._attention
+        return shard.kv if shard is not None and shard.has_ends else None
 
     def _shares_now(self) -> list[DeviceShare]:
         return shares_now(self._local, self._attention, self._experts)
@@ -256,7 +280,7 @@ class WorkerProcess:
 
     def fence(self, placement_epoch: int) -> None:
         """Has the core refuse older views."""
-        self._compute.call(lambda: self._core.raise_epoch(placement_epoch))
+        self._compute.call(lambda: self._core.fence.raise_epoch(placement_epoch))
 
     def drain(self) -> None:
         """Has the router hand its requests over."""
@@ -297,7 +321,8 @@ class WorkerProcess:
         shards = self._shards
         if self._core.state is not WorkerState.READY or shards is None:
             return None
-        view, held = self._routing.call(lambda: (self._links.view, self._experts.held))
+        # Values that are replaced as a whole: they are read here, however busy their threads are.
+        view, held = self._links.view, self._experts.held
         return Existing(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -314,7 +339,7 @@ class WorkerProcess:
 
     def _begin_to_drain(self) -> None:
         if self._core.state is WorkerState.READY:
-            self._core.move(WorkerState.DRAINING)
+            self._core.fence.move(WorkerState.DRAINING)
 
     def _core_status(self) -> dict[str, Any]:
         shards, core = self._shards, self._core
@@ -323,7 +348,7 @@ class WorkerProcess:
             "incarnation": self.incarnation,
             "pid": os.getpid(),
             "state": core.state.value,
-            "placement_epoch": core.placement_epoch,
+            "placement_epoch": core.fence.placement_epoch,
             "layers": [shards.first_layer, shards.num_layers] if shards else [0, 0],
             "has_ends": bool(shards and shards.has_ends),
             "num_experts": len(self._experts.held),

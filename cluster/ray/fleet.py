@@ -32,6 +32,7 @@ from milliways.cluster.ray.worker_actor import make_worker_actor
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
+from milliways.wire.errors import UnavailableError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.view import ClusterView
 
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "milliways"
 DESCRIBE_TIMEOUT_S = 5.0
+DESCRIBE_TRIES = 3
+DESCRIBE_AGAIN_AFTER_S = 1.0
 _ACTOR_NAME = re.compile(r"worker-\d+-\d+")
 T = TypeVar("T")
 
@@ -88,19 +91,25 @@ class RayFleet:
         return self._deaths[worker_id]
 
     async def find_existing(self) -> list[Existing]:
-        """Workers that another controller started and that serve; those that do not are ended."""
+        """Workers that another controller started and that serve.
+
+        Those that are silent, or have not loaded what they were to load, are ended.
+
+        Raises:
+            UnavailableError: a worker answers with errors. It may serve well, so it is not ended.
+        """
         found: dict[str, Existing] = {}
         entries: Any = list_named_actors(all_namespaces=True)
         for entry in entries:
-            match = _ACTOR_NAME.fullmatch(entry["name"])
-            if entry["namespace"] != NAMESPACE or match is None:
+            name = entry["name"]
+            if entry["namespace"] != NAMESPACE or _ACTOR_NAME.fullmatch(name) is None:
                 continue
             try:
-                actor = ray.get_actor(entry["name"], namespace=NAMESPACE)
+                actor = ray.get_actor(name, namespace=NAMESPACE)
             except ValueError:
                 # It died since it was listed.
                 continue
-            existing = await _described(actor)
+            existing = await _described(name, actor)
             if existing is None:
                 ray.kill(actor)
                 continue
@@ -200,13 +209,26 @@ async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
         raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
 
 
-async def _described(actor: Any) -> Existing | None:
-    """What an actor says of itself; None where it does not answer or has not loaded its shards."""
-    try:
-        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-            return await actor.describe.remote()
-    except (TimeoutError, RayActorError, RayTaskError):
-        return None
+async def _described(name: str, actor: Any) -> Existing | None:
+    """What a worker says of itself; None where it is gone, silent, or has nothing loaded.
+
+    Raises:
+        UnavailableError: it answers, but with an error each time.
+    """
+    for attempt in range(1, DESCRIBE_TRIES + 1):
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                return await actor.describe.remote()
+        except RayTaskError as error:
+            # First of all: a TimeoutError in the worker arrives as an error of both types.
+            logger.warning("%s cannot describe itself: %s", name, _first_line(error))
+            if attempt == DESCRIBE_TRIES:
+                text = f"{name} does not say what it holds: {_first_line(error)}"
+                raise UnavailableError(text, DESCRIBE_AGAIN_AFTER_S) from error
+            await asyncio.sleep(DESCRIBE_AGAIN_AFTER_S)
+        except (TimeoutError, RayActorError):
+            return None
+    raise AssertionError
 
 
 async def _gone(reference: Awaitable[None]) -> None:

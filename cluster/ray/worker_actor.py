@@ -54,10 +54,11 @@ class WorkerActor:
         return self._spawned
 
     async def describe(self) -> Existing | None:
-        """All that a new controller has to know; None before the shards are loaded."""
-        if self._spawned is None:
-            return None
-        return await asyncio.to_thread(self._process.describe, self._spawned)
+        """All that a new controller has to know; None before the shards are loaded.
+
+        At once, in no other thread: those may all wait for a worker that is busy.
+        """
+        return None if self._spawned is None else self._process.describe(self._spawned)
 
     async def load(self, shards: ShardPlan, bytes_wanted: int) -> None:
         await asyncio.to_thread(self._process.load, shards, bytes_wanted)

@@ -12,7 +12,10 @@ from milliways.wire.placement import AttentionRange, ExpertId
 
 
 class WorkerState(Enum):
-    """LOADING -> READY -> DRAINING -> STOPPED; LOST is a worker that is gone, as others see it."""
+    """LOADING -> READY -> DRAINING -> STOPPED. A worker whose process died is LOST.
+
+    A lost worker is LOADING again with its next incarnation, or STOPPED if it was to leave.
+    """
 
     LOADING = "loading"
     READY = "ready"
@@ -24,10 +27,16 @@ class WorkerState(Enum):
 WORKER_MOVES: dict[WorkerState, set[WorkerState]] = {
     WorkerState.LOADING: {WorkerState.READY, WorkerState.STOPPED, WorkerState.LOST},
     WorkerState.READY: {WorkerState.DRAINING, WorkerState.STOPPED, WorkerState.LOST},
-    WorkerState.DRAINING: {WorkerState.READY, WorkerState.STOPPED, WorkerState.LOST},
+    WorkerState.DRAINING: {WorkerState.STOPPED, WorkerState.LOST},
     WorkerState.STOPPED: set(),
-    WorkerState.LOST: set(),
+    WorkerState.LOST: {WorkerState.LOADING, WorkerState.STOPPED},
 }
+
+
+def moved(state: WorkerState, to: WorkerState) -> WorkerState:
+    """The new state of a worker; a move that `WORKER_MOVES` does not have is a bug of ours."""
+    assert to in WORKER_MOVES[state], f"{state} -> {to}"
+    return to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

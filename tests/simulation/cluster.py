@@ -103,7 +103,7 @@ class Simulation:
                 self.supervisor.suspect(victim)
             case Fault.STALE_EPOCH:
                 assert victim.core is not None
-                victim.core.raise_epoch(self.supervisor.view.placement_epoch + 1)
+                victim.core.fence.raise_epoch(self.supervisor.view.placement_epoch + 1)
                 after_s = random.uniform(0.0, 0.3)
                 self.supervisor.process.tasks.call_later(after_s, self.supervisor.bump)
             case Fault.CUT_LINK | Fault.STALL_LINK | Fault.DROP_REPLY:
@@ -242,7 +242,7 @@ class Simulation:
             process.tasks,
             scenario.core_limits,
         )
-        core.move(WorkerState.READY)
+        core.fence.move(WorkerState.READY)
         return core
 
 

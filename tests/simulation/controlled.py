@@ -99,7 +99,7 @@ class SimulatedFleet:
     def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
         def fence(process: Process) -> None:
             assert process.core is not None
-            process.core.raise_epoch(placement_epoch)
+            process.core.fence.raise_epoch(placement_epoch)
 
         return self._tell(worker_id, fence)
 
@@ -342,7 +342,7 @@ class ControlledSimulation(Simulation):
             attention = self._make_attention(shards, process, experts)
             core.attach(attention)
             self.shards[process] = (experts, attention)
-            core.move(WorkerState.READY)
+            core.fence.move(WorkerState.READY)
 
     def _describe(self, process: Process) -> Existing | None:
         """All that a new controller has to know; None where it has to be started anew."""

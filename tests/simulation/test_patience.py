@@ -79,7 +79,7 @@ def test_a_router_that_hears_late_of_a_new_placement_does_not_start_over() -> No
     simulation = Simulation(scenario(cut=AttentionCut.LAYERS, replicas=2))
     core = worker(simulation, "w1").core
     assert core is not None
-    simulation.cluster.world.call_at(0.003, lambda: core.raise_epoch(2))
+    simulation.cluster.world.call_at(0.003, lambda: core.fence.raise_epoch(2))
     simulation.cluster.world.call_at(0.3, simulation.supervisor.bump)
     simulation.run()
     assert _num_replays(simulation) == 0

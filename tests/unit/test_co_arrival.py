@@ -6,7 +6,7 @@ from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Tasks
 from milliways.wire.calls import ExpertOutputs, Fence, Result, RunExperts
 from milliways.wire.view import WorkerState
-from milliways.workers.co_arrival import MAX_VAIN_WAITS, CoArrival
+from milliways.workers.co_arrival import MAX_FRUITLESS_WAITS, CoArrival
 from milliways.workers.core import WorkerCore
 
 COMPUTE_S = 0.01
@@ -36,7 +36,7 @@ class Bench:
         self.tasks = Tasks(self.clock)
         self.experts = SlowExperts(self.clock)
         self.core = WorkerCore("w", 1, self.experts, None, self.tasks)
-        self.core.move(WorkerState.READY)
+        self.core.fence.move(WorkerState.READY)
         self.tasks.start_service(self.core.serve())
         self.answers: list[tuple[str, int, float]] = []
 
@@ -130,7 +130,7 @@ def test_router_that_does_not_come_is_not_waited_for_until_it_comes_again() -> N
     for layer in range(6):
         company.came("a", layer)
     company.came("b", 3)
-    for _ in range(MAX_VAIN_WAITS):
+    for _ in range(MAX_FRUITLESS_WAITS):
         assert company.awaited("a", 5) == ["b"] and company.others("a")
         company.waited_without_result("b")
     assert company.awaited("a", 5) == [] and not company.others("a")

@@ -39,7 +39,7 @@ class Bench:
         size = CacheSize(num_blocks=8, block_size=2, max_slots=4)
         self.attention = FakeAttention(CONFIG, range(2), True, size, self.experts)
         self.core = WorkerCore("w", 1, self.experts, self.attention, self.tasks, limits)
-        self.core.move(WorkerState.READY)
+        self.core.fence.move(WorkerState.READY)
         self.results: list[Result] = []
 
     def submit(self, call: Call, fence: Fence) -> None:
@@ -117,7 +117,7 @@ def test_a_call_that_fails_does_not_fail_those_it_was_merged_with(
 def test_what_waits_while_its_placement_ages_is_refused_and_not_computed() -> None:
     bench = Bench()
     bench.submit(run_experts(1), fence())
-    bench.core.raise_epoch(1)
+    bench.core.fence.raise_epoch(1)
     bench.experts.held.discard(ExpertId(0, 1))
     bench.serve()
     assert bench.reasons() == [RefusalReason.STALE_EPOCH]
@@ -155,7 +155,7 @@ def test_a_full_queue_does_not_hold_up_a_call_of_the_same_process() -> None:
     bench.submit(run_experts(0), fence(router_id="a"))
     bench.submit(run_experts(1), fence(router_id="b"))
     assert bench.reasons() == [RefusalReason.OVERLOADED]
-    assert isinstance(bench.core.compute_now(run_experts(1), fence()), ExpertOutputs)
+    assert isinstance(bench.core.direct.compute_now(run_experts(1), fence()), ExpertOutputs)
 
 
 def test_calls_to_experts_do_not_crowd_out_a_batch() -> None:
@@ -184,7 +184,7 @@ def test_copies_are_for_the_router_of_the_process_and_wait_for_no_call() -> None
     bench.submit(begin(1), fence())
     bench.submit(blocks(), fence(router_id="other"))
     assert bench.results[1:] == [BlocksStored(1)]
-    bench.core.raise_epoch(5)
+    bench.core.fence.raise_epoch(5)
     bench.submit(blocks(), fence(epoch=4))
     assert bench.reasons()[2:] == [RefusalReason.STALE_EPOCH]
     bench.serve()
