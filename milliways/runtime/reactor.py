@@ -6,8 +6,8 @@
     reactor.close()
 
 Each turn runs the posted calls, then the tasks and timers that are due, then waits until a file is
-ready. All of it runs in the reactor's thread. An object of a reactor is used in that thread only, so
-it needs no locks (docs/ARCHITECTURE.md, Threads).
+ready. All of it runs in the reactor's thread. An object of a reactor is used in that thread only,
+so it needs no locks (docs/ARCHITECTURE.md, Threads).
 
 A reactor may host an event loop. That is how gRPC's asyncio runs in the same thread: the loop is
 made with the reactor's selector, and each wait of the loop is a turn of the reactor. So results of
