@@ -345,6 +345,8 @@ class Router:
         is_fault = reason is FinishReason.ERROR
         status = SequenceStatus.FAILED if is_fault else SequenceStatus.FINISHED
         self.scheduler.finish(sequence, status)
+        # Broken scores end a sequence before its step clears it.
+        self._suspects.clear((sequence,))
         active.sequences.remove(sequence)
 
     def _send_tokens(self, active: _Active, events: list[TokenEvent]) -> None:
