@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.asks import PARAMS, alone, request_of
+from tests.demo_requests import PARAMS, alone, request_of
 from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster, wait_until
 

@@ -12,7 +12,7 @@ import pytest
 from milliways.api.client import GenerateClient
 from milliways.cluster.cli import main as cli
 from milliways.v1 import generate_pb2, sampling_pb2
-from tests.asks import PROMPT
+from tests.demo_requests import PROMPT
 from tests.served_cluster import ServedCluster
 
 # Several chunks of prefill.

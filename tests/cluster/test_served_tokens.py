@@ -15,7 +15,7 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
-from tests.asks import PARAMS, PROMPT, PROMPTS, alone, check_choice, request_of
+from tests.demo_requests import PARAMS, PROMPT, PROMPTS, alone, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from milliways.cluster.ray.environment import RunningCluster
-from tests.faults.leavings import left_as_found
+from tests.faults.leftovers import left_as_found
 from tests.served_cluster import ServedCluster, run_command
 
 NUM_WORKERS = 3

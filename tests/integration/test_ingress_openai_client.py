@@ -16,7 +16,7 @@ from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
-from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of
+from tests.demo_requests import PARAMS, PROMPT, PROMPTS, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource
 

@@ -63,11 +63,11 @@ def test_any_spread_scores_prompts_as_one_process(
     # Twice: then every block of the prompts is in the cache.
     for i, request in enumerate([*REQUESTS, *REQUESTS]):
         routed = RoutedRequest(request_id=str(i), request=request, timeout_s=1e6)
-        heard = cluster.submit(router_id, str(i), routed)
-        cluster.run_until(lambda heard=heard: heard.has_ended, 1e6)
+        recording = cluster.submit(router_id, str(i), routed)
+        cluster.run_until(lambda recording=recording: recording.has_ended, 1e6)
         alone = list(engine.generate(request))
-        assert scores_of(heard.scores) == scores_of(alone)
+        assert scores_of(recording.scores) == scores_of(alone)
         tokens = [event for event in alone if not isinstance(event, PromptScores)]
-        assert by_sample(heard.events) == by_sample(tokens)
+        assert by_sample(recording.events) == by_sample(tokens)
     cluster.settle()
     cluster.close()
