@@ -1,4 +1,4 @@
-"""Worker processes under the controller: any spread, any transport, any death, the same tokens."""
+"""Worker processes under the controller: same tokens for any spread, transport and death."""
 
 import asyncio
 import time
@@ -118,7 +118,7 @@ async def served(
 
 
 async def check_idle(cluster: ProcessCluster) -> None:
-    """Nothing is held for requests that ended.
+    """Asserts that no resource is held after all requests ended.
 
     On a busy machine a request may have been hedged; the second router learns late that it lost.
     """
