@@ -1,4 +1,4 @@
-"""An ingress of the demo model for tests: over a counting source, or the real engine."""
+"""Ingresses of the demo model for tests, over any source of tokens."""
 
 import asyncio
 import threading
@@ -44,7 +44,7 @@ def local_source() -> Iterator[LocalSource]:
 
 @contextmanager
 def served(make_app: Callable[[], ASGIApp]) -> Iterator[str]:
-    """Runs an app on a real server of its own thread; gives its base URL."""
+    """Runs an app on a real server in a thread; yields its base URL."""
     server: uvicorn.Server | None = None
     started = threading.Event()
     port: list[int] = []

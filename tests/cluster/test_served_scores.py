@@ -1,4 +1,4 @@
-"""Prompts scored by a real cluster: one process's log-probabilities to the bit, by every way in."""
+"""Prompts scored by a real cluster over HTTP and gRPC: exactly a single process's scores."""
 
 import asyncio
 import json
@@ -12,10 +12,10 @@ import pytest
 from milliways.api.resuming import GenerateClient
 from milliways.cluster.cli import main as cli
 from milliways.v1 import generate_pb2, sampling_pb2
-from tests.asks import PROMPT
+from tests.demo_requests import PROMPT
 from tests.served_cluster import ServedCluster
 
-# Several chunks of prefill.
+# Long enough for several chunks of prefill.
 LONG = " ".join([PROMPT, "42.", "Welcome to the restaurant at the end of the universe."] * 6)
 PROMPTS = [PROMPT, "Welcome to", LONG]
 Logprobs = dict[str, Any]
@@ -24,7 +24,7 @@ Logprobs = dict[str, Any]
 def generated(
     capsys: pytest.CaptureFixture[str], prompt: str, num_tokens: int
 ) -> tuple[str, Logprobs]:
-    """What `milliways generate` says, in a process of its own engine."""
+    """The output of `milliways generate`, which runs its own engine."""
     options = ["--echo", "--logprobs", "5", "--temperature", "0", "--max-tokens", str(num_tokens)]
     assert cli.main(["generate", "--json", prompt, *options]) == 0
     (choice,) = json.loads(capsys.readouterr().out)["choices"]
@@ -38,7 +38,7 @@ def test_http_scores_prompts_as_the_generate_command(
 ) -> None:
     wanted = [generated(capsys, prompt, num_tokens) for prompt in PROMPTS]
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
-        # Twice: the second time every block of the prompts is in a cache.
+        # Twice: the second time every block of the prompts is cached.
         for _ in range(2):
             answer: Any = client.completions.create(
                 model="demo",

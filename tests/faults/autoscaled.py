@@ -28,7 +28,7 @@ SCALE_TIMEOUT_S = 240.0
 
 
 def autoscaling_config(gcs_address: str) -> dict[str, Any]:
-    """One type of node, of which there are none to begin with."""
+    """An autoscaler config with one type of node, and no such node at first."""
     return {
         "cluster_name": "fake",
         "max_workers": 6,
@@ -68,7 +68,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
 
 
 def start_head(folder: Path, environment: dict[str, str]) -> str:
-    """A Ray with an autoscaler; its address."""
+    """Starts a Ray with an autoscaler; yields its address."""
     (port,) = free_ports(1)
     address = f"{HOST}:{port}"
     config = folder / "autoscaling.json"
@@ -106,14 +106,14 @@ def scale(served: OnNodes, num_workers: int) -> None:
 
 
 def nodes_of(served: OnNodes) -> set[str]:
-    """Where workers are; empty unless all of them are ready."""
+    """The workers' nodes; empty unless all workers are ready."""
     workers = served.workers()
     is_ready = all(worker["state"] == "ready" for worker in workers)
     return {worker["node"] for worker in workers} if is_ready else set()
 
 
 def num_nodes(served: OnNodes) -> int:
-    """Nodes with places that Ray has now."""
+    """Number of living nodes that offer places for workers."""
     script = "import ray; ray.init(address='auto', log_to_driver=False);"
     script += "print(sum(n['Alive'] and 'place' in n['Resources'] for n in ray.nodes()))"
     environment = served.environment | {"RAY_ADDRESS": served.address}

@@ -10,7 +10,7 @@ import pytest
 from milliways.benchmarks.chaos.answers import Answer, difference
 from milliways.benchmarks.chaos.clients import Client, Endpoint, open_clients
 from milliways.benchmarks.chaos.requests import ChaosRequest, Surface
-from tests.faults.leavings import left_as_found, processes_of
+from tests.faults.leftovers import left_as_found, processes_of
 from tests.served_cluster import ServedCluster, wait_until
 
 # Long enough to be in its middle when somebody dies.

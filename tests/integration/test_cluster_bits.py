@@ -20,26 +20,36 @@ from milliways.router.requests.sequence import NoText
 from milliways.wire.view import Member
 from milliways.workers.core import WorkerCore
 from milliways.workers.kv_arrays import KvArrays
-from tests.heard import Heard, all_ended
 from tests.memory_cluster import ClusterSettings, MemoryCluster, Process
+from tests.recording import Recording, all_ended, num_running
 from tests.runners import ON_GPU
 from tests.shards import ShardFactory, place, view_of
-from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
+from tests.spreads import (
+    CACHE,
+    DTYPES,
+    SPREADS,
+    Spread,
+    Tokens,
+    alone,
+    answers,
+    by_sample,
+    requests,
+)
 
 
-def served(cluster: MemoryCluster, wanted: list[GenerationRequest], at_a_time: int) -> list[Told]:
-    """What the cluster tells, requests joining while others run."""
+def served(cluster: MemoryCluster, wanted: list[GenerationRequest], at_a_time: int) -> list[Tokens]:
+    """The cluster's tokens for each request; requests join while others run."""
     routers = sorted(cluster.routers)
-    heard: dict[str, Heard] = {}
+    recordings: dict[str, Recording] = {}
     for i, request in enumerate(wanted):
         routed = RoutedRequest(request_id=str(i), request=request, timeout_s=1e6)
-        heard[str(i)] = cluster.submit(routers[i % len(routers)], str(i), routed)
-        cluster.run_until(lambda: sum(not h.has_ended for h in heard.values()) < at_a_time, 1e6)
-    cluster.run_until(lambda: all_ended(heard), 1e6)
-    assert [one.error for one in heard.values()] == [None] * len(wanted)
+        recordings[str(i)] = cluster.submit(routers[i % len(routers)], str(i), routed)
+        cluster.run_until(lambda: num_running(recordings) < at_a_time, 1e6)
+    cluster.run_until(lambda: all_ended(recordings), 1e6)
+    assert [recording.error for recording in recordings.values()] == [None] * len(wanted)
     cluster.settle()
     cluster.close()
-    return [by_sample(one.events) for one in heard.values()]
+    return [by_sample(recording.events) for recording in recordings.values()]
 
 
 def make_cluster(
@@ -140,12 +150,12 @@ COPIED = GenerationRequest(
 )
 
 
-def run_at(cluster: MemoryCluster, name: str, routed: RoutedRequest) -> Told:
-    heard = cluster.submit(name, routed.request_id, routed)
-    cluster.run_until(lambda: heard.has_ended, 1e6)
+def run_at(cluster: MemoryCluster, name: str, routed: RoutedRequest) -> Tokens:
+    recording = cluster.submit(name, routed.request_id, routed)
+    cluster.run_until(lambda: recording.has_ended, 1e6)
     cluster.settle()
-    assert heard.error is None
-    return by_sample(heard.events)
+    assert recording.error is None
+    return by_sample(recording.events)
 
 
 def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[bytes]:

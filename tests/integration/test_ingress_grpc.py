@@ -1,4 +1,4 @@
-"""The gRPC surface over a source to compute by hand: what it gives, refuses, and lets go."""
+"""The gRPC API over a token source that is computed by hand."""
 
 import asyncio
 import time
@@ -38,7 +38,7 @@ def model() -> ServedModel:
 
 
 def run(scenario: Scenario, source: CountingSource, model: ServedModel, **settings: int) -> Any:
-    """Runs a scenario against a server of its own; nothing may be left running after it."""
+    """Runs a scenario against a new server; no request may run after it."""
 
     async def main() -> Any:
         limits = {"max_body_bytes": MAX_MESSAGE_BYTES} | settings
@@ -119,7 +119,7 @@ def test_every_field_reaches_the_request(model: ServedModel) -> None:
     sampling = sampling_pb2.SamplingParams(**given, logit_bias={12: -3.0}, seed=0)
     ask(source, model, sampling=sampling, stop=["a", "b"], ignore_eos=True, num_samples=2)
     (request,) = source.requests
-    # Not 0.10000000149011612: a bound must not be overstepped by a rounding.
+    # Not 0.10000000149011612: rounding to float32 must not cross a limit.
     assert {name: getattr(request.sampling, name) for name in given} == given
     assert (request.sampling.logit_bias, request.sampling.seed) == ({12: -3.0}, 0)
     assert (request.stop, request.ignore_eos, request.num_samples) == (("a", "b"), True, 2)
@@ -211,7 +211,7 @@ def test_error_of_the_source_has_its_canonical_code(
     assert metadata_of(told).get("milliways-retry-after-ms") == retry_after_ms
 
 
-def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
+def test_requests_above_the_limit_are_refused_at_once(model: ServedModel) -> None:
     source = CountingSource(gate=asyncio.Semaphore(0))
 
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:
@@ -254,7 +254,7 @@ def test_cancelling_frees_the_request(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize("method", ["Generate", "Tokenize", "Detokenize"])
-def test_malformed_message_is_refused_and_the_server_goes_on(
+def test_malformed_message_is_refused_and_the_server_still_answers(
     model: ServedModel, method: str
 ) -> None:
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:
@@ -287,7 +287,7 @@ def test_unknown_method_is_unimplemented(model: ServedModel) -> None:
     run(scenario, CountingSource(), model)
 
 
-def test_text_becomes_tokens_and_text_again(model: ServedModel) -> None:
+def test_text_is_tokenised_and_detokenised(model: ServedModel) -> None:
     text = "The answer to life"
 
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:

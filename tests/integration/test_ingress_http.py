@@ -1,4 +1,4 @@
-"""The HTTP surface over a source to compute by hand: what it gives, refuses, and lets go."""
+"""The HTTP API over a token source that is computed by hand."""
 
 import asyncio
 import json
@@ -168,13 +168,13 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "status"), ERRORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("stream", [False, True])
-def test_error_before_the_first_token_is_one_of_http(
+def test_error_before_the_first_token_is_an_http_error(
     model: ServedModel, error: Exception, status: int, stream: bool
 ) -> None:
     response = post(CountingSource(error=error), model, COMPLETIONS, json=body(stream=stream))
     assert response.status_code == status
-    told = response.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
+    error_object = response.json()["error"]
+    assert set(error_object) == {"message", "type", "param", "code"}
     assert "secret" not in response.text
     retry_after = {429: "3", 503: "1"}.get(status)
     assert response.headers.get("retry-after") == retry_after
@@ -200,7 +200,7 @@ def test_error_after_the_first_token_is_an_event(
     assert counted in metrics
 
 
-def test_model_that_computes_nan_is_an_error(model: ServedModel) -> None:
+def test_nan_logits_are_an_error(model: ServedModel) -> None:
     def break_second(request: GenerationRequest) -> list[TokenEvent]:
         first, second, *_ = counted_events(request)
         return [first, replace(second, finish_reason=FinishReason.ERROR, token_id=-1, text="")]
@@ -212,7 +212,7 @@ def test_model_that_computes_nan_is_an_error(model: ServedModel) -> None:
     assert "finite" in last["error"]["message"]
 
 
-def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
+def test_requests_above_the_limit_are_refused_at_once(model: ServedModel) -> None:
     source = CountingSource(gate=asyncio.Semaphore(0))
 
     async def ask(client: httpx.AsyncClient, ingress: Ingress) -> None:
@@ -230,7 +230,7 @@ def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
     run(ask, source, model, max_ongoing_requests=2)
 
 
-def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None:
+def test_ready_probes_the_source_at_most_once_a_second(model: ServedModel) -> None:
     source = CountingSource(probe_error=UnavailableError("no router is available"))
 
     async def ask(client: httpx.AsyncClient, ingress: Ingress) -> list[httpx.Response]:
@@ -250,7 +250,7 @@ def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None
     ("given", "kept"),
     [("abc-1", "abc-1"), ("a b\tc", "abc"), ("x" * 500, "x" * 128), ("é", None)],
 )
-def test_request_id_is_echoed_as_far_as_it_is_fit(
+def test_request_id_is_echoed_without_unfit_characters(
     model: ServedModel, given: str, kept: str | None
 ) -> None:
     headers = {"x-request-id": given.encode("latin-1")}
@@ -279,7 +279,7 @@ def test_metrics_count_requests_and_tokens(model: ServedModel) -> None:
     assert "milliways_time_per_output_token_seconds_count 2.0" in lines
 
 
-def test_others_may_name_requests_and_add_metrics(model: ServedModel) -> None:
+def test_proxy_may_name_requests_and_workers_add_metrics(model: ServedModel) -> None:
     async def more() -> str:
         return "others_total 5\n"
 

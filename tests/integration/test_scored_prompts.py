@@ -28,7 +28,7 @@ from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from milliways.wire.errors import ModelFaultError
 from tests import fake_routers
-from tests.asks import PROMPT
+from tests.demo_requests import PROMPT
 from tests.fake_routers import FakeRouter, Fault
 from tests.http_apps import COMPLETIONS, body, post, run, sse_data
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served

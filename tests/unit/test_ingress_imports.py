@@ -1,4 +1,4 @@
-"""The ingress computes nothing: its replicas pay neither JAX's seconds nor its memory."""
+"""The ingress does not import JAX, which would cost its replicas seconds and memory."""
 
 import subprocess
 import sys

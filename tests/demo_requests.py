@@ -1,4 +1,4 @@
-"""What clients of the demo model ask in tests, and what an engine of its own answers."""
+"""Requests to the demo model for tests, and the tokens of a separate engine for them."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ PROMPTS: list[Any] = [PROMPT, "Welcome to", [5, 60, 700]]
 
 
 def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> GenerationRequest:
-    """What the engine is asked when a client asks this."""
+    """The engine's request for a client's prompt and parameters."""
     given = dict(params)
     num_samples, stop = given.pop("n", 1), tuple(given.pop("stop", ()))
     bias = {int(key): float(value) for key, value in given.pop("logit_bias", {}).items()}
@@ -36,7 +36,7 @@ def request_of(model: ServedModel, prompt: Any, params: dict[str, Any]) -> Gener
 
 
 def alone(engine: LocalEngine, request: GenerationRequest) -> list[list[TokenEvent]]:
-    """What a request gets where there is no other, by sample."""
+    """A request's events when it runs alone, by sample."""
     samples: list[list[TokenEvent]] = [[] for _ in range(request.num_samples)]
     for event in engine.generate(request):
         samples[event.sample_index].append(event)
@@ -44,7 +44,7 @@ def alone(engine: LocalEngine, request: GenerationRequest) -> list[list[TokenEve
 
 
 def check_choice(pieces: list[Any], events: list[TokenEvent], model: ServedModel) -> None:
-    """The pieces of a choice say what the events do."""
+    """Asserts that a choice's pieces agree with the events."""
     assert "".join(piece.text for piece in pieces) == "".join(event.text for event in events)
     ids = [token_id for piece in pieces for token_id in piece.token_ids]
     assert ids == [event.token_id for event in events]

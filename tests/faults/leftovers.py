@@ -1,4 +1,4 @@
-"""What a test that breaks the shared cluster has to leave: the same processes, and nothing held."""
+"""Checks that a test of faults leaves the shared cluster as it was, and no resource held."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,24 +8,24 @@ import psutil
 
 from tests.served_cluster import ServedCluster, wait_until
 
-# What a fault may end, and has to be there again, as often as before.
+# Processes that a fault may end. Afterwards there must be the same number of each.
 OURS = ("ray::WorkerActor", "ray::ControllerActor", "ray::ServeReplica", "ray::ProxyActor")
 SEGMENT = "/memfd:milliways"
 BACK_TIMEOUT_S = 120.0
 
 
 def actors(cluster: ServedCluster) -> list[str]:
-    """What runs of ours in the cluster, by name."""
+    """Names of our actors in the cluster."""
     return sorted(title(process) for process in processes_of(cluster, *OURS))
 
 
 def processes_of(cluster: ServedCluster, *names: str) -> list[psutil.Process]:
-    """Those whose title begins like this."""
+    """Processes whose title begins with one of these names."""
     return [process for process in cluster.processes() if title(process).startswith(names)]
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself; nothing where it is gone."""
+    """A process's title; empty if it has ended."""
     try:
         # Ray appends the method that an actor runs.
         return " ".join(process.cmdline()[:1]).partition(".")[0]
@@ -34,7 +34,7 @@ def title(process: psutil.Process) -> str:
 
 
 def segments(cluster: ServedCluster) -> dict[str, int]:
-    """How many processes have each piece of shared memory mapped, by inode."""
+    """For each shared memory segment, by inode, the number of processes that map it."""
     mappers: dict[str, set[int]] = {}
     for process in cluster.processes():
         try:
@@ -50,14 +50,12 @@ def segments(cluster: ServedCluster) -> dict[str, int]:
 
 @contextmanager
 def left_as_found(cluster: ServedCluster) -> Iterator[None]:
-    """Afterwards the same processes are there, all well, and nothing is held."""
+    """Waits afterwards until the same processes run, are healthy, and hold nothing."""
     before = actors(cluster)
     yield
     wait_until(cluster.is_ready, "the cluster is ready", BACK_TIMEOUT_S)
-    wait_until(
-        lambda: actors(cluster) == before, "every process has come back, once", BACK_TIMEOUT_S
-    )
+    wait_until(lambda: actors(cluster) == before, "every process runs again, once", BACK_TIMEOUT_S)
     wait_until(lambda: sum(cluster.metric("milliways_kv_blocks_used")) == 0, "all blocks are free")
-    # A router and its worker: what only one has, it keeps of another that died.
+    # Each segment belongs to a router and a worker. One with a single mapping is left from a death.
     wait_until(lambda: set(segments(cluster).values()) == {2}, "no shared memory is left over")
-    wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "nobody is served")
+    wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "no request runs")

@@ -1,4 +1,4 @@
-"""What a router told of its requests, kept."""
+"""Records what a router sends for its requests."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ from milliways.wire.errors import ClusterError
 
 
 @dataclass(slots=True)
-class Heard:
-    """A listener that keeps what it hears."""
+class Recording:
+    """The listener of one request; it records everything it receives."""
 
     events: list[TokenEvent] = field(default_factory=list)
     scores: list[PromptScores] = field(default_factory=list)
@@ -33,5 +33,9 @@ class Heard:
         self.has_moved = True
 
 
-def all_ended(heard: Mapping[str, Heard]) -> bool:
-    return all(one.has_ended or one.has_moved for one in heard.values())
+def all_ended(recordings: Mapping[str, Recording]) -> bool:
+    return all(one.has_ended or one.has_moved for one in recordings.values())
+
+
+def num_running(recordings: Mapping[str, Recording]) -> int:
+    return sum(not one.has_ended for one in recordings.values())
