@@ -148,7 +148,7 @@ class FakeFleet:
     def death(self, worker_id: str) -> Pending[None]:
         return self.now[worker_id].death
 
-    def lack(self, worker_id: str) -> str:
+    def missing_resource(self, worker_id: str) -> str:
         return "a node with 1 FAKE"
 
     def kill(self, worker_id: str) -> None:

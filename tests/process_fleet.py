@@ -105,7 +105,7 @@ class ProcessFleet:
             change=lambda s: replace(s, node_id=worker_id, memory_bytes=MEMORY_BYTES),
         )
 
-    def lack(self, worker_id: str) -> str:
+    def missing_resource(self, worker_id: str) -> str:
         return "its process to start"
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:

@@ -1,9 +1,9 @@
-"""What each worker shall hold: from the workers that there are to the planner, and back."""
+"""What each worker is to hold: from the workers that there are to the planner, and back."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from milliways.cluster.control.fleet import WorkerRecord, number_of
+from milliways.cluster.control.fleet import number_of
 from milliways.cluster.control.planner import (
     AttentionCut,
     PlacementPolicy,
@@ -11,6 +11,7 @@ from milliways.cluster.control.planner import (
     fixed_bytes,
     plan,
 )
+from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.wire.errors import PlacementError
 from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes, ShardPlan
 
@@ -24,7 +25,7 @@ class ControllerSettings:
     # 0: two where there are two workers, else one.
     expert_replicas: int = 0
     timeout_s: float = 5.0
-    # So long new workers may take to have a process.
+    # How long new workers may take to have a process.
     start_timeout_s: float = 600.0
     # Workers with lower numbers hold experts and no attention.
     experts_only: int = 0
@@ -109,7 +110,7 @@ def shared_out(
     records: Collection[WorkerRecord],
     experts: Collection[ExpertId],
 ) -> dict[str, set[ExpertId]]:
-    """Who shall take over which experts: whoever has fewest, as long as its memory has room."""
+    """Which workers take over which experts: always the one with fewest, if its memory has room."""
     shares: dict[str, set[ExpertId]] = {record.worker_id: set() for record in records}
     held = {record.worker_id: len(record.held) for record in records}
     room = {record.worker_id: _experts_that_fit(model, settings, record) for record in records}
@@ -176,7 +177,7 @@ def check_shrink(
 def split_workers(
     records: Iterable[WorkerRecord], num_workers: int
 ) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
-    """Those that stay when there shall be so many, and those that leave: the last ones."""
+    """The workers that stay when there are to be `num_workers`, and those that leave: the last."""
     in_order = sorted(records, key=number)
     staying = [record for record in in_order if number(record) < num_workers]
     return staying, [record for record in in_order if number(record) >= num_workers]

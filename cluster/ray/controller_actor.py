@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from milliways.cluster.control.controller import Controller
-from milliways.cluster.control.fleet import WorkerRecord
 from milliways.cluster.control.targets import make_settings, number
+from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.host.model_bytes import checkpoint_bytes
 from milliways.cluster.ray.fleet import NAMESPACE, RayFleet
 from milliways.cluster.settings.config import ClusterConfig

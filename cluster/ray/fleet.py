@@ -60,7 +60,7 @@ class RayFleet:
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
         return self._shell.pending(self._spawn(worker_id, incarnation))
 
-    def lack(self, worker_id: str) -> str:
+    def missing_resource(self, worker_id: str) -> str:
         group = self._groups.get(worker_id)
         if group is not None and placement_group_table(group)["state"] == "CREATED":
             return "its process to start"

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
+from milliways.cluster.control.deaths import BACKOFF_S_MAX, STABLE_AFTER_S
 from milliways.cluster.control.fleet import Existing
 from milliways.cluster.control.planner import AttentionCut
-from milliways.cluster.control.restarts import BACKOFF_S_MAX, STABLE_AFTER_S
 from milliways.wire.errors import PlacementError
 from milliways.wire.view import WorkerState
 from tests.fake_fleet import EVERY_EXPERT, LOAD_S, MODEL, SPAWN_S, Bench
@@ -79,7 +79,7 @@ def test_death_while_all_load_has_nobody_load_the_whole_model() -> None:
     bench.run_until(lambda: bench.controller.figures.num_deaths == 1)
     bench.fleet.dies_loading.clear()
     bench.up()
-    assert bench.controller.figures.num_covers == 0
+    assert bench.controller.figures.num_take_overs == 0
     assert set(bench.replicas().values()) == {1}
 
 
@@ -90,7 +90,7 @@ def test_view_without_the_dead_is_out_at_once() -> None:
     assert bench.run_until(lambda: bench.controller.view.placement_epoch > epoch) == 0.0
     assert bench.controller.view.members["worker-1"].state is WorkerState.LOST
     assert min(bench.replicas().values()) == 1
-    assert bench.controller.figures.num_covers == 0
+    assert bench.controller.figures.num_take_overs == 0
     bench.up()
     assert set(bench.replicas().values()) == {2}
     bench.check()
@@ -114,7 +114,7 @@ def test_who_comes_back_takes_its_experts_back() -> None:
     bench = Bench(3, replicas=1).start().up()
     before = {m.worker_id: m.experts for m in bench.controller.view.members.values()}
     bench.fleet.kill("worker-1")
-    bench.run_until(lambda: bench.controller.figures.num_covers == 2)
+    bench.run_until(lambda: bench.controller.figures.num_take_overs == 2)
     bench.up()
     assert {m.worker_id: m.experts for m in bench.controller.view.members.values()} == before
     bench.check()

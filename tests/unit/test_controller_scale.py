@@ -249,3 +249,29 @@ def test_workers_for_experts_only_stay_so_whatever_comes_and_goes() -> None:
             task.result()
     assert bench.is_up()
     bench.check()
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+# While the others load, while it hands its requests over, and while it starts again.
+@pytest.mark.parametrize("dies_after_s", [0.5, LOAD_S + 0.2, LOAD_S - 0.5])
+def test_worker_that_dies_while_it_is_drained_is_dead_and_not_asked_again(
+    dies_after_s: float, restarts: bool
+) -> None:
+    bench = Bench(3, replicas=1).start().up()
+    task = bench.controller.drain("worker-1", restarts=restarts)
+    bench.run_for(dies_after_s)
+    bench.fleet.kill("worker-1")
+    bench.run_for(0.0)
+    assert not bench.controller.view.members["worker-1"].can_compute
+    bench.run_until(lambda: task.is_done)
+    task.result()
+    record = bench.controller.workers["worker-1"]
+    if restarts:
+        bench.up()
+        assert record.incarnation == 2
+        assert set(bench.replicas().values()) == {1}
+        bench.check()
+    else:
+        bench.run_for(100.0)
+        assert record.state is WorkerState.STOPPED
+        assert bench.controller.is_complete

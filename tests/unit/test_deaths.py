@@ -1,9 +1,9 @@
-"""How long a worker that died waits for its next life."""
+"""How long a worker that died waits before it is started again."""
 
 import pytest
 
-from milliways.cluster.control.fleet import WorkerRecord
-from milliways.cluster.control.restarts import quick_deaths, restart_delay_s
+from milliways.cluster.control.deaths import quick_deaths, restart_delay_s
+from milliways.cluster.control.worker_record import WorkerRecord
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""When a worker counts as dead, and when it is started again.
+
+A worker is dead when its process is gone, or when it could not start or load its shards. It becomes
+LOST in the next view, whatever else its process may still do. It is started again at once, or after
+a pause that grows while it keeps dying.
+"""
+
+from milliways.cluster.control.fleet import WorkerDiedError
+from milliways.cluster.control.state import ClusterState
+from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.runtime.tasks import Pending
+from milliways.wire.view import WorkerState
+
+RESTART_AFTER_S = 1.0
+BACKOFF_S = 2.0
+BACKOFF_S_MAX = 30.0
+# A worker that was READY for that long came up well: it starts from the shortest pause again.
+STABLE_AFTER_S = 10.0
+MAX_QUICK_DEATHS = 8
+
+
+async def until_death(state: ClusterState, record: WorkerRecord) -> None:
+    """Waits for the end of a worker's process.
+
+    Raises:
+        WorkerDiedError: always.
+    """
+    await state.fleet.death(record.worker_id)
+    raise WorkerDiedError(f"the process of {record.worker_id} is gone")
+
+
+async def or_death(state: ClusterState, record: WorkerRecord, pending: Pending[None]) -> None:
+    """Waits for something, at most until the worker dies.
+
+    Raises:
+        WorkerDiedError: its process is gone, or what was waited for failed.
+    """
+    death = state.fleet.death(record.worker_id)
+    await state.tasks.first_done((pending, death))
+    if not pending.is_done:
+        raise WorkerDiedError(f"the process of {record.worker_id} is gone")
+    pending.result()
+
+
+def mark_dead(state: ClusterState, record: WorkerRecord) -> None:
+    """Notes a death: nobody is to ask this incarnation any more."""
+    if record.is_drained:
+        record.is_drained = False
+    else:
+        state.figures.num_deaths += 1
+        record.num_quick_deaths = quick_deaths(record, state.tasks.clock.now_s())
+    state.once_held |= record.held
+    record.held = frozenset()
+    record.move(WorkerState.LOST)
+
+
+def quick_deaths(record: WorkerRecord, now_s: float) -> int:
+    """The worker's deaths in a row, with the one now."""
+    was_stable = record.ready_at_s is not None and now_s - record.ready_at_s > STABLE_AFTER_S
+    return 0 if was_stable else record.num_quick_deaths + 1
+
+
+def loop_note(record: WorkerRecord) -> str:
+    """What to add to the state of a worker that keeps dying; empty where it does not."""
+    if record.num_quick_deaths < MAX_QUICK_DEATHS:
+        return ""
+    return f", it died {record.num_quick_deaths} times in a row"
+
+
+def restart_delay_s(record: WorkerRecord, *, others_serve: bool) -> float:
+    """How long to wait before the next incarnation starts."""
+    if record.num_quick_deaths > 2:
+        # While nobody serves, there is no work that a restart could disturb. Only a tight loop of
+        # starts must not occupy the processors.
+        most_s = BACKOFF_S_MAX if others_serve else BACKOFF_S
+        return min(most_s, BACKOFF_S * 2 ** (record.num_quick_deaths - 3))
+    # Where others can serve, the start waits until they have taken over: it would take their
+    # processors.
+    return RESTART_AFTER_S if others_serve else 0.0

@@ -1,0 +1,170 @@
+"""Grows and shrinks the cluster, and drains workers, without a failed request.
+
+At every moment each expert has a holder that everybody knows. New workers and those that stay load
+first; only then do others leave.
+"""
+
+from collections.abc import Sequence
+
+from milliways.cluster.control.fleet import WorkerDiedError
+from milliways.cluster.control.holdings import Holdings
+from milliways.cluster.control.publishing import ViewPublisher
+from milliways.cluster.control.state import ClusterState
+from milliways.cluster.control.supervision import Supervision
+from milliways.cluster.control.targets import (
+    check_shrink,
+    planned_anew,
+    shared_out,
+    split_workers,
+)
+from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.wire.errors import PlacementError, StartupError
+from milliways.wire.placement import ShardPlan
+from milliways.wire.view import WorkerState
+
+
+class Resizing:
+    """The steps of a change; the controller runs one change at a time."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        publisher: ViewPublisher,
+        holdings: Holdings,
+        supervision: Supervision,
+    ) -> None:
+        self._state = state
+        self._tasks = state.tasks
+        self._fleet = state.fleet
+        self._publisher = publisher
+        self._holdings = holdings
+        self._supervision = supervision
+
+    async def scale(self, num_workers: int) -> None:
+        """Grows or shrinks to a number of workers.
+
+        Raises:
+            PlacementError: it cannot be. All is as it was.
+            StartupError: new workers do not come. All is as it was.
+        """
+        state, workers = self._state, self._state.workers
+        for record in [r for r in workers.values() if r.state is WorkerState.STOPPED]:
+            del workers[record.worker_id]
+        staying, leaving = split_workers(workers.values(), num_workers)
+        check_shrink(state.model, workers.values(), leaving)
+        new = [f"worker-{n}" for n in range(num_workers) if f"worker-{n}" not in workers]
+        for worker_id in new:
+            state.targets.pop(worker_id, None)
+            self._supervision.add(worker_id)
+        try:
+            await self._wait_for_processes(new)
+            everybody = [*staying, *(workers[worker_id] for worker_id in new)]
+            targets = planned_anew(state.model, state.settings, everybody)
+        except (PlacementError, StartupError):
+            self._remove_unplaced(new)
+            raise
+        state.targets, state.failure = targets, None
+        state.placed.notify()
+        await self._tasks.gather(self._load_missing(r, targets[r.worker_id]) for r in staying)
+        while any(workers[w].state is not WorkerState.READY for w in targets):
+            await state.changed.wait()
+        await self._tasks.gather(self._remove(record) for record in leaving)
+        await self._holdings.trim(staying)
+
+    async def drain(self, worker_id: str, restarts: bool) -> None:
+        """Moves a worker's experts and requests away, then stops it, or has it started again.
+
+        Raises:
+            PlacementError: it cannot be. The worker serves on.
+        """
+        record = self._state.workers.get(worker_id)
+        if record is None or record.state is not WorkerState.READY:
+            raise PlacementError(f"{worker_id} is no worker that is ready")
+        incarnation = record.incarnation
+        await self._load_elsewhere(record, restarts)
+        if record.state is WorkerState.READY:
+            await self._hand_over(record)
+        if restarts and (record.incarnation, record.state) != (incarnation, WorkerState.DRAINING):
+            # It died meanwhile: supervision starts it again.
+            return
+        record.is_drained, record.is_leaving = True, not restarts
+        if record.is_leaving and record.task is not None:
+            record.task.cancel()
+        await self._publisher.confirmed(worker_id, self._fleet.stop(worker_id))
+        if record.is_leaving:
+            record.held = frozenset()
+            record.move(WorkerState.STOPPED)
+            self._state.note(record, "nothing: it was drained")
+            self._publisher.touch()
+
+    async def _load_elsewhere(self, record: WorkerRecord, restarts: bool) -> None:
+        """Has others load what only this worker holds."""
+        state, worker_id = self._state, record.worker_id
+        if not restarts:
+            check_shrink(state.model, state.workers.values(), [record])
+        others = state.ready(besides=record)
+        if not others:
+            raise PlacementError(f"{worker_id} is the last worker that is ready")
+        only_here = state.only_held_by(record)
+        shares = shared_out(state.model, state.settings, others, only_here)
+        if only_here.difference(*shares.values()):
+            raise PlacementError(f"no other worker has memory for the experts of {worker_id}")
+        await self._tasks.gather(
+            self._holdings.load_more(other, frozenset(share))
+            for other in others
+            if (share := shares[other.worker_id])
+        )
+
+    async def _wait_for_processes(self, worker_ids: Sequence[str]) -> None:
+        workers, timeout_s = self._state.workers, self._state.settings.start_timeout_s
+        until_s = self._tasks.clock.now_s() + timeout_s
+        while missing := [w for w in worker_ids if workers[w].spawned is None]:
+            left_s = until_s - self._tasks.clock.now_s()
+            if left_s <= 0:
+                waits = [f"{w} waits for {self._fleet.missing_resource(w)}" for w in missing]
+                raise StartupError(f"not within {timeout_s:g} s: {'; '.join(waits)}")
+            await self._tasks.wait_for(self._state.changed.wait(), left_s)
+
+    def _remove_unplaced(self, new: Sequence[str]) -> None:
+        """The cluster stays as it is: workers that came for the new placement go."""
+        for worker_id in new:
+            record = self._state.workers.pop(worker_id)
+            record.is_leaving = True
+            if record.task is not None:
+                record.task.cancel()
+            self._fleet.stop(worker_id)
+
+    async def _load_missing(self, record: WorkerRecord, target: ShardPlan) -> None:
+        """Loads what a worker's target has beyond what it holds."""
+        missing = target.experts - record.held
+        if record.state is WorkerState.READY and missing:
+            try:
+                await self._holdings.load_more(record, missing)
+            except WorkerDiedError:
+                # Its next incarnation loads the new target as a whole.
+                return
+
+    async def _remove(self, record: WorkerRecord) -> None:
+        """Lets a worker go without an error."""
+        record.is_leaving = True
+        if record.state is WorkerState.READY:
+            await self._hand_over(record)
+        del self._state.workers[record.worker_id]
+        self._publisher.touch()
+        await self._publisher.everybody_knows()
+        if record.task is not None:
+            record.task.cancel()
+        stopped = self._fleet.stop(record.worker_id)
+        await self._publisher.confirmed(record.worker_id, stopped)
+
+    async def _hand_over(self, record: WorkerRecord) -> None:
+        """Leaves a worker without work: no new requests, those it has move on, no calls."""
+        record.move(WorkerState.DRAINING)
+        self._publisher.touch()
+        await self._publisher.everybody_knows()
+        drained = self._fleet.drain(record.worker_id)
+        await self._publisher.confirmed(record.worker_id, drained)
+        if record.state is WorkerState.DRAINING:
+            record.held = frozenset()
+            self._publisher.touch()
+        await self._publisher.everybody_knows()

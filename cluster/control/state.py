@@ -1,0 +1,68 @@
+"""What the controller knows and wants, which all of its parts share."""
+
+from dataclasses import dataclass
+
+from milliways.cluster.control.fleet import Fleet
+from milliways.cluster.control.targets import ControllerSettings, experts_of
+from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.runtime.tasks import Signal, Tasks
+from milliways.wire.errors import ClusterError
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.view import WorkerState
+
+
+@dataclass(slots=True)
+class ControllerFigures:
+    """Counts since the start, for status and metrics."""
+
+    num_deaths: int = 0
+    num_take_overs: int = 0
+    num_views: int = 0
+
+
+class ClusterState:
+    """Workers, targets and counts. `changed` fires whenever one of them, or the view, changed.
+
+    Invariants: a key of `workers` is its record's `worker_id`. `last_incarnations` has, for each
+    worker that ever was started here, the highest incarnation. `once_held` only grows: experts that
+    some worker held when it died.
+    """
+
+    def __init__(
+        self, model: ModelBytes, settings: ControllerSettings, fleet: Fleet, tasks: Tasks
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.fleet = fleet
+        self.tasks = tasks
+        self.workers: dict[str, WorkerRecord] = {}
+        # What each worker is to hold; of workers without a placement there is none.
+        self.targets: dict[str, ShardPlan] = {}
+        self.last_incarnations: dict[str, int] = {}
+        self.once_held: set[ExpertId] = set()
+        self.figures = ControllerFigures()
+        # Why the cluster cannot come up, if it cannot.
+        self.failure: ClusterError | None = None
+        self.changed = Signal()
+        # `targets` has new workers.
+        self.placed = Signal()
+        self.is_closed = False
+
+    def ready(self, besides: WorkerRecord | None = None) -> list[WorkerRecord]:
+        """The workers that are READY, without one of them."""
+        state = WorkerState.READY
+        return [r for r in self.workers.values() if r.state is state and r is not besides]
+
+    def only_held_by(self, record: WorkerRecord) -> frozenset[ExpertId]:
+        """The experts that no other ready worker holds."""
+        return record.held.difference(*(r.held for r in self.ready(besides=record)))
+
+    def lost_experts(self) -> set[ExpertId]:
+        """The experts that no worker holds."""
+        held = [r.held for r in self.workers.values() if r.state is not WorkerState.LOST]
+        return experts_of(self.model).difference(*held)
+
+    def note(self, record: WorkerRecord, waits_for: str) -> None:
+        """Notes what a worker waits for, for people."""
+        record.waits_for = waits_for
+        self.changed.notify()

@@ -1,0 +1,116 @@
+"""Starts workers, and starts them again when they die: one task for each.
+
+The life of a worker:
+
+1. `spawn` has a process started somewhere; it says where it is and how much memory it may use.
+2. It waits for a placement, which is planned as soon as all workers asked for are there.
+3. `load` has it read its shards; then it is READY and a new view tells everybody.
+4. When it dies (`deaths`), a new view says so at once. Others load the experts that it alone held
+   (`losses`). It is started again, after a pause that grows while it keeps dying.
+"""
+
+import logging
+
+from milliways.cluster.control.deaths import (
+    loop_note,
+    mark_dead,
+    or_death,
+    restart_delay_s,
+    until_death,
+)
+from milliways.cluster.control.fleet import WorkerDiedError
+from milliways.cluster.control.holdings import Holdings
+from milliways.cluster.control.losses import Losses
+from milliways.cluster.control.publishing import ViewPublisher
+from milliways.cluster.control.state import ClusterState
+from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.wire.placement import ShardPlan
+from milliways.wire.view import WorkerState
+
+logger = logging.getLogger(__name__)
+
+# What a worker waits for until it has a process; the fleet knows more.
+A_NODE = "a node that has room for it"
+
+
+class Supervision:
+    """Owns the task of each worker."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        publisher: ViewPublisher,
+        holdings: Holdings,
+        losses: Losses,
+    ) -> None:
+        self._state = state
+        self._publisher = publisher
+        self._holdings = holdings
+        self._losses = losses
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert has a holder, and there is a router."""
+        return not self._state.lost_experts() and bool(self._publisher.view.routers())
+
+    def add(self, worker_id: str) -> None:
+        """Starts a worker. No incarnation has the number of an earlier one, even if it left."""
+        incarnation = self._state.last_incarnations.get(worker_id, 0)
+        self.supervise(WorkerRecord(worker_id, incarnation=incarnation))
+
+    def supervise(self, record: WorkerRecord) -> None:
+        """Keeps a worker alive from now on."""
+        self._state.workers[record.worker_id] = record
+        record.task = self._state.tasks.start_service(self._keep_alive(record))
+
+    async def _keep_alive(self, record: WorkerRecord) -> None:
+        while not self._state.is_closed and not record.is_leaving:
+            try:
+                await self._run_incarnation(record)
+            except WorkerDiedError as error:
+                record.last_error = str(error)
+                logger.warning("%s died: %s", record.worker_id, error)
+            if record.is_leaving or self._state.is_closed:
+                break
+            mark_dead(self._state, record)
+            self._publisher.touch()
+            self._losses.make_good()
+            await self._pause(record)
+
+    async def _run_incarnation(self, record: WorkerRecord) -> None:
+        """From the start of a process to its end, which is a WorkerDiedError."""
+        if record.is_adopted:
+            record.is_adopted = False
+        else:
+            await self._bring_up(record)
+        record.move(WorkerState.READY)
+        record.ready_at_s = self._state.tasks.clock.now_s()
+        self._state.note(record, "")
+        self._publisher.touch()
+        self._state.tasks.start(self._holdings.trim([*self._state.workers.values()]))
+        await until_death(self._state, record)
+
+    async def _bring_up(self, record: WorkerRecord) -> None:
+        """From nothing to all shards loaded."""
+        state, worker_id = self._state, record.worker_id
+        record.begin_incarnation()
+        state.last_incarnations[worker_id] = record.incarnation
+        state.note(record, A_NODE)
+        record.spawned = await state.fleet.spawn(worker_id, record.incarnation)
+        state.note(record, "a placement, which needs all workers")
+        while worker_id not in state.targets:
+            await or_death(state, record, state.placed.wait())
+        state.note(record, "its shards to be loaded")
+        # Again where the target has changed by the time that it has loaded. A worker that is about
+        # to leave has no target any more.
+        loaded: ShardPlan | None = None
+        while loaded != (target := state.targets.get(worker_id, loaded)):
+            assert target is not None
+            record.shards = loaded = target
+            await or_death(state, record, state.fleet.load(worker_id, loaded))
+            record.held |= loaded.experts
+
+    async def _pause(self, record: WorkerRecord) -> None:
+        delay_s = restart_delay_s(record, others_serve=self.is_complete)
+        self._state.note(record, f"its restart in {delay_s:g} s{loop_note(record)}")
+        await self._state.tasks.sleep(delay_s)

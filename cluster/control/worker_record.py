@@ -1,0 +1,78 @@
+"""What the controller knows of a worker, through all of its incarnations."""
+
+from dataclasses import dataclass
+
+from milliways.cluster.control.fleet import Spawned
+from milliways.runtime.tasks import Task
+from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.view import Member, WorkerState, moved
+
+_NOWHERE = Spawned(address="", router_address="", node_id="", pid=0, memory_bytes=0)
+_NOTHING = ShardPlan(first_layer=0, num_layers=0, has_ends=False, experts=frozenset())
+
+
+@dataclass(slots=True)
+class WorkerRecord:
+    """What is known of a worker; `waits_for` is for people.
+
+    Invariants: `state` changes in `move` alone, along `WORKER_MOVES`. `incarnation` only grows.
+    `held` is what this incarnation has loaded and views promise; empty once it is LOST. `loading`
+    is what it was asked to load beyond `held`, and has not yet.
+    """
+
+    worker_id: str
+    incarnation: int = 0
+    spawned: Spawned | None = None
+    shards: ShardPlan | None = None
+    held: frozenset[ExpertId] = frozenset()
+    loading: frozenset[ExpertId] = frozenset()
+    waits_for: str = "its turn"
+    # Deaths in a row, each soon after the worker was READY or before it was.
+    num_quick_deaths: int = 0
+    ready_at_s: float | None = None
+    # Supervises it.
+    task: Task[None] | None = None
+    # It is not started again when it ends.
+    is_leaving: bool = False
+    # It is stopped on purpose, which does not count as a death.
+    is_drained: bool = False
+    # A controller that starts found it alive: it goes on with this incarnation.
+    is_adopted: bool = False
+    last_error: str = ""
+    _state: WorkerState = WorkerState.LOADING
+
+    @property
+    def state(self) -> WorkerState:
+        return self._state
+
+    def move(self, to: WorkerState) -> None:
+        """Changes the state, along `WORKER_MOVES`."""
+        self._state = moved(self._state, to)
+
+    def begin_incarnation(self) -> None:
+        """The worker is about to be started, for the first time or again."""
+        self.incarnation += 1
+        if self._state is not WorkerState.LOADING:
+            self.move(WorkerState.LOADING)
+        self.held = frozenset()
+        self.ready_at_s = None
+
+    def member(self) -> Member:
+        """How others see it: before it has a process and shards too, so that a view has everybody.
+
+        The next controller learns from it how many workers there were, and their incarnations.
+        """
+        spawned, shards = self.spawned or _NOWHERE, self.shards or _NOTHING
+        return Member(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            address=spawned.address,
+            router_address=spawned.router_address,
+            state=self.state,
+            node_id=spawned.node_id,
+            pid=spawned.pid,
+            first_layer=shards.first_layer,
+            num_layers=shards.num_layers,
+            has_ends=shards.has_ends,
+            experts=self.held,
+        )
