@@ -1,4 +1,4 @@
-"""What every test runs under. JAX reads its settings when imported, so they are set first."""
+"""The settings of all tests. JAX reads its own when it is imported, so they are set before that."""
 
 import os
 import signal
@@ -27,7 +27,9 @@ JAX_SETTINGS = {
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # Compiling is most of a test's time, and most programs did not change since the last run.
-    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+    "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax")
+    ),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 os.environ.update(JAX_SETTINGS)
@@ -35,25 +37,26 @@ install_import_hook(
     "milliways.model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}"
 )
 
-# Behind `&` a shell has SIGINT ignored, and whatever a test starts would not hear its Ctrl-C.
+# A shell starts a command with `&` so that it ignores SIGINT, and the processes that a test starts
+# would inherit that: Ctrl-C would not end them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NetworkForbidden(Exception):
-    """A unit test opened a socket that leaves the machine, or could."""
+    """A unit test opened a socket that can reach other machines."""
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Small checkpoints in the released form, with the reference's answers."""
+    """Small checkpoints in the format of the release, with the answers of the reference."""
     return REPOSITORY / "tests" / "golden"
 
 
 @pytest.fixture(scope="session")
 def cluster() -> "Iterator[ServedCluster]":
-    """One real cluster for all tests: they may change it, and leave it as they found it."""
-    # Not above: it asks this module for its settings.
+    """One real cluster for all tests. A test may change it, and has to restore it."""
+    # Not at the top: that module imports the settings from this one.
     from tests.served_cluster import one_cluster
 
     with one_cluster() as running:
@@ -64,7 +67,7 @@ def cluster() -> "Iterator[ServedCluster]":
 def no_network_in_unit_tests(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Leaves unit tests Unix sockets only, which an event loop needs to wake itself."""
+    """Unit tests may open Unix sockets only. An event loop needs one to wake itself."""
     if request.path.is_relative_to(UNIT_TESTS):
         monkeypatch.setattr(socket.socket, "__init__", _init_unix_socket)
     yield
