@@ -65,9 +65,11 @@ def test_restart_of_the_head_costs_no_token(cluster_on_nodes: tuple[Nodes, OnNod
         nodes.order("start-gcs")
 
     def is_whole() -> bool:
+        if not served.is_whole():
+            return False
         workers = {worker["worker_id"]: worker for worker in served.workers()}
         mine = workers.get(victim["worker_id"], victim)
-        return served.is_whole() and mine["incarnation"] > victim["incarnation"]
+        return mine["incarnation"] > victim["incarnation"]
 
     assert complaints_under_load(served.endpoint, restart_head, is_whole) == []
 

@@ -1,6 +1,7 @@
 """What a test with Ray nodes of its own needs: a served cluster, load, and a verdict."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from milliways.benchmarks.chaos.answers import Outcome, difference
@@ -30,6 +32,7 @@ from tests.served_cluster import (
 NUM_ASKS = 14
 MAX_TOKENS = 64
 WHOLE_TIMEOUT_S = 240.0
+READY_METRIC = re.compile(r'milliways_worker_state\{.*state="ready"\} 1$')
 
 # Workers go to nodes that offer them a place; what takes a CPU goes to the head.
 SETTINGS = """
@@ -67,10 +70,21 @@ class OnNodes:
 
     def is_whole(self, gone: Sequence[str] = ()) -> bool:
         """Whether three workers are ready, none of them on a node that is gone."""
+        # A command takes seconds of a core, which the worker that starts needs.
+        if self._num_ready() != 3:
+            return False
         workers = self.workers()
         return len(workers) == 3 and all(
             w["state"] == "ready" and w["node"] not in gone for w in workers
         )
+
+    def _num_ready(self) -> int:
+        """How many workers the metrics call ready; 0 while nobody answers."""
+        try:
+            lines = httpx.get(f"{self.endpoint.http}/metrics", timeout=30).text.splitlines()
+        except httpx.TransportError:
+            return 0
+        return sum(READY_METRIC.match(line) is not None for line in lines)
 
 
 @dataclass(slots=True)
@@ -165,6 +179,8 @@ def several_nodes(folder: Path, **more: str) -> dict[str, str]:
         RAY_AUTH_MODE="disabled",
         RAY_TMPDIR=str(folder / "t"),
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
+        # By default Ray gives up after 30 s, in which a busy machine does not start it.
+        RAY_raylet_start_wait_time_s="120",
         **more,
     )
 
