@@ -291,7 +291,7 @@ def expert_capacity(config: ModelConfig, num_tokens: int, capacity_factor: float
 
 
 def balance_loss(load: GateLoad) -> Float[Array, ""]:
-    """The balance loss of Switch Transformers: 1 at perfect balance, more if few experts dominate."""
+    """The balance loss of Switch Transformers: 1 if balanced, more if few experts dominate."""
     num_experts = load.chosen_share_E.shape[-1]
     per_layer = jnp.sum(load.chosen_share_E * load.mean_probability_E, axis=-1) * num_experts
     return jnp.mean(per_layer)

@@ -13,7 +13,7 @@ from milliways.benchmarks.demo.training.release import model_of, read_release
 from milliways.model.config import ModelConfig
 from milliways.model.tokenizer import TOKENIZER_FILE
 
-# The window sizes, each compiled once. A text that is longer than the last one counts as unfinished.
+# The window sizes, each compiled once. A text longer than the last one counts as unfinished.
 WINDOWS = (32, 64, 128, 192)
 LOAD_WINDOW = 128
 

@@ -249,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for the state of the run, to resume it [%(default)s]",
     )
-    option("--minutes", type=float, default=1e6, metavar="M", help="stop after this time")
+    option("--minutes", type=float, default=1e6, metavar="M", help="minutes after which to stop")
     option("--release", type=Path, default=DEMO_DIR, metavar="DIR", help="model directory to write")
     option(
         "--plot",

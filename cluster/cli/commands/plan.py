@@ -57,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--attention",
         choices=[cut.value for cut in AttentionCut],
         default=AttentionCut.AUTO.value,
-        help="placement of the attention layers: all on every worker, or consecutive layers on"
-        " each worker [%(default)s]",
+        help="placement of the attention layers: replicated on every worker, or consecutive layers"
+        " on each; auto replicates them if memory allows it [%(default)s]",
     )
     option(
         "--kv-tokens",
