@@ -2,14 +2,14 @@
 
     milliways generate PROMPT   continues a prompt, streaming
     milliways logits            writes the logits of given tokens, to compare implementations
-    milliways inspect PATH      what a checkpoint holds, and what it needs
-    milliways plan              which worker would hold what
+    milliways inspect PATH      shows what a checkpoint holds, and what it needs
+    milliways plan              shows which worker would hold what
     milliways serve             starts a cluster and its endpoint
-    milliways status            who is in the cluster, what each holds and does
+    milliways status            shows the workers of the cluster, what each holds and does
     milliways scale             grows or shrinks a running cluster
     milliways drain WORKER      moves a worker's work away, then stops or restarts it
     milliways chaos             breaks a cluster under load, and compares every token
-    milliways bench             how fast we are, beside other engines and the machine's limits
+    milliways bench             measures speed, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
 130 interrupted.
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The command line. Only the chosen command is imported: not every one needs JAX."""
+    """The command line. Only the chosen command is imported, since some need no JAX."""
     parser = argparse.ArgumentParser(
         prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
     )
@@ -99,8 +99,8 @@ class ShowVersions(argparse.Action):
 
 
 def speak_utf8() -> None:
-    """Text is UTF-8 whatever the locale says: tokens are, and a model may write any character."""
-    # What comes in broken reaches the tokenizer, which refuses it by name.
+    """Reads and writes UTF-8, whatever the locale says: a model may write any character."""
+    # Broken input reaches the tokenizer, which refuses it by name.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "strict")):
         if isinstance(stream, io.TextIOWrapper):
             cast("io.TextIOWrapper", stream).reconfigure(encoding="utf-8", errors=errors)
@@ -112,7 +112,7 @@ def _fail(error: Exception, exit_code: int) -> int:
 
 
 def _abandon_stdout() -> int:
-    """The reader went away: give the interpreter something else to flush at exit."""
+    """The reader went away: gives the interpreter another file to flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_BROKEN_PIPE
 

@@ -1,4 +1,4 @@
-"""Composition root of a single process: a model directory in, a running engine out."""
+"""Composition root of a single process: makes a running engine of a model directory."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ MAX_THREADS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalModel:
-    """A model loaded into this process; `tokenizer` is None where the directory brings none."""
+    """A model loaded into this process; `tokenizer` is None if the directory has none."""
 
     decoder: Decoder
     params: ModelParams
     tokenizer: Tokenizer | None
-    # Mapped experts live as long as their loader.
+    # Mapped experts stay valid as long as their loader exists.
     loader: Loader
 
 
@@ -74,12 +74,12 @@ def kernel_choice(
 def load_local_model(
     model_dir: Path, dtype: str, kernels: KernelChoice | None = None
 ) -> LocalModel:
-    """Opens, checks and loads a model directory for the best kernels there are here.
+    """Opens, checks and loads a model directory, for the best kernels of this machine.
 
     Raises:
         InvalidRequestError: there is no such dtype.
         ModelConfigError, CheckpointError, TokenizerError: what is wrong with which file.
-        KernelsMissingError: no kernels here can do what is wanted.
+        KernelsMissingError: no kernels of this machine can do what is asked for.
     """
     _check_one_of("dtype", dtype, DTYPES)
     ops, loader = select_ops(kernels or KernelChoice())
@@ -106,8 +106,8 @@ def cache_size_for(num_sequences: int, num_tokens_each: int) -> CacheSize:
 def make_local_runner(model: LocalModel, cache_size: CacheSize) -> ModelRunner:
     """A runner of the whole model on this process's device.
 
-    With the kernels in plain JAX the step runs by halves, because one layer's program then serves
-    all layers: fused, it takes the compiler longer with every layer. Both give the same bits.
+    With the kernels in plain JAX a step runs by halves, because one layer's program then serves all
+    layers. A fused program takes longer to compile with every layer. Both give the same bits.
     """
     mode = StepMode.FUSED if model.decoder.ops.fuses_steps else StepMode.HALVES
     return make_runner(model.decoder, model.params, cache_size, mode, owner=model.loader)
@@ -125,7 +125,10 @@ def _check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def _round_up(num_blocks: int) -> int:
-    """Few different sizes, so few programs, and never more than a quarter too much from 256 on."""
+    """Few different sizes, so that few programs are compiled.
+
+    For 256 blocks and more, the result is at most a quarter too much.
+    """
     step = max(64, _power_of_two(num_blocks, at_least=1) // 8)
     return -(-num_blocks // step) * step
 
