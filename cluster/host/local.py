@@ -125,7 +125,10 @@ def _check_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def _round_up(num_blocks: int) -> int:
-    """Few different sizes, so that few programs are compiled; a quarter more at most."""
+    """Few different sizes, so that few programs are compiled.
+
+    For 256 blocks and more, the result is at most a quarter too much.
+    """
     step = max(64, _power_of_two(num_blocks, at_least=1) // 8)
     return -(-num_blocks // step) * step
 
