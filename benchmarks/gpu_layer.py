@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = SMALL if options.small else FULL
     if not options.small and jax.default_backend() != "gpu":
         sys.exit(
-            f"JAX computes on {jax.default_backend()!r}, but a layer of full width needs a GPU "
-            "(install jax[cuda12]); --small runs small layers on any device"
+            f"no GPU: JAX computes on {jax.default_backend()!r}, and a layer of full width needs a "
+            "GPU (install jax[cuda12]); --small runs small layers on any device"
         )
     floors = measure_floors(plan.copied_bytes, plan.matmul_size, options.repeats)
     layers = _make_layers(plan, options.layers)

@@ -26,7 +26,7 @@ _NUM_LOG_LINES = 3
 
 
 class ContestantError(Exception):
-    """A contestant cannot take part, or cannot go on; the message is for the report."""
+    """A contestant cannot take part, or has failed; the message is for the report."""
 
 
 class Contestant(Protocol):

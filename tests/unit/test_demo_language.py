@@ -1,4 +1,4 @@
-"""The demo language: what the grammar writes its checker accepts, and nothing near it."""
+"""The demo language: the checker accepts what the grammar writes, and refuses small changes."""
 
 import random
 

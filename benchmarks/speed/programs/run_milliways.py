@@ -21,7 +21,7 @@ from milliways.router.limits import SchedulerLimits
 CHUNK_TOKENS = SchedulerLimits().max_step_tokens
 _GREEDY = SamplingParams(temperature=0.0)
 _SEED = 1
-# The fewest slots: as many as serving one request has.
+# The least number of slots; serving one request has the same number.
 _MIN_SLOTS = 8
 
 

@@ -82,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=120.0,
         metavar="S",
-        help="seconds to inject faults; goes on until each kind was injected once [%(default)s]",
+        help="least seconds to inject faults; each kind is injected at least once [%(default)s]",
     )
     option(
         "--every",
