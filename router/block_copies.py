@@ -51,14 +51,6 @@ class BlockArrays(Protocol):
         ...
 
 
-# The figures of a router that copies nothing.
-NO_COPIES = {
-    "standby_blocks_copied": 0,
-    "standby_bytes_copied": 0,
-    "standby_blocks_dropped": 0,
-    "standby_blocks_kept": 0,
-}
-
 # None where there are none yet: shards are loaded later than routers are made.
 ArraysNow = Callable[[], BlockArrays | None]
 
@@ -91,16 +83,6 @@ class BlockCopies:
         """Who is sent copies; empty where nobody is."""
         buddy = self.standby.buddy
         return buddy[0] if buddy is not None else ""
-
-    def figures(self) -> dict[str, int]:
-        """Counts since the start, for status and metrics."""
-        figures = self.standby.figures
-        return {
-            "standby_blocks_copied": figures.num_copied,
-            "standby_bytes_copied": figures.num_copied_bytes,
-            "standby_blocks_dropped": figures.num_dropped,
-            "standby_blocks_kept": self.num_kept,
-        }
 
     def view_changed(self) -> None:
         """Chooses a buddy; one that has copies of what runs stays it as long as it can be."""

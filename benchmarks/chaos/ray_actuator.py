@@ -21,7 +21,8 @@ from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.cluster.ray.controller_actor import find_controller
 from milliways.cluster.ray.fleet import NAMESPACE
 from milliways.wire.errors import StartupError
-from milliways.wire.view import ClusterView
+from milliways.wire.status import ClusterStatus
+from milliways.wire.view import ClusterView, WorkerState
 
 # Of the deployment in `milliways.cluster.ray.app`, whatever its application is called.
 INGRESS_NAME = "Ingress"
@@ -38,8 +39,8 @@ class RayActuator:
         self._own_node = ray.get_runtime_context().get_node_id()
 
     def workers(self) -> Sequence[WorkerFacts]:
-        status: Any = self._ask("status")
-        return [WorkerFacts.of(w) for w in status["workers"] if w["state"] == "ready"]
+        status: ClusterStatus = self._ask("status")
+        return [WorkerFacts.of(w) for w in status.workers if w.state == WorkerState.READY.value]
 
     def controller(self) -> Place:
         node_id, pid = self._ask("whereabouts")
@@ -72,8 +73,8 @@ class RayActuator:
         self._at(place, lambda: signal_actor(place.pid, number))
 
     def drop_replies(self, place: Place, count: int) -> int:
-        status: Any = self._ask("status")
-        lives = {w["worker_id"]: w["incarnation"] for w in status["workers"]}
+        status: ClusterStatus = self._ask("status")
+        lives = {worker.worker_id: worker.incarnation for worker in status.workers}
         try:
             actor = ray.get_actor(f"{place.name}-{lives[place.name]}", namespace=NAMESPACE)
             num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)

@@ -11,12 +11,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.wire.errors import StartupError
+from milliways.wire.status import ClusterStatus, from_json
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
@@ -67,10 +67,9 @@ def serving(model: str, num_workers: int, work_dir: Path) -> Generator[Served]:
             process.wait()
 
 
-def routers_of(status: dict[str, Any]) -> tuple[str, ...]:
+def routers_of(status: ClusterStatus) -> tuple[str, ...]:
     """Addresses of the workers that take requests."""
-    addresses = (worker.get("router_address", "") for worker in status["workers"])
-    return tuple(address for address in addresses if address)
+    return tuple(w.router_address for w in status.workers if w.router_address)
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
@@ -85,14 +84,14 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log_path: Pa
     raise StartupError(" / ".join(["the cluster is not ready", *lines[-_NUM_LOG_LINES:]]))
 
 
-def _status(environment: dict[str, str]) -> dict[str, Any]:
+def _status(environment: dict[str, str]) -> ClusterStatus:
     command = [sys.executable, "-m", "milliways", "status", "--json"]
     done = subprocess.run(
         command, env=environment, capture_output=True, timeout=STATUS_TIMEOUT_S, check=False
     )
     if done.returncode:
         raise StartupError(f"no status: {done.stderr.decode(errors='replace').strip()}")
-    return json.loads(done.stdout)
+    return from_json(json.loads(done.stdout))
 
 
 def _environment(work_dir: Path) -> dict[str, str]:

@@ -125,7 +125,10 @@ async def check_idle(cluster: ProcessCluster) -> None:
     until_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
         told = (await cluster.status()).items()
-        held = {worker_id: [status["router"][name] for name in names] for worker_id, status in told}
+        held = {
+            worker_id: [getattr(status.router, name) for name in names]
+            for worker_id, status in told
+        }
         if all(counts == [0] * len(names) for counts in held.values()):
             return
         assert time.monotonic() < until_s, held
@@ -160,10 +163,10 @@ def test_any_spread_over_processes(
             assert await served(cluster, model.wanted, at_a_time=4) == model.told
             await check_idle(cluster)
             for worker_id, status in (await cluster.status()).items():
-                assert abs(status["bytes_read"] - bytes_of(cluster, model, worker_id)) <= (
-                    0.02 * status["bytes_read"]
+                assert abs(status.bytes_read - bytes_of(cluster, model, worker_id)) <= (
+                    0.02 * status.bytes_read
                 )
-                ways = status["router"]["transports"].items()
+                ways = status.router.transports.items()
                 assert {way for other, way in ways if other != worker_id} <= {transport}
 
     asyncio.run(main())
@@ -210,8 +213,8 @@ def test_a_worker_for_experts_only_serves_and_dies_like_any_other(
         async with process_cluster(hosts, config, settings, model.sizes) as cluster:
             await survive(cluster, model, spread, victim)
             status = await cluster.status()
-            assert [status[f"worker-{n}"]["layers"][1] > 0 for n in range(3)] == [False, True, True]
-            assert status["worker-0"]["calls"] > 0
+            assert [status[f"worker-{n}"].layers[1] > 0 for n in range(3)] == [False, True, True]
+            assert status["worker-0"].calls > 0
 
     asyncio.run(main())
 
@@ -255,7 +258,7 @@ def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             before = await cluster.status()
             victim = "worker-0"
-            buddy = before[victim]["router"]["standby"]
+            buddy = before[victim].router.standby
             assert buddy and buddy != victim
 
             def after(num_tokens: int) -> None:
@@ -264,16 +267,16 @@ def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
 
             assert await served(cluster, [wanted], 1, after) == [told]
             assert cluster.controller.figures.num_deaths == 1
-            router = (await cluster.shell.wait(cluster.fleet.status(buddy)))["router"]
-            num_positions = router["positions"] - before[buddy]["router"]["positions"]
+            router = (await cluster.shell.wait(cluster.fleet.status(buddy))).router
+            num_positions = router.positions - before[buddy].router.positions
             # Tokens may come faster than they are told, and copies later than they are made.
             assert num_positions <= LONG - killed_at + 3 * CACHE.block_size
             num_blocks = (len(wanted.prompt_ids) + killed_at) // CACHE.block_size
-            assert router["standby_blocks_kept"] >= num_blocks - 3
+            assert router.standby_blocks_kept >= num_blocks - 3
             await cluster.until_ready()
             # Who came back has a buddy again, and is one.
             assert await served(cluster, model.wanted, at_a_time=4) == model.told
-            standbys = {w: s["router"]["standby"] for w, s in (await cluster.status()).items()}
+            standbys = {w: s.router.standby for w, s in (await cluster.status()).items()}
             assert all(standbys.values()) and victim in standbys.values()
             await check_idle(cluster)
 
@@ -291,12 +294,12 @@ def test_workers_with_several_devices_take_over_for_each_other(model: Model) -> 
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             await survive(cluster, model, spread, "worker-0")
             for status in (await cluster.status()).values():
-                devices = status["devices"]
-                assert [device["device"] for device in devices] == ["cpu:0", "cpu:1", "cpu:2"]
-                assert [device["has_ends"] for device in devices] == [True, False, False]
-                counts = [device["num_experts"] for device in devices]
-                assert min(counts) > 0 and sum(counts) == status["num_experts"]
-                assert sum(device["layers"][1] for device in devices) == model.sizes.num_layers
+                devices = status.devices
+                assert [device.device for device in devices] == ["cpu:0", "cpu:1", "cpu:2"]
+                assert [device.has_ends for device in devices] == [True, False, False]
+                counts = [device.num_experts for device in devices]
+                assert min(counts) > 0 and sum(counts) == status.num_experts
+                assert sum(device.layers[1] for device in devices) == model.sizes.num_layers
 
     with short_folder() as folder:
         pool = HostPool(folder, num_devices)

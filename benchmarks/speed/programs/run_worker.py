@@ -157,7 +157,7 @@ def wait_for_ways(process: WorkerProcess, num_workers: int) -> dict[str, str]:
     """What carries the bytes to each worker."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline_s:
-        ways: dict[str, str] = process.status()["router"]["transports"]
+        ways = dict(process.status().router.transports)
         if len(ways) == num_workers and not any(way.startswith("none") for way in ways.values()):
             return ways
         time.sleep(_POLL_S)
