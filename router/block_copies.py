@@ -50,14 +50,6 @@ class BlockArrays(Protocol):
         ...
 
 
-# The figures of a router that copies nothing.
-NO_COPIES = {
-    "standby_blocks_copied": 0,
-    "standby_bytes_copied": 0,
-    "standby_blocks_dropped": 0,
-    "standby_blocks_kept": 0,
-}
-
 # None while there are none: routers are made before their shards are loaded.
 ArraysNow = Callable[[], BlockArrays | None]
 
@@ -93,16 +85,6 @@ class BlockCopies:
         """The router that gets the copies; empty if none does."""
         peer = self.standby.peer
         return peer[0] if peer is not None else ""
-
-    def figures(self) -> dict[str, int]:
-        """Counts since the start, for status and metrics."""
-        figures = self.standby.figures
-        return {
-            "standby_blocks_copied": figures.num_copied,
-            "standby_bytes_copied": figures.num_copied_bytes,
-            "standby_blocks_dropped": figures.num_dropped,
-            "standby_blocks_kept": self.num_kept,
-        }
 
     def view_changed(self) -> None:
         """Chooses a standby; one with copies of running sequences is kept while the view allows."""

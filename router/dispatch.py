@@ -93,14 +93,6 @@ class Dispatcher:
         """Whether a layer waits for experts that no worker holds."""
         return self._num_parked_now > 0
 
-    def figures(self) -> dict[str, int]:
-        """Counts since the start, for status and metrics."""
-        return {
-            "resent_rows": self.num_resent,
-            "hedged_calls": self.num_hedged,
-            "parked": self.num_parked,
-        }
-
     async def run_experts(
         self, step: int, given: ExpertInput, caution_s: float | None = None
     ) -> np.ndarray:

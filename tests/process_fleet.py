@@ -25,6 +25,7 @@ from milliways.router.requests.sequence import TokenEvent
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.status import ProcessStatus
 from milliways.wire.view import ClusterView, WorkerState
 from tests.worker_host import WorkerHost
 
@@ -138,7 +139,7 @@ class ProcessFleet:
     def death(self, worker_id: str) -> Pending[None]:
         return self._deaths[worker_id]
 
-    def status(self, worker_id: str) -> Pending[dict[str, Any]]:
+    def status(self, worker_id: str) -> Pending[ProcessStatus]:
         """A worker's status."""
         return self._call(worker_id, "status")
 
@@ -231,7 +232,7 @@ class ProcessCluster:
             async for event in events:
                 take(event)
 
-    async def status(self) -> dict[str, dict[str, Any]]:
+    async def status(self) -> dict[str, ProcessStatus]:
         """All workers' statuses."""
         ids = self.fleet.worker_ids
         statuses = [await self.shell.wait(self.fleet.status(worker_id)) for worker_id in ids]

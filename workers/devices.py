@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 
 from milliways.wire.errors import StartupError
 from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.status import DeviceStatus
 from milliways.workers.spreading import (
     DeviceShare,
     PartBytes,
@@ -90,19 +91,19 @@ class LocalDevices:
         placed = spread_experts(self.parts, shares, plan.experts, self.memory_bytes_each)
         return with_experts(shares, placed)
 
-    def describe(self, shares: Sequence[DeviceShare]) -> list[dict[str, Any]]:
-        """What lies on each device, for `milliways status`."""
-        return [
-            {
-                "device": f"{device.platform}:{device.id}",
-                "layers": [share.layers[0] if share.layers else 0, len(share.layers)],
-                "has_ends": share.has_ends,
-                "num_experts": len(share.experts),
-                "bytes": share.num_bytes(self.parts),
-                "memory_bytes": self.memory_bytes // len(self.devices),
-            }
+    def status(self, shares: Sequence[DeviceShare]) -> tuple[DeviceStatus, ...]:
+        """What lies on each device, for people."""
+        return tuple(
+            DeviceStatus(
+                device=f"{device.platform}:{device.id}",
+                layers=(share.layers[0] if share.layers else 0, len(share.layers)),
+                has_ends=share.has_ends,
+                num_experts=len(share.experts),
+                bytes=share.num_bytes(self.parts),
+                memory_bytes=self.memory_bytes // len(self.devices),
+            )
             for device, share in zip(self.devices, shares, strict=True)
-        ]
+        )
 
 
 def find_devices(gpus_each: float) -> tuple[Device, ...]:

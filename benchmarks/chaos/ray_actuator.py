@@ -23,7 +23,8 @@ from milliways.cluster.ray.cluster import join
 from milliways.cluster.ray.controller_actor import find_controller
 from milliways.cluster.ray.fleet import NAMESPACE
 from milliways.wire.errors import StartupError
-from milliways.wire.view import ClusterView
+from milliways.wire.status import ClusterStatus
+from milliways.wire.view import ClusterView, WorkerState
 
 # The name of the deployment in `milliways.cluster.ray.app`. The application's name may differ.
 INGRESS_NAME = "Ingress"
@@ -54,8 +55,8 @@ class RayActuator:
         self._own_node = ray.get_runtime_context().get_node_id()
 
     def workers(self) -> Sequence[WorkerFacts]:
-        status: Any = self._ask_controller("status")
-        return [WorkerFacts.of(w) for w in status["workers"] if w["state"] == "ready"]
+        status: ClusterStatus = self._ask_controller("status")
+        return [WorkerFacts.of(w) for w in status.workers if w.state == WorkerState.READY.value]
 
     def controller(self) -> Place:
         node_id, pid = self._ask_controller("whereabouts")
@@ -88,8 +89,8 @@ class RayActuator:
         self._at(place, lambda: signal_actor(place.pid, number))
 
     def drop_replies(self, place: Place, count: int) -> int:
-        status: Any = self._ask_controller("status")
-        incarnations = {w["worker_id"]: w["incarnation"] for w in status["workers"]}
+        status: ClusterStatus = self._ask_controller("status")
+        incarnations = {worker.worker_id: worker.incarnation for worker in status.workers}
         try:
             actor = ray.get_actor(f"{place.name}-{incarnations[place.name]}", namespace=NAMESPACE)
             num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)

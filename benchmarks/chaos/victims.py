@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from milliways.benchmarks.chaos.faults import Fault
 from milliways.wire.placement import ExpertId
+from milliways.wire.status import WorkerStatus
 from milliways.wire.view import ClusterView, WorkerState
 
 
@@ -30,16 +30,19 @@ class WorkerFacts:
     num_kv_blocks_used: int = 0
 
     @classmethod
-    def of(cls, status: Mapping[str, Any]) -> "WorkerFacts":
-        """From a worker's entry in `milliways status --json`."""
-        router = status.get("router", {})
+    def of(cls, status: WorkerStatus) -> "WorkerFacts":
+        """From a worker's part of the cluster's status."""
+        place = Place(name=status.worker_id, node_id=status.node, pid=status.pid)
+        num_experts, process = len(status.experts), status.process
+        if process is None:
+            return cls(place=place, num_experts=num_experts, num_layers=0, is_router=False)
         return cls(
-            place=Place(name=status["worker_id"], node_id=status["node"], pid=status["pid"]),
-            num_experts=len(status["experts"]),
-            num_layers=status.get("layers", [0, 0])[1],
-            is_router=bool(status.get("has_ends")),
-            num_active_requests=router.get("active_requests", 0),
-            num_kv_blocks_used=router.get("kv_blocks_used", 0),
+            place=place,
+            num_experts=num_experts,
+            num_layers=process.layers[1],
+            is_router=process.has_ends,
+            num_active_requests=process.router.active_requests,
+            num_kv_blocks_used=process.router.kv_blocks_used,
         )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -25,6 +24,7 @@ from milliways.benchmarks.speed.serving import EndpointFigures, measure_endpoint
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.model.errors import ModelError
 from milliways.wire.errors import StartupError
+from milliways.wire.status import ClusterStatus, from_json
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
@@ -103,10 +103,9 @@ def serving(model: str, num_workers: int, work_dir: Path) -> Generator[ServedClu
             process.wait()
 
 
-def routers_of(status: dict[str, Any]) -> tuple[str, ...]:
+def routers_of(status: ClusterStatus) -> tuple[str, ...]:
     """The addresses of the workers that have a router."""
-    addresses = (worker.get("router_address", "") for worker in status["workers"])
-    return tuple(address for address in addresses if address)
+    return tuple(w.router_address for w in status.workers if w.router_address)
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log_path: Path) -> None:
@@ -121,7 +120,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log_path: Pa
     raise StartupError(" / ".join(["the cluster is not ready", *lines[-_NUM_LOG_LINES:]]))
 
 
-def _status(environment: dict[str, str]) -> dict[str, Any]:
+def _status(environment: dict[str, str]) -> ClusterStatus:
     command = [sys.executable, "-m", "milliways", "status", "--json"]
     done = subprocess.run(
         command, env=environment, capture_output=True, timeout=STATUS_TIMEOUT_S, check=False
@@ -129,7 +128,7 @@ def _status(environment: dict[str, str]) -> dict[str, Any]:
     if done.returncode:
         output = done.stderr.decode(errors="replace").strip()
         raise StartupError(f"`milliways status` failed: {output}")
-    return json.loads(done.stdout)
+    return from_json(json.loads(done.stdout))
 
 
 def _environment(work_dir: Path) -> dict[str, str]:

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,6 @@ from milliways.model.model_dir import load_tokenizer, resolve_model_dir
 from milliways.model.ops.select import KernelChoice, Residence, select_ops
 from milliways.model.runner import CacheSize
 from milliways.model.tokenizer import Tokenizer
-from milliways.router.block_copies import NO_COPIES
 from milliways.router.dispatch import Dispatcher
 from milliways.router.limits import DispatchLimits, RouterLimits, SchedulerLimits
 from milliways.router.links.connect import Connector
@@ -48,6 +46,7 @@ from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Detokenizer, NoText
 from milliways.router.router import Listener, Router
 from milliways.router.server import RouterServer
+from milliways.router.standby import StandbyFigures
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.malloc import keep_freed_blocks
@@ -57,6 +56,7 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.placement import ExpertId, ShardPlan
 from milliways.wire.shm import local_host_id
+from milliways.wire.status import DispatchStatus, ProcessStatus, RouterStatus
 from milliways.wire.view import ClusterView, Member, WorkerState
 from milliways.workers.attention import AttentionShard
 from milliways.workers.call_runner import SteppedAttention
@@ -332,58 +332,61 @@ class WorkerProcess:
             view=view,
         )
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> ProcessStatus:
         """What `milliways status` shows of this worker."""
-        status = self._compute.call(self._core_status)
-        return status | self._routing.call(self._router_status)
+        router = self._routing.call(self._router_status)
+        return self._compute.call(lambda: self._status(router))
 
     def _begin_to_drain(self) -> None:
         if self._core.state is WorkerState.READY:
             self._core.fence.move(WorkerState.DRAINING)
 
-    def _core_status(self) -> dict[str, Any]:
+    def _status(self, router: RouterStatus) -> ProcessStatus:
         shards, core = self._shards, self._core
-        return {
-            "worker_id": self.worker_id,
-            "incarnation": self.incarnation,
-            "pid": os.getpid(),
-            "state": core.state.value,
-            "placement_epoch": core.fence.placement_epoch,
-            "layers": [shards.first_layer, shards.num_layers] if shards else [0, 0],
-            "has_ends": bool(shards and shards.has_ends),
-            "num_experts": len(self._experts.held),
-            "devices": self._local.describe(self._shares_now()),
-            "bytes_read": self._loader.bytes_read,
-            "bytes_wanted": self.progress.bytes_wanted,
-            "calls": core.num_calls,
-            "merged_calls": core.num_merged_calls,
-            "rows": core.num_rows,
-            "waiting_calls": core.num_waiting,
-        }
+        return ProcessStatus(
+            placement_epoch=core.fence.placement_epoch,
+            layers=(shards.first_layer, shards.num_layers) if shards else (0, 0),
+            has_ends=bool(shards and shards.has_ends),
+            num_experts=len(self._experts.held),
+            devices=self._local.status(self._shares_now()),
+            bytes_read=self._loader.bytes_read,
+            bytes_wanted=self.progress.bytes_wanted,
+            calls=core.num_calls,
+            merged_calls=core.num_merged_calls,
+            rows=core.num_rows,
+            waiting_calls=core.num_waiting,
+            router=router,
+        )
 
-    def _router_status(self) -> dict[str, Any]:
-        router, pool = self._router, self._router.scheduler.pool
-        copies = router.copies.figures() if router.copies is not None else NO_COPIES
-        return {
-            "router": {
-                "requests": router.figures.num_requests,
-                "tokens": router.figures.num_tokens,
-                "tokens_per_s": round(self._rates.per_s(router.figures.num_tokens), 2),
-                "positions": router.figures.num_positions,
-                "steps": router.figures.num_steps,
-                "replays": router.figures.num_replays,
-                "active_requests": router.num_active,
-                "running": router.scheduler.num_running,
-                "waiting": router.scheduler.num_waiting,
-                "placement_epoch": self._links.view.placement_epoch,
-                "kv_blocks_used": pool.num_held,
-                "kv_blocks_total": pool.num_blocks,
-                "transports": self._links.transports(),
-                "dispatch": self._dispatcher.figures(),
-                "standby": router.standby_id,
-                **copies,
-            }
-        }
+    def _router_status(self) -> RouterStatus:
+        router, scheduler, dispatcher = self._router, self._router.scheduler, self._dispatcher
+        figures, copies = router.figures, router.copies
+        copied = copies.standby.figures if copies is not None else StandbyFigures()
+        return RouterStatus(
+            requests=figures.num_requests,
+            tokens=figures.num_tokens,
+            tokens_per_s=round(self._rates.per_s(figures.num_tokens), 2),
+            positions=figures.num_positions,
+            steps=figures.num_steps,
+            replays=figures.num_replays,
+            active_requests=router.num_active,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            placement_epoch=self._links.view.placement_epoch,
+            kv_blocks_used=scheduler.pool.num_held,
+            kv_blocks_total=scheduler.pool.num_blocks,
+            transports=self._links.transports(),
+            dispatch=DispatchStatus(
+                resent_rows=dispatcher.num_resent,
+                hedged_calls=dispatcher.num_hedged,
+                parked=dispatcher.num_parked,
+            ),
+            standby=router.standby_id,
+            standby_blocks_copied=copied.num_copied,
+            standby_bytes_copied=copied.num_copied_bytes,
+            standby_blocks_dropped=copied.num_dropped,
+            standby_blocks_kept=copies.num_kept if copies is not None else 0,
+        )
 
     def _start_servers(self) -> tuple[str, str]:
         tls = self._config.tls

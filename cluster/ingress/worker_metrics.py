@@ -1,83 +1,97 @@
-"""The cluster's state as Prometheus text, from what `status` tells."""
+"""The cluster's state as Prometheus text, from its status."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+from milliways.wire.status import ClusterStatus, ProcessStatus, RouterStatus, WorkerStatus
 from milliways.wire.view import WorkerState
 
-_ROUTER_GAUGES = {
-    "running": ("milliways_sequences_running", "Sequences that take part in steps."),
-    "waiting": ("milliways_queue_length", "Sequences that wait to be admitted."),
-    "active_requests": ("milliways_requests_active", "Requests that have not ended."),
-    "kv_blocks_used": ("milliways_kv_blocks_used", "KV blocks that sequences hold."),
-    "kv_blocks_total": ("milliways_kv_blocks_total", "KV blocks that there are."),
-}
-_ROUTER_COUNTERS = {
-    "requests": ("milliways_router_requests_total", "Requests admitted."),
-    "tokens": ("milliways_router_tokens_total", "Tokens drawn."),
-    "positions": ("milliways_router_positions_total", "Positions that went through the layers."),
-    "steps": ("milliways_router_steps_total", "Steps."),
-    "replays": ("milliways_router_replays_total", "Times that keys and values were made anew."),
-}
-_STANDBY_COUNTERS = {
-    "standby_blocks_copied": (
-        "milliways_standby_blocks_copied_total",
+# Name, kind and help text of a metric, and where its value is.
+_WORKER_METRICS: tuple[tuple[str, str, str, Callable[[ProcessStatus], int]], ...] = (
+    ("worker_calls_total", "counter", "Calls computed.", lambda w: w.calls),
+    (
+        "worker_merged_calls_total",
+        "counter",
+        "Calls that joined another's batch.",
+        lambda w: w.merged_calls,
+    ),
+    ("worker_rows_total", "counter", "Rows that went through experts.", lambda w: w.rows),
+)
+_ROUTER_METRICS: tuple[tuple[str, str, str, Callable[[RouterStatus], int]], ...] = (
+    ("sequences_running", "gauge", "Sequences that take part in steps.", lambda r: r.running),
+    ("queue_length", "gauge", "Sequences that wait to be admitted.", lambda r: r.waiting),
+    ("requests_active", "gauge", "Requests that have not ended.", lambda r: r.active_requests),
+    ("kv_blocks_used", "gauge", "KV blocks that sequences hold.", lambda r: r.kv_blocks_used),
+    ("kv_blocks_total", "gauge", "KV blocks that there are.", lambda r: r.kv_blocks_total),
+    ("router_requests_total", "counter", "Requests admitted.", lambda r: r.requests),
+    ("router_tokens_total", "counter", "Tokens drawn.", lambda r: r.tokens),
+    (
+        "router_positions_total",
+        "counter",
+        "Positions that went through the layers.",
+        lambda r: r.positions,
+    ),
+    ("router_steps_total", "counter", "Steps.", lambda r: r.steps),
+    (
+        "router_replays_total",
+        "counter",
+        "Times that lost keys and values were computed again.",
+        lambda r: r.replays,
+    ),
+    (
+        "standby_blocks_copied_total",
+        "counter",
         "KV blocks that the router's standby took in.",
+        lambda r: r.standby_blocks_copied,
     ),
-    "standby_bytes_copied": (
-        "milliways_standby_copied_bytes_total",
+    (
+        "standby_copied_bytes_total",
+        "counter",
         "Bytes of keys and values that the router's standby took in.",
+        lambda r: r.standby_bytes_copied,
     ),
-    "standby_blocks_dropped": (
-        "milliways_standby_blocks_dropped_total",
-        "KV blocks that the standby refused, or that were lost or not sent in time.",
+    (
+        "standby_blocks_dropped_total",
+        "counter",
+        "KV blocks that the standby refused, or that did not reach it before their sequence ended.",
+        lambda r: r.standby_blocks_dropped,
     ),
-    "standby_blocks_kept": (
-        "milliways_standby_blocks_kept_total",
+    (
+        "standby_blocks_kept_total",
+        "counter",
         "KV blocks of other routers that this one took in.",
+        lambda r: r.standby_blocks_kept,
     ),
-}
-_WORKER_COUNTERS = {
-    "calls": ("milliways_worker_calls_total", "Calls computed."),
-    "merged_calls": ("milliways_worker_merged_calls_total", "Calls that joined another's batch."),
-    "rows": ("milliways_worker_rows_total", "Rows that went through experts."),
-}
+)
 
 
-def render_metrics(status: Mapping[str, Any]) -> str:
+def render_metrics(status: ClusterStatus) -> str:
     """Text in Prometheus' format; one line for each worker and figure."""
-    lines = [*_family("milliways_placement_epoch", "gauge", "Version of the placement.")]
-    lines.append(f"milliways_placement_epoch {status['placement_epoch']}")
-    lines += _family("milliways_worker_deaths_total", "counter", "Workers that died.")
-    lines.append(f"milliways_worker_deaths_total {status['deaths']}")
-    workers: list[Mapping[str, Any]] = status["workers"]
-    lines += _states(workers)
-    for name, (metric, text) in _WORKER_COUNTERS.items():
-        lines += _family(metric, "counter", text)
-        lines += [f"{metric}{_labels(w)} {w[name]}" for w in workers if name in w]
-    for table, kind in (
-        (_ROUTER_GAUGES, "gauge"),
-        (_ROUTER_COUNTERS, "counter"),
-        (_STANDBY_COUNTERS, "counter"),
-    ):
-        for name, (metric, text) in table.items():
-            lines += _family(metric, kind, text)
-            lines += [f"{metric}{_labels(w)} {w['router'][name]}" for w in workers if "router" in w]
+    lines = [*_family("placement_epoch", "gauge", "Version of the placement.")]
+    lines.append(f"milliways_placement_epoch {status.placement_epoch}")
+    lines += _family("worker_deaths_total", "counter", "Workers that died.")
+    lines.append(f"milliways_worker_deaths_total {status.deaths}")
+    lines += _states(status.workers)
+    answers = [(w.worker_id, w.process) for w in status.workers if w.process is not None]
+    for name, kind, text, read in _WORKER_METRICS:
+        lines += _family(name, kind, text)
+        lines += [_line(name, worker_id, read(process)) for worker_id, process in answers]
+    for name, kind, text, read_router in _ROUTER_METRICS:
+        lines += _family(name, kind, text)
+        lines += [_line(name, worker_id, read_router(p.router)) for worker_id, p in answers]
     return "\n".join(lines) + "\n"
 
 
-def _states(workers: list[Mapping[str, Any]]) -> Iterator[str]:
-    yield from _family("milliways_worker_state", "gauge", "1 for the state that a worker is in.")
+def _states(workers: Sequence[WorkerStatus]) -> Iterator[str]:
+    yield from _family("worker_state", "gauge", "1 for the state that a worker is in.")
     for worker in workers:
         for state in WorkerState:
-            is_in = int(worker["state"] == state.value)
-            labels = _labels(worker, f',state="{state.value}"')
-            yield f"milliways_worker_state{labels} {is_in}"
+            is_in = int(worker.state == state.value)
+            yield _line("worker_state", worker.worker_id, is_in, f',state="{state.value}"')
 
 
 def _family(name: str, kind: str, text: str) -> list[str]:
-    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    return [f"# HELP milliways_{name} {text}", f"# TYPE milliways_{name} {kind}"]
 
 
-def _labels(worker: Mapping[str, Any], more: str = "") -> str:
-    return f'{{worker_id="{worker["worker_id"]}"{more}}}'
+def _line(name: str, worker_id: str, value: int, more_labels: str = "") -> str:
+    return f'milliways_{name}{{worker_id="{worker_id}"{more_labels}}} {value}'

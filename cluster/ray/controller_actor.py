@@ -22,6 +22,7 @@ from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import resolve_model_dir
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.wire.errors import UnavailableError
+from milliways.wire.status import ClusterStatus, ProcessStatus, WorkerStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ CONTEXTS_BY_DEFAULT = 8
 VIEW_POLL_S = 5.0
 # Finding workers that do not answer takes seconds for each.
 BEGIN_TIMEOUT_S = 25.0
+STATUS_TIMEOUT_S = 5.0
 _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -122,20 +124,20 @@ class ControllerActor:
             "workers": workers,
         }
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> ClusterStatus:
         """Everything that `milliways status` shows."""
         controller = await self._begun()
         records = sorted(controller.workers.values(), key=number)
         workers = await asyncio.gather(*(self._status_of(record) for record in records))
-        return {
-            "model": self._config.model.path,
-            "placement_epoch": controller.view.placement_epoch,
-            "is_complete": controller.is_complete,
-            "uptime_s": round(time.time() - self._started_at_s, 1),
-            "deaths": controller.figures.num_deaths,
-            "controller_pid": os.getpid(),
-            "workers": workers,
-        }
+        return ClusterStatus(
+            model=self._config.model.path,
+            placement_epoch=controller.view.placement_epoch,
+            is_complete=controller.is_complete,
+            uptime_s=round(time.time() - self._started_at_s, 1),
+            deaths=controller.figures.num_deaths,
+            controller_pid=os.getpid(),
+            workers=tuple(workers),
+        )
 
     async def scale(self, num_workers: int) -> None:
         """Grows or shrinks; returns when the new placement is served."""
@@ -187,30 +189,39 @@ class ControllerActor:
             "last_error": record.last_error,
         }
 
-    async def _status_of(self, record: WorkerRecord) -> dict[str, Any]:
-        member = record.member()
-        known: dict[str, Any] = {
-            "worker_id": record.worker_id,
-            "role": _role(record),
-            "state": record.state.value,
-            "incarnation": record.incarnation,
-            "node": record.spawned.node_id if record.spawned else "",
-            "pid": record.spawned.pid if record.spawned else 0,
-            "address": member.address,
-            "router_address": member.router_address,
-            "waits_for": self._controller.waits_for(record),
-            "last_error": record.last_error,
-            "quick_deaths": record.num_quick_deaths,
-            "experts": sorted([e.layer, e.expert] for e in record.held),
-        }
+    async def _status_of(self, record: WorkerRecord) -> WorkerStatus:
+        process: ProcessStatus | None = None
+        last_error = record.last_error
         if record.state in (WorkerState.READY, WorkerState.DRAINING):
             try:
-                async with asyncio.timeout(5.0):
-                    told = await self._fleet.status(record.worker_id)
-                return told | known
+                async with asyncio.timeout(STATUS_TIMEOUT_S):
+                    process = await self._fleet.status(record.worker_id)
             except Exception as error:
-                known["last_error"] = f"it does not answer: {error}"
-        return known
+                # It may die while it is asked, or be busy. Neither is for a question to judge.
+                last_error = f"it does not answer: {error}"
+        return status_of(record, self._controller.waits_for(record), last_error, process)
+
+
+def status_of(
+    record: WorkerRecord, waits_for: str, last_error: str, process: ProcessStatus | None
+) -> WorkerStatus:
+    """A worker as the controller knows it, with what it says itself."""
+    member = record.member()
+    return WorkerStatus(
+        worker_id=record.worker_id,
+        incarnation=record.incarnation,
+        pid=member.pid,
+        state=record.state.value,
+        process=process,
+        role=_role(record),
+        node=member.node_id,
+        address=member.address,
+        router_address=member.router_address,
+        waits_for=waits_for,
+        last_error=last_error,
+        quick_deaths=record.num_quick_deaths,
+        experts=tuple(sorted((e.layer, e.expert) for e in record.held)),
+    )
 
 
 def _role(record: WorkerRecord) -> str:

@@ -34,6 +34,7 @@ from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import UnavailableError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
+from milliways.wire.status import ProcessStatus
 from milliways.wire.view import ClusterView
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class RayFleet:
         """Bytes that a worker read, and bytes that it will."""
         return await self._actors[worker_id].progress.remote()
 
-    async def status(self, worker_id: str) -> dict[str, Any]:
+    async def status(self, worker_id: str) -> ProcessStatus:
         """What a worker says of itself."""
         return await self._actors[worker_id].status.remote()
 

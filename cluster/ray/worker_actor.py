@@ -18,6 +18,7 @@ from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from milliways.runtime.user_cache import keep_programs
 from milliways.wire.errors import ConfigError, StartupError
 from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.status import ProcessStatus
 from milliways.wire.view import ClusterView
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class WorkerActor:
         progress = self._process.progress
         return progress.bytes_read, progress.bytes_wanted
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> ProcessStatus:
         return await asyncio.to_thread(self._process.status)
 
     async def until_gone(self) -> None:

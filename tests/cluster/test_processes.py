@@ -126,7 +126,7 @@ async def check_idle(cluster: ProcessCluster) -> None:
     until_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
         statuses = await cluster.status()
-        held = {w: [status["router"][name] for name in names] for w, status in statuses.items()}
+        held = {w: [getattr(s.router, name) for name in names] for w, s in statuses.items()}
         if all(counts == [0] * len(names) for counts in held.values()):
             return
         assert time.monotonic() < until_s, held
@@ -161,10 +161,10 @@ def test_any_spread_over_processes(
             assert await served(cluster, model.wanted, at_a_time=4) == model.expected
             await check_idle(cluster)
             for worker_id, status in (await cluster.status()).items():
-                assert abs(status["bytes_read"] - bytes_of(cluster, model, worker_id)) <= (
-                    0.02 * status["bytes_read"]
+                assert abs(status.bytes_read - bytes_of(cluster, model, worker_id)) <= (
+                    0.02 * status.bytes_read
                 )
-                used = status["router"]["transports"].items()
+                used = status.router.transports.items()
                 assert {name for other, name in used if other != worker_id} <= {transport}
 
     asyncio.run(main())
@@ -211,8 +211,8 @@ def test_a_worker_for_experts_only_serves_and_dies_like_any_other(
         async with process_cluster(hosts, config, settings, model.sizes) as cluster:
             await survive(cluster, model, spread, victim)
             status = await cluster.status()
-            assert [status[f"worker-{n}"]["layers"][1] > 0 for n in range(3)] == [False, True, True]
-            assert status["worker-0"]["calls"] > 0
+            assert [status[f"worker-{n}"].layers[1] > 0 for n in range(3)] == [False, True, True]
+            assert status["worker-0"].calls > 0
 
     asyncio.run(main())
 
@@ -256,7 +256,7 @@ def test_standby_of_a_dead_router_computes_only_what_was_not_copied(
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             before = await cluster.status()
             victim = "worker-0"
-            standby = before[victim]["router"]["standby"]
+            standby = before[victim].router.standby
             assert standby and standby != victim
 
             def after(num_tokens: int) -> None:
@@ -265,16 +265,16 @@ def test_standby_of_a_dead_router_computes_only_what_was_not_copied(
 
             assert await served(cluster, [wanted], 1, after) == [expected]
             assert cluster.controller.figures.num_deaths == 1
-            router = (await cluster.shell.wait(cluster.fleet.status(standby)))["router"]
-            num_positions = router["positions"] - before[standby]["router"]["positions"]
+            router = (await cluster.shell.wait(cluster.fleet.status(standby))).router
+            num_positions = router.positions - before[standby].router.positions
             # The kill may come some tokens late, and the last copies may not have arrived.
             assert num_positions <= LONG - killed_at + 3 * CACHE.block_size
             num_blocks = (len(wanted.prompt_ids) + killed_at) // CACHE.block_size
-            assert router["standby_blocks_kept"] >= num_blocks - 3
+            assert router.standby_blocks_kept >= num_blocks - 3
             await cluster.until_ready()
             # The restarted router has a standby again, and is the standby of another.
             assert await served(cluster, model.wanted, at_a_time=4) == model.expected
-            standbys = {w: s["router"]["standby"] for w, s in (await cluster.status()).items()}
+            standbys = {w: s.router.standby for w, s in (await cluster.status()).items()}
             assert all(standbys.values()) and victim in standbys.values()
             await check_idle(cluster)
 
@@ -292,12 +292,12 @@ def test_workers_with_several_devices_take_over_for_each_other(model: Model) -> 
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             await survive(cluster, model, spread, "worker-0")
             for status in (await cluster.status()).values():
-                devices = status["devices"]
-                assert [device["device"] for device in devices] == ["cpu:0", "cpu:1", "cpu:2"]
-                assert [device["has_ends"] for device in devices] == [True, False, False]
-                counts = [device["num_experts"] for device in devices]
-                assert min(counts) > 0 and sum(counts) == status["num_experts"]
-                assert sum(device["layers"][1] for device in devices) == model.sizes.num_layers
+                devices = status.devices
+                assert [device.device for device in devices] == ["cpu:0", "cpu:1", "cpu:2"]
+                assert [device.has_ends for device in devices] == [True, False, False]
+                counts = [device.num_experts for device in devices]
+                assert min(counts) > 0 and sum(counts) == status.num_experts
+                assert sum(device.layers[1] for device in devices) == model.sizes.num_layers
 
     with short_folder() as folder:
         pool = HostPool(folder, num_devices)

@@ -124,7 +124,7 @@ def test_status_and_describe_answer_while_experts_come_and_go(
             assert existing is not None and half <= existing.held <= EVERY_EXPERT
 
         def status() -> None:
-            assert 48 <= process.status()["num_experts"] <= 96
+            assert 48 <= process.status().num_experts <= 96
 
         hammer.run([load_and_unload, describe, status])
         # Its attention shard is used in the router's thread alone.

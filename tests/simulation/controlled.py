@@ -271,7 +271,7 @@ class ControlledSupervisor(Supervisor):
         self._cluster.kill(self.process)
 
     def bump(self) -> None:
-        self.controller._touch()
+        self.controller.overtake(self.controller.view.placement_epoch + 1)
 
     def move(self, worker_id: str, to: WorkerState) -> None:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
+from milliways.router.standby import StandbyFigures
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.controlled import ControlledSimulation
@@ -113,7 +114,8 @@ def test_nothing_is_copied_if_attention_is_split_by_layers() -> None:
     simulation.run()
     for router in simulation.cluster.routers.values():
         assert router.standby_id == ""
-        assert router.copies is not None and not any(router.copies.figures().values())
+        assert router.copies is not None and router.copies.num_kept == 0
+        assert router.copies.standby.figures == StandbyFigures()
 
 
 def test_the_copies_of_a_router_that_dies_in_prefill_are_used() -> None:

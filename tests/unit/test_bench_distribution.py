@@ -1,6 +1,7 @@
 """The figures of `milliways bench cluster` and `bench serve`, calculated from given times."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ from milliways.benchmarks.speed.serving import (
 from milliways.benchmarks.speed.workload import Kind, Workload
 from milliways.cluster.cli import main as cli
 from milliways.model.errors import InvalidRequestError
+from tests.statuses import CLUSTER, SILENT
 
 DECODE_1, DECODE_8 = Workload(Kind.DECODE, 1), Workload(Kind.DECODE, 8)
 
@@ -118,5 +120,5 @@ def test_endpoints_take_turns_and_their_first_request_does_not_count() -> None:
 
 
 def test_routers_are_the_workers_with_a_router_address() -> None:
-    workers = [{"router_address": "a:1"}, {"router_address": ""}, {}]
-    assert routers_of({"workers": workers}) == ("a:1",)
+    workers = tuple(replace(SILENT, router_address=address) for address in ("a:1", ""))
+    assert routers_of(replace(CLUSTER, workers=workers)) == ("a:1",)

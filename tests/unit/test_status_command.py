@@ -1,4 +1,4 @@
-"""What a command prints of a running cluster is its answer, and nothing of Ray's."""
+"""The status of a cluster as JSON, as metrics and as a table; and nothing of Ray's in it."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -10,8 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from milliways.cluster.cli.commands import status
+from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.cluster.ingress.worker_metrics import render_metrics
+from milliways.cluster.ray.controller_actor import status_of
+from milliways.wire.status import from_json, to_json
+from milliways.wire.view import WorkerState
+from tests.statuses import ANSWERING, AS_JSON, AS_METRICS, CLUSTER, SILENT
 
-ANSWER = {"model": "demo", "workers": []}
 NEWS = "(raylet) The node has been marked dead"
 
 
@@ -26,7 +31,7 @@ def test_news_of_ray_do_not_get_into_the_json(
         print(NEWS)
         return answer
 
-    controller = SimpleNamespace(status=SimpleNamespace(remote=lambda: ANSWER))
+    controller = SimpleNamespace(status=SimpleNamespace(remote=lambda: CLUSTER))
     monkeypatch.setattr("milliways.cluster.ray.cluster.join", join)
     monkeypatch.setattr(
         "milliways.cluster.ray.controller_actor.find_controller", lambda: controller
@@ -37,5 +42,37 @@ def test_news_of_ray_do_not_get_into_the_json(
     monkeypatch.setattr(status, "head_for", lambda address: None)
     status.run(Namespace(address="127.0.0.1:1", json=True))
     out, err = capsys.readouterr()
-    assert json.loads(out) == ANSWER
+    assert json.loads(out) == AS_JSON
     assert err.count(NEWS) == 3
+
+
+def test_json_has_every_figure_under_its_name_and_comes_back() -> None:
+    assert to_json(CLUSTER) == AS_JSON
+    assert from_json(json.loads(json.dumps(AS_JSON))) == CLUSTER
+
+
+def test_metrics_have_their_names_labels_and_values() -> None:
+    lines = render_metrics(CLUSTER).splitlines(keepends=True)
+    assert "".join(line for line in lines if not line.startswith("#")) == AS_METRICS
+    assert sum(line.startswith("# TYPE") for line in lines) == 20
+
+
+def test_table_has_a_line_for_each_worker() -> None:
+    _, _, names, answering, lost = status.format_status(CLUSTER).splitlines()
+    assert names.split()[-4:] == ["experts", "kv", "tok/s", "transports"]
+    links = "worker-0 direct, worker-1 none: opening  copies 24 to worker-1"
+    assert answering.endswith(f" 0-1       3       19/20     1.2  {links}")
+    lost = " ".join(lost.split())
+    assert lost == "worker-1 3 0 lost none yet - 0 - - waits for its restart in 1 s"
+
+
+def test_controller_says_of_a_lost_worker_what_it_knows() -> None:
+    record = WorkerRecord("worker-1", incarnation=3, last_error="it died", num_quick_deaths=1)
+    record.move(WorkerState.LOST)
+    assert status_of(record, "its restart in 1 s", record.last_error, None) == SILENT
+
+
+def test_answer_of_a_worker_stands_beside_what_the_controller_knows() -> None:
+    record = WorkerRecord("worker-0", incarnation=2)
+    worker = status_of(record, "", "", ANSWERING.process)
+    assert (worker.process, worker.state) == (ANSWERING.process, "loading")

@@ -1,5 +1,7 @@
 """How many devices a worker takes, and what is told of them."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
@@ -7,8 +9,10 @@ from milliways.cluster.cli.commands.status import format_status
 from milliways.cluster.settings.config import WorkerSettings
 from milliways.wire.errors import ConfigError, PlacementError, StartupError
 from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.status import DeviceStatus
 from milliways.workers.devices import LocalDevices, find_devices
 from milliways.workers.spreading import PartBytes
+from tests.statuses import ANSWERING, CLUSTER, PROCESS
 
 PARTS = PartBytes(end_bytes=10, layer_bytes=4, expert_bytes=3)
 PLAN = ShardPlan(
@@ -63,34 +67,20 @@ def test_layers_and_ends_lie_where_the_plan_says() -> None:
 
 
 def test_status_has_a_line_for_each_device_of_a_worker_with_several() -> None:
-    device = {
-        "device": "gpu:0",
-        "layers": [0, 8],
-        "has_ends": True,
-        "num_experts": 57,
-        "bytes": 36_100_000_000,
-        "memory_bytes": 60_000_000_000,
-    }
-    other = device | {"device": "gpu:1", "layers": [0, 0], "has_ends": False, "memory_bytes": 0}
-    worker = {
-        "worker_id": "worker-0",
-        "incarnation": 1,
-        "pid": 7,
-        "node": "n",
-        "state": "ready",
-        "role": "experts",
-        "experts": [],
-        "waits_for": "",
-        "devices": [device, other],
-    }
-    status = {
-        "is_complete": True,
-        "model": "demo",
-        "placement_epoch": 1,
-        "uptime_s": 1.0,
-        "deaths": 0,
-        "workers": [worker, worker | {"worker_id": "worker-1", "devices": [device]}],
-    }
+    first = DeviceStatus(
+        device="gpu:0",
+        layers=(0, 8),
+        has_ends=True,
+        num_experts=57,
+        bytes=36_100_000_000,
+        memory_bytes=60_000_000_000,
+    )
+    second = replace(first, device="gpu:1", layers=(0, 0), has_ends=False, memory_bytes=0)
+    workers = tuple(
+        replace(ANSWERING, worker_id=worker_id, process=replace(PROCESS, devices=devices))
+        for worker_id, devices in (("worker-0", (first, second)), ("worker-1", (first,)))
+    )
+    status = replace(CLUSTER, workers=workers)
     lines = format_status(status).splitlines()
     assert lines[4:6] == [
         "  gpu:0     layers 0-7, 57 experts, embedding and output head; 36.1 of 60.0 GB",

@@ -160,7 +160,7 @@ def wait_for_links(process: WorkerProcess, num_workers: int) -> dict[str, str]:
     """Waits until the router has a link to each worker; returns the transport of each link."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline_s:
-        transports: dict[str, str] = process.status()["router"]["transports"]
+        transports = dict(process.status().router.transports)
         if len(transports) == num_workers and not any(
             name.startswith("none") for name in transports.values()
         ):

@@ -1,4 +1,4 @@
-"""`milliways status`: who is in the cluster, what each holds and does."""
+"""`milliways status`: which workers are in the cluster, what each holds and does."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -11,6 +11,7 @@ from typing import Any
 
 from milliways.cluster.ray.environment import be_quiet, enter, find_running, head_for
 from milliways.wire.errors import ClusterError, StartupError
+from milliways.wire.status import ClusterStatus, DeviceStatus, LayerRun, WorkerStatus, to_json
 
 ANSWER_TIMEOUT_S = 30.0
 
@@ -23,8 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Asks the controller, and prints."""
-    status = ask_controller(options.address, "status")
-    print(json.dumps(status, indent=2) if options.json else format_status(status))
+    status: ClusterStatus = ask_controller(options.address, "status")
+    print(json.dumps(to_json(status), indent=2) if options.json else format_status(status))
 
 
 def ask_controller(
@@ -35,13 +36,13 @@ def ask_controller(
     Raises:
         StartupError: no cluster runs, it has no controller, or that does not answer.
     """
-    # Ray prints news of its nodes, a death say, where our answer goes: into somebody's JSON.
+    # Ray prints messages about its nodes to the standard output, where our JSON goes.
     with redirect_stdout(sys.stderr):
         return _ask(_enter(address), method, arguments, timeout_s)
 
 
 def _enter(address: str | None) -> str:
-    """Makes the settings those of the cluster that is meant; its address."""
+    """Prepares to join the cluster at an address, or the one started last; returns its address."""
     be_quiet()
     if address is not None:
         head_for(address)
@@ -66,7 +67,7 @@ def _ask(address: str, method: str, arguments: tuple[Any, ...], timeout_s: float
         reference = getattr(find_controller(), method).remote(*arguments)
         return ray.get(reference, timeout=timeout_s)
     except RayTaskError as error:
-        # What it refused is of ours; Ray's own would print where in the controller it was.
+        # Our own error is the cause; Ray's would print the controller's traceback as well.
         raise (error.cause if isinstance(error.cause, ClusterError) else error) from None
     except GetTimeoutError as error:
         raise StartupError(f"the controller does not answer within {timeout_s:g} s") from error
@@ -76,51 +77,53 @@ def _ask(address: str, method: str, arguments: tuple[Any, ...], timeout_s: float
         ray.shutdown()
 
 
-def format_status(status: dict[str, Any]) -> str:
+def format_status(status: ClusterStatus) -> str:
     """A table for a terminal, one line a worker, and one for each device where it has several."""
-    health = "complete" if status["is_complete"] else "INCOMPLETE"
+    health = "complete" if status.is_complete else "INCOMPLETE"
     lines = [
-        f"model {status['model']}, placement epoch {status['placement_epoch']}, {health},"
-        f" up {status['uptime_s']:.0f} s, {status['deaths']} deaths",
+        f"model {status.model}, placement epoch {status.placement_epoch}, {health},"
+        f" up {status.uptime_s:.0f} s, {status.deaths} deaths",
         "",
         f"{'worker':<11} {'life':>4} {'pid':>8} {'node':<9} {'state':<9} {'role':<25}"
         f" {'layers':>7} {'experts':>7} {'kv':>11} {'tok/s':>7}  transports",
     ]
-    for worker in status["workers"]:
+    for worker in status.workers:
         lines.append(_line(worker))
-        devices = worker.get("devices", [])
+        devices = worker.process.devices if worker.process else ()
         lines += [_device_line(device) for device in devices if len(devices) > 1]
     return "\n".join(lines)
 
 
-def _line(worker: dict[str, Any]) -> str:
-    layers = _layers(worker)
-    router = worker.get("router", {})
-    kv = f"{router['kv_blocks_used']}/{router['kv_blocks_total']}" if router else "-"
-    rate = f"{router['tokens_per_s']:.1f}" if router else "-"
-    ways = router.get("transports", {})
-    transports = ", ".join(f"{name} {way}" for name, way in ways.items())
-    if router.get("standby"):
-        # What of its KV blocks is at another worker.
-        transports += f"  copies {router['standby_blocks_copied']} to {router['standby']}"
-    note = f"  waits for {worker['waits_for']}" if worker["waits_for"] else ""
+def _line(worker: WorkerStatus) -> str:
+    layers = kv = rate = "-"
+    links = ""
+    if worker.process is not None:
+        router = worker.process.router
+        layers = _layers(worker.process.layers)
+        kv = f"{router.kv_blocks_used}/{router.kv_blocks_total}"
+        rate = f"{router.tokens_per_s:.1f}"
+        links = ", ".join(f"{name} {carrier}" for name, carrier in router.transports.items())
+        if router.standby:
+            # Which worker has copies of its KV blocks.
+            links += f"  copies {router.standby_blocks_copied} to {router.standby}"
+    note = f"  waits for {worker.waits_for}" if worker.waits_for else ""
     return (
-        f"{worker['worker_id']:<11} {worker['incarnation']:>4} {worker['pid']:>8}"
-        f" {worker['node'][:8]:<9} {worker['state']:<9} {worker['role']:<25}"
-        f" {layers:>7} {len(worker['experts']):>7} {kv:>11} {rate:>7}  {transports}{note}"
+        f"{worker.worker_id:<11} {worker.incarnation:>4} {worker.pid:>8}"
+        f" {worker.node[:8]:<9} {worker.state:<9} {worker.role:<25}"
+        f" {layers:>7} {len(worker.experts):>7} {kv:>11} {rate:>7}  {links}{note}"
     )
 
 
-def _device_line(device: dict[str, Any]) -> str:
+def _device_line(device: DeviceStatus) -> str:
     """What lies on a device of the worker above."""
-    ends = ", embedding and output head" if device["has_ends"] else ""
-    has = f" of {device['memory_bytes'] / 1e9:.1f}" if device["memory_bytes"] else ""
+    ends = ", embedding and output head" if device.has_ends else ""
+    has = f" of {device.memory_bytes / 1e9:.1f}" if device.memory_bytes else ""
     return (
-        f"  {device['device']:<9} layers {_layers(device)}, {device['num_experts']} experts{ends};"
-        f" {device['bytes'] / 1e9:.1f}{has} GB"
+        f"  {device.device:<9} layers {_layers(device.layers)}, {device.num_experts} experts{ends};"
+        f" {device.bytes / 1e9:.1f}{has} GB"
     )
 
 
-def _layers(holder: dict[str, Any]) -> str:
-    first, count = holder.get("layers", [0, 0])
+def _layers(run: LayerRun) -> str:
+    first, count = run
     return f"{first}-{first + count - 1}" if count else "-"
