@@ -64,10 +64,10 @@ def ray_head(folder: Path, num_cpus: int = 64) -> Iterator[RayHead]:
             environment |= {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": dashboard}
             yield RayHead(process, environment, folder, address, dashboard, serve_port)
         finally:
-            everybody = [psutil.Process(process.pid)]
-            everybody += everybody[0].children(recursive=True)
+            processes = [psutil.Process(process.pid)]
+            processes += processes[0].children(recursive=True)
             process.communicate("end\n", timeout=60)
-            _, left = psutil.wait_procs(everybody, timeout=10)
+            _, left = psutil.wait_procs(processes, timeout=10)
             end(left)
 
 

@@ -117,7 +117,7 @@ def test_growing_and_shrinking_fails_no_request(cluster: ServedCluster, texts: l
             done = cluster.command("scale", "--workers", str(num_workers))
             assert (done.returncode, done.stdout) == (0, f"{num_workers} workers\n"), done.stderr
             wait_until(settled(cluster, num_workers), "experts are spread over the workers")
-    wait_until(lambda: is_idle(cluster), "nobody holds anything")
+    wait_until(lambda: is_idle(cluster), "no resource is held")
 
 
 def is_idle(cluster: ServedCluster) -> bool:

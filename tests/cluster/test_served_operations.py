@@ -70,8 +70,8 @@ def test_status_describes_every_worker(cluster: ServedCluster) -> None:
         assert router["tokens_per_s"] >= 0
         # All workers are on one host, so they use shared memory.
         others = WORKERS - {worker["worker_id"]}
-        ways = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm")
-        assert router["transports"].items() <= ways.items()
+        expected = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm")
+        assert router["transports"].items() <= expected.items()
         held += [tuple(pair) for pair in worker["experts"]]
     every = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
     assert sorted(held) == sorted(every * 2)

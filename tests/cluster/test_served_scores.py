@@ -50,8 +50,8 @@ def test_http_scores_prompts_as_the_generate_command(
                 n=2,
                 stream=stream,
             )
-            told = joined(list(answer) if stream else [answer])
-            assert told == [one for one in wanted for _ in range(2)]
+            received = joined(list(answer) if stream else [answer])
+            assert received == [one for one in wanted for _ in range(2)]
 
 
 def joined(pieces: list[Any]) -> list[tuple[str, Logprobs]]:
@@ -88,8 +88,8 @@ def test_grpc_scores_prompts_as_the_generate_command(
         async with GenerateClient([f"127.0.0.1:{cluster.grpc_port}"]) as client:
             return await asyncio.gather(*(score(client, prompt) for prompt in PROMPTS))
 
-    told = asyncio.run(main())
-    assert [[None, *logprobs] for logprobs in told] == [one["token_logprobs"] for one in wanted]
+    received = asyncio.run(main())
+    assert [[None, *logprobs] for logprobs in received] == [one["token_logprobs"] for one in wanted]
 
 
 def test_what_cannot_be_scored_is_refused_by_name(cluster: ServedCluster) -> None:

@@ -185,11 +185,11 @@ def test_grpc_gives_the_same_tokens(cluster: ServedCluster, oracle: Oracle) -> N
 
     for case, events in zip(cases, asyncio.run(main()), strict=True):
         for index, wanted in enumerate(oracle.ask(*case)):
-            told = [e for e in events if e.sample_index == index]
-            assert [e.token_id for e in told] == [e.token_id for e in wanted]
-            assert [e.text for e in told] == [e.text for e in wanted]
-            assert [e.logprob for e in told] == [e.logprob for e in wanted]
-            tops = [tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)) for e in told]
+            received = [e for e in events if e.sample_index == index]
+            assert [e.token_id for e in received] == [e.token_id for e in wanted]
+            assert [e.text for e in received] == [e.text for e in wanted]
+            assert [e.logprob for e in received] == [e.logprob for e in wanted]
+            tops = [tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)) for e in received]
             assert tops == [e.top_logprobs for e in wanted]
 
 

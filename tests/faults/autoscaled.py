@@ -127,17 +127,17 @@ def main() -> None:
     environment = several_nodes(folder)
     address = start_head(folder, environment)
     with serving_on(address, HOST, environment, folder) as served:
-        told: dict[str, Any] = {"began_on": len(nodes_of(served))}
-        told["grown"] = complaints_under_load(
+        report: dict[str, Any] = {"began_on": len(nodes_of(served))}
+        report["grown"] = complaints_under_load(
             served.endpoint, lambda: scale(served, 4), lambda: len(nodes_of(served)) == 4
         )
-        told["grew_to"] = num_nodes(served)
-        told["shrunk"] = complaints_under_load(
+        report["grew_to"] = num_nodes(served)
+        report["shrunk"] = complaints_under_load(
             served.endpoint, lambda: scale(served, 2), lambda: len(nodes_of(served)) == 2
         )
         wait_until(lambda: num_nodes(served) == 2, "idle nodes are given back", SCALE_TIMEOUT_S)
-        told["shrank_to"] = num_nodes(served)
-    print(json.dumps(told), flush=True)
+        report["shrank_to"] = num_nodes(served)
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

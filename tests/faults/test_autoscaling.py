@@ -37,8 +37,8 @@ def test_nodes_start_when_a_placement_needs_them_and_stop_when_idle() -> None:
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == {
         "began_on": 3,
         "grown": [],
         "grew_to": 4,

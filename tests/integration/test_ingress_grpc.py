@@ -96,8 +96,15 @@ def test_tokens_stream_and_usage_ends_them(model: ServedModel) -> None:
     assert len(first.started.request_id) == 32
     assert first.started.system_fingerprint == model.fingerprint
     events = [event for response in responses for event in response.events]
-    told = [(event.sample_index, event.index, event.token_id) for event in events]
-    assert told == [(0, 0, 101), (1, 0, 102), (0, 1, 102), (1, 1, 104), (0, 2, 103), (1, 2, 106)]
+    received = [(event.sample_index, event.index, event.token_id) for event in events]
+    assert received == [
+        (0, 0, 101),
+        (1, 0, 102),
+        (0, 1, 102),
+        (1, 1, 104),
+        (0, 2, 103),
+        (1, 2, 106),
+    ]
     assert [event.text for event in events[:2]] == ["101,", "102,"]
     length = router_pb2.FINISH_REASON_LENGTH
     assert [event.finish_reason for event in events] == [0, 0, 0, 0, length, length]
@@ -204,11 +211,11 @@ def test_error_of_the_source_has_its_canonical_code(
     model: ServedModel, error: Exception, code: grpc.StatusCode, num_before_error: int
 ) -> None:
     source = CountingSource(error=error, num_before_error=num_before_error)
-    told = refusal(source, model)
-    assert told.code() is code
-    assert "secret" not in (told.details() or "")
+    refused = refusal(source, model)
+    assert refused.code() is code
+    assert "secret" not in (refused.details() or "")
     retry_after_ms = {OverloadedError: "2500", UnavailableError: "1000"}.get(type(error))
-    assert metadata_of(told).get("milliways-retry-after-ms") == retry_after_ms
+    assert metadata_of(refused).get("milliways-retry-after-ms") == retry_after_ms
 
 
 def test_requests_above_the_limit_are_refused_at_once(model: ServedModel) -> None:

@@ -159,12 +159,12 @@ def test_grpc_gives_the_same_tokens_and_logprobs(demo: Served, alone: dict[Any, 
         finally:
             await server.stop()
 
-    told = [
+    received = [
         (e.token_id, e.text, e.logprob, tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)))
         for e in asyncio.run(main())
     ]
     wanted = [(e.token_id, e.text, e.logprob, e.top_logprobs) for e in alone[0, 1][0]]
-    assert told == wanted
+    assert received == wanted
 
 
 def test_client_raises_its_own_errors(demo: Served) -> None:

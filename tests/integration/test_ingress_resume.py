@@ -72,8 +72,8 @@ def by_choice(events: list[Event]) -> list[list[str]]:
     """The data of each choice in order, then the data that belongs to no choice."""
     choices: dict[int, list[str]] = {}
     for _, data in events:
-        told = [] if data == "[DONE]" else json.loads(data)["choices"]
-        choices.setdefault(told[0]["index"] if told else 10**6, []).append(data)
+        chunks = [] if data == "[DONE]" else json.loads(data)["choices"]
+        choices.setdefault(chunks[0]["index"] if chunks else 10**6, []).append(data)
     return [choices[index] for index in sorted(choices)]
 
 
@@ -235,11 +235,11 @@ def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
     ask = body(max_tokens=9, stream=True, n=2)
     ingress = make_ingress(CountingSource(), model)
     with served(lambda: BreaksOff(make_http_app(ingress), num_events=2)) as url:
-        told = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
-    assert len({chunk["id"] for chunk in told}) == 1
+        chunks = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
+    assert len({chunk["id"] for chunk in chunks}) == 1
     expected = counted_events(GenerationRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
     for sample in range(2):
-        choices = [c for chunk in told for c in chunk["choices"] if c["index"] == sample]
+        choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == sample]
         texts = [event.text for event in expected if event.sample_index == sample]
         assert [choice["text"] for choice in choices] == texts
 

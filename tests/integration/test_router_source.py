@@ -72,12 +72,12 @@ def test_request_continues_after_the_tokens_delivered_before(num_tokens: int) ->
     request = request_for(num_samples=2)
     expected = by_sample(expected_events(request))
     had = [event.token_id for event in expected[:num_tokens]]
-    told = DeliveredSample(0, tuple(had), num_tokens == NUM_TOKENS)
+    sample = DeliveredSample(0, tuple(had), num_tokens == NUM_TOKENS)
 
     async def scenario(source: RouterSource, _: Directory) -> None:
         deadline_s = time.monotonic() + 20
         stream = source.generate(
-            request, request_id="r", deadline_s=deadline_s, delivered=[told] if had else []
+            request, request_id="r", deadline_s=deadline_s, delivered=[sample] if had else []
         )
         async with aclosing(stream) as events:
             assert by_sample([event async for event in events]) == expected[num_tokens:]
@@ -134,8 +134,8 @@ def test_next_router_receives_all_delivered_tokens() -> None:
     run(scenario, *routers)
     (first,), (second,) = routers[0].asked, routers[1].asked
     assert list(first.delivered) == []
-    told = [(s.sample_index, list(s.token_ids), s.is_finished) for s in second.delivered]
-    assert told == [(0, [101, 102, 103, 104], True), (1, [102, 104, 106], False)]
+    delivered = [(s.sample_index, list(s.token_ids), s.is_finished) for s in second.delivered]
+    assert delivered == [(0, [101, 102, 103, 104], True), (1, [102, 104, 106], False)]
     assert list(second.prompt_token_ids) == [100]
     assert (second.sampling.seed, second.sampling.num_logprobs) == (5, 2)
     assert (list(second.stop), second.ignore_eos, second.request_id) == (["a", "b"], True, "r")
@@ -244,9 +244,9 @@ def test_error_of_the_request_is_raised_without_a_retry(error: Exception) -> Non
             await collect(source, request_for())
         assert str(caught.value) == str(error)
         if isinstance(error, InvalidRequestError):
-            told = caught.value
-            assert isinstance(told, InvalidRequestError)
-            assert (told.field, repr(told.value)) == (error.field, repr(error.value))
+            refused = caught.value
+            assert isinstance(refused, InvalidRequestError)
+            assert (refused.field, repr(refused.value)) == (error.field, repr(error.value))
 
     run(scenario, *routers)
     assert routers[1].asked == []
