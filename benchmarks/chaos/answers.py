@@ -1,4 +1,7 @@
-"""The answer that a client received, and how it differs from an earlier answer. Pure."""
+"""The answer that a client received, and how it differs from the wanted one. Pure: no I/O.
+
+The wanted answer is the answer to the same request before any fault was injected.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +32,7 @@ class Choice:
     def add(
         self, token_ids: Sequence[int], text: str, logprobs: object, finish_reason: str
     ) -> None:
-        """Appends the next tokens. An empty `finish_reason` means that more will come."""
+        """Appends the next tokens. `finish_reason` is empty if they are not the last ones."""
         self.token_ids += token_ids
         self.text += text
         self.logprobs.append(logprobs)
@@ -46,14 +49,14 @@ class Break:
 
 @dataclass(slots=True)
 class Answer:
-    """All samples of a request, the arrival times of tokens, and the connections that broke.
+    """All choices of an answer, the arrival times of tokens, and the connections that broke.
 
-    Invariant: `token_times_s` never decreases; `choices[i]` is the sample with index i.
+    Invariant: `token_times_s` never decreases; `choices[i]` is sample i of the request.
     """
 
     choices: list[Choice]
     token_times_s: list[float] = field(default_factory=list[float])
-    # Filled from a gRPC stream only. Over HTTP they are part of each choice's `logprobs`.
+    # For gRPC only. Over HTTP, log-probabilities of the prompt are in each choice's `logprobs`.
     prompt_logprobs: list[object] = field(default_factory=list[object])
     breaks: list[Break] = field(default_factory=list[Break])
 
@@ -67,7 +70,7 @@ class Answer:
         return all(choice.finish_reason for choice in self.choices)
 
     def note_break(self, now_s: float, reason: object) -> None:
-        """Records that a connection broke. The rest of the answer comes over another one."""
+        """Records that a connection broke. The client requests the rest over another connection."""
         # gRPC's messages have several lines: join them, and keep the beginning.
         text = " ".join(str(reason).split())[:MAX_REASON_CHARS]
         self.breaks.append(Break(now_s, f"{type(reason).__name__}: {text}"))
@@ -85,7 +88,7 @@ class Answer:
         """Adds log-probabilities of the prompt from a gRPC stream.
 
         Raises:
-            ValueError: a position is repeated, or one before it is missing.
+            ValueError: a position is repeated or skipped.
         """
         for score in scores:
             if score.position != len(self.prompt_logprobs) + 1:
@@ -98,10 +101,10 @@ class Answer:
         """Adds a token of a gRPC stream.
 
         Raises:
-            ValueError: a token is repeated, or one before it is missing.
+            ValueError: a token is repeated or skipped.
         """
         choice = self.choices[event.sample_index]
-        # A repeated or early token must not be taken for the next one.
+        # A token with another index must not be appended.
         if event.index != len(choice.token_ids):
             raise ValueError(f"token {event.index} came after {len(choice.token_ids)}")
         tops = [*event.top_token_ids], [*event.top_logprobs]
@@ -120,13 +123,13 @@ class Outcome:
     ended_s: float
     answer: Answer
     error: str = ""
-    # Where the answer differs from the undisturbed one; "" if nowhere, None if not compared yet.
+    # The first difference from the wanted answer; "" if there is none, None until compared.
     difference: str | None = None
 
     def compared(self, wanted: Mapping[int, Answer]) -> "Outcome":
-        """The outcome after comparison with the wanted answers, by request index.
+        """Compares the answer with the wanted answer of its request index; returns a new outcome.
 
-        The result keeps the times and drops the tokens, to save memory.
+        The new outcome has the times of the tokens but not the tokens, to save memory.
         """
         if self.difference is not None:
             return self
@@ -137,15 +140,18 @@ class Outcome:
 
     @property
     def first_token_s(self) -> float | None:
-        """Seconds until the first token; None if no token came."""
+        """Seconds from the start to the first token; None if no token came."""
         times_s = self.answer.token_times_s
         return times_s[0] - self.started_s if times_s else None
 
     def stall_s(self, since_s: float = float("-inf"), until_s: float = float("inf")) -> float:
-        """The longest wait between two tokens that overlaps the given period."""
+        """The longest wait for a token that overlaps the given period; 0 if there is none.
+
+        The wait for the first token does not count. If the request failed, the time from its last
+        token to the error counts.
+        """
         times_s = list(self.answer.token_times_s)
         if self.error and times_s:
-            # A request that failed waited from its last token until the error.
             times_s.append(self.ended_s)
         gaps = [
             late_s - early_s
@@ -160,7 +166,7 @@ class Outcome:
 
 
 def difference(wanted: Answer, got: Answer) -> str:
-    """The first place where an answer differs from the wanted one; "" if they are bit-equal."""
+    """Describes the first difference between two answers; "" if they are bit-equal."""
     was, now = wanted.prompt_logprobs, got.prompt_logprobs
     if was != now:
         at = _first_difference(was, now)

@@ -1,8 +1,8 @@
 """What `milliways inspect` prints about a checkpoint: counts, bytes, and memory per worker.
 
-A parameter is an element of a weight; scales are not counted. The embedding counts once, although
-it also computes the logits. The active parameters of a token are all but those of the experts that
-were not chosen for it. 1 GB is 1e9 bytes.
+A parameter is an element of a weight; the scales of quantized weights are not counted. The
+embedding is counted once, although the logits are computed with it too. The active parameters of a
+token are all parameters minus those of the experts that are not chosen for it. 1 GB is 1e9 bytes.
 """
 
 import math
@@ -16,12 +16,12 @@ from milliways.model.checkpoint.records import TensorRecord
 from milliways.model.config import ModelConfig
 
 _BYTES_PER_GB = 1e9
-_BYTES_PER_KV_VALUE = 2  # bfloat16
+_BYTES_PER_KV_VALUE = 2  # The figures assume a bfloat16 KV cache.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSummary:
-    """The sum over all tensors of one role. Array bytes do not include the pickle around them."""
+    """Totals of one `TensorRole`'s tensors. File bytes include the pickle around the arrays."""
 
     role: str
     num_tensors: int
@@ -32,9 +32,9 @@ class RoleSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardMemory:
-    """The bytes of the weights of a worker that has all attention layers and some experts.
+    """Bytes of one worker's weights, if every worker has all attention layers and some experts.
 
-    Attention bytes include the norms and the gate. Embedding bytes include the final norm.
+    Attention bytes include a layer's norms and gate. Embedding bytes include the final norm.
     """
 
     worker_index: int
@@ -90,19 +90,19 @@ def summarize(checkpoint: Checkpoint, num_workers: int) -> CheckpointSummary:
 
 
 def kv_bytes_per_token(config: ModelConfig) -> int:
-    """The bytes of a token's keys and values in all layers, in bfloat16."""
+    """The bytes of a token's keys and values in all layers, if the KV cache is bfloat16."""
     return 2 * config.num_layers * config.kv_size * _BYTES_PER_KV_VALUE
 
 
 def experts_per_worker(num_experts: int, num_workers: int) -> tuple[int, ...]:
-    """How many experts of a layer each worker holds, distributed as evenly as possible."""
+    """The number of experts of a layer on each worker, as even as possible; the first have more."""
     assert num_workers >= 1
     fewest, num_with_one_more = divmod(num_experts, num_workers)
     return tuple(fewest + (worker < num_with_one_more) for worker in range(num_workers))
 
 
 def to_json(summary: CheckpointSummary) -> dict[str, Any]:
-    """The summary as dicts and numbers, with the totals of the workers."""
+    """The summary as dicts and numbers. Each worker also gets its totals."""
     values = asdict(summary)
     for worker, memory in zip(values["workers"], summary.workers, strict=True):
         worker["bytes_without_embedding"] = memory.bytes_without_embedding
@@ -197,7 +197,7 @@ def _format_workers(summary: CheckpointSummary) -> list[str]:
 
 
 def _format_alike(workers: Sequence[ShardMemory], num_experts: int) -> list[str]:
-    """One entry for all workers with the same number of experts: they need equal memory."""
+    """One entry for a group of workers that hold equally many experts, so need equal memory."""
     one = workers[0]
     which = f"worker {one.worker_index}"
     if len(workers) > 1:

@@ -1,7 +1,7 @@
-"""`milliways bench`: our speed, beside that of other engines and the limits of the machine.
+"""`milliways bench`: compares our speed with other engines and with the limits of the machine.
 
-The commands below it measure what distribution costs: `bench dataplane`, `bench cluster` and
-`bench serve`.
+Its subcommands `bench dataplane`, `bench cluster` and `bench serve` measure what it costs to run on
+several processes.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
 def setting_of(
     options: argparse.Namespace, model_dir: Path, config: ModelConfig, work_dir: Path
 ) -> PeerSetting:
-    """What contestants need to know, from the command line and the machine."""
+    """The setting that all measured engines get, from the command line and this machine."""
     return PeerSetting(
         model_dir=model_dir,
         config=config,
@@ -132,7 +132,7 @@ def setting_of(
 
 
 def check_counts(options: argparse.Namespace, workloads: Sequence[Workload]) -> None:
-    """Raises InvalidRequestError if there is nothing to measure, or too much."""
+    """Raises InvalidRequestError if a count is out of range, or there is nothing to measure."""
     check_rounds("repeats", options.repeats)
     if not workloads:
         raise InvalidRequestError("batch", options.batch, "given if --prefill is empty")

@@ -23,7 +23,7 @@ from milliways.model.tokenizer import Tokenizer
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
 
-# Defaults of this command that are not those of the API.
+# Defaults of this command that differ from the API's defaults.
 _DEFAULTS = {"temperature": 0.7}
 
 
@@ -87,7 +87,7 @@ def _add_sampling_option(parser: argparse.ArgumentParser, parameter: Parameter) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """The prompt, which begins each choice if `--echo` is given."""
+    """What each choice begins with: the prompt if `--echo` is given, otherwise nothing."""
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
@@ -98,12 +98,12 @@ class Prompt:
 class Choice:
     """One sample while it grows.
 
-    Invariant: `text` is the text of the prompt and of all `events`; `text_offsets` says where the
-    text of each event begins in it.
+    Invariant: `text` is the text of `prompt` and of all `events`. `text_offsets` has the position
+    in `text` at which each event begins.
     """
 
     prompt: Prompt = field(default_factory=Prompt)
-    # Scores of the prompt's tokens from the second on, if they were requested.
+    # Log-probabilities of the prompt's tokens but the first, if the user wants them.
     scores: list[SampledToken] = field(default_factory=list[SampledToken])
     text: str = ""
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
@@ -124,9 +124,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Wall-clock seconds of one run. Compilation counts towards the first token.
+    """Wall-clock seconds of one run. `first_token_s` includes compilation.
 
-    If nothing is drawn, `first_token_s` is the time to the end of the run.
+    If no token is drawn, `first_token_s` is the time to the end of the run.
     """
 
     load_s: float
@@ -176,7 +176,7 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """The sampling parameters of the command line.
 
     Raises:
-        InvalidRequestError: one is out of range; names field, value and limit.
+        InvalidRequestError: a parameter is out of range; the error names it, its value and limit.
     """
     fields: dict[str, Any] = {"num_logprobs": options.logprobs or 0}
     for parameter in PARAMETERS:
@@ -200,7 +200,7 @@ def prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None) -> tupl
     """The tokens of the prompt, which is given as text or as ids.
 
     Raises:
-        InvalidRequestError: neither or both are given.
+        InvalidRequestError: neither PROMPT nor `--tokens` is given, or both.
         TokenizerError: there is text, but no tokenizer.
     """
     if (options.prompt is None) == (options.tokens is None):
@@ -216,7 +216,10 @@ def prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None) -> tupl
 def collect(
     options: argparse.Namespace, model: LocalModel, request: GenerationRequest, *, stream: bool
 ) -> tuple[list[Choice], list[float]]:
-    """Runs the request to its end. Streams text, or token ids if there is no tokenizer."""
+    """Runs the request to its end. Returns its choices and the times of its tokens.
+
+    `stream` prints text while it is generated, or token ids if there is no tokenizer.
+    """
     num_tokens = min(
         len(request.prompt_ids) + request.max_tokens, model.decoder.config.sequence_len + 1
     )
@@ -245,7 +248,7 @@ def _prompt(options: argparse.Namespace, model: LocalModel, request: GenerationR
     pieces = [""] * len(request.prompt_ids)
     if model.tokenizer is not None:
         pieces = prompt_pieces(model.tokenizer, request.prompt_ids)
-    # The text as it was given: its tokens may decode to a slightly different one.
+    # The user's own text, because its tokens may decode to a slightly different text.
     given: str | None = options.prompt
     text = "".join(pieces) if given is None or given == "-" else given
     offsets = tuple(min(offset, len(text)) for offset in text_offsets(pieces))
@@ -305,13 +308,13 @@ def to_json(
 
 
 def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Log-probabilities of the raw logits, in the form of OpenAI's completions.
+    """Log-probabilities of unchanged logits, in the form of OpenAI's completions.
 
     If the prompt is echoed, its tokens come first. The first token of a prompt has no
     log-probability.
 
-    A token's name is `Tokenizer.name_of`, or its id if there is no tokenizer. A few tokens have
-    equal names, so the ids of the top tokens are listed too.
+    A token's name is `Tokenizer.name_of`, or its id if there is no tokenizer. Different
+    tokens can have the same name, so the ids of the most likely tokens are listed too.
     """
 
     def name(token_id: int) -> str:
@@ -336,6 +339,6 @@ def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _rate(token_times_s: list[float]) -> float:
-    """Tokens per second after the first token; 0 if there is only one token."""
+    """Tokens per second after the first token; 0 if there are fewer than two tokens."""
     elapsed_s = token_times_s[-1] - token_times_s[0]
     return (len(token_times_s) - 1) / elapsed_s if elapsed_s > 0 else 0.0

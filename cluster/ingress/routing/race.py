@@ -1,7 +1,7 @@
-"""Runs one request on several routers at once and yields what arrives first.
+"""Runs one request on several routers at once, and returns what they send in order of arrival.
 
-All routers compute the same tokens, so the first to send the next token wins. The caller then
-cancels the others. The queue is short: a slow client slows its router down.
+All routers compute the same tokens. So the caller keeps the first router that sends a new token,
+and cancels the others. The queue is short: if the client reads slowly, the routers must wait.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ _MAX_UNREAD = 8
 
 
 class StreamBrokenError(Exception):
-    """A stream ended before its request did; another router can continue the request."""
+    """A stream ended before the request was complete; another router can continue the request."""
 
 
 class RouterSilentError(Exception):
@@ -25,7 +25,7 @@ class RouterSilentError(Exception):
 
 @dataclass(eq=False, slots=True)
 class Attempt:
-    """A stream from one router; `since_s` is when it began or sent its last token."""
+    """A stream from one router. `since_s` is the time of its last token, or of its beginning."""
 
     router: RouterInfo
     connection: RouterConnection
@@ -38,10 +38,10 @@ StreamItem = router_pb2.RouteResponse | Exception
 class Race:
     """The open streams of one request, and the queue of what they send.
 
-    The caller must close it in any case: use `contextlib.aclosing`.
+    The caller must close it, after an error too: use `contextlib.aclosing`.
 
-    *Invariant:* `attempts` are the streams that are open and neither lost nor ended. `next` returns
-    items of these only.
+    *Invariant:* a stream is in `attempts` until it is cancelled or `next` returns its end. `next`
+    returns no item of a stream that is not in `attempts`.
     """
 
     def __init__(self) -> None:
@@ -60,20 +60,21 @@ class Race:
         timeout_s: float,
         on_end: Callable[[], None],
     ) -> None:
-        """Opens a stream from a router; `on_end` is called when it has ended."""
+        """Opens a stream from a router. `on_end` is called when it has ended or was cancelled."""
         task = asyncio.create_task(self._pump(attempt, message, timeout_s))
         task.add_done_callback(lambda _: on_end())
         self._tasks[attempt] = task
 
     async def next(self) -> tuple[Attempt, StreamItem]:
-        """Waits for the next item of any stream: a response, a RouterSilentError, or how it ended.
+        """Waits for the next item of any stream: a response, or an exception. Raises none of them.
 
-        A stream that ended is no longer among `attempts`. If the router ended it without an error,
-        the item is a StreamBrokenError.
+        After a RouterSilentError the stream is still open. Any other exception says why the stream
+        ended, and removes it from `attempts`. That is a StreamBrokenError if the router reported no
+        error: a caller that has the complete answer does not ask for the next item.
         """
         while True:
             attempt, item = await self._unread.get()
-            # An item of a stream that was cancelled since.
+            # The stream was cancelled after this item was queued.
             if attempt not in self._tasks:
                 continue
             if isinstance(item, Exception) and not isinstance(item, RouterSilentError):
@@ -81,7 +82,7 @@ class Race:
             return attempt, item
 
     async def cancel(self, attempt: Attempt) -> None:
-        """Cancels a stream; `next` returns nothing more of it."""
+        """Cancels a stream. `next` returns no more of its items."""
         await self._cancel([attempt])
 
     async def keep_only(self, winner: Attempt) -> None:
@@ -96,7 +97,7 @@ class Race:
         await self._cancel(self.attempts)
 
     async def _cancel(self, attempts: Sequence[Attempt]) -> None:
-        # Cancels all before it waits for any, because the waiting can be cancelled too.
+        # Cancel all tasks first, then wait: if the wait is cancelled, no task goes on.
         tasks = [self._tasks.pop(attempt) for attempt in attempts if attempt in self._tasks]
         for task in tasks:
             task.cancel()
@@ -106,12 +107,12 @@ class Race:
         self, attempt: Attempt, message: router_pb2.RouteRequest, timeout_s: float
     ) -> None:
         def on_silence() -> None:
-            # If the queue is full, the client is slow, not the router.
+            # If the queue is full, routers wait for the client: this is not the router's silence.
             if not self._unread.full():
                 self._unread.put_nowait((attempt, RouterSilentError()))
 
         connection = attempt.connection
-        # Here and not in `begin`: a task that is cancelled at once never runs, nor cleans up.
+        # Not in `begin`: a task that is cancelled before it runs could not cancel the call.
         call = connection.route(message, timeout=timeout_s)
         connection.begin(on_silence)
         end: Exception = StreamBrokenError("the stream ended before the request")
@@ -120,7 +121,7 @@ class Race:
                 connection.received()
                 await self._unread.put((attempt, response))
         except asyncio.CancelledError:
-            # Was this task cancelled, or the call below it, because its channel was closed?
+            # Either this task was cancelled, or gRPC cancelled the call of a closed channel.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
