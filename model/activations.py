@@ -12,7 +12,7 @@ _HEAD_CHUNK_ROWS = 4096
 
 
 class Activations(Enum):
-    """What is multiplied with int8 weights.
+    """The form of the activations that are multiplied with int8 weights.
 
     EXACT keeps activations as they are. INT8 rounds the activations of a row in blocks of
     `QUANT_BLOCK`, to multiples of 1/127 of the largest in the block. Sums of products are then sums

@@ -1,4 +1,4 @@
-"""Which sequences hold which KV block: allocation, reference counts, and reuse of equal prefixes.
+"""Hands out KV blocks to sequences: allocation, reference counts, and reuse of equal prefixes.
 
 States of a block:
 

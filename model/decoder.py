@@ -71,7 +71,7 @@ class Decoder:
     axes: MeshAxes = field(default_factory=MeshAxes)
 
     def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """The embedding rows times the multiplier, in float32: where the residual stream begins."""
+        """The embedding rows times the multiplier, in float32: the start of the residual stream."""
         scale = self.config.embedding_multiplier_scale
         return map_tiles(lambda rows_TD: rows_TD * scale, ends.embedding_VD[token_ids_T])
 

@@ -94,7 +94,7 @@ def prompt_pieces(tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> list[str]:
 
 
 def text_offsets(pieces: Iterable[str]) -> list[int]:
-    """Where each piece begins in the joined text, in characters."""
+    """The position in the joined text at which each piece begins, in characters."""
     offsets: list[int] = []
     num_chars = 0
     for piece in pieces:

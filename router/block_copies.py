@@ -21,7 +21,7 @@ from milliways.wire.errors import RefusalReason
 
 
 class BlockArrays(Protocol):
-    """The keys and values behind the block ids of a router's pool; used in its thread."""
+    """The keys and values of the blocks of a router's pool; used in the router's thread."""
 
     @property
     def first_layer(self) -> int: ...
@@ -46,11 +46,11 @@ class BlockArrays(Protocol):
         ...
 
     def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
-        """Why these blocks do not fit here; None if they do."""
+        """The reason why these blocks cannot be kept here; None if they can."""
         ...
 
 
-# None while there are none: routers are made before their shards are loaded.
+# None until the shards are loaded: a router is made before them.
 ArraysNow = Callable[[], BlockArrays | None]
 
 
@@ -178,6 +178,6 @@ class BlockCopies:
         elif isinstance(result, Refusal) and result.reason is RefusalReason.NOT_HELD:
             self.standby.found_gap(run, now_s)
         else:
-            # No room, an older view, or a broken connection: all pass, and the next step looks.
+            # No room, an older view, or a broken connection: temporary. The next step retries.
             self.standby.failed(run, now_s)
         self.look()

@@ -60,7 +60,7 @@ class _Layer:
 
     @property
     def max_deaths(self) -> int:
-        """How many workers may die of it before it is sent to no other."""
+        """The number of deaths with these rows after which the rows are sent to no other worker."""
         return MAX_DEATHS if self.caution_s is None else 1
 
     def missing(self, places: np.ndarray) -> np.ndarray:
@@ -77,7 +77,7 @@ class _Assignment:
 
 
 class Dispatcher:
-    """Owns the choice of replicas, and how long they are waited for."""
+    """Owns the choice of replicas, and the time limits for their answers."""
 
     def __init__(self, links: LinkTable, limits: DispatchLimits, tasks: Tasks) -> None:
         self._links = links
@@ -96,11 +96,11 @@ class Dispatcher:
     async def run_experts(
         self, step: int, given: ExpertInput, caution_s: float | None = None
     ) -> np.ndarray:
-        """Outputs [T, A, D] of a layer's experts, unweighted; zeros where the id is -1.
+        """Outputs [T, A, D] of a layer's experts, unweighted; zeros for an id of -1.
 
         `caution_s` is for the rows of a suspect: workers are asked one by one, and the first death
-        ends it. If an expert was missing, it is asked `caution_s` after it is back, because other
-        layers waited for it too.
+        ends the call. If no worker held an expert, the call waits another `caution_s` after a
+        worker holds the expert again, because other layers waited for the same worker.
 
         Raises:
             RefusedError: workers failed to compute it MAX_FAULTS times.
@@ -268,7 +268,7 @@ class Dispatcher:
         try:
             while (left := layer.missing(assignment.places)).size:
                 if all(task.is_done for task in asked.values()):
-                    # They are done, and places are still missing: they failed to compute them.
+                    # All calls are done and places are missing: the workers failed to compute them.
                     avoided |= asked.keys()
                     _raise_if_workers_died(asked.values())
                     asked = self._ask_others(layer, left, avoided)

@@ -39,7 +39,7 @@ from milliways.router.scheduler import ScheduledSequence, Scheduler
 class _Reader:
     """An open `generate_all`: events that it has not yielded, and sequences that have not ended.
 
-    An event, and an unfinished sequence, goes with the index of its request.
+    Each event and each unfinished sequence is stored with the index of its request.
     """
 
     events: deque[tuple[int, Event]] = field(default_factory=deque[tuple[int, Event]])

@@ -1,4 +1,4 @@
-"""The limits of a router: each default stands here, and nowhere else.
+"""The limits of a router. Their defaults are set here, and nowhere else.
 
 `cluster.settings.config.RouterSettings` takes its defaults from these classes. Nothing is imported,
 so that settings can be read without the router.

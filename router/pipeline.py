@@ -1,4 +1,4 @@
-"""Takes a micro-batch through the layers: attention shard, experts, attention shard, to its tokens.
+"""Takes a micro-batch through attention shards and experts, layer by layer, to its next tokens.
 
 The bits do not depend on which process computes a part, nor on which replica answers.
 """
@@ -33,7 +33,7 @@ from milliways.wire.errors import (
 from milliways.wire.view import Member
 
 BACK_OFF_S = 0.005
-# Reasons that pass: the same call is sent again.
+# These reasons are temporary: the same call is sent again.
 _TEMPORARY = (RefusalReason.OVERLOADED, RefusalReason.STALE_EPOCH)
 
 
@@ -67,7 +67,7 @@ class Pipeline:
         self._timeout_s = timeout_s
 
     def obstacle(self) -> str:
-        """Why no step can be finished now; empty if no reason is known."""
+        """The reason why no step can be finished now; empty if no reason is known."""
         unreachable = [m.worker_id for m in self.chain if not self._links.is_open(m.worker_id)]
         if not self.chain:
             return "there is no attention shard"
@@ -77,7 +77,7 @@ class Pipeline:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the chain has all layers and the ends; it may not while a cluster starts."""
+        """Whether the chain has all layers and the ends. It may not, while a cluster starts."""
         layer = 0
         for member in self.chain:
             if member.num_layers and member.first_layer == layer:
@@ -129,7 +129,7 @@ class Pipeline:
         raise ShardLostError(PeerLostError("nobody", f"holds attention from layer {layer} on"))
 
     async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
-        """One turn of a shard. No other worker has it, so without a reply it is lost."""
+        """One turn of a shard. No other worker has this shard: without a reply it is lost."""
         while True:
             result = await self._answer(shard, step, call)
             if not isinstance(result, Refusal):

@@ -67,7 +67,7 @@ RETRY_AFTER_S = 1.0
 
 
 class Listener(Protocol):
-    """What receives a request's events. Called in the router's thread; must not block or raise."""
+    """Receives a request's events, in the router's thread. Its methods must not block or raise."""
 
     def scored(self, scores: PromptScores) -> None:
         """Log-probabilities of prompt tokens, in order; all that are wanted precede any token."""
@@ -103,7 +103,7 @@ class RouterFigures:
 
     num_requests: int = 0
     num_tokens: int = 0
-    # Positions that steps were to compute; positions from the prefix cache are not counted.
+    # Positions that were scheduled to be computed, so without those from the prefix cache.
     num_positions: int = 0
     num_steps: int = 0
     num_replays: int = 0
@@ -274,7 +274,7 @@ class Router:
         try:
             while not computing.is_done:
                 if not any(e.sequence.status is SequenceStatus.RUNNING for e in scheduled):
-                    # Nobody waits for this step, and it may wait for experts that no worker holds.
+                    # No sequence needs this step, and it may wait for experts that no worker holds.
                     return
                 await self._tasks.first_done((computing, self._dropped.wait()))
         finally:
@@ -371,7 +371,7 @@ class Router:
         return self._pipeline.is_whole and all(is_open(m.worker_id) for m in self._pipeline.chain)
 
     async def _recover(self, error: ShardLostError) -> None:
-        """Has running sequences computed again, or fails them if that is refused each time."""
+        """Restarts the running sequences, or fails them after MAX_FAULTS refusals in a row."""
         logger.warning("an attention shard was lost: %s", error)
         cause = error.cause
         if isinstance(cause, RefusedError) and cause.reason in (

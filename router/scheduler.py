@@ -192,7 +192,7 @@ class Scheduler:
         )
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Grows the block table, preempting what was admitted last; False if that is itself."""
+        """Grows the block table; preempts the latest sequences for it. False if it is preempted."""
         while not self._try_grow(sequence, num_tokens):
             victim = self._running[-1]
             self._preempt(victim)

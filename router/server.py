@@ -180,7 +180,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
     """A request from its message.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
     """
     if not message.sampling.HasField("seed"):
         # The ingress chooses it: if each router did, the next one would draw other tokens.

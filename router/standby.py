@@ -1,4 +1,4 @@
-"""Which KV blocks of a router its standby has, and which to send next. Pure: times are arguments.
+"""Knows which KV blocks the standby has, and chooses the next to send. Pure: times are arguments.
 
 Life of a full block of a running sequence:
 
@@ -66,7 +66,7 @@ class Run:
 
 @dataclass(slots=True)
 class _Track:
-    """A live sequence: the digests of its full blocks, and how many of them were sent."""
+    """A sequence that has not ended: the digests of its full blocks, and how many were sent."""
 
     digests: list[bytes] = field(default_factory=list[bytes])
     num_sent: int = 0
@@ -119,9 +119,9 @@ class Standby:
             track.num_sent = 0
 
     def next_run(self, running: Iterable[Sequence], block_bytes: int, now_s: float) -> Run | None:
-        """What to send now: blocks of the sequence with most that are not sent; None if nothing.
+        """The run to send now, of the sequence with the most unsent blocks; None if there is none.
 
-        It is in flight until `stored`, `failed` or `found_gap`.
+        The run is in flight until `stored`, `failed` or `found_gap`.
         """
         self._forget_ended()
         max_blocks = self._room(block_bytes)
@@ -175,7 +175,7 @@ class Standby:
         return max(least, num_bytes // block_bytes)
 
     def _num_behind(self, sequence: Sequence) -> int:
-        """How many full blocks a sequence has from the first that is not sent on."""
+        """The number of full blocks from the first unsent one to the end of the sequence."""
         track = self._tracks.setdefault(sequence, _Track())
         size, digests = self._block_size, track.digests
         num_full = sequence.num_computed // size
@@ -215,7 +215,7 @@ class Standby:
         return run
 
     def _land(self, run: Run) -> bool:
-        """A run is no longer in flight; whether it went to the present peer."""
+        """Counts a run as no longer in flight; returns whether it went to the present peer."""
         if run.generation != self._generation:
             self.figures.num_dropped += len(run.digests)
             return False

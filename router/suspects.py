@@ -1,4 +1,4 @@
-"""Which sequences may be killing workers. Pure: deaths and completed steps are arguments.
+"""Finds the sequences that kill workers. Pure: deaths and completed steps are arguments.
 
 If workers die one after another with the same rows, that may be chance, or one of the sequences
 may cause it. Each of these sequences is then computed alone. A step that completes clears it. If
@@ -44,7 +44,7 @@ class Suspects:
         return next(iter(self._deaths_alone), None)
 
     def pause_s(self, suspect: Sequence) -> float:
-        """How long to wait before it is tried."""
+        """How long to wait before the suspect is tried."""
         return self._random.uniform(0.0, PAUSE_S * 2 ** self._deaths_alone[suspect])
 
     def accuse(self, sequences: Iterable[Sequence]) -> None:
@@ -53,7 +53,7 @@ class Suspects:
             self._deaths_alone.setdefault(sequence, 0)
 
     def is_guilty(self, suspect: Sequence) -> bool:
-        """Counts a worker that died while it was computed alone; whether there were too many."""
+        """Counts a worker that died while the suspect was alone; returns whether too many did."""
         self._deaths_alone[suspect] += 1
         return self._deaths_alone[suspect] >= MAX_DEATHS_ALONE
 

@@ -161,7 +161,7 @@ class _Events:
 
 
 class GrpcClient:
-    """Uses a `GenerateClient`, which resumes by itself, in the event loop of another thread."""
+    """Uses a `GenerateClient`, which resumes broken streams, in the event loop of a thread."""
 
     def __init__(self, client: GenerateClient, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client

@@ -53,8 +53,8 @@ KILLS_WORKER = frozenset(
 class PlannedFault:
     """A fault to inject.
 
-    It comes `pause_s` after the cluster recovered from the last one, lasts `length_s` if it is a
-    pause of a process, and `draw` chooses among the possible victims.
+    It is injected `pause_s` after the cluster recovered from the last one. If it pauses a process,
+    it lasts `length_s`. `draw` chooses among the possible victims.
     """
 
     fault: Fault

@@ -134,7 +134,7 @@ def _serve_details() -> Any:
 
 
 def _alive(actor_id: str, name: str) -> list[Place]:
-    """Where an actor runs; empty if it is dead. Ray knows of a death before Serve does."""
+    """The node and process of an actor; empty if it is dead. Ray notices a death before Serve."""
     actor: Any = actors(actor_id)
     if actor.get("State") != "ALIVE":
         return []

@@ -4,7 +4,7 @@
 2. Clients send the same requests again and again. A fault is injected, then the run waits for full
    replication and for a short pause before the next fault. It ends when every kind of fault was
    injected and the time is over. With `Plan.every_s`, faults come at fixed intervals instead, and
-   nothing is waited for.
+   the run does not wait for replication.
 3. The requests that still run get their answers, and all answers are compared.
 """
 
@@ -57,7 +57,7 @@ class Trial:
         self._records: list[FaultRecord] = []
 
     def run(self, plan: Plan) -> Report:
-        """Runs the plan. Takes its time, and the time to recover from the last fault."""
+        """Runs the plan. Takes `plan.duration_s` and the time to recover from the last fault."""
         actuator = self._actuator
         baseline = Replication.of(actuator.view(), actuator.ingress(), actuator.proxies())
         self._say(f"{len(self._requests)} requests, undisturbed …")
@@ -164,7 +164,7 @@ class Trial:
     def _wait_until_restored(
         self, fault: Fault, injection: Injection, baseline: Replication, epoch: int
     ) -> float | None:
-        """When all was fully replicated again; None if that took longer than the limit."""
+        """The time of full replication after the fault; None if that took longer than the limit."""
         until_s = time.monotonic() + RESTORE_TIMEOUT_S
         while time.monotonic() < until_s:
             # Until the cluster notices a death, its view still looks complete.

@@ -1,4 +1,4 @@
-"""Measures our speed, beside that of other engines and the limits of the machine.
+"""Compares our speed with other engines and with the limits of the machine.
 
     from milliways.benchmarks.speed.dataplane import format_hops, measure_hops
 
@@ -6,7 +6,7 @@
 
 It owns what `milliways bench` and its parts run: `engines` compares engines, `distribution` a
 cluster with one process, `dataplane` our links with bare sockets, `served` and `serving` the
-endpoints of a cluster. `programs` has what runs in the processes of contestants.
+endpoints of a cluster. `programs` has the programs that contestants run.
 
 One run of `milliways bench`:
 

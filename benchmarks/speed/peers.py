@@ -25,7 +25,7 @@ _RMS_EPSILON = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSetting:
-    """Where other engines are found, and what all contestants need to know."""
+    """The folders and programs of other engines, and the setting that all contestants share."""
 
     model_dir: Path
     config: ModelConfig

@@ -97,7 +97,7 @@ def parse_chat_template(tree: object) -> ChatTemplate:
     """Builds the template of a parsed file.
 
     Raises:
-        ConfigError: names the invalid field, its value and the limit.
+        ConfigError: a field is invalid; the error names it, its value and limit.
     """
     fields = _table("the template", tree, ("roles", "generation_prefix", "stop"))
     roles = _table("roles", fields.get("roles", {}), ROLES)

@@ -1,4 +1,4 @@
-"""What one ingress replica counts and measures, for Prometheus."""
+"""The metrics of one ingress replica, for Prometheus."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whether a token can be made now. All callers share one probe, cached for a second."""
+"""Finds out whether a token can be made now. All callers share one probe, cached for a second."""
 
 import asyncio
 import logging

@@ -32,6 +32,6 @@ def created_s_of(request_id: str) -> int:
 
 
 def seed_of(request_id: str, prompt_index: int = 0) -> int:
-    """The 63-bit seed of a prompt in a request that gave none. Each prompt has another one."""
+    """The 63-bit seed of a prompt in a request that gave none; different for each prompt."""
     digest = hashlib.blake2b(f"{request_id}/{prompt_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

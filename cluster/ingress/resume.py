@@ -50,7 +50,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePoint:
-    """Where to resume a request. `field` is the field that said so, for error messages."""
+    """The point at which to resume. `field` is the field that gave it, for error messages."""
 
     request_id: str
     # One for each choice.

@@ -89,7 +89,7 @@ def load_served_model(settings: ModelSettings) -> ServedModel:
     """Reads what the ingress needs from a model directory.
 
     Raises:
-        CheckpointError, ConfigError, TokenizerError: names the file and what is wrong with it.
+        CheckpointError, ConfigError, TokenizerError: a file is invalid; the error says why.
     """
     model_dir = resolve_model_dir(settings.path)
     config = load_config(model_dir)

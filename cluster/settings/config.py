@@ -6,7 +6,7 @@
     [ingress]    the addresses for clients, and limits on their requests
     [tls]        certificates for connections between hosts
 
-Every field has a default. Names end in their unit where they have one.
+Every field has a default. Names end in their unit if they have one.
 """
 
 import tomllib
@@ -23,7 +23,7 @@ from milliways.wire.tls import TlsSettings
 
 LOOPBACK = "127.0.0.1"
 
-# Defaults stand with the limits themselves.
+# The router's own classes define these defaults.
 _ROUTER, _DISPATCH = RouterLimits(), DispatchLimits()
 
 
@@ -181,7 +181,7 @@ def read_config(path: Path) -> ClusterConfig:
     """Reads a TOML file.
 
     Raises:
-        ConfigError: the file is not TOML; or names the invalid table, field, value and the limit.
+        ConfigError: the file is not TOML, or a field is invalid; see `config_from_tree`.
     """
     try:
         with path.open("rb") as file:
@@ -195,7 +195,7 @@ def config_from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
     """Builds settings from nested mappings, such as parsed TOML or Serve's arguments.
 
     Raises:
-        ConfigError: names the invalid table, field, value and the limit.
+        ConfigError: a field is invalid; the error names its table, the field, value and limit.
     """
     tables = {table.name: table.default_factory for table in fields(ClusterConfig)}
     settings: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Which tensors a model of a given shape has, and which file holds each of them.
+"""Lists the tensors of a model of a given shape, and the file that holds each of them.
 
 The release numbers its files in the order in which JAX flattens a tree with string keys. So the
 order of the layers is 0, 1, 10, 11, ..., 19, 2, 20, ... A loader that counts 0, 1, 2 is wrong from
@@ -179,7 +179,7 @@ def scales_fit(weight_shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> 
 
 
 def expected(spec: TensorSpec) -> str:
-    """What the tensor should be, for messages."""
+    """Describes the expected tensor, for messages."""
     if not spec.quantized:
         return f"plain {describe_array(FLOAT32, spec.shape)}"
     *lead, num_rows, num_columns = spec.shape

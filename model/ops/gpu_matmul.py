@@ -85,7 +85,7 @@ def grouped_matmul(
 
 
 class _Shape(NamedTuple):
-    """The constants of a kernel; each combination is compiled separately."""
+    """The compile-time constants of the kernel: it is compiled for each combination of them."""
 
     num_rows: int
     num_in: int

@@ -24,7 +24,7 @@ GATE_STEP = 256
 def rms_norm(
     hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"], *, interpret: bool
 ) -> Float[Array, "T D"]:
-    """`Ops.rms_norm`; see there."""
+    """Implements `Ops.rms_norm`."""
     return pl.pallas_call(
         partial(_norm_kernel, width=hidden_TD.shape[1]),
         grid=(hidden_TD.shape[0],),

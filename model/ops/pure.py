@@ -2,7 +2,7 @@
 
 XLA chooses the order of a reduction by its shape. So a row that is summed in a batch of 3 can
 differ in the last bit from the same row in a batch of 4. Every reduction here runs over tiles of
-exactly `TILE` rows, and the last one is padded. Attention adds keys in chunks of `CHUNK` positions.
+exactly `TILE` rows, and the last one is padded. Attention sums over chunks of `CHUNK` positions.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What all links across processes share: numbered calls, a limit in flight, a queue behind it."""
+"""The base of all links between processes: numbered calls, a limit in flight, and a queue."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ class BoundedLink:
             self._begin(*self._waiting.popleft())
 
     def _lose(self, reason: str) -> None:
-        """Fails all calls, and those still to come; without effect the second time."""
+        """Fails all present and future calls. A second call of this does nothing."""
         if self._loss is not None:
             return
         self._loss = reason

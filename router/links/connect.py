@@ -91,7 +91,7 @@ def _check_identity(member: Member, response: pb.HelloResponse) -> None:
 
 
 def endpoints_of(response: pb.HelloResponse) -> Mapping[str, str]:
-    """Where a worker can be reached, by the name of the transport."""
+    """The endpoint of a worker for each transport that it offers, by the transport's name."""
     if response.endpoints:
         return response.endpoints
     # An older worker: it always takes Exchange streams.

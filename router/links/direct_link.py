@@ -1,4 +1,4 @@
-"""A link to a worker in the same process and thread: a call of its core."""
+"""A link to a worker in the same process and thread: it calls the worker's core directly."""
 
 import logging
 
@@ -27,7 +27,7 @@ class DirectLink:
         self._is_closed = False
 
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
-        """The result is there on return if the core answers at once."""
+        """The returned result is done already if the core answers at once."""
         pending = Pending[Result]()
         if self._is_closed:
             pending.fail(PeerLostError(self._worker_id, "closed"))

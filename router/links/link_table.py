@@ -20,8 +20,8 @@ from milliways.wire.view import EMPTY_VIEW, ClusterView, Member
 
 RECONNECT_AFTER_S = 0.05
 RECONNECT_AFTER_S_MAX = 1.0
-# A worker that did not answer in time gets up to this many times the time; that is half forgotten
-# after the half-life.
+# The time limits of a worker that did not answer in time are multiplied, at most by this number.
+# The factor halves in each half-life.
 SLOWNESS_MAX = 64.0
 SLOWNESS_HALF_LIFE_S = 300.0
 # Each answer fades the earlier latencies: they count half after 69 answers.
@@ -49,7 +49,7 @@ class _Peer:
     slowness: float = 1.0
     slow_since_s: float = 0.0
     latency: LatencyEstimate = field(default_factory=LatencyEstimate)
-    # Whether another worker was asked in its place, and it has answered nothing since.
+    # Whether another worker was asked instead of this one, which has answered nothing since.
     is_silent: bool = False
 
 
@@ -101,7 +101,7 @@ class LinkTable:
         return peer is not None and peer.link is not None
 
     def transports(self) -> dict[str, str]:
-        """What carries the bytes to each worker, or why nothing does."""
+        """The transport of the link to each worker, or the reason why there is no link."""
         return {
             worker_id: peer.link.transport if peer.link else f"none: {peer.problem or 'opening'}"
             for worker_id, peer in sorted(self._peers.items())
@@ -117,7 +117,7 @@ class LinkTable:
         return self._peers[worker_id].num_rows_out
 
     def slowness(self, worker_id: str) -> float:
-        """By what the time limits of a worker are multiplied; 1 for most."""
+        """The factor on a worker's time limits; 1 unless it recently failed to answer in time."""
         peer = self._peers.get(worker_id)
         if peer is None or peer.slowness == 1.0:
             return 1.0
@@ -130,7 +130,7 @@ class LinkTable:
         return (worker_id, peer.member.incarnation) if peer and peer.link else None
 
     def has_ended(self, worker_id: str, incarnation: int) -> bool:
-        """Whether the view says that this incarnation of a worker is over."""
+        """Whether this incarnation of a worker has ended, according to the view."""
         member = self.view.members.get(worker_id)
         return (
             member is None
@@ -144,11 +144,11 @@ class LinkTable:
         return peer.latency.longest_s if peer is not None else None
 
     def is_silent(self, worker_id: str) -> bool:
-        """Whether another was asked in its place, and it has answered nothing since."""
+        """Whether another worker was asked instead of this one, which has not answered since."""
         return self._peers[worker_id].is_silent
 
     def mark_late(self, worker_id: str) -> None:
-        """Others are asked in its place: it is chosen last until it answers."""
+        """Others are asked instead of this worker. It is chosen last until it answers."""
         peer = self._peers.get(worker_id)
         if peer is not None:
             peer.is_silent = True
@@ -215,7 +215,7 @@ class LinkTable:
             self._lost(peer)
 
     def abandon(self, worker_id: str, pending: Pending[Result], within_s: float) -> None:
-        """Nobody waits for this answer. If it does not come `within_s`, gives the worker up."""
+        """No caller needs this answer. If it does not arrive `within_s`, gives the worker up."""
 
         def look() -> None:
             # If the connection broke meanwhile, all calls on it are done: they failed.
@@ -249,7 +249,7 @@ class LinkTable:
         worker_id = peer.member.worker_id
         if self._peers.get(worker_id) is peer:
             self._close(worker_id)
-            # The same incarnation of the worker: as fast as it was, and as slow.
+            # The incarnation is the same, so what is known of its speed stays valid.
             again = _Peer(
                 peer.member,
                 slowness=peer.slowness,
@@ -276,7 +276,7 @@ class LinkTable:
                 await self._tasks.sleep(delay_s)
                 delay_s = min(2 * delay_s, RECONNECT_AFTER_S_MAX)
             except Cancelled:
-                # The link may be open by now, or open later; nobody else would close it.
+                # The link may be open by now, or open later. Nothing else would close it.
                 opening.when_done(partial(_close_unused, opening))
                 raise
         self.changed.notify()

@@ -1,4 +1,4 @@
-"""What the class of a link gets to open one: a worker that answered Hello, and the channel to it.
+"""The input with which a link is opened: a worker that answered Hello, and the channel to it.
 
 The class has a coroutine `open(opening, endpoint)`. It returns an open link, or raises
 PeerLostError; then the router tries the next transport. `endpoint` is what the server of the same
@@ -23,7 +23,7 @@ _SERVICE = "/milliways.v1.WorkerService"
 
 
 class WorkerChannel:
-    """A gRPC channel to a worker. Lives in the event loop that the router's reactor hosts."""
+    """A gRPC channel to a worker. It belongs to the event loop of the router's reactor."""
 
     def __init__(
         self, reactor: Reactor, member: Member, tls: TlsSettings, limits: LinkLimits
@@ -88,12 +88,12 @@ class LinkClass(Protocol):
     """The class of a link, as the connector uses it."""
 
     async def open(self, opening: Opening, endpoint: str) -> WorkerLink:
-        """An open link; raises PeerLostError if there is none to be had."""
+        """Returns an open link; raises PeerLostError if it cannot be opened."""
         ...
 
 
 def reason_of(error: Exception) -> str:
-    """Why a call or a stream of gRPC broke."""
+    """The reason why a gRPC call or stream broke."""
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return str(error)

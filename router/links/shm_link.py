@@ -36,8 +36,8 @@ _ID_BYTES_PER_ROW = 64
 class ShmLink(BoundedLink):
     """Writes each request into a region of shared memory, and reads the response there.
 
-    Arrays of a result lie in the region, which is free again when they are gone. A message travels
-    in the socket if no shared memory is left for it.
+    The arrays of a result are in its region, which becomes free when they are deleted. A message
+    travels in the socket if no shared memory is left for it.
 
     Invariant: each call in flight that has a region is in `_regions`, until its result is taken.
     """
@@ -61,7 +61,7 @@ class ShmLink(BoundedLink):
                 link.close()
 
     def __init__(self, opening: Opening, socket_name: str) -> None:
-        """Raises PeerLostError if nobody listens at the socket."""
+        """Raises PeerLostError if no server listens at the socket."""
         member, limits = opening.member, opening.limits
         super().__init__(member.worker_id, limits)
         self.opened = Pending[None]()

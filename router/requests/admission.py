@@ -1,4 +1,4 @@
-"""Turns a request into sequences: whether it fits, how long each may grow, what each has."""
+"""Turns a request into sequences: checks that it fits, and limits their numbers of tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class RoutedRequest:
 
     `delivered` are the tokens of each sample that another router drew; samples in `finished` have
     ended. `num_scored` log-probabilities of the prompt were delivered; if a token was delivered,
-    these are all that are wanted.
+    this is the number of all wanted ones.
     """
 
     request_id: str
@@ -29,7 +29,7 @@ class RoutedRequest:
 
 
 def max_completion_tokens(request: GenerationRequest, config: ModelConfig) -> int:
-    """How many tokens may be drawn; one even if the prompt fills the context."""
+    """The limit on drawn tokens of a sample. If the prompt fills the context, one is possible."""
     room = config.sequence_len - len(request.prompt_ids)
     return min(request.max_tokens, max(1, room))
 

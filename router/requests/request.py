@@ -22,10 +22,10 @@ class GenerationRequest:
     yields the log-probability of each prompt token except the first, with this number of most
     likely tokens for the same position. `max_tokens` may be 0 then, and nothing is drawn.
 
-    Invariant: every field lies within its limits. `check_fits` checks those of the model.
+    Invariant: every field is within its limits. `check_fits` checks those of the model.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
     """
 
     prompt_ids: tuple[int, ...]
@@ -62,7 +62,7 @@ class GenerationRequest:
 
         Raises:
             PromptTooLongError: the prompt is longer than the context.
-            InvalidRequestError: a token id lies outside the vocabulary.
+            InvalidRequestError: a token id is outside the vocabulary.
         """
         if len(self.prompt_ids) > config.sequence_len:
             raise PromptTooLongError(len(self.prompt_ids), config.sequence_len)

@@ -1,6 +1,6 @@
 """`milliways serve`: starts a cluster and its endpoint; Ctrl-C ends both.
 
-What talks to Ray is in `cluster/ray/`; this module owns options, progress bar and greeting.
+The code that uses Ray is in `cluster/ray/`. This module owns options, progress bar and greeting.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def settings_of(options: argparse.Namespace) -> ClusterConfig:
     """The file's settings, overridden by the command line's options.
 
     Raises:
-        ConfigError: names table, field, value and limit.
+        ConfigError: a field is invalid; the error names its table, the field, value and limit.
     """
     base = read_config(options.config) if options.config else ClusterConfig()
     count = options.workers
@@ -251,7 +251,7 @@ def _watch_loading(
 
     Raises:
         PlacementError: the workers cannot hold the model.
-        StartupError: the start takes too long; says what each worker waits for.
+        StartupError: the start takes too long; the error says what each worker waits for.
     """
     bar = Bar(sys.stderr)
     begun_s = time.monotonic()
@@ -297,7 +297,7 @@ def _wait_until_ready(
     """Waits until the endpoint can make a token.
 
     Raises:
-        StartupError: that takes too long; gives the endpoint's own reason.
+        StartupError: that takes too long; the error gives the endpoint's own reason.
     """
     until_s = time.monotonic() + timeout_s
     url = f"http://{ingress.host}:{ingress.port}/ready"

@@ -147,7 +147,7 @@ def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
     """Reads the body of a completion. Long prompts take long: do not call it in the event loop.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
         UnknownModelError: another model is meant.
     """
     body = _validated(CompletionBody, _object(raw), model)
@@ -177,7 +177,7 @@ def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
     """Reads the body of a chat completion. Do not call it in the event loop either.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
         UnknownModelError: another model is meant.
     """
     body = _validated(ChatBody, _object(raw), model)
@@ -290,7 +290,7 @@ def parse_prompts(value: object) -> list[str | tuple[int, ...]]:
     """The prompts of a completion: a text, a list of token ids, or a list of either.
 
     Raises:
-        InvalidRequestError: names the place in the list.
+        InvalidRequestError: an item is invalid; the error names its place in the list.
     """
     if isinstance(value, str):
         return [value]

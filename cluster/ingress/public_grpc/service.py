@@ -49,7 +49,7 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
     """Decodes a message. Slow for a long prompt: call it off the event loop.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
         UnknownModelError: the message names another model.
     """
     model.check_name(message.model or model.name)

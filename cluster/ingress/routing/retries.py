@@ -1,11 +1,11 @@
-"""Whether to retry a request whose stream broke, when, and where not. Pure: times are arguments."""
+"""Decides whether, when and on which routers to retry a request. Pure: times are arguments."""
 
 from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
 # A request that kills routers kills them as soon as it is computed. A router that dies later died
-# of something else: during an outage any number of routers may come and go.
+# for another reason: in an outage many routers may die and start again.
 DIES_WITHIN_S = 1.0
 
 
@@ -45,7 +45,7 @@ class Retries:
         """Records a stream that broke `lasted_s` after its start or its last token.
 
         Raises:
-            PoisonedRequestError: too many broke without a token between; a few may be chance.
+            PoisonedRequestError: too many streams broke in a row, each without a new token.
         """
         self.avoided.add(worker_id)
         self.reason = f"router {worker_id}: {reason}"

@@ -278,8 +278,8 @@ class RouterSource:
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED and self._clock() >= deadline_s - 0.05:
             raise DeadlineError("the request's deadline passed before its last token")
         else:
-            # Any answer proves that the router received the request. Only with UNAVAILABLE it may
-            # not have; then the metadata at the start of the stream tells.
+            # Any other code than UNAVAILABLE proves that the router received the request. With
+            # UNAVAILABLE, only metadata at the start of the stream can prove it.
             was_accepted = ACCEPTED_KEY in _texts(error.initial_metadata())
             was_accepted |= code is not grpc.StatusCode.UNAVAILABLE
             reason = f"{code.name}: {details}"

@@ -1,9 +1,9 @@
-"""Whether a router is silent for too long. Pure: times are arguments.
+"""Decides whether a router is silent for too long. Pure: times are arguments.
 
-Every token counts as a message of the router, of whichever request; so does the answer to a ping.
-A step may take milliseconds or seconds, so how long a router may be silent is learned from it: a
-multiple of its longest recent silence. If it was called silent and is first all the same, it has
-twice the time from then on; so hedging ends by itself if it does not help.
+Each token of any request counts as a message of the router, and so does the answer to a ping. A
+step may take milliseconds or seconds, so the allowed silence is a multiple of the router's longest
+recent silence. If a request was hedged but the silent router still sends the next token first, its
+allowed silence doubles. So hedging that does not help soon ends.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from milliways.wire.latency import LatencyEstimate, patience_s
 
 # A router may be silent for this many times its longest recent silence.
 _SILENCES = 2.0
-# Silences are half forgotten after this time.
+# The weight of a silence halves in this time.
 _HALVED_AFTER_S = 5.0
-# How long a router may be silent that has not sent anything yet.
+# How long a router may be silent before its first message.
 _FIRST_PATIENCE_S = 1.0
-# How often a silent router is looked at within its patience; half of it passes before a ping.
+# Number of checks of a silent router in its allowed time; it is pinged after half of that time.
 _LOOKS = 4
 
 _DEFAULTS = IngressSettings()
@@ -32,7 +32,7 @@ class HedgeLimits:
 
 
 class SilenceDetector:
-    """What was received of one router, and when.
+    """Detects the silence of one router from the times of its messages.
 
     Invariant: `is_silent` is set only by `look`, and only after `patience_s` without a message.
     """
@@ -56,7 +56,7 @@ class SilenceDetector:
 
     @property
     def look_after_s(self) -> float:
-        """When to look again."""
+        """Seconds until the next `look`."""
         return self.patience_s / _LOOKS
 
     def begin(self, now_s: float) -> None:
@@ -72,7 +72,7 @@ class SilenceDetector:
         self.is_silent = False
 
     def hedged_too_early(self) -> None:
-        """It was called silent, and yet had the next token before the routers asked as well."""
+        """The router was called silent, but sent the next token before the other routers."""
         self._silence.raise_to(self.patience_s)
 
     def slept(self, by_s: float, now_s: float) -> None:
@@ -80,10 +80,10 @@ class SilenceDetector:
         self._since_s = min(self._since_s + by_s, now_s)
 
     def look(self, now_s: float) -> None:
-        """Calls the router silent when its time is over."""
+        """Calls the router silent if its allowed time is over."""
         if now_s - self._since_s >= self.patience_s:
             self.is_silent = True
 
     def wants_ping(self, now_s: float) -> bool:
-        """Whether to ping the router, because nothing has come from it by itself."""
+        """Whether to ping the router, because it has been silent for half of its allowed time."""
         return now_s - self._since_s >= self.patience_s / 2
