@@ -59,7 +59,7 @@ def child_environment(folder: Path, **more: str) -> dict[str, str]:
     dropped = set(JAX_SETTINGS) - _INHERITED_SETTINGS
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {
-        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}",
+        "PYTHONPATH": str(REPOSITORY),
         "TMPDIR": str(folder / "t"),
         "XDG_CACHE_HOME": str(folder / "c"),
         "RAY_USAGE_STATS_ENABLED": "0",
