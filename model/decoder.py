@@ -10,8 +10,7 @@ A step of one process, and of any number of them, is this composition:
     logits = unembed(hidden)
 
 `run_step` is that composition, as one compiled program or with each part compiled for itself.
-Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`; the placement on a
-local mesh behind `MeshAxes`.
+Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`.
 
 Dtypes: what enters a matrix product, the KV cache, or a message to another process is of the
 activation dtype (float32 or bfloat16); sums, norms, soft-max and the residual stream are float32.
@@ -42,15 +41,6 @@ from milliways.model.params import AttentionParams, EndParams, ExpertParams, Mat
 from milliways.model.tiles import map_tiles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeshAxes:
-    """The mesh axes over which partial results must be summed; None where nothing is split."""
-
-    heads: str | None = None
-    ffn: str | None = None
-    experts: str | None = None
-
-
 class AttentionResult(NamedTuple):
     """What leaves the attention half: the residual stream, and what the experts need."""
 
@@ -68,7 +58,6 @@ class Decoder:
     config: ModelConfig
     dtype: jnp.dtype
     ops: Ops = field(default_factory=PureOps)
-    axes: MeshAxes = field(default_factory=MeshAxes)
 
     def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Embedding rows times the multiplier: the residual stream's beginning, float32."""
@@ -132,8 +121,7 @@ class Decoder:
             self.config.attn_output_multiplier,
         )
         mixed_TK = self._rounded(mixed_THK.reshape(mixed_THK.shape[0], -1))
-        attended_TD = self._sum(self.ops.linear(mixed_TK, params.out), self.axes.heads)
-        return attended_TD, cache
+        return self.ops.linear(mixed_TK, params.out), cache
 
     def expert_half(
         self,
@@ -145,11 +133,7 @@ class Decoder:
 
         Ids outside the stack held here yield zeros.
         """
-        if self.axes.experts:
-            expert_ids_TA = expert_ids_TA - lax.axis_index(self.axes.experts) * params.num_experts
-        outputs_TAD = self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params)
-        outputs_TAD = self._sum(outputs_TAD, self.axes.ffn, self.axes.experts)
-        return self._rounded(outputs_TAD)
+        return self._rounded(self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params))
 
     def combine(
         self,
@@ -196,11 +180,6 @@ class Decoder:
         if array.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
             array = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
         return array.astype(self.dtype)
-
-    def _sum(self, partial: Array, *axis_names: str | None) -> Array:
-        """Adds the shards' float32 partial results where the mesh splits a reduction."""
-        names = tuple(dict.fromkeys(name for name in axis_names if name))
-        return lax.psum(partial, names) if names else partial
 
 
 class DecoderParts(NamedTuple):

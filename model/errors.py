@@ -12,7 +12,6 @@ ModelError
 │   └── PromptTooLongError     says both numbers
 ├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
 ├── OutOfBlocksError       the KV block pool is empty
-├── MeshError              a logical axis does not divide over the mesh
 └── KernelsMissingError    no kernels here can compute what was asked for
 """
 
@@ -96,10 +95,6 @@ class OutOfBlocksError(ModelError):
         super().__init__(f"needs {num_needed} KV blocks, {num_free} are free")
         self.num_needed = num_needed
         self.num_free = num_free
-
-
-class MeshError(ModelError):
-    """A logical axis cannot be laid on the local device mesh."""
 
 
 class KernelsMissingError(ModelError):

@@ -6,7 +6,7 @@ to where a `Loader` puts it (or leaves experts there, if it is that kind of load
 nothing that the shard does not need.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -151,20 +151,15 @@ class Loader(Protocol):
 
 
 class DeviceLoader:
-    """Arrays as they are; `place` puts one on the device."""
+    """Arrays as they are."""
 
     reads_experts = True
 
-    def __init__(
-        self,
-        place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
-        activations: Activations = Activations.EXACT,
-    ) -> None:
+    def __init__(self, activations: Activations = Activations.EXACT) -> None:
         self.activations = activations
-        self._place = place
 
     def array(self, host: np.ndarray) -> jax.Array:
-        return self._place(host)
+        return jnp.asarray(host)
 
     def matrix(self, weight: np.ndarray, scales: np.ndarray) -> QuantizedMatrix:
         return QuantizedMatrix(weight=self.array(weight), scales=self.array(scales))

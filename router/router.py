@@ -19,7 +19,7 @@ No clock, no thread, no socket: `Tasks` runs it, in production and in simulation
 
 import logging
 from collections.abc import Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import Protocol
@@ -117,7 +117,6 @@ class RouterFigures:
     num_positions: int = 0
     num_steps: int = 0
     num_replays: int = 0
-    recent_steps: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
 
 class Router:

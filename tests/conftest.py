@@ -21,7 +21,7 @@ UNIT_TESTS = REPOSITORY / "tests" / "unit"
 JAX_SETTINGS = {
     # Tests of a GPU's kernels and of equal bits run on one too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
     "JAX_PLATFORMS": os.environ.get("MILLIWAYS_TEST_PLATFORMS", "cpu"),
-    # Eight devices on one machine, so that every sharding of eight experts can be tried.
+    # Eight devices on one machine, so that workers with several can be tried.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     # An operand promoted or broadcast by accident gives other bits, or another shape, and no error.
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",

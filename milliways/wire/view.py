@@ -117,19 +117,21 @@ class ClusterView:
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 
 
-def chains_of(shards: Mapping[str, AttentionRange], num_layers: int) -> dict[str, tuple[str, ...]]:
-    """The routers of a placement: one on each worker with all of attention, else one for the chain.
+def chains_of(
+    attention: Mapping[str, AttentionRange], num_layers: int
+) -> dict[str, tuple[str, ...]]:
+    """The routers of a placement: one on each worker with all of attention, or one for the chain.
 
-    It sits with the output head, where tokens enter and leave. `shards` go by worker_id; as long as
-    they do not make all layers up, while a cluster starts, there is no router.
+    It sits with the output head, where tokens enter and leave. `attention` goes by worker_id. While
+    a cluster starts, the ranges may not make up all layers: then there is no router.
     """
-    whole = [name for name, shard in shards.items() if shard.num_layers == num_layers]
+    whole = [name for name, layers in attention.items() if layers.num_layers == num_layers]
     if whole:
         return {name: (name,) for name in whole}
     chain = sorted(
-        (name for name, shard in shards.items() if shard.num_layers),
-        key=lambda name: shards[name].first_layer,
+        (name for name, layers in attention.items() if layers.num_layers),
+        key=lambda name: attention[name].first_layer,
     )
-    if sum(shards[name].num_layers for name in chain) < num_layers:
+    if sum(attention[name].num_layers for name in chain) < num_layers:
         return {}
-    return {name: tuple(chain) for name in chain if shards[name].has_ends}
+    return {name: tuple(chain) for name in chain if attention[name].has_ends}

@@ -198,7 +198,7 @@ def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None
 
     from milliways.cluster.ray.app import APP_NAME
     from milliways.cluster.ray.cluster import join
-    from milliways.cluster.ray.controller_actor import end_controller
+    from milliways.cluster.ray.start_controller import end_controller
 
     join(address)
     had_serve = _serve_runs()
@@ -235,9 +235,9 @@ def _start(config: ClusterConfig, stopped: threading.Event) -> None:
     from ray import serve
 
     from milliways.cluster.ray.app import APP_NAME, make_app
-    from milliways.cluster.ray.controller_actor import find_or_make_controller
+    from milliways.cluster.ray.start_controller import find_or_start_controller
 
-    controller = find_or_make_controller(config)
+    controller = find_or_start_controller(config)
     ray.get(controller.begin.remote())
     _open_proxy(config.ingress)
     target = serve.RunTarget(target=make_app(config), name=APP_NAME, route_prefix="/")
