@@ -10,8 +10,7 @@ A step is this composition, no matter how many processes compute its parts:
     logits = unembed(hidden)
 
 `run_step` composes the parts. They are compiled together as one program, or each as its own.
-Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`; the placement on a
-local mesh behind `MeshAxes`.
+Source of every formula: xai-org/grok-1, model.py. The numerics are behind `Ops`.
 
 Dtypes: inputs of a matrix product, the KV cache, and messages to another process have the
 activation dtype (float32 or bfloat16). Sums, norms, softmax and the residual stream are float32.
@@ -42,15 +41,6 @@ from milliways.model.params import AttentionParams, EndParams, ExpertParams, Mat
 from milliways.model.tiles import map_tiles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeshAxes:
-    """The mesh axes over which partial results must be summed; None where nothing is split."""
-
-    heads: str | None = None
-    ffn: str | None = None
-    experts: str | None = None
-
-
 class AttentionResult(NamedTuple):
     """The results of the attention half: the residual stream, the cache, and the experts' input."""
 
@@ -68,7 +58,6 @@ class Decoder:
     config: ModelConfig
     dtype: jnp.dtype
     ops: Ops = field(default_factory=PureOps)
-    axes: MeshAxes = field(default_factory=MeshAxes)
 
     def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
         """The embedding rows times the multiplier, in float32: the start of the residual stream."""
@@ -132,8 +121,7 @@ class Decoder:
             self.config.attn_output_multiplier,
         )
         mixed_TK = self._rounded(mixed_THK.reshape(mixed_THK.shape[0], -1))
-        attended_TD = self._sum(self.ops.linear(mixed_TK, params.out), self.axes.heads)
-        return attended_TD, cache
+        return self.ops.linear(mixed_TK, params.out), cache
 
     def expert_half(
         self,
@@ -145,11 +133,7 @@ class Decoder:
 
         An id of an expert that `params` does not hold gives zeros.
         """
-        if self.axes.experts:
-            expert_ids_TA = expert_ids_TA - lax.axis_index(self.axes.experts) * params.num_experts
-        outputs_TAD = self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params)
-        outputs_TAD = self._sum(outputs_TAD, self.axes.ffn, self.axes.experts)
-        return self._rounded(outputs_TAD)
+        return self._rounded(self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params))
 
     def combine(
         self,
@@ -197,11 +181,6 @@ class Decoder:
         if array.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
             array = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
         return array.astype(self.dtype)
-
-    def _sum(self, partial: Array, *axis_names: str | None) -> Array:
-        """Adds the shards' float32 partial results where the mesh splits a reduction."""
-        names = tuple(dict.fromkeys(name for name in axis_names if name))
-        return lax.psum(partial, names) if names else partial
 
 
 class DecoderParts(NamedTuple):

@@ -12,7 +12,6 @@ ModelError
 │   └── PromptTooLongError     names both numbers of tokens
 ├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
 ├── OutOfBlocksError       the KV block pool is empty
-├── MeshError              a logical axis does not divide over the mesh
 └── KernelsMissingError    no kernels here can compute what was asked for
 """
 
@@ -99,10 +98,6 @@ class OutOfBlocksError(ModelError):
         super().__init__(f"{num_needed} KV blocks are needed, but only {num_free} are available")
         self.num_needed = num_needed
         self.num_free = num_free
-
-
-class MeshError(ModelError):
-    """A logical axis cannot be laid on the local device mesh."""
 
 
 class KernelsMissingError(ModelError):

@@ -6,7 +6,7 @@ from the mapped file to its place. `MappedLoader` leaves experts in the files. W
 need is not read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -154,20 +154,15 @@ class Loader(Protocol):
 
 
 class DeviceLoader:
-    """Keeps arrays as they are; `place` puts each on the device."""
+    """Keeps arrays as they are."""
 
     reads_experts = True
 
-    def __init__(
-        self,
-        place: Callable[[np.ndarray], jax.Array] = jnp.asarray,
-        activations: Activations = Activations.EXACT,
-    ) -> None:
+    def __init__(self, activations: Activations = Activations.EXACT) -> None:
         self.activations = activations
-        self._place = place
 
     def array(self, host: np.ndarray) -> jax.Array:
-        return self._place(host)
+        return jnp.asarray(host)
 
     def matrix(self, weight: np.ndarray, scales: np.ndarray) -> QuantizedMatrix:
         return QuantizedMatrix(weight=self.array(weight), scales=self.array(scales))

@@ -24,7 +24,6 @@ from milliways.model.ops import Ops
 from milliways.model.params import EndParams, ModelParams
 from milliways.model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
 from milliways.model.sampling_params import SampledToken, SampleRow
-from milliways.model.sharding import ShardingRules, shard_model
 
 # 16 MiB of Grok-1's logits. The next power of two would need twice as much, and save little time.
 MAX_LOGITS_ROWS = 32
@@ -91,8 +90,8 @@ class ModelRunner:
         step: Step,
         cache_size: CacheSize,
         ops: Ops,
+        divided: DividedStep,
         owner: object = None,
-        divided: DividedStep | None = None,
     ) -> None:
         self.config = config
         self._ops = ops
@@ -102,7 +101,6 @@ class ModelRunner:
         self._params = params
         self._cache = cache
         self._step = step
-        # Where there is none (on a mesh), all logits of a step are computed at once.
         self._divided = divided
 
     @property
@@ -121,7 +119,7 @@ class ModelRunner:
         """Computes all scheduled tokens, and draws one token for each wanted row of logits."""
         assert len(rows) == sum(entry.num_logits for entry in scheduled)
         max_rows = self.cache_size.max_logits_rows
-        if len(rows) <= max_rows or self._divided is None:
+        if len(rows) <= max_rows:
             return draw_tokens(self._compute(scheduled), rows, self._ops)
         batch = self._batch(scheduled)
         rows_W = np.asarray(batch.logits_rows_W)[: len(rows)]
@@ -245,21 +243,7 @@ def make_runner(
         step = partial(_by_halves, run_step, parts)
         layers = partial(_by_halves, run_layers, parts)
     divided = DividedStep(layers, parts.unembed)
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, owner, divided)
-
-
-def make_mesh_runner(
-    decoder: Decoder,
-    host_params: ModelParams,
-    cache_size: CacheSize,
-    mesh: jax.sharding.Mesh,
-    rules: ShardingRules,
-) -> ModelRunner:
-    """A runner over a local mesh; each device receives only its part of `host_params`."""
-    params, cache, step = shard_model(
-        decoder, host_params, _empty_cache(decoder, cache_size), mesh, rules
-    )
-    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops)
+    return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, divided, owner)
 
 
 def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:

@@ -18,7 +18,7 @@ It has no clock, thread or socket: `Tasks` runs it, in production and in simulat
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import Protocol
@@ -107,7 +107,6 @@ class RouterFigures:
     num_positions: int = 0
     num_steps: int = 0
     num_replays: int = 0
-    recent_steps: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
 
 class Router:

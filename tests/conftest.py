@@ -21,7 +21,7 @@ UNIT_TESTS = REPOSITORY / "tests" / "unit"
 JAX_SETTINGS = {
     # Tests of a GPU's kernels and of equal bits run on one too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
     "JAX_PLATFORMS": os.environ.get("MILLIWAYS_TEST_PLATFORMS", "cpu"),
-    # Eight virtual devices, so that every sharding of eight experts can be tested.
+    # Eight virtual devices, so that workers with several devices can be tested.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     # Accidental promotion or broadcasting would change bits or shapes without an error.
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",

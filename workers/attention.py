@@ -114,11 +114,6 @@ class AttentionShard:
     def has_ends(self) -> bool:
         return self._ends is not None
 
-    @property
-    def num_batches(self) -> int:
-        """Batches on their way; 0 when nothing runs."""
-        return len(self._batches)
-
     def layers_on(self, device: Device) -> tuple[int, ...]:
         """The layers that lie on one device."""
         return tuple(layer for layer, on in self._devices.items() if on == device)

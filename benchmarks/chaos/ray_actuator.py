@@ -20,8 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.cluster.ray.cluster import join
-from milliways.cluster.ray.controller_actor import find_controller
-from milliways.cluster.ray.fleet import NAMESPACE
+from milliways.cluster.ray.start_controller import find_controller
+from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.wire.errors import StartupError
 from milliways.wire.status import ClusterStatus
 from milliways.wire.view import ClusterView, WorkerState

@@ -1,4 +1,4 @@
-"""Which worker holds what: a pure plan from sizes, memory, load and policy.
+"""Which worker holds what: a pure plan from sizes, memory and policy.
 
 `plan` decides in this order:
 
@@ -6,12 +6,12 @@
    its KV cache leave free is for experts.
 2. How many expert replicas each worker holds: as even as memory allows, and on no node so many that
    it would have all replicas of an expert.
-3. Which: dealt out of a circle in which layers and loads alternate.
+3. Which ones: dealt out of a circle in which the layers alternate.
 
 A plan is data. Nothing here loads, starts or measures anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,12 +23,12 @@ DEFAULT_KV_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerMemory:
-    """A worker to plan for: what it may use, and the node that it would die with."""
+    """A worker to plan for: the memory it may use, and the node that it runs on."""
 
     worker_id: str
     node_id: str
     memory_bytes: int
-    # Whether it may hold attention, and so route requests; else it has experts only.
+    # Whether it may hold attention, and so route requests. Otherwise it has experts only.
     takes_attention: bool = True
 
 
@@ -80,56 +80,49 @@ class WorkerPlan:
     @property
     def shards(self) -> ShardPlan:
         """What the worker shall load: the plan without its arithmetic."""
-        shard = self.attention
+        attention = self.attention
         return ShardPlan(
-            first_layer=shard.first_layer,
-            num_layers=shard.num_layers,
-            has_ends=shard.has_ends,
+            first_layer=attention.first_layer,
+            num_layers=attention.num_layers,
+            has_ends=attention.has_ends,
             experts=frozenset(self.experts),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """All workers' plans, in the order the workers were given, under one epoch."""
+    """All workers' plans, in the order the workers were given, as a first placement."""
 
-    placement_epoch: int
     workers: tuple[WorkerPlan, ...]
-
-    def replicas(self, expert_id: ExpertId) -> tuple[str, ...]:
-        """The workers that hold an expert."""
-        return tuple(w.worker.worker_id for w in self.workers if expert_id in w.experts)
+    placement_epoch: int = 1
 
 
 def plan(
     model: ModelBytes,
     workers: Sequence[WorkerMemory],
     policy: PlacementPolicy,
-    expert_load: Mapping[ExpertId, float] | None = None,
-    placement_epoch: int = 1,
-    attention: Sequence[AttentionRange] | None = None,
+    kept: Sequence[AttentionRange] | None = None,
 ) -> Placement:
     """Places a model on workers; equal inputs give equal plans.
 
-    `attention` are shards that stay as they are, one for each worker.
+    `kept` is the attention that stays where it is, one range for each worker.
 
     Raises:
         PlacementError: the workers cannot hold it; says what is needed, there, and short.
     """
     _check(model, workers, policy)
-    cuts = [attention] if attention else _attention_cuts(model, workers, policy.attention)
-    for shards in cuts:
-        fixed = [fixed_bytes(model, shard, policy.kv_tokens) for shard in shards]
+    cuts = [kept] if kept else _attention_cuts(model, workers, policy.attention)
+    for ranges in cuts:
+        fixed = [fixed_bytes(model, attention, policy.kv_tokens) for attention in ranges]
         num_slots = _slots(model, workers, fixed)
         needed = model.num_layers * model.num_experts * policy.expert_replicas
         if num_slots is not None and sum(num_slots) >= needed:
             counts = _counts(workers, num_slots, needed, policy)
-            held = _deal(model, workers, counts, expert_load or {})
+            held = _deal(model, workers, counts)
             return Placement(
-                placement_epoch=placement_epoch,
                 workers=tuple(
-                    _worker_plan(model, worker, shard, experts, policy.kv_tokens)
-                    for worker, shard, experts in zip(workers, shards, held, strict=True)
+                    _worker_plan(model, worker, attention, experts, policy.kv_tokens)
+                    for worker, attention, experts in zip(workers, ranges, held, strict=True)
                 ),
             )
     raise PlacementError(_shortage(model, workers, policy))
@@ -142,7 +135,7 @@ def _check(model: ModelBytes, workers: Sequence[WorkerMemory], policy: Placement
     if len(set(ids)) < len(ids):
         raise PlacementError("two workers have one worker_id")
     if not any(worker.takes_attention for worker in workers):
-        raise PlacementError("nobody would hold attention: every worker is for experts only")
+        raise PlacementError("no worker would hold attention: every worker is for experts only")
     if not 1 <= policy.expert_replicas <= len(workers):
         raise PlacementError(
             f"expert_replicas = {policy.expert_replicas}: between 1 and the number of workers,"
@@ -163,37 +156,37 @@ def _attention_cuts(
         cuts.append((whole,) * num_takers)
     if cut is not AttentionCut.REPLICATED:
         cuts.append(_cut_layers(model.num_layers, num_takers))
-    return [_given_to_takers(model, workers, shards) for shards in cuts]
+    return [_given_to_takers(model, workers, ranges) for ranges in cuts]
 
 
 def _given_to_takers(
-    model: ModelBytes, workers: Sequence[WorkerMemory], shards: Sequence[AttentionRange]
+    model: ModelBytes, workers: Sequence[WorkerMemory], ranges: Sequence[AttentionRange]
 ) -> list[AttentionRange]:
-    """A shard for each worker: in their order for those that take one, an empty one for others."""
-    left = iter(shards)
+    """A range for each worker: in their order for those that take one, an empty one for others."""
+    left = iter(ranges)
     none = AttentionRange(first_layer=model.num_layers, num_layers=0, has_ends=False)
     return [next(left) if worker.takes_attention else none for worker in workers]
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionRange, ...]:
-    """Runs as even as can be; what leaves the last comes back to the first for its logits.
+    """Ranges as even as can be; what leaves the last comes back to the first for its logits.
 
     Workers beyond the number of layers have only experts.
     """
-    shards: list[AttentionRange] = []
+    ranges: list[AttentionRange] = []
     first = 0
     for i in range(num_workers):
         count = num_layers // num_workers + (i < num_layers % num_workers)
-        shards.append(AttentionRange(first_layer=first, num_layers=count, has_ends=i == 0))
+        ranges.append(AttentionRange(first_layer=first, num_layers=count, has_ends=i == 0))
         first += count
-    return tuple(shards)
+    return tuple(ranges)
 
 
-def fixed_bytes(model: ModelBytes, shard: AttentionRange, kv_tokens: int) -> int:
+def fixed_bytes(model: ModelBytes, attention: AttentionRange, kv_tokens: int) -> int:
     """What a worker needs before any expert: its attention and its KV cache."""
-    kv_bytes = shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens
-    ends = model.end_bytes if shard.has_ends else 0
-    return shard.num_layers * model.attention_layer_bytes + kv_bytes + ends
+    kv_bytes = attention.num_layers * model.kv_layer_bytes_per_token * kv_tokens
+    ends = model.end_bytes if attention.has_ends else 0
+    return attention.num_layers * model.attention_layer_bytes + kv_bytes + ends
 
 
 def _slots(
@@ -216,7 +209,7 @@ def _counts(
     needed: int,
     policy: PlacementPolicy,
 ) -> list[int]:
-    """How many experts each worker will hold: evenly, but for a node that would then hold too many.
+    """How many experts each worker will hold: evenly, unless a node would then hold too many.
 
     Of R replicas a node may hold R - 1. At most one node can be above that.
     """
@@ -258,45 +251,24 @@ def _level(num_slots: Sequence[int], needed: int) -> list[int]:
 
 
 def _deal(
-    model: ModelBytes,
-    workers: Sequence[WorkerMemory],
-    counts: Sequence[int],
-    load: Mapping[ExpertId, float],
+    model: ModelBytes, workers: Sequence[WorkerMemory], counts: Sequence[int]
 ) -> list[list[ExpertId]]:
-    """Deals all experts in a circle, as often round as there are replicas, worker after worker.
+    """Deals all experts in a circle, one round for each replica, worker after worker.
 
-    Whoever takes at most one round takes no expert twice. The workers of a node follow one another,
-    so a node that takes at most R - 1 rounds never has all R replicas of an expert.
+    A worker that takes at most one round takes no expert twice. The workers of a node follow one
+    another, so a node that takes at most R - 1 rounds never has all R replicas of an expert.
+
+    Neighbours in the circle are of different layers: a worker has as many experts of each layer as
+    of any other, give or take one.
     """
-    circle = _circle(model, load, experts_each=sum(counts) / len(workers))
+    layers, experts = range(model.num_layers), range(model.num_experts)
+    circle = [ExpertId(layer, expert) for expert in experts for layer in layers]
     held: list[list[ExpertId]] = [[] for _ in workers]
     place = 0
     for i in _node_after_node(workers):
         held[i] = [circle[(place + j) % len(circle)] for j in range(counts[i])]
         place += counts[i]
     return held
-
-
-def _circle(
-    model: ModelBytes, load: Mapping[ExpertId, float], experts_each: float
-) -> list[ExpertId]:
-    """Every expert once, so that any run of them spreads over layers and over loads.
-
-    Neighbours are of different layers: whoever takes a run has as many experts of each layer as of
-    any other, but for one. A worker takes about `experts_each`; in each layer the hottest experts
-    lie that far apart.
-    """
-    layers = range(model.num_layers)
-    by_load = [
-        sorted(
-            (ExpertId(layer, expert) for expert in range(model.num_experts)),
-            key=lambda expert_id: (-load.get(expert_id, 0.0), expert_id),
-        )
-        for layer in layers
-    ]
-    step = max(1, round(model.num_layers * model.num_experts / experts_each))
-    ranks = [rank for first in range(step) for rank in range(first, model.num_experts, step)]
-    return [by_load[layer][rank] for rank in ranks for layer in layers]
 
 
 def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
@@ -308,30 +280,30 @@ def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
 def _worker_plan(
     model: ModelBytes,
     worker: WorkerMemory,
-    shard: AttentionRange,
+    attention: AttentionRange,
     experts: Sequence[ExpertId],
     kv_tokens: int,
 ) -> WorkerPlan:
     return WorkerPlan(
         worker=worker,
-        attention=shard,
+        attention=attention,
         experts=tuple(sorted(experts)),
-        attention_bytes=shard.num_layers * model.attention_layer_bytes,
-        kv_bytes=shard.num_layers * model.kv_layer_bytes_per_token * kv_tokens,
-        end_bytes=model.end_bytes if shard.has_ends else 0,
+        attention_bytes=attention.num_layers * model.attention_layer_bytes,
+        kv_bytes=attention.num_layers * model.kv_layer_bytes_per_token * kv_tokens,
+        end_bytes=model.end_bytes if attention.has_ends else 0,
         expert_bytes=len(experts) * model.expert_bytes,
     )
 
 
 def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> str:
-    """The arithmetic of a refusal: of the bare weights if they do not fit, else of the plan."""
+    """The arithmetic of a refusal: of the weights alone if they do not fit, or of the plan."""
     has = sum(worker.memory_bytes for worker in workers)
     if model.total_bytes > has:
         return f"needs {_gb(model.total_bytes)}, has {_sizes(workers)}: " + (
             f"{_gb(model.total_bytes - has)} short"
         )
-    shards = _attention_cuts(model, workers, policy.attention)[-1]
-    fixed = sum(fixed_bytes(model, shard, policy.kv_tokens) for shard in shards)
+    ranges = _attention_cuts(model, workers, policy.attention)[-1]
+    fixed = sum(fixed_bytes(model, attention, policy.kv_tokens) for attention in ranges)
     experts = policy.expert_replicas * model.all_experts_bytes
     sums = (
         f"needs {_gb(fixed + experts)} ({policy.expert_replicas} x {_gb(model.all_experts_bytes)}"

@@ -87,7 +87,7 @@ class ViewPublisher:
 
     def _make_view(self) -> ClusterView:
         workers = self._state.workers
-        shards = {
+        attention = {
             worker_id: attention_of(record.shards)
             for worker_id, record in workers.items()
             if record.shards is not None
@@ -95,7 +95,7 @@ class ViewPublisher:
         return ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
             members={worker_id: record.member() for worker_id, record in workers.items()},
-            chains=chains_of(shards, self._state.model.num_layers),
+            chains=chains_of(attention, self._state.model.num_layers),
         )
 
     async def _send_to_everybody(self, view: ClusterView) -> None:

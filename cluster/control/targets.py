@@ -55,7 +55,7 @@ def planned(
     records: Collection[WorkerRecord],
     attention: Mapping[str, AttentionRange] | None = None,
 ) -> dict[str, ShardPlan]:
-    """Shards for these workers, in the order of their numbers; `attention` are shards that stay.
+    """Shards for these workers, in the order of their numbers; `attention` is what stays.
 
     Raises:
         PlacementError: they cannot hold the model; says what is short.
@@ -78,7 +78,7 @@ def planned(
         spread_nodes=settings.policy.spread_nodes,
     )
     kept = [attention[worker.worker_id] for worker in workers] if attention else None
-    placement = plan(model, workers, policy, attention=kept)
+    placement = plan(model, workers, policy, kept)
     return {w.worker.worker_id: w.shards for w in placement.workers}
 
 
@@ -100,7 +100,7 @@ def planned_anew(
         return planned(model, replace(settings, policy=policy), records)
     none = AttentionRange(first_layer=model.num_layers, num_layers=0, has_ends=False)
     attention = {record.worker_id: none for record in records}
-    attention |= {worker_id: attention_of(shard) for worker_id, shard in shards.items()}
+    attention |= {worker_id: attention_of(those) for worker_id, those in shards.items()}
     return planned(model, settings, records, attention)
 
 
@@ -140,7 +140,7 @@ def experts_of(model: ModelBytes) -> set[ExpertId]:
 
 
 def attention_of(shards: ShardPlan) -> AttentionRange:
-    """The attention shard among a worker's shards."""
+    """The range of attention layers among a worker's shards."""
     return AttentionRange(
         first_layer=shards.first_layer, num_layers=shards.num_layers, has_ends=shards.has_ends
     )
@@ -157,13 +157,13 @@ def is_cut(model: ModelBytes, records: Iterable[WorkerRecord]) -> bool:
 def check_shrink(
     model: ModelBytes, records: Iterable[WorkerRecord], leaving: Iterable[WorkerRecord]
 ) -> None:
-    """Raises PlacementError where one that leaves holds what no other can take over."""
+    """Raises PlacementError where a worker that leaves holds what no other can take over."""
     records, leaving = list(records), list(leaving)
     attending = [r for r in records if r.shards is not None and r.shards.num_layers > 0]
     stays_any = len(leaving) < len(records)
     if stays_any and attending and all(record in leaving for record in attending):
         names = ", ".join(record.worker_id for record in attending)
-        raise PlacementError(f"nobody else holds attention: {names} cannot leave")
+        raise PlacementError(f"no other worker holds attention: {names} cannot leave")
     if not is_cut(model, records):
         return
     for record in leaving:

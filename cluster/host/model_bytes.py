@@ -2,6 +2,7 @@
 
 import math
 
+from milliways.cluster.settings.config import WorkerSettings
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.checkpoint.layout import TensorRole, TensorSpec, tensor_specs
 from milliways.model.config import ModelConfig
@@ -11,6 +12,13 @@ from milliways.wire.placement import ModelBytes
 _RELEASED_SCALE_ROWS = {TensorRole.EXPERT_LINEAR_1: 8, TensorRole.ATTENTION_OUT: 8}
 _FLOAT32_BYTES = 4
 _SCALE_BYTES = 2
+# Sequences of full length that an attention shard has KV cache for where no size is set.
+CONTEXTS_BY_DEFAULT = 8
+
+
+def kv_tokens_of(settings: WorkerSettings, model: ModelConfig) -> int:
+    """Positions of KV cache on an attention shard."""
+    return settings.kv_tokens or CONTEXTS_BY_DEFAULT * model.sequence_len
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, kv_value_bytes: int) -> ModelBytes:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from milliways.cluster.control.fleet import Existing, Spawned
 from milliways.cluster.host.local_calls import LocalBlocks, LocalCore
-from milliways.cluster.host.model_bytes import checkpoint_bytes
+from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
@@ -73,7 +73,6 @@ from milliways.workers.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS_BY_DEFAULT = 8
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 DROP_TIMEOUT_S = 5.0
@@ -105,16 +104,11 @@ class Rates:
         return (num_tokens - first) / (now_s - first_s) if now_s > first_s else 0.0
 
 
-def kv_tokens_of(config: ClusterConfig, model: ModelConfig) -> int:
-    """Positions of KV cache on an attention shard."""
-    return config.workers.kv_tokens or CONTEXTS_BY_DEFAULT * model.sequence_len
-
-
 def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
     """The KV arrays of an attention shard."""
     block_size = config.workers.block_size
     return CacheSize(
-        num_blocks=-(-kv_tokens_of(config, model) // block_size),
+        num_blocks=-(-kv_tokens_of(config.workers, model) // block_size),
         block_size=block_size,
         max_slots=config.router.max_running,
     )
@@ -158,7 +152,7 @@ class WorkerProcess:
         sizes = checkpoint_bytes(self._checkpoint, self._decoder.dtype.itemsize)
         self._local = LocalDevices(
             devices=tuple(devices or find_devices(config.workers.gpus_each)),
-            parts=PartBytes.of(sizes, kv_tokens_of(config, model)),
+            parts=PartBytes.of(sizes, kv_tokens_of(config.workers, model)),
             memory_bytes=memory_bytes,
         )
         self._loader = ShardLoader(

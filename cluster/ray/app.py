@@ -30,8 +30,8 @@ from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
-from milliways.cluster.ray.controller_actor import find_or_make_controller
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
+from milliways.cluster.ray.start_controller import find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, config_from_tree, read_config
 from milliways.wire.errors import ConfigError
 from milliways.wire.view import EMPTY_VIEW, ClusterView
@@ -67,7 +67,7 @@ class Directory:
         """Asks for newer views, for ever; a controller that is gone is made anew."""
         while True:
             try:
-                controller = find_or_make_controller(self._config)
+                controller = find_or_start_controller(self._config)
                 await controller.begin.remote(self._view)
                 while True:
                     known_epoch = self._view.placement_epoch
@@ -130,7 +130,7 @@ class IngressReplica:
 
     async def _metrics_of_workers(self) -> str:
         try:
-            status = await find_or_make_controller(self._config).status.remote()
+            status = await find_or_start_controller(self._config).status.remote()
         except RayError as error:
             logger.warning("no metrics of workers: %s", error)
             return ""

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import ray
 
-from milliways.cluster.ray.fleet import NAMESPACE
+from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.wire.errors import StartupError
 

@@ -10,13 +10,12 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 
 from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.targets import make_settings, number
 from milliways.cluster.control.worker_record import WorkerRecord
-from milliways.cluster.host.model_bytes import checkpoint_bytes
-from milliways.cluster.ray.fleet import NAMESPACE, RayFleet
+from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
+from milliways.cluster.ray.fleet import RayFleet
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import resolve_model_dir
@@ -27,8 +26,6 @@ from milliways.wire.view import EMPTY_VIEW, ClusterView, WorkerState
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "controller"
-CONTEXTS_BY_DEFAULT = 8
 VIEW_POLL_S = 5.0
 # Finding workers that do not answer takes seconds for each.
 BEGIN_TIMEOUT_S = 25.0
@@ -37,7 +34,10 @@ _VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class ControllerActor:
-    """What commands and the ingress ask; the decisions are `Controller`'s."""
+    """What commands and the ingress ask. `Controller` decides.
+
+    Everything runs in this actor's asyncio loop.
+    """
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -54,7 +54,7 @@ class ControllerActor:
         try:
             await self._begin(self._shell, known)
         except BaseException:
-            # Half begun it would be asked for ever, and never answer.
+            # Otherwise callers would wait for ever for a beginning that failed.
             self._shell = None
             raise
         self._shell.kick()
@@ -64,9 +64,8 @@ class ControllerActor:
         config = self._config
         with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
             model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
-            sequence_len = checkpoint.config.sequence_len
+            kv_tokens = kv_tokens_of(config.workers, checkpoint.config)
         workers = config.workers
-        kv_tokens = workers.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
         settings = make_settings(
             workers.count,
             workers.expert_replicas,
@@ -80,7 +79,7 @@ class ControllerActor:
         self._controller.start(await self._fleet.find_existing(), known)
 
     async def _begun(self) -> Controller:
-        """The controller; one that was just made anew has to find its workers first.
+        """The controller. One that was just started has to find its workers first.
 
         Raises:
             UnavailableError: it takes too long.
@@ -111,7 +110,7 @@ class ControllerActor:
         return controller.view
 
     async def progress(self) -> dict[str, Any]:
-        """How far the start is: for each worker what it waits for, and bytes read of how many."""
+        """How far the start is: what each worker waits for, and how many bytes it has read."""
         controller = await self._begun()
         workers = await asyncio.gather(
             *(self._progress_of(record) for record in controller.workers.values())
@@ -146,7 +145,7 @@ class ControllerActor:
         await self._shell.wait(controller.scale(num_workers))
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
-        """Moves a worker's work away, then stops it or starts it anew; returns when it is."""
+        """Moves a worker's work away, then stops or restarts it; returns when that is done."""
         controller = await self._begun()
         assert self._shell is not None
         await self._shell.wait(controller.drain(worker_id, restarts=restarts))
@@ -177,7 +176,7 @@ class ControllerActor:
                 async with asyncio.timeout(2.0):
                     bytes_read, bytes_wanted = await self._fleet.progress(record.worker_id)
             except Exception:
-                # It may die while it is asked; the next look tells.
+                # It may die while it is asked; the next progress says so.
                 pass
         return {
             "worker_id": record.worker_id,
@@ -231,36 +230,3 @@ def _role(record: WorkerRecord) -> str:
     parts += ["router"] if record.shards.has_ends else []
     parts += ["experts"] if record.held else []
     return "+".join(parts) or "spare"
-
-
-def find_controller() -> Any:
-    """The running controller. Raises ValueError where there is none."""
-    return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
-
-
-def find_or_make_controller(config: ClusterConfig) -> Any:
-    """The controller of the cluster, with its own settings if it is there already."""
-    remote: Any = ray.remote(ControllerActor)
-    controller = remote.options(
-        name=CONTROLLER_NAME,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=0,
-        max_concurrency=1000,
-        num_cpus=0,
-    ).remote(config)
-    return controller
-
-
-def end_controller(timeout_s: float) -> None:
-    """Ends all workers and the controller, where there is one; returns when they are gone."""
-    try:
-        controller = find_controller()
-    except ValueError:
-        return
-    try:
-        ray.get(controller.stop.remote(), timeout=timeout_s)
-    except (RayActorError, GetTimeoutError) as error:
-        logger.warning("the controller does not stop its workers: %s", error)
-    ray.kill(controller)

@@ -1,9 +1,4 @@
-"""The controller's fleet on Ray: a placement group and an actor for each worker.
-
-`max_restarts=0`: Ray tells of a death within 30 ms then, and the controller restarts. The placement
-group stays between two lives of a worker, so that nobody takes its GPUs meanwhile; where a node is
-missing for it, Ray's autoscaler has one brought up.
-"""
+"""The controller's fleet on Ray: a placement group and an actor for each worker."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -19,16 +14,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.placement_group import (
     PlacementGroup,
-    get_placement_group,
-    placement_group,
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError, number_of
-from milliways.cluster.ray.resources import lack_of
-from milliways.cluster.ray.worker_actor import make_worker_actor
+from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.ray.resources import missing_of
+from milliways.cluster.ray.start_worker import NAMESPACE, group_of, resources_of, start_worker
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
@@ -39,7 +31,6 @@ from milliways.wire.view import ClusterView
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "milliways"
 DESCRIBE_TIMEOUT_S = 5.0
 DESCRIBE_TRIES = 3
 DESCRIBE_AGAIN_AFTER_S = 1.0
@@ -48,7 +39,11 @@ T = TypeVar("T")
 
 
 class RayFleet:
-    """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`."""
+    """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`.
+
+    Invariant: `_actors` and `_deaths` have the latest incarnation of each worker, and no earlier
+    one of it is alive.
+    """
 
     def __init__(self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks) -> None:
         self._config = config
@@ -67,7 +62,8 @@ class RayFleet:
             return "its process to start"
         nodes: Any = ray.nodes()
         amounts = [node["Resources"] for node in nodes if node["Alive"]]
-        return lack_of(self._resources(worker_id), amounts, ray.available_resources())
+        wanted = resources_of(self._config.workers, worker_id)
+        return missing_of(wanted, amounts, ray.available_resources())
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
         actor = self._actors[worker_id]
@@ -116,8 +112,7 @@ class RayFleet:
                 continue
             worker_id = existing.worker_id
             found[worker_id] = existing
-            self._actors[worker_id] = actor
-            self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+            self._watch(worker_id, actor)
         return list(found.values())
 
     async def progress(self, worker_id: str) -> tuple[int, int]:
@@ -145,51 +140,31 @@ class RayFleet:
         )
 
     async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
+        self._end(worker_id)
         if worker_id not in self._groups:
-            self._groups[worker_id] = self._group(worker_id)
-        strategy = PlacementGroupSchedulingStrategy(
-            self._groups[worker_id], placement_group_bundle_index=0
-        )
-        settings = self._config.workers
-        options: dict[str, Any] = {
-            "name": f"{worker_id}-{incarnation}",
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_restarts": 0,
-            "max_concurrency": 64,
-            "num_cpus": settings.cpus_each,
-            "num_gpus": settings.gpus_each,
-            "resources": dict(settings.resources_of(number_of(worker_id))),
-            "scheduling_strategy": strategy,
-        }
+            self._groups[worker_id] = group_of(self._config.workers, worker_id)
         try:
-            actor = make_worker_actor(self._config, worker_id, incarnation, options)
+            actor = start_worker(self._config, worker_id, incarnation, self._groups[worker_id])
         except ValueError as error:
-            # An earlier controller gave somebody this life, and died before it told anybody. The
-            # next one is free, or the one after that.
-            raise WorkerDiedError(f"life {incarnation} of {worker_id} is taken") from error
-        self._actors[worker_id] = actor
-        self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
+            # An earlier controller started this incarnation, and died before anybody knew of it.
+            # The next one is free, or the one after that.
+            text = f"incarnation {incarnation} of {worker_id} is taken"
+            raise WorkerDiedError(text) from error
+        self._watch(worker_id, actor)
         return await _answer(worker_id, actor.start.remote())
 
-    def _group(self, worker_id: str) -> PlacementGroup:
-        """The group of a worker; an earlier controller may have made it."""
-        name = f"milliways-{worker_id}"
-        try:
-            return get_placement_group(name)
-        except ValueError:
-            return placement_group([self._resources(worker_id)], name=name, lifetime="detached")
+    def _watch(self, worker_id: str, actor: Any) -> None:
+        self._actors[worker_id] = actor
+        self._deaths[worker_id] = self._shell.pending(_gone(actor.until_gone.remote()))
 
-    def _resources(self, worker_id: str) -> dict[str, float]:
-        settings = self._config.workers
-        extra = settings.resources_of(number_of(worker_id))
-        wanted = {"CPU": settings.cpus_each, "GPU": settings.gpus_each, **extra}
-        return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
-
-    async def _stop(self, worker_id: str) -> None:
+    def _end(self, worker_id: str) -> None:
+        """Ends an incarnation that counts as dead; its process may be alive, with its resources."""
         actor = self._actors.pop(worker_id, None)
         if actor is not None:
             ray.kill(actor)
+
+    async def _stop(self, worker_id: str) -> None:
+        self._end(worker_id)
         group = self._groups.pop(worker_id, None)
         if group is not None:
             remove_placement_group(group)
@@ -202,7 +177,7 @@ async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
     """The answer of an actor.
 
     Raises:
-        WorkerDiedError: it is dead, or could not do it.
+        WorkerDiedError: it is dead, or could not do what it was asked to do.
     """
     try:
         return await reference
@@ -236,7 +211,7 @@ async def _gone(reference: Awaitable[None]) -> None:
     try:
         await reference
     except (RayActorError, RayTaskError) as error:
-        logger.info("a worker is gone: %s", _first_line(error))
+        logger.info("a worker ended: %s", _first_line(error))
 
 
 def _first_line(error: Exception) -> str:

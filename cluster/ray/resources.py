@@ -1,12 +1,15 @@
-"""What of a Ray cluster's resources is missing for something, for people."""
+"""Which of a Ray cluster's resources are missing for a process, for people."""
 
 from collections.abc import Mapping, Sequence
 
 Amounts = Mapping[str, float]
 
 
-def lack_of(wanted: Amounts, nodes: Sequence[Amounts], free: Amounts) -> str:
-    """Why nothing runs yet that wants so much of one node; `free` is of all nodes together."""
+def missing_of(wanted: Amounts, nodes: Sequence[Amounts], free: Amounts) -> str:
+    """Why a process does not run yet that takes `wanted` of one node.
+
+    `free` is what all nodes together have left.
+    """
     text = f"a node with {_listed(wanted)}"
     if not nodes:
         return f"{text} (no node is there)"

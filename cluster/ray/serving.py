@@ -21,7 +21,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 
 from milliways.cluster.ray.app import APP_NAME, make_app
-from milliways.cluster.ray.controller_actor import end_controller, find_or_make_controller
+from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, IngressSettings
 from milliways.wire.errors import StartupError
 
@@ -34,7 +34,7 @@ class ServedApplication:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._controller = find_or_make_controller(config)
+        self._controller = find_or_start_controller(config)
 
     def start(self) -> None:
         """Starts the workers and the endpoint; returns before either is ready.

@@ -1,4 +1,4 @@
-"""A worker as a Ray actor: a process of its own on its own GPUs. Decides nothing."""
+"""A worker as a Ray actor: a process of its own, on its own GPUs. It decides nothing."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -6,10 +6,8 @@
 import asyncio
 import logging
 import os
-from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from milliways.cluster.control.fleet import Existing, Spawned
 from milliways.cluster.host.local_devices import tell_jax
@@ -27,7 +25,7 @@ EXIT_FAULT = 70
 
 
 class WorkerActor:
-    """What the controller calls. `until_gone` never returns: its failure tells of a death."""
+    """What the controller calls. `until_gone` never returns: when it fails, the worker is dead."""
 
     def __init__(self, config: ClusterConfig, worker_id: str, incarnation: int) -> None:
         keep_programs()
@@ -43,7 +41,7 @@ class WorkerActor:
         )
 
     async def start(self) -> Spawned:
-        """Opens the doors."""
+        """Opens the servers; says where they are."""
         spawned = await asyncio.to_thread(self._process.start)
         self._spawned = Spawned(
             address=spawned.address,
@@ -80,15 +78,15 @@ class WorkerActor:
         """As `WorkerProcess.drop_replies`.
 
         Raises:
-            ConfigError: this cluster takes no orders to do anything wrong.
+            ConfigError: this cluster was started without permission for such faults.
         """
-        told = os.environ.get(FAULTS_VARIABLE, "")
-        if told != "1":
-            raise ConfigError(FAULTS_VARIABLE, told, "'1' where the cluster was started")
+        value = os.environ.get(FAULTS_VARIABLE, "")
+        if value != "1":
+            raise ConfigError(FAULTS_VARIABLE, value, "'1' where the cluster was started")
         return await asyncio.to_thread(self._process.drop_replies, count)
 
     async def progress(self) -> tuple[int, int]:
-        """Bytes read, and bytes that will be."""
+        """Bytes read, and bytes to be read."""
         progress = self._process.progress
         return progress.bytes_read, progress.bytes_wanted
 
@@ -116,14 +114,6 @@ def _memory_bytes(config: ClusterConfig) -> int:
 
 
 def _exit_with(error: BaseException) -> None:
-    """A fault of ours: what this process would say from now on is not to be believed."""
-    logger.critical("a fault of ours; the process ends", exc_info=error)
+    """Ends the process after a bug of ours: its state may be wrong, so it must not answer."""
+    logger.critical("a bug; the process ends", exc_info=error)
     os._exit(EXIT_FAULT)
-
-
-def make_worker_actor(
-    config: ClusterConfig, worker_id: str, incarnation: int, options: dict[str, Any]
-) -> ActorHandle[Any]:
-    """Has Ray start a worker, somewhere, some time."""
-    remote: Any = ray.remote(WorkerActor)
-    return remote.options(**options).remote(config, worker_id, incarnation)

@@ -118,21 +118,23 @@ class ClusterView:
 EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 
 
-def chains_of(shards: Mapping[str, AttentionRange], num_layers: int) -> dict[str, tuple[str, ...]]:
+def chains_of(
+    attention: Mapping[str, AttentionRange], num_layers: int
+) -> dict[str, tuple[str, ...]]:
     """The chains of a placement, by the worker_id of their router.
 
     Each worker with all attention layers has a router of its own. If there is none, one router runs
     the chain of all shards; it is on the worker with the output head, where tokens enter and leave.
-    `shards` are by worker_id. While they do not have all layers, as at the start of a cluster,
+    `attention` is by worker_id. While it does not have all layers, as at the start of a cluster,
     there is no router.
     """
-    whole = [name for name, shard in shards.items() if shard.num_layers == num_layers]
+    whole = [name for name, layers in attention.items() if layers.num_layers == num_layers]
     if whole:
         return {name: (name,) for name in whole}
     chain = sorted(
-        (name for name, shard in shards.items() if shard.num_layers),
-        key=lambda name: shards[name].first_layer,
+        (name for name, layers in attention.items() if layers.num_layers),
+        key=lambda name: attention[name].first_layer,
     )
-    if sum(shards[name].num_layers for name in chain) < num_layers:
+    if sum(attention[name].num_layers for name in chain) < num_layers:
         return {}
-    return {name: tuple(chain) for name in chain if shards[name].has_ends}
+    return {name: tuple(chain) for name in chain if attention[name].has_ends}

@@ -127,10 +127,6 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
-    def num_completion_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
         # The row of the last token predicts the next one; without a next one it is not needed.

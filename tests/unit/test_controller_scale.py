@@ -245,7 +245,7 @@ def test_workers_for_experts_only_stay_so_whatever_comes_and_goes() -> None:
     for ask in (lambda: bench.controller.scale(1), lambda: bench.controller.drain("worker-1")):
         task = ask()
         bench.run_until(lambda task=task: task.is_done)
-        with pytest.raises(PlacementError, match="nobody else holds attention: worker-1"):
+        with pytest.raises(PlacementError, match="no other worker holds attention: worker-1"):
             task.result()
     assert bench.is_up()
     bench.check()

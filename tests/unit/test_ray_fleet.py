@@ -13,7 +13,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from milliways.cluster.control.fleet import Existing, Spawned
 from milliways.cluster.ray import fleet as ray_fleet
-from milliways.cluster.ray.fleet import NAMESPACE, RayFleet
+from milliways.cluster.ray.fleet import RayFleet
+from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.wire.errors import UnavailableError
@@ -119,3 +120,34 @@ def test_a_worker_that_is_silent_or_has_loaded_nothing_is_ended(
     fake = FakeRay(monkeypatch, describe)
     assert fake.find() == []
     assert fake.killed == [fake.actor]
+
+
+def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be alive: one that could not load its shards still has its GPUs."""
+    fake = FakeRay(monkeypatch, silent)
+
+    async def start() -> Spawned:
+        return EXISTING.spawned
+
+    first, second = (
+        SimpleNamespace(
+            start=SimpleNamespace(remote=start),
+            until_gone=SimpleNamespace(remote=lambda: asyncio.Event().wait()),
+        )
+        for _ in range(2)
+    )
+    actors = iter((first, second))
+    monkeypatch.setattr(ray_fleet, "group_of", lambda settings, worker_id: "a group")
+    monkeypatch.setattr(ray_fleet, "start_worker", lambda *arguments: next(actors))
+
+    async def spawn_twice() -> None:
+        shell = AsyncTasks()
+        fleet = RayFleet(ClusterConfig(), MODEL, shell)
+        await shell.wait(fleet.spawn("worker-3", 1))
+        assert fake.killed == []
+        await shell.wait(fleet.spawn("worker-3", 2))
+
+    asyncio.run(spawn_twice())
+    assert fake.killed == [first]

@@ -1,8 +1,8 @@
-"""What people are told of resources that are missing."""
+"""What people read about resources that are missing."""
 
 import pytest
 
-from milliways.cluster.ray.resources import Amounts, lack_of
+from milliways.cluster.ray.resources import Amounts, missing_of
 
 GPU: Amounts = {"CPU": 1, "GPU": 1}
 
@@ -24,5 +24,7 @@ GPU: Amounts = {"CPU": 1, "GPU": 1}
         ({"expert": 0.5}, [{}], {}, "a node with 0.5 expert (the largest has 0 expert)"),
     ],
 )
-def test_lack_is_named(wanted: Amounts, nodes: list[Amounts], free: Amounts, says: str) -> None:
-    assert lack_of(wanted, nodes, free) == says
+def test_what_is_missing_is_named(
+    wanted: Amounts, nodes: list[Amounts], free: Amounts, says: str
+) -> None:
+    assert missing_of(wanted, nodes, free) == says

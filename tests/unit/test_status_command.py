@@ -34,7 +34,7 @@ def test_news_of_ray_do_not_get_into_the_json(
     controller = SimpleNamespace(status=SimpleNamespace(remote=lambda: CLUSTER))
     monkeypatch.setattr("milliways.cluster.ray.cluster.join", join)
     monkeypatch.setattr(
-        "milliways.cluster.ray.controller_actor.find_controller", lambda: controller
+        "milliways.cluster.ray.start_controller.find_controller", lambda: controller
     )
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr("ray.shutdown", lambda: print(NEWS))

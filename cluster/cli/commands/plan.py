@@ -161,9 +161,9 @@ def format_placement(model: ModelBytes, placement: Placement) -> str:
 
 
 def _worker_line(worker: WorkerPlan) -> str:
-    shard = worker.attention
-    last = shard.first_layer + shard.num_layers - 1
-    layers = f"{shard.first_layer}-{last}" if shard.num_layers else "-"
+    attention = worker.attention
+    last = attention.first_layer + attention.num_layers - 1
+    layers = f"{attention.first_layer}-{last}" if attention.num_layers else "-"
     sizes = (
         worker.attention_bytes,
         worker.kv_bytes,

@@ -60,7 +60,7 @@ def _ask(address: str, method: str, arguments: tuple[Any, ...], timeout_s: float
     from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
     from milliways.cluster.ray.cluster import join
-    from milliways.cluster.ray.controller_actor import find_controller
+    from milliways.cluster.ray.start_controller import find_controller
 
     join(address)
     try:

@@ -1,0 +1,50 @@
+"""Starts the controller as a Ray actor, finds it, and ends it."""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from milliways.cluster.ray.controller_actor import ControllerActor
+from milliways.cluster.ray.start_worker import NAMESPACE
+from milliways.cluster.settings.config import ClusterConfig
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "controller"
+
+
+def find_controller() -> Any:
+    """The running controller. Raises ValueError where there is none."""
+    return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+
+
+def find_or_start_controller(config: ClusterConfig) -> Any:
+    """The controller of the cluster. One that runs already keeps its own settings."""
+    remote: Any = ray.remote(ControllerActor)
+    return remote.options(
+        name=CONTROLLER_NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=0,
+        max_concurrency=1000,
+        num_cpus=0,
+    ).remote(config)
+
+
+def end_controller(timeout_s: float) -> None:
+    """Ends all workers and the controller, where there is one; returns when they are gone."""
+    try:
+        controller = find_controller()
+    except ValueError:
+        return
+    try:
+        ray.get(controller.stop.remote(), timeout=timeout_s)
+    except (RayActorError, GetTimeoutError) as error:
+        logger.warning("the controller does not stop its workers: %s", error)
+    ray.kill(controller)
