@@ -1,6 +1,6 @@
-# Every target makes the environment it needs: a fresh machine with Python 3.11 or newer, make and
-# a C++ compiler is enough. Where packages come from is the machine's business (its pip and uv
-# settings); which ones, exactly, is that of locks/.
+# Every target makes the environment that it needs. A fresh machine needs Python 3.11 or newer, make
+# and a C++ compiler. locks/ says which packages are installed; the settings of pip and uv on the
+# machine say where they come from.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,26 +12,38 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-slow check lint types layers demo serve chaos proto train-demo lock \
-	lock-deploy clean
+.PHONY: help env env-ci test test-slow check lint types layers demo serve chaos proto train-demo \
+	lock lock-deploy clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-env: $(READY)  ## Make or update .venv from the locks (a second when nothing changed)
+env: $(READY)  ## Make .venv from the locks, or update it (a second when nothing changed)
 	@echo "$(VENV) is up to date"
 
-# Those that share one real cluster run by themselves, in one process, when the machine is free.
+env-ci: $(READY)  ## Add the packages that only some tests need, and that are large
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --only-binary :all: \
+		--require-hashes -r locks/ci.txt
+
+# These tests share one real cluster. They run in one process, while no other test runs.
 ON_A_CLUSTER := tests/cluster tests/faults
+REPORTS := .cache/reports
+# pytest exits with 5 if ARGS leave no test to one of the two runs; run_report fails if neither
+# has one.
+PYTEST := $(BIN)/python -m pytest -p tests.run_report -m "not slow"
+OR_NO_TEST := || test $$? -eq 5
 
-test: $(READY)  ## Run the tests, all but the slow ones (ARGS=... goes to pytest)
-	$(BIN)/pytest -m "not slow" -n auto $(addprefix --ignore=,$(ON_A_CLUSTER)) $(ARGS)
-	$(BIN)/pytest -m "not slow" $(ON_A_CLUSTER) $(ARGS)
+test: $(READY)  ## Run all tests but the slow ones (ARGS=... goes to pytest; STRICT=1: skip none)
+	rm -rf $(REPORTS)
+	$(PYTEST) --report-file $(REPORTS)/1.jsonl -n auto --dist worksteal \
+		$(addprefix --ignore=,$(ON_A_CLUSTER)) $(ARGS) $(OR_NO_TEST)
+	$(PYTEST) --report-file $(REPORTS)/2.jsonl $(ON_A_CLUSTER) $(ARGS) $(OR_NO_TEST)
+	@$(BIN)/python -m tests.run_report $(if $(STRICT),--strict) $(REPORTS)/*.jsonl
 
-test-slow: $(READY)  ## Run the slow tests only
+test-slow: $(READY)  ## Run the slow tests only (ARGS=... goes to pytest)
 	$(BIN)/pytest -m slow $(ARGS)
 
-check: lint types layers test  ## All that must pass before a commit
+check: lint types layers test  ## Run all that must pass before a commit
 
 lint: $(READY)  ## Check style and formatting
 	$(BIN)/ruff check .
@@ -40,38 +52,39 @@ lint: $(READY)  ## Check style and formatting
 types: $(READY)  ## Check types
 	$(BIN)/basedpyright
 
-layers: $(READY)  ## Check who imports whom
+layers: $(READY)  ## Check that packages import downwards only
 	$(BIN)/pytest -q tests/unit/test_layering.py
 
 demo: $(READY)  ## Complete two prompts with the demo model
 	$(BIN)/milliways generate "The answer to life the universe and everything is of course"
 	$(BIN)/milliways generate "Welcome to"
 
-serve: $(READY)  ## Start a cluster of the demo model: 3 workers, HTTP 8000, gRPC 50051 (ARGS=...)
+serve: $(READY)  ## Serve the demo model: 3 workers, HTTP on 8000, gRPC on 50051 (ARGS=...)
 	$(BIN)/milliways serve $(ARGS)
 
-chaos: $(READY)  ## Break a cluster under load, compare every token: minutes (ARGS=...)
+chaos: $(READY)  ## Kill parts of a cluster under load and compare every token (minutes; ARGS=...)
 	$(BIN)/milliways chaos $(ARGS)
 
-proto: $(READY)  ## Generate the stubs of proto/ anew
+proto: $(READY)  ## Generate the stubs in proto/ again
 	$(BIN)/python tests/stubs.py proto
 
-train-demo: $(READY)  ## Train the demo model afresh (ARGS=... goes to the trainer)
+train-demo: $(READY)  ## Train the demo model again (ARGS=... goes to the trainer)
 	$(BIN)/python -m milliways.benchmarks.demo.training.train_demo $(ARGS)
 
-# Without headers, index or link options: a lock says what, not where it was made or fetched.
-# Fewest forks: one version of each package on every Python, so the same bits on every Python.
-lock: $(READY)  ## Resolve all dependencies anew and write locks/ (ARGS=--upgrade to move versions)
+# No headers, index or link options: a lock says what is installed, not where it was made or comes
+# from. Fewest forks: every Python gets the same version of a package, and so computes the same bits.
+lock: $(READY)  ## Resolve all dependencies again and write locks/ (ARGS=--upgrade: newest versions)
 	$(LOCK) --all-extras --group dev --group build --fork-strategy fewest $(ARGS) \
 		--output-file locks/requirements.txt pyproject.toml
+	$(LOCK) --group ci $(ARGS) --output-file locks/ci.txt
 	echo 'uv==$(UV_VERSION)' | $(LOCK) --output-file locks/bootstrap.txt -
 
-# What the images have besides: CUDA for JAX as it is locked, and Google's client for `ray up`.
+# The images also have CUDA for the locked version of JAX, and Google's client for `ray up`.
 DEPLOY_LOCK := $(BIN)/uv pip compile -c locks/requirements.txt --quiet --generate-hashes \
 	--python-platform x86_64-manylinux_2_28 --python-version 3.11 \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
-lock-deploy: $(READY)  ## Resolve the images' additions anew, after `make lock`
+lock-deploy: $(READY)  ## Resolve what the images have besides again, after `make lock`
 	sed -n 's/^jax==\([0-9.]*\).*/jax[cuda12]==\1/p' locks/requirements.txt | $(DEPLOY_LOCK) - \
 		| awk '/^[a-z]/ { kept = /^(jax-cuda12-|nvidia-)/ } kept' > $(VENV)/cuda.txt
 	$(DEPLOY_LOCK) pyproject.toml --group build > $(VENV)/image.txt
@@ -85,10 +98,10 @@ clean:  ## Remove the environment, caches and build products
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info model/ops/_kernels*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Wheels only: building a source distribution would fetch tools that no lock names.
-# Last comes the stamp, so that an interrupted set-up is taken up again.
+# Wheels only: to build a source distribution, pip would fetch tools that no lock names.
+# The stamp is written last, so that `make` repeats a set-up that was interrupted.
 $(READY): locks/bootstrap.txt locks/requirements.txt pyproject.toml setup.py $(wildcard model/ops/native/*)
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
 		--require-hashes -r locks/bootstrap.txt

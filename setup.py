@@ -1,4 +1,4 @@
-"""Builds the CPU kernels. What the package is otherwise stands in pyproject.toml."""
+"""Builds the CPU kernels. pyproject.toml declares the rest of the package."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ NATIVE = Path("milliways/model/ops/native")
 
 
 class BuildKernels(build_ext):
-    """Leaves no older library behind where compiling fails: it would be used in silence."""
+    """Removes the older library first: if compiling failed, it would be used in silence."""
 
     def build_extension(self, ext: Extension) -> None:
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
@@ -19,7 +19,7 @@ class BuildKernels(build_ext):
 
 
 def digest_of_sources() -> str:
-    """Of names and contents, so that a library can say what it was compiled from."""
+    """A digest of names and contents, so that a library can say what it was compiled from."""
     digest = hashlib.sha256()
     for path in sorted(NATIVE.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -39,16 +39,16 @@ setup(
                 "-std=c++17",
                 "-O3",
                 "-g0",
-                # A product and a sum become one rounding where the text says so, and nowhere else.
+                # A product and a sum share one rounding only where the source says so.
                 "-ffp-contract=off",
                 "-fno-fast-math",
                 "-fno-math-errno",
                 "-Wno-psabi",
-                # As system headers, whose warnings are not ours.
+                # As system headers: their warnings are not about our code.
                 f"-isystem{jax.ffi.include_dir()}",
             ],
             extra_link_args=["-pthread"],
-            # Without a compiler plain JAX computes: slower, and it says so.
+            # Without a compiler plain JAX computes, which is slower, and a log line says so.
             optional=True,
         )
     ],

@@ -1,16 +1,16 @@
-"""Decodes with a Grok-1 of full size on one small machine.
+"""Decodes with a full-size Grok-1 on one small machine.
 
     python -m milliways.benchmarks.full_size [--dir FOLDER] [--tokens N]
         [--activations exact|int8] [--json FILE]
 
-1. Writes one random layer of Grok-1's real widths and the real embedding (8.1 GB), and gives every
-   one of the 64 layers the same files, by hard links: 770 names, 318 GB as a reader sees them.
-2. Opens it as any released checkpoint: attention, embedding and head are loaded, experts stay in
+1. Writes one random layer and an embedding of Grok-1's real sizes (8.1 GB). All 64 layers get the
+   same files by hard links: 770 names, which look like 318 GB to a reader.
+2. Opens it like any released checkpoint. Attention, embedding and head are loaded; experts stay in
    their mapped files.
-3. Decodes some tokens through all 64 layers and prints seconds a token and peak memory.
+3. Decodes some tokens through all 64 layers. Prints seconds per token, and the memory in use.
 
-What a cold disk adds to a real model is not in the figures: 64 layers of links share one layer's
-pages, so after the first layers the experts come from the page cache.
+The figures do not include what a cold disk adds with a real model. The layers share the pages of
+one layer, so after the first layers the experts are in the page cache.
 """
 
 import argparse
@@ -57,13 +57,29 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decode with a full-size Grok-1 on one machine.")
     add = parser.add_argument
     default_dir = user_cache_dir() / "models"
-    add("--dir", type=Path, default=default_dir, help="9 GB must be free there [%(default)s]")
     add(
-        "--tokens", type=int, default=4, choices=range(1, 65), metavar="1..64", help="to decode [4]"
+        "--dir",
+        type=Path,
+        default=default_dir,
+        metavar="FOLDER",
+        help="folder for the model; 9 GB must be free [%(default)s]",
     )
-    add("--layers", type=int, help="fewer layers than 64, to try it out")
-    add("--activations", choices=("exact", "int8"), default="exact")
-    add("--json", type=Path, help="also write the figures there")
+    add(
+        "--tokens",
+        type=int,
+        default=4,
+        choices=range(1, 65),
+        metavar="N",
+        help="number of tokens to decode, 1 to 64 [%(default)s]",
+    )
+    add("--layers", type=int, metavar="N", help="number of layers, for a quick try [64]")
+    add(
+        "--activations",
+        choices=("exact", "int8"),
+        default="exact",
+        help="what is multiplied with int8 weights [%(default)s]",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     return parser.parse_args()
 
 
@@ -72,7 +88,10 @@ def shortened(config: ModelConfig, num_layers: int) -> ModelConfig:
 
 
 def write_linked_model(model_dir: Path, config: ModelConfig) -> None:
-    """Real files for the first layer and the ends, links for all the others. Kept if complete."""
+    """Writes files for the first layer and the ends, and links for the other layers.
+
+    A complete model from an earlier run is kept.
+    """
     done = model_dir / "complete"
     if done.exists():
         return
@@ -98,7 +117,7 @@ def write_one(path: Path, spec: TensorSpec, config: ModelConfig) -> None:
 
 
 def decode(runner: ModelRunner, num_tokens: int) -> dict[str, Any]:
-    """Prefills a short prompt, then decodes greedily, token by token."""
+    """Prefills a short prompt, then decodes greedily, one token at a time."""
     tokens = list(PROMPT)
     logits, prefill_s = timed(lambda: step(runner, tokens, 0))
     seconds = []
@@ -124,9 +143,9 @@ def timed(call: Any) -> tuple[Any, float]:
 
 
 def memory_in_use() -> dict[str, float]:
-    """GB of this process's own memory when all is loaded and computed, and of mapped files.
+    """The GB of this process's own memory and of mapped files, now.
 
-    The usual peak counts a page once for every map of it, and here 64 layers map the same pages.
+    The usual peak would count a page once for each map of it, and 64 layers map the same pages.
     """
     own_kb = read_kb(Path("/proc/self/status"), "RssAnon")
     mapped_kb = read_kb(Path("/proc/self/smaps_rollup"), "Pss_File")
@@ -145,8 +164,8 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"written in            {report['written_s']:.1f} s")
     print(f"loaded in             {report['loaded_s']:.1f} s")
     print(f"prefill of {report['prefill_tokens']} tokens   {report['prefill_s']:.2f} s")
-    print(f"seconds a token       {statistics.median(seconds):.2f} (median of {len(seconds)})")
-    print(f"memory of its own     {report['own_memory_gb']:.1f} GB")
+    print(f"seconds per token     {statistics.median(seconds):.2f} (median of {len(seconds)})")
+    print(f"own memory            {report['own_memory_gb']:.1f} GB")
     print(f"mapped files          {report['mapped_memory_gb']:.1f} GB, each page counted once")
 
 

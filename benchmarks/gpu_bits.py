@@ -1,4 +1,4 @@
-"""Which numbers of rows give a row the same bits, for each kernel and mode."""
+"""Finds the numbers of rows with which a row has the same bits, for each kernel and mode."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from milliways.model.kv_cache import LayerCache, StepBatch
 from milliways.model.ops.gpu import GpuOps
 from milliways.model.params import AttentionParams, ExpertParams
 
-# Numbers of rows, those that give the first row the same bits standing together.
+# Groups of numbers of rows. Those of one group give the first row the same bits.
 Classes = list[list[int]]
 
 
 class Rows(NamedTuple):
-    """Rows for every kernel: the first so many tokens of one sequence."""
+    """Rows for every kernel: the first tokens of one sequence."""
 
     hidden_TD: jax.Array
     query_THK: jax.Array
@@ -28,7 +28,10 @@ class Rows(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What does not depend on the number of rows. Handed over, lest weights become constants."""
+    """Inputs that do not depend on the number of rows.
+
+    They are arguments of the jitted functions, so that the weights are not compiled as constants.
+    """
 
     attention: AttentionParams
     experts: ExpertParams
@@ -63,7 +66,7 @@ def _kernels(
     decoder = Decoder(config=config, dtype=jnp.dtype(jnp.bfloat16), ops=ops)
 
     def attend(held: Held, rows: Rows) -> jax.Array:
-        # Each row has the whole cache behind it, so that there is something to sum.
+        # Each row attends to the whole cache, so that there are many values to sum.
         return ops.attention(
             rows.query_THK,
             held.cache.keys_NPRK,

@@ -1,4 +1,4 @@
-"""Layers in a row on one mode's kernels, and what the table says of them."""
+"""Runs several layers one after another with the kernels of one mode, and times them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from milliways.model.ops.gpu import GpuOps
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the table; times are of one layer."""
+    """One line of the table. The times are those of one layer."""
 
     shape: str
     mode: str
@@ -46,7 +46,7 @@ class Row:
 
 
 class LayerChain:
-    """Layers one after the other on one mode's kernels: whole, or each half for itself."""
+    """Layers one after another, with the kernels of one mode: whole, or only one of the halves."""
 
     def __init__(
         self, ops: GpuOps, config: ModelConfig, layers: list[Layer], workload: Workload
@@ -62,21 +62,21 @@ class LayerChain:
         self._layers = jax.jit(partial(self._run, with_experts=True), donate_argnums=2)
         self._attention = jax.jit(partial(self._run, with_experts=False), donate_argnums=2)
         self._experts = jax.jit(self._run_experts)
-        # As the gates choose with the experts' outputs flowing on.
+        # The choices of the gates in a run of the whole layers.
         _, self._choices = self._call(self._layers)
 
     def run_layers(self) -> jax.Array:
         return self._call(self._layers)[0]
 
     def run_attention(self) -> jax.Array:
-        # The gates' results too, lest the compiler leave the gates out.
+        # The results of the gates are returned too, so that the compiler does not remove the gates.
         return self._call(self._attention)
 
     def run_experts(self) -> jax.Array:
         return self._experts(self._params, self._hidden_TD, self._choices)
 
     def num_experts_read(self) -> float:
-        """Distinct experts of a layer that some token chose, on average."""
+        """The average number of a layer's experts that at least one token chose."""
         counts = [len(np.unique(np.asarray(ids_TA))) for ids_TA, _ in self._choices]
         return sum(counts) / len(counts)
 
@@ -87,7 +87,7 @@ class LayerChain:
     def _run(
         self, params: Any, hidden_TD: jax.Array, cache: LayerCache, *, with_experts: bool
     ) -> Any:
-        # A jit of its own, so that a layer is traced and lowered once, not once for each.
+        # Jitted on its own, so that one trace serves all layers.
         attention_half = jax.jit(self._decoder.attention_half)
         expert_half = jax.jit(self._expert_half)
         choices = []
@@ -122,7 +122,7 @@ def measure(
     num_repeats: int,
     floors: Floors,
 ) -> list[Row]:
-    """A row for each mode, their samples taken in turn."""
+    """A row for each mode. The modes are timed in turn."""
     chains = {mode: LayerChain(ops, config, layers, workload) for mode, ops in modes.items()}
     seconds = median_times(_functions(chains), num_repeats)
     ms_per_layer = {name: 1e3 * value / len(layers) for name, value in seconds.items()}

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured: bytes and operations a second. And how to time at all."""
+"""Measures the limits of a device, in bytes and operations per second, and times functions."""
 
 import statistics
 import time
@@ -9,20 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# A sample is at least this long, so that starting it does not show.
+# A sample takes about this long, so that the time to start it does not matter.
 SAMPLE_S = 0.02
 CALLS_PER_SAMPLE_MAX = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Floors:
-    """The rates of a large copy (bytes read and written) and a large bfloat16 product."""
+    """The rate of a large copy (bytes read and written), and of a large bfloat16 product."""
 
     bytes_per_s: float
     flops_per_s: float
 
     def least_s(self, num_bytes: float, num_flops: float) -> float:
-        """The time below which no program can do this work."""
+        """The least time that any program needs for this work."""
         return max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s)
 
 
@@ -41,7 +41,7 @@ def measure_floors(copied_bytes: int, matmul_size: int, num_repeats: int) -> Flo
 
 
 def median_times(functions: Mapping[str, Callable[[], Any]], num_repeats: int) -> dict[str, float]:
-    """Seconds of a call of each, the median of samples taken in turn, after warming up."""
+    """Seconds per call of each function: medians of samples taken in turn, after a warm-up."""
     num_calls = {name: _calls_per_sample(function) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(num_repeats):
@@ -57,7 +57,7 @@ def _calls_per_sample(function: Callable[[], Any]) -> int:
 
 
 def _time_calls(function: Callable[[], Any], num_calls: int) -> float:
-    """Calls are queued one behind the other; only the last is waited for."""
+    """Seconds per call. The calls are queued; only the last one is waited for."""
     start_s = time.perf_counter()
     result = None
     for _ in range(num_calls):

@@ -1,19 +1,19 @@
-"""Time of a Grok-1 layer on one GPU, beside the least that this GPU could take.
+"""Times a Grok-1 layer on one GPU, and compares it with the least time that this GPU needs.
 
     python -m milliways.benchmarks.gpu_layer [--deterministic] [--json FILE]
         [--layers N] [--repeats N]
-    python -m milliways.benchmarks.gpu_layer --small        # shrunken, anywhere: shows that it runs
+    python -m milliways.benchmarks.gpu_layer --small        # small layers on any device, as a check
 
-Layers of full width (6144 / 32768 / 8 experts, 48 and 8 heads of 128) and random int8 weights run
-one after the other, as many as fit and at least two, so that no weight waits in the cache for its
-next use. Each row of the table is one step: a token each of 1 to 256 sequences with 512 positions
-behind them, or a prefill. Floors are measured in the same run: the rate of a copy on the device
-(bytes read and written) and of a large bfloat16 product. Times are medians of samples taken in
-turn, after warming up. Attention and experts are timed once more alone; they need not add up to the
-layer.
+Layers of full width (6144 / 32768 / 8 experts, 48 and 8 heads of 128) with random int8 weights run
+one after another. There are as many as fit into memory, and at least two, so that no weights stay
+in the cache until their next use. Each row of the table is one step: one token each of 1 to 256
+sequences that have 512 earlier positions, or a prefill. The floors are measured in the same run:
+the rate of a copy on the device (bytes read and written), and of a large bfloat16 product. Times
+are medians of samples that are taken in turn, after a warm-up. Attention and experts are also timed
+alone; their sum may differ from the layer.
 
-`--deterministic` times the mode that keeps bits in any batch beside the default, and says what it
-costs. Which numbers of rows share their bits is reported for both, with and without it.
+`--deterministic` also times the mode in which a row has the same bits in any batch, and shows its
+cost. The report always says, for both modes, which numbers of rows give a row the same bits.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from milliways.model.config import GROK_1, ModelConfig
 from milliways.model.ops.gpu import GpuOps
 
 MODES = {"default": GpuOps(), "deterministic": GpuOps(deterministic=True)}
-# For caches, activations and what XLA needs besides.
+# Memory for caches, activations, and XLA itself.
 RESERVED_BYTES = 8 << 30
 MAX_LAYERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is measured, at which size."""
+    """What is measured, and with which sizes."""
 
     config: ModelConfig
     batches: tuple[int, ...]
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = SMALL if options.small else FULL
     if not options.small and jax.default_backend() != "gpu":
         sys.exit(
-            f"no GPU: JAX computes on {jax.default_backend()!r} here. A full-width layer needs one "
-            "(install jax[cuda12]); --small runs a shrunken one anywhere."
+            f"no GPU: JAX computes on {jax.default_backend()!r}, and a layer of full width needs a "
+            "GPU (install jax[cuda12]); --small runs small layers on any device"
         )
     floors = measure_floors(plan.copied_bytes, plan.matmul_size, options.repeats)
     layers = _make_layers(plan, options.layers)
@@ -99,12 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time of a Grok-1 layer on one GPU.")
-    parser.add_argument("--deterministic", action="store_true", help="time that mode too")
-    parser.add_argument("--small", action="store_true", help="shrunken layers, on any device")
-    parser.add_argument("--layers", type=int, help="how many (default: as many as fit)")
-    parser.add_argument("--repeats", type=int, default=20, help="samples of each time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser = argparse.ArgumentParser(description="Time a Grok-1 layer on one GPU.")
+    option = parser.add_argument
+    option("--deterministic", action="store_true", help="also time the deterministic mode")
+    option("--small", action="store_true", help="use small layers, which run on any device")
+    option("--layers", type=int, metavar="N", help="number of layers [as many as fit into memory]")
+    option(
+        "--repeats", type=int, default=20, metavar="N", help="samples for each time [%(default)s]"
+    )
+    option("--json", type=Path, metavar="FILE", help="also write the results to a file")
     options = parser.parse_args(arguments)
     if options.layers is not None and options.layers < 2:
         parser.error("--layers must be at least 2: a single layer could stay in the cache")
@@ -149,7 +152,7 @@ def _describe(plan: Plan, floors: Floors, num_layers: int) -> str:
     return (
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {num_layers} layers of "
         f"{config.emb_size} / {config.ffn_size} / {config.num_experts} experts, int8 weights, "
-        f"bfloat16 activations; {plan.context} positions behind each decoding sequence\n"
+        f"bfloat16 activations; {plan.context} earlier positions of each decoding sequence\n"
         f"floors: copy {floors.bytes_per_s / 1e9:.1f} GB/s read and written, "
         f"bfloat16 product {floors.flops_per_s / 1e12:.3f} TFLOP/s\n"
     )
@@ -166,7 +169,7 @@ def _header() -> str:
 
 
 def _line(row: Row, default: Row) -> str:
-    """A line of the table; the last column is what the mode costs beside the default."""
+    """A line of the table. The last column is the time divided by that of the default mode."""
     alone_ms = row.attention_ms + row.experts_ms
     cells = (
         row.shape,
@@ -185,7 +188,7 @@ def _line(row: Row, default: Row) -> str:
 
 
 def _bits_report(bits: dict[str, dict[str, Classes]]) -> str:
-    lines = ["", "numbers of rows among which a row keeps its bits:"]
+    lines = ["", "groups of numbers of rows that give a row the same bits:"]
     for mode, by_kernel in bits.items():
         for kernel, classes in by_kernel.items():
             groups = " | ".join(" ".join(map(str, sizes)) for sizes in classes)

@@ -1,4 +1,4 @@
-"""Layers of random weights, batches to run through them, and the least work that a batch is."""
+"""Layers with random weights, batches for them, and the least work that a batch needs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from milliways.model.ops.gpu_matmul import plain
 from milliways.model.params import AttentionParams, ExpertParams, QuantizedMatrix
 
 BLOCK_SIZE = 16
-# Rows of scales of the matrices that the release cut by rows.
+# The number of scale rows of the matrices that the release quantised in row blocks.
 NUM_SCALE_ROWS = 8
 
 
@@ -23,7 +23,7 @@ class Workload:
 
     num_tokens: int
     is_prefill: bool
-    # Positions that each decoding sequence already has in the cache.
+    # The number of positions that each decoding sequence already has in the cache.
     context: int = 0
 
     @property
@@ -40,7 +40,7 @@ class Workload:
 
     @property
     def num_attended(self) -> int:
-        """Pairs of query and key positions."""
+        """The number of pairs of query and key positions."""
         if self.is_prefill:
             return self.num_tokens * (self.num_tokens + 1) // 2
         return self.num_tokens * (self.context + 1)
@@ -56,9 +56,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a half of a layer cannot do without: weights and keys read once, and multiplications.
+    """The least work of a half of a layer: reads of weights and keys, once, and multiplications.
 
-    Activations are left out: they are small, and a better program could keep them on chip.
+    Activations are not counted: they are small, and a better program could keep them on the chip.
     """
 
     num_bytes: float
@@ -66,7 +66,7 @@ class Work:
 
 
 def make_layer(config: ModelConfig, seed: int) -> Layer:
-    """Random int8 weights, made on the device, an expert at a time."""
+    """A layer with random int8 weights, which the device makes one expert at a time."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     width, ffn, num_experts = config.emb_size, config.ffn_size, config.num_experts
 
@@ -109,7 +109,7 @@ def _random_matrix(key: jax.Array, shape: tuple[int, ...], scale_rows: int) -> Q
 
 
 def make_batch(workload: Workload) -> StepBatch:
-    """Token ids do not matter: a layer starts from hidden states."""
+    """The batch of a workload. Its token ids do not matter: a layer begins with hidden states."""
     count, rows = workload.num_tokens, np.arange(workload.num_tokens, dtype=np.int32)
     tables = np.arange(workload.num_blocks, dtype=np.int32)
     return StepBatch(
@@ -131,7 +131,7 @@ def make_cache(config: ModelConfig, workload: Workload) -> LayerCache:
 
 
 def attention_work(config: ModelConfig, layer: Layer, workload: Workload) -> Work:
-    """Projections, norms, gate, and the keys and values of each sequence once."""
+    """The work of projections, norms and gate, and of each sequence's keys and values, once."""
     params = layer.attention
     projections = (params.query, params.key, params.value, params.out)
     num_weights = sum(plain(matrix).weight.size for matrix in projections)
@@ -146,7 +146,7 @@ def attention_work(config: ModelConfig, layer: Layer, workload: Workload) -> Wor
 def expert_work(
     config: ModelConfig, layer: Layer, workload: Workload, num_experts_read: float
 ) -> Work:
-    """Each chosen expert's weights once, each token through its experts."""
+    """The work of reading each chosen expert's weights once, and of each token's experts."""
     share = 1 / config.num_experts
     projections = (layer.experts.gate_proj, layer.experts.up_proj, layer.experts.down_proj)
     num_weights = sum(plain(matrix).weight.size for matrix in projections) * share
@@ -157,5 +157,5 @@ def expert_work(
 
 
 def tree_bytes(tree: object) -> int:
-    """Bytes of all arrays of a tree."""
+    """The bytes of all arrays of a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""In which numbers activations meet the weights, and the output head that goes with each choice."""
+"""The numbers that activations are rounded to before a product, and the output head to match."""
 
 from enum import Enum
 
@@ -6,16 +6,17 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 QUANT_BLOCK = 32
-# A block whose largest input is below it counts as zeros: 127 over it would not be finite.
+# A block counts as zeros if its largest input is below this: 127 / input would not be finite.
 LEAST_BLOCK = 1e-30
 _HEAD_CHUNK_ROWS = 4096
 
 
 class Activations(Enum):
-    """What is multiplied with int8 weights.
+    """The form of the activations that are multiplied with int8 weights.
 
-    EXACT keeps activations as they are. INT8 rounds each run of `QUANT_BLOCK` inputs of a row to
-    whole numbers of 1/127 of its largest: sums of products are then whole numbers, and cheap.
+    EXACT keeps activations as they are. INT8 rounds the activations of a row in blocks of
+    `QUANT_BLOCK`, to multiples of 1/127 of the largest in the block. Sums of products are then sums
+    of whole numbers, which are cheap.
     """
 
     EXACT = "exact"
@@ -25,11 +26,12 @@ class Activations(Enum):
 def quantise_head(
     embedding_VD: Float[np.ndarray, "V D"], activations: Activations
 ) -> tuple[Integer[np.ndarray, "D V"], Float[np.ndarray, "G V"]]:
-    """The tied embedding as a matrix [D, V] to multiply with, and its scale rows.
+    """Quantises the tied embedding: returns a matrix [D, V] and its scale rows.
 
-    The released table is float32, and reading it whole would be most of the bytes of a token in a
-    small model. EXACT rounds each token's row to int16, 2^-16 of its largest entry, 1/256 of what
-    bfloat16 (in which the reference multiplies) loses. INT8 rounds runs of `QUANT_BLOCK` entries.
+    The released table is float32. In a small model, reading it would be most of the bytes that a
+    token reads. EXACT rounds the row of each token to int16, with an error of at most 2^-16 of its
+    largest entry. That is 1/256 of the error of bfloat16, in which the reference multiplies. INT8
+    rounds blocks of `QUANT_BLOCK` entries to int8.
     """
     num_tokens, width = embedding_VD.shape
     is_exact = activations is Activations.EXACT
@@ -41,7 +43,7 @@ def quantise_head(
         rows = embedding_VD[start : start + _HEAD_CHUNK_ROWS]
         blocks = rows.reshape(len(rows), -1, block)
         scales = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(largest)
-        # A row of zeros has any scale; a NaN stays one in the scale.
+        # Any scale is right for a row of zeros. A NaN in a row makes its scale NaN.
         scales = np.where(scales == 0, np.float32(1), scales)
         with np.errstate(invalid="ignore"):
             whole = np.rint(np.nan_to_num(blocks / scales))

@@ -1,12 +1,16 @@
-"""Which KV block belongs to whom: allocation, reference counts, and reuse of equal prefixes.
+"""Hands out KV blocks to sequences: allocation, reference counts, and reuse of equal prefixes.
 
-Life of a block: free -> held by one or more sequences (`allocate`, `match_prefix`) -> when the last
-one lets go, kept for reuse if its contents were published, else free -> evicted, oldest first, when
-free blocks run out.
+States of a block:
 
-A full block is published under a digest of all tokens up to its end, so equal digests mean equal
-prefixes and a sequence may attend to another's block. One computed in another process is published
-by its digest alone (`hold_chain`, `publish_next`). Nothing here touches an array.
+- free: its contents are undefined.
+- held: `allocate` or a match gave it to one or more sequences.
+- idle: no sequence holds it, but it was published, so it is kept for reuse. When free blocks run
+  out, the block that has been idle longest is evicted and becomes free.
+
+A full block is published under a digest of all tokens up to its end. Equal digests mean equal
+prefixes, so a sequence may attend to a block that another sequence computed. A block that another
+process computed is published by its digest alone (`hold_chain`, `publish_next`). This module knows
+block ids only; the arrays are in `kv_cache`.
 """
 
 import hashlib
@@ -18,30 +22,46 @@ from milliways.model.errors import OutOfBlocksError
 
 
 class BlockPool:
-    """Actuator out block ids 0 .. num_blocks - 1 of `block_size` positions each."""
+    """Hands out block ids 0 .. num_blocks - 1 of `block_size` positions each.
+
+    Invariant: every block is in exactly one state: in `_free`, in `_idle`, or held, which means
+    that its `_ref_counts` entry is above 0.
+
+    Invariant: `_free` holds each id at most once. A free block has no digest.
+
+    Invariant: `_ref_counts[i]` is the number of holds on block i. It is never negative.
+
+    Invariant: `_digests` (block to digest) and `_published` (digest to block) are inverse to each
+    other. A published block is idle or held.
+
+    Invariant: `_parents` has the same keys as `_published`. A value is the digest of the block
+    before; it is empty for the first block of a sequence. That block may have been evicted.
+
+    Invariant: `_idle` is ordered: the block that has been idle longest comes first.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"num_blocks = {num_blocks}, block_size = {block_size}: both >= 1")
+            raise ValueError(
+                f"num_blocks = {num_blocks}, block_size = {block_size}: both must be at least 1"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._ref_counts = [0] * num_blocks
         self._digests: dict[int, bytes] = {}
         self._published: dict[bytes, int] = {}
-        # Of each published digest, that of the block before: empty at the beginning of a sequence.
         self._parents: dict[bytes, bytes] = {}
-        # Published blocks that nobody holds, the least recently used first.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can hand out: free ones and those kept only for reuse."""
+        """The number of blocks that `allocate` can hand out: free and idle ones."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_held(self) -> int:
-        """Blocks some sequence holds."""
+        """The number of blocks that sequences hold."""
         return self.num_blocks - self.num_available
 
     def can_allocate(self, num_blocks: int) -> bool:
@@ -49,18 +69,18 @@ class BlockPool:
         return num_blocks <= self.num_available
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Takes blocks of undefined contents for one holder, evicting idle ones if need be.
+        """Hands out blocks with undefined contents, one hold each; evicts idle ones if necessary.
 
         Raises:
-            OutOfBlocksError: too few are available; nothing was taken.
+            OutOfBlocksError: too few blocks are available; none was handed out.
         """
         if not self.can_allocate(num_blocks):
             raise OutOfBlocksError(num_blocks, self.num_available)
         return [self._take() for _ in range(num_blocks)]
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Lets go of blocks, one hold each; published ones stay for reuse until evicted."""
-        # Later blocks of a prefix are of no use without the earlier ones: they go first.
+        """Releases one hold on each block. A published block stays for reuse until evicted."""
+        # The later blocks of a prefix are useless without the earlier ones: evict them first.
         for block_id in reversed(block_ids):
             assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
             self._ref_counts[block_id] -= 1
@@ -68,9 +88,9 @@ class BlockPool:
                 self._release(block_id)
 
     def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
-        """Takes hold of the published blocks that hold the longest prefix of `token_ids`.
+        """Holds the published blocks of the longest prefix of `token_ids`, and returns them.
 
-        At least the last token is left out, since its logits must be computed.
+        The last token is never part of it, since its logits must be computed.
         """
         matched = []
         num_usable = (len(token_ids) - 1) // self.block_size
@@ -83,9 +103,9 @@ class BlockPool:
         return matched
 
     def publish(self, token_ids: Sequence[int], block_ids: Sequence[int]) -> None:
-        """Offers the full blocks of a sequence for reuse; `token_ids` are those already computed.
+        """Publishes the full blocks of a sequence; `token_ids` are its computed tokens.
 
-        A prefix that is published already keeps its first block.
+        A prefix that was published before keeps the block that it was published with.
         """
         parent = b""
         for block_id, digest in zip(block_ids, self._chain(token_ids), strict=False):
@@ -94,9 +114,9 @@ class BlockPool:
             parent = digest
 
     def hold_chain(self, digest: bytes) -> list[int] | None:
-        """Takes hold of the published block of a digest and of all before it, first to last.
+        """Holds the published block of a digest and all blocks before it; returns them in order.
 
-        None, and no hold, where one of them is not here. Of no digest the chain is empty.
+        Returns None and holds nothing if one of them is missing. An empty digest gives no blocks.
         """
         block_ids: list[int] = []
         while digest:
@@ -111,20 +131,20 @@ class BlockPool:
         return block_ids
 
     def try_hold(self, digest: bytes) -> int | None:
-        """Takes hold of the published block of a digest; None where it is not here."""
+        """Holds the published block of a digest, and returns it; None if there is no such block."""
         block_id = self._published.get(digest)
         if block_id is not None:
             self._hold(block_id)
         return block_id
 
     def publish_next(self, block_id: int, digest: bytes, parent: bytes) -> None:
-        """Offers one block, held by the caller, for reuse; `parent` is the digest before it."""
+        """Publishes one block that the caller holds; `parent` is the digest of the block before."""
         assert self._ref_counts[block_id] > 0 and block_id not in self._digests
         assert digest not in self._published
         self._publish(block_id, digest, parent)
 
     def forget(self) -> None:
-        """Takes back all offers: the contents of the blocks are lost."""
+        """Withdraws everything that was published: the contents of the blocks are lost."""
         self._published.clear()
         self._parents.clear()
         self._digests.clear()
@@ -132,7 +152,7 @@ class BlockPool:
         self._idle.clear()
 
     def check_integrity(self) -> None:
-        """Asserts that every block is in exactly one state; call it when nothing runs."""
+        """Asserts the invariants of the class. No other thread may use the pool meanwhile."""
         free, idle = set(self._free), set(self._idle)
         held = {i for i, count in enumerate(self._ref_counts) if count > 0}
         assert len(free) == len(self._free) and not (free & idle or free & held or idle & held)
@@ -167,7 +187,7 @@ class BlockPool:
             self._free.append(block_id)
 
     def _chain(self, token_ids: Sequence[int]) -> Iterator[bytes]:
-        """Digest of each full block together with everything before it."""
+        """The digest of each full block, in order. It covers all tokens up to the block's end."""
         digest = b""
         for end in range(self.block_size, len(token_ids) + 1, self.block_size):
             digest = chain_digest(digest, token_ids[end - self.block_size : end])
@@ -175,5 +195,5 @@ class BlockPool:
 
 
 def chain_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: of its tokens and, by the digest before it, of all before them."""
+    """The digest of a full block: it covers its tokens and, through `parent`, all before them."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""What a model of Grok-1's shape is made of: the numbers, checked once, never changed.
+"""The sizes and constants of a model, checked once and never changed.
 
-The fields are those of the reference's configuration (xai-org/grok-1, run.py); a model directory
-may bring its own in `config.json`, and without one Grok-1's constants hold.
+The fields are those of the reference's configuration (xai-org/grok-1, run.py). A model directory
+may have its own values in `config.json`. Without that file, Grok-1's constants are used.
 """
 
 import json
@@ -13,10 +13,10 @@ from milliways.model.errors import ModelConfigError
 
 CONFIG_FILE = "config.json"
 
-# Sizes index arrays as int32; multipliers are computed with as float32.
+# Sizes are used as int32 indices, multipliers as float32.
 _LARGEST_SIZE = 2**31 - 1
 _LARGEST_MULTIPLIER = 3.4e38
-# Grok-1 has 64. A slip of the pen must not have us name the files of a million.
+# Grok-1 has 64. A typing error must not make us list the files of a million layers.
 MAX_LAYERS = 4096
 
 
@@ -25,7 +25,7 @@ class ModelConfig:
     """The shape of a model. All sizes count elements, not bytes.
 
     Raises:
-        ModelConfigError: a field is mistyped, out of range, or does not fit the others.
+        ModelConfigError: a field has the wrong type, is out of range, or contradicts another one.
     """
 
     emb_size: int
@@ -52,22 +52,22 @@ class ModelConfig:
             raise ModelConfigError(
                 "num_q_heads",
                 self.num_q_heads,
-                f"no multiple of num_kv_heads = {self.num_kv_heads}",
+                f"must be a multiple of num_kv_heads = {self.num_kv_heads}",
             )
         if self.num_selected_experts > self.num_experts:
             raise ModelConfigError(
                 "num_selected_experts",
                 self.num_selected_experts,
-                f"more than num_experts = {self.num_experts}",
+                f"must be at most num_experts = {self.num_experts}",
             )
         if self.key_size % 2:
             raise ModelConfigError(
-                "key_size", self.key_size, "rotary embedding needs an even width"
+                "key_size", self.key_size, "must be even, for the rotary embedding"
             )
         for name in ("pad_token", "eos_token"):
             if getattr(self, name) >= self.vocab_size:
                 raise ModelConfigError(
-                    name, getattr(self, name), f"not below vocab_size = {self.vocab_size}"
+                    name, getattr(self, name), f"must be below vocab_size = {self.vocab_size}"
                 )
 
     @property
@@ -82,17 +82,17 @@ class ModelConfig:
 
 
 def ffn_size(emb_size: int, widening_factor: float) -> int:
-    """The reference's expert width: two thirds of the widened size, up to a multiple of 8."""
+    """The reference's expert width: 2/3 of the widened size, rounded up to a multiple of 8."""
     size = int(widening_factor * emb_size) * 2 // 3
     return size + (8 - size) % 8
 
 
 def load_config(model_dir: Path) -> ModelConfig:
-    """The configuration of a model directory; Grok-1's where it brings none.
+    """The configuration of a model directory; Grok-1's if the directory has no `config.json`.
 
     Raises:
-        ModelConfigError: the file is no JSON object, or a field is missing or impossible; names the
-            file.
+        ModelConfigError: the file is not a JSON object, or a field is missing or impossible. The
+            message names the file.
     """
     path = model_dir / CONFIG_FILE
     if not path.is_file():
@@ -112,14 +112,14 @@ def _read_object(path: Path) -> dict[str, Any]:
             CONFIG_FILE, str(path), f"cannot be read: {error.strerror}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ModelConfigError(CONFIG_FILE, str(path), f"not JSON: {error}") from error
+        raise ModelConfigError(CONFIG_FILE, str(path), f"is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise ModelConfigError(CONFIG_FILE, str(path), "not a JSON object")
+        raise ModelConfigError(CONFIG_FILE, str(path), "is not a JSON object")
     return raw
 
 
 def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
-    """Reads the known fields, ignores the rest; derives `ffn_size` from `widening_factor`.
+    """Reads the known fields and ignores others. `widening_factor` may stand for `ffn_size`.
 
     Raises:
         ModelConfigError: a field is missing or impossible.
@@ -136,13 +136,17 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
-    """Token ids may be 0; every other number must be above it. A float field accepts an int."""
+    """Checks type and range: token ids may be 0, every other number must be above 0.
+
+    A float field accepts an int.
+    """
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ModelConfigError(name, value, "not a whole number" if whole else "not a number")
+        reason = "must be a whole number" if whole else "must be a number"
+        raise ModelConfigError(name, value, reason)
     lowest = 0 if name.endswith("_token") else 1 if whole else 0.0
     largest = _largest(name, whole=whole)
-    # NaN compares with nothing, and so is out of every range.
+    # Every comparison with NaN is false, so NaN is out of range.
     if not lowest <= value <= largest or (not whole and value == 0):
         least = "at least" if whole else "above"
         raise ModelConfigError(name, value, f"must be {least} {lowest} and at most {largest}")

@@ -1,22 +1,22 @@
-"""Grok-1's forward pass, cut where the cluster cuts it.
+"""Grok-1's forward pass, as functions that one process or several can compute.
 
-A step of one process, and of any number of them, is this composition:
+A step is this composition, no matter how many processes compute its parts:
 
     hidden = embed(tokens)
     for each layer:
         hidden, expert_input, expert_ids, gate_weights, cache = attention_half(hidden, cache)
-        outputs = expert_half(expert_input, expert_ids)         # wherever those experts live
+        outputs = expert_half(expert_input, expert_ids)         # on the workers with the experts
         hidden = combine(hidden, outputs, gate_weights)
     logits = unembed(hidden)
 
-`run_step` is that composition, as one compiled program or with each part compiled for itself.
+`run_step` composes the parts. They are compiled together as one program, or each as its own.
 Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`.
 
-Dtypes: what enters a matrix product, the KV cache, or a message to another process is of the
-activation dtype (float32 or bfloat16); sums, norms, soft-max and the residual stream are float32.
+Dtypes: inputs of a matrix product, the KV cache, and messages to another process have the
+activation dtype (float32 or bfloat16). Sums, norms, softmax and the residual stream are float32.
 
-Bits: products that meet a sum stand inside `map_tiles` or behind `Ops`, so that halves and the
-fused step round alike; see `tiles`.
+Bits: a product that is part of a sum is computed inside `map_tiles` or by `Ops`. So a step rounds
+in the same way whether it is compiled as one program or in parts; see `tiles`.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from milliways.model.tiles import map_tiles
 
 
 class AttentionResult(NamedTuple):
-    """What leaves the attention half: the residual stream, and what the experts need."""
+    """The results of the attention half: the residual stream, the cache, and the experts' input."""
 
     hidden_TD: Array
     expert_input_TD: Array
@@ -53,14 +53,14 @@ class AttentionResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The pure functions of a model; hashable, so that it can be a static argument of a jit."""
+    """The functions of a model. It is hashable, so that it can be a static argument of a jit."""
 
     config: ModelConfig
     dtype: jnp.dtype
     ops: Ops = field(default_factory=PureOps)
 
     def embed(self, ends: EndParams, token_ids_T: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Embedding rows times the multiplier: the residual stream's beginning, float32."""
+        """The embedding rows times the multiplier, in float32: the start of the residual stream."""
         scale = self.config.embedding_multiplier_scale
         return map_tiles(lambda rows_TD: rows_TD * scale, ends.embedding_VD[token_ids_T])
 
@@ -72,18 +72,18 @@ class Decoder:
         cache: LayerCache,
         visible_NP: Array,
     ) -> AttentionResult:
-        """Attention with its two norms, the residual add, then the experts' norm and the gate."""
+        """Attention with its two norms, the residual sum, then the experts' norm and the gate."""
         attention_input_TD = self.ops.rms_norm(hidden_TD, params.attention_norm_D)
         attended_TD, cache = self.attend(
             params, self._rounded(attention_input_TD), batch, cache, visible_NP
         )
         hidden_TD += self.ops.rms_norm(attended_TD, params.attention_post_norm_D)
-        # The gate sees the input before rounding: near ties then flip less often in bfloat16.
+        # The gate gets its input before rounding: in bfloat16, near ties then change less often.
         gate_input_TD = self.ops.rms_norm(hidden_TD, params.expert_norm_D)
         expert_ids_TA, gate_weights_TA = self.ops.gate(
             gate_input_TD, params.gate_DE, self.config.num_selected_experts
         )
-        # Padding goes to no expert: it would have weights read that nobody needs.
+        # Padding goes to no expert: otherwise weights would be read for nothing.
         expert_ids_TA = jnp.where(batch.positions_T[:, None] >= 0, expert_ids_TA, -1)
         expert_input_TD = self._rounded(gate_input_TD)
         return AttentionResult(hidden_TD, expert_input_TD, expert_ids_TA, gate_weights_TA, cache)
@@ -96,7 +96,7 @@ class Decoder:
         cache: LayerCache,
         visible_NP: Array,
     ) -> tuple[Float[Array, "T D"], LayerCache]:
-        """Projections, RoPE, the write of keys and values, attention, output projection."""
+        """Projections, RoPE, writing keys and values to the cache, attention, output projection."""
 
         def project(matrix: Matrix) -> Array:
             rows = self.ops.linear(hidden_TD, matrix)
@@ -129,9 +129,9 @@ class Decoder:
         expert_input_TD: Float[Array, "T D"],
         expert_ids_TA: Int[Array, "T A"],
     ) -> Float[Array, "T A D"]:
-        """Each token's chosen experts, unweighted, in the activation dtype.
+        """The outputs of each token's chosen experts, without weights, in the activation dtype.
 
-        Ids outside the stack held here yield zeros.
+        An id of an expert that `params` does not hold gives zeros.
         """
         return self._rounded(self.ops.expert_ffn(expert_input_TD, expert_ids_TA, params))
 
@@ -142,20 +142,20 @@ class Decoder:
         outputs_TAD: Float[Array, "T A D"],
         gate_weights_TA: Float[Array, "T A"],
     ) -> Float[Array, "T D"]:
-        """Adds the weighted experts, normed, to the residual stream."""
+        """Sums the experts' outputs with their weights, and adds the normed sum to the stream."""
         mixed_TD = self.ops.weigh(outputs_TAD, gate_weights_TA)
         return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
 
     def unembed(
         self, ends: EndParams, hidden_TD: Float[Array, "T D"], rows_W: Int[Array, " W"]
     ) -> Float[Array, "W V"]:
-        """Final norm and tied-embedding logits of the wanted rows, float32. No final cap."""
+        """The logits of the wanted rows, in float32: final norm and output head, without a cap."""
         hidden_WD = self.ops.rms_norm(hidden_TD[rows_W], ends.final_norm_D)
         logits_WV = self.ops.linear(self._rounded(hidden_WD), ends.head)
         return logits_WV * self.config.output_multiplier_scale
 
     def parts(self) -> "DecoderParts":
-        """The pieces of a step, to be composed as they are or each compiled for itself."""
+        """The parts of a step, to be composed as they are, or after each was compiled."""
         return DecoderParts(
             mark_visible=partial(mark_visible, pad_token=self.config.pad_token),
             embed=self.embed,
@@ -168,14 +168,15 @@ class Decoder:
     def step(
         self, params: ModelParams, batch: StepBatch, cache: KVCache
     ) -> tuple[Float[Array, "W V"], KVCache]:
-        """The whole model over one batch: logits of the wanted rows, and the cache written."""
+        """Computes a batch with the whole model: logits of the wanted rows, and the new cache."""
         return run_step(self.parts(), params, batch, cache)
 
     def _rounded(self, array: Array) -> Array:
-        """In the activation dtype, wherever the program ends that this is part of.
+        """Rounds to the activation dtype, in a way that XLA cannot remove.
 
-        XLA leaves out a conversion to bfloat16 where it sees the one back to float32, in the same
-        program; but the other may be in another process. A named rounding it never leaves out.
+        XLA removes a conversion to bfloat16 if the same program converts back to float32. The
+        conversion back may be in another process, so whether bits are lost would depend on where
+        programs end. XLA never removes `reduce_precision`.
         """
         if array.dtype == jnp.float32 and self.dtype == jnp.bfloat16:
             array = lax.reduce_precision(array, exponent_bits=8, mantissa_bits=7)
@@ -183,7 +184,7 @@ class Decoder:
 
 
 class DecoderParts(NamedTuple):
-    """The functions a step is made of; the fields are named after the methods of `Decoder`."""
+    """The functions of a step. The fields have the names of the methods of `Decoder`."""
 
     mark_visible: Callable[..., Array]
     embed: Callable[..., Array]
@@ -196,7 +197,7 @@ class DecoderParts(NamedTuple):
 def run_step(
     parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
 ) -> tuple[Float[Array, "W V"], KVCache]:
-    """One step of the whole model, whoever computes its parts."""
+    """One step of the whole model."""
     hidden_TD, cache = run_layers(parts, params, batch, cache)
     if batch.logits_rows_W.shape[0]:
         logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
@@ -208,7 +209,7 @@ def run_step(
 def run_layers(
     parts: DecoderParts, params: ModelParams, batch: StepBatch, cache: KVCache
 ) -> tuple[Float[Array, "T D"], KVCache]:
-    """The same without its end: the residual stream of all rows behind the last layer, float32."""
+    """A step without its logits: the float32 residual stream of all rows after the last layer."""
     visible_NP = parts.mark_visible(cache.visible_NP, batch)
     hidden_TD = parts.embed(params.ends, batch.token_ids_T)
     layer_caches = []

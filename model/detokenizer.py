@@ -1,17 +1,17 @@
-"""Text of a sequence while it grows, one token at a time, never half a character.
+"""Turns the tokens of a growing sequence into text, one at a time, in complete characters only.
 
-With `whole = tokenizer.decode(prompt + completion)`, what `push` and `flush` return joins to the
-end of `whole`, from the character on which the completion begins. Two cases are worth spelling out:
+Let `whole = tokenizer.decode(prompt + completion)`. The texts that `push` and `flush` return,
+joined, are the end of `whole`, from the completion's first character on. Two cases are special:
 
-- The prompt ends inside a character (its last byte pieces are a valid but unfinished beginning of
-  one). That character belongs to the completion, which finishes it, or fails to and gets the
-  U+FFFD. So `decode(prompt)` is longer than the prompt's part of `whole` by those U+FFFD; in every
-  other case `whole == decode(prompt) + completion text`.
-- SentencePiece drops the first "▁" of the whole text, not of the completion: a completion starts
-  with the space that its first piece carries, unless nothing visible stands before it.
+- The prompt ends inside a character: its last byte pieces are a valid but unfinished beginning of
+  one. That character belongs to the completion. If the completion does not finish it, it becomes
+  U+FFFD, one for each byte. `decode(prompt)` then ends with those U+FFFD, which the prompt's part
+  of `whole` does not have. In every other case `whole == decode(prompt) + completion text`.
+- SentencePiece drops the first "▁" of the whole text, not of the completion. So a completion begins
+  with the space of its first piece, unless there is no visible text before it.
 
-The state is a function of the tokens alone: a new detokenizer whose prompt is the old prompt plus
-the tokens pushed so far goes on exactly like the old one. To echo a prompt, push it instead.
+The state depends on the tokens only: a new detokenizer, whose prompt is the old prompt plus the
+tokens pushed so far, continues exactly like the old one. To echo a prompt, push its tokens.
 """
 
 import codecs
@@ -21,7 +21,13 @@ from milliways.model.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Constant work and memory per token: holds at most three bytes of an unfinished character."""
+    """Takes tokens, returns text; needs constant time and memory per token.
+
+    Invariant: `_unfinished` holds at most three bytes: a valid beginning of a UTF-8 character.
+
+    Invariant: `_is_first` is true until a piece is pushed that has visible text, or would have it
+    if the first "▁" were not dropped.
+    """
 
     __slots__ = ("_is_first", "_tokenizer", "_unfinished")
 
@@ -33,10 +39,10 @@ class IncrementalDetokenizer:
             self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Adds a token; returns the text which it completes, possibly none.
+        """Adds a token; returns the text that it completes, which may be empty.
 
         Raises:
-            InvalidRequestError: the id is outside the vocabulary; the state is as before.
+            InvalidRequestError: the id is outside the vocabulary; the state has not changed.
         """
         byte = self._tokenizer.byte_of(token_id)
         if byte is not None:
@@ -46,12 +52,12 @@ class IncrementalDetokenizer:
         # Any other piece, even an invisible one, ends the run of bytes.
         broken = self.flush()
         text = self._tokenizer.text_of(token_id, is_first=self._is_first)
-        # Not `text`: a lone "▁" at the start shows nothing, but it was the one space to drop.
+        # Not `text`: a lone "▁" at the start has no text, but it is the space that is dropped.
         self._is_first = self._is_first and not self._tokenizer.text_of(token_id)
         return broken + text
 
     def flush(self) -> str:
-        """Gives up the unfinished character: one U+FFFD for each of its bytes. Ends the text."""
+        """Ends the text; returns one U+FFFD for each byte of an unfinished character."""
         text = "\ufffd" * len(self._unfinished)
         self._unfinished = b""
         self._is_first = self._is_first and not text
@@ -78,7 +84,7 @@ class IncrementalDetokenizer:
 
 
 def prompt_pieces(tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> list[str]:
-    """The text that each token of a prompt completes; what the last ones leave unfinished is not.
+    """The text that each token of a prompt completes. An unfinished last character is left out.
 
     Raises:
         InvalidRequestError: an id is outside the vocabulary.
@@ -88,7 +94,7 @@ def prompt_pieces(tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> list[str]:
 
 
 def text_offsets(pieces: Iterable[str]) -> list[int]:
-    """Where each piece begins in the text that they make, in characters."""
+    """The position in the joined text at which each piece begins, in characters."""
     offsets: list[int] = []
     num_chars = 0
     for piece in pieces:
@@ -98,5 +104,5 @@ def text_offsets(pieces: Iterable[str]) -> list[int]:
 
 
 def _begins_surrogate(content: bytes) -> bool:
-    """Whether no valid character begins like this, whatever follows: half of a UTF-16 pair."""
+    """Whether the bytes encode a part of a surrogate, with which no valid character begins."""
     return content[0] == 0xED and content[1:2] >= b"\xa0"

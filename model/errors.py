@@ -1,15 +1,15 @@
-"""Every error `model` raises for the world's faults (our own bugs are assertions).
+"""The errors that `model` raises for faults of the world. Our own bugs are assertions.
 
 ModelError
-├── ModelConfigError            a field of config.json is missing, mistyped or impossible
-├── CheckpointError        names the file and the reason
+├── ModelConfigError       a field of config.json is missing, has a wrong type, or is impossible
+├── CheckpointError        a file cannot be read or written; names the file and the reason
 │   ├── UnsafePickleError      an opcode or global outside the allow-list; nothing was executed
-│   ├── CorruptTensorError     truncated, malformed, or bytes that do not add up
-│   ├── TensorLayoutError      missing or extra file, wrong shape or dtype
-│   └── TensorValueError       NaN, infinite or non-positive scale (found by --verify)
-├── TokenizerError         the tokenizer file is missing, unreadable or of another vocabulary
+│   ├── CorruptTensorError     truncated, malformed, or with sizes that contradict each other
+│   ├── TensorLayoutError      a missing or extra file, a wrong shape or dtype
+│   └── TensorValueError       NaN, infinity, or a scale that is not positive (found by --verify)
+├── TokenizerError         the tokenizer is missing, unreadable, or has another vocabulary size
 ├── InvalidRequestError    names field, value and limit
-│   └── PromptTooLongError     says both numbers
+│   └── PromptTooLongError     names both numbers of tokens
 ├── NonFiniteLogitsError   the model computed NaN or infinity: no token can be drawn
 ├── OutOfBlocksError       the KV block pool is empty
 └── KernelsMissingError    no kernels here can compute what was asked for
@@ -23,7 +23,7 @@ class ModelError(Exception):
 
 
 class ModelConfigError(ModelError):
-    """A configuration that cannot describe a model; names field and value, and the file if any."""
+    """A configuration that is invalid; names field and value, and the file if there is one."""
 
     def __init__(self, field: str, value: object, reason: str, path: Path | None = None) -> None:
         place = f"{path}: " if path else ""
@@ -34,7 +34,7 @@ class ModelConfigError(ModelError):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint that cannot be read; names the file and the reason."""
+    """A checkpoint that cannot be read or written; names the file and the reason."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -43,27 +43,27 @@ class CheckpointError(ModelError):
 
 
 class UnsafePickleError(CheckpointError):
-    """The file asks for code we do not run: a foreign global or opcode."""
+    """The file has a global or an opcode that is not allowed. Nothing of it was executed."""
 
 
 class CorruptTensorError(CheckpointError):
-    """The file is truncated, malformed, or its byte counts do not add up."""
+    """The file is truncated or malformed, or its sizes contradict each other."""
 
 
 class TensorLayoutError(CheckpointError):
-    """A tensor is missing, superfluous, or not of the shape and dtype its place asks for."""
+    """A tensor is missing or extra, or does not have the expected shape and dtype."""
 
 
 class TensorValueError(CheckpointError):
-    """A tensor holds values no sane model has (NaN, infinities, scales <= 0)."""
+    """A tensor holds a value that no model may have: NaN, infinity, or a scale <= 0."""
 
 
 class TokenizerError(ModelError):
-    """The tokenizer is absent, unreadable, or does not fit the model's vocabulary."""
+    """The tokenizer is missing or unreadable, or does not have the model's vocabulary size."""
 
 
 class InvalidRequestError(ModelError):
-    """A request asks for something impossible; names field, value and limit."""
+    """A field of a request has an impossible value; names field, value and limit."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         super().__init__(f"{field} = {value!r}: must be {limit}")
@@ -73,7 +73,7 @@ class InvalidRequestError(ModelError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """The prompt does not fit the context. The reference cuts it silently; we say both numbers."""
+    """The prompt is longer than the context. The reference cuts it silently; we refuse it."""
 
     def __init__(self, num_tokens: int, max_tokens: int) -> None:
         super().__init__("prompt", f"{num_tokens} tokens", f"at most {max_tokens} tokens")
@@ -82,20 +82,23 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class NonFiniteLogitsError(ModelError):
-    """The logits hold NaN or infinities, so that no token can be drawn from them."""
+    """The logits hold NaN or infinity, so that no token can be drawn from them."""
 
     def __init__(self) -> None:
-        super().__init__("the model computed logits that are not finite; see inspect --verify")
+        super().__init__(
+            "the model computed logits that are not finite (NaN or infinity);"
+            " `milliways inspect --verify` checks its weights"
+        )
 
 
 class OutOfBlocksError(ModelError):
     """No free KV block is left and none can be evicted."""
 
     def __init__(self, num_needed: int, num_free: int) -> None:
-        super().__init__(f"needs {num_needed} KV blocks, {num_free} are free")
+        super().__init__(f"{num_needed} KV blocks are needed, but only {num_free} are available")
         self.num_needed = num_needed
         self.num_free = num_free
 
 
 class KernelsMissingError(ModelError):
-    """No kernels here can compute what was asked for; says why."""
+    """No kernels on this machine can compute what was asked for; the message says why."""

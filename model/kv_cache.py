@@ -1,4 +1,4 @@
-"""The arrays that hold keys and values, in blocks. Which block belongs to whom: `block_pool`."""
+"""The arrays of keys and values, in blocks. `block_pool` knows which sequences hold which block."""
 
 import jax.numpy as jnp
 from flax import struct
@@ -10,11 +10,11 @@ from milliways.model.config import ModelConfig
 
 @struct.dataclass
 class StepBatch:
-    """The tokens of one step: of any sequences, prefill and decode mixed, padded to a bucket.
+    """The tokens of one step, padded to a bucket; of several sequences, in prefill or decode.
 
-    `slots_T` names the row of `block_tables_BM` a token's sequence occupies; its position p lies in
-    block `block_tables_BM[slot, p // P]` at offset `p % P`. Padding tokens stand at position -1.
-    `logits_rows_W` picks the tokens whose logits are wanted.
+    `slots_T` is the row of `block_tables_BM` that a token's sequence has. Position p of a sequence
+    is in block `block_tables_BM[slot, p // P]`, at offset `p % P`. A padding token has position -1.
+    `logits_rows_W` has the indices of the tokens whose logits are wanted.
     """
 
     token_ids_T: Int[Array, " T"]
@@ -34,7 +34,10 @@ class LayerCache:
 
 @struct.dataclass
 class KVCache:
-    """All layers of a shard. A position holding the pad token is never visible as a key."""
+    """The keys and values of all layers of a shard.
+
+    Invariant: `visible_NP` is false at a position that holds the pad token: no query sees its key.
+    """
 
     layers_L: tuple[LayerCache, ...]
     visible_NP: Bool[Array, "N P"]
@@ -53,7 +56,7 @@ def make_kv_cache(
 
 
 def token_places(batch: StepBatch, num_blocks: int, block_size: int) -> Int[Array, " T"]:
-    """Flat place of each token in the cache; out of range for padding, so that writes drop it."""
+    """The flat index of each token in the cache. Padding is out of range, so writes drop it."""
     blocks_T = batch.block_tables_BM[batch.slots_T, batch.positions_T // block_size]
     places_T = blocks_T * block_size + batch.positions_T % block_size
     return jnp.where(batch.positions_T >= 0, places_T, num_blocks * block_size)
@@ -64,7 +67,7 @@ def scatter_rows(
     rows_TRK: Float[Array, "T R K"],
     places_T: Int[Array, " T"],
 ) -> Float[Array, "N P R K"]:
-    """The blocks with each row written to its place; a place out of range drops it."""
+    """The blocks, with each row written to its place; drops rows whose place is out of range."""
     flat = blocks_NPRK.reshape(-1, *blocks_NPRK.shape[2:])
     return flat.at[places_T].set(rows_TRK, mode="drop").reshape(blocks_NPRK.shape)
 
@@ -72,7 +75,7 @@ def scatter_rows(
 def read_block(
     layers_L: tuple[LayerCache, ...], block_id: Int[Array, ""]
 ) -> tuple[Float[Array, "L P R K"], Float[Array, "L P R K"]]:
-    """Keys and values of one block in all layers."""
+    """The keys and values of one block, of all layers."""
 
     def of(arrays_NPRK: list[Array]) -> Array:
         return jnp.stack([lax.dynamic_index_in_dim(a, block_id, 0, False) for a in arrays_NPRK])
@@ -88,7 +91,7 @@ def write_block(
     keys_LPRK: Float[Array, "L P R K"],
     values_LPRK: Float[Array, "L P R K"],
 ) -> tuple[tuple[LayerCache, ...], Bool[Array, "N P"]]:
-    """The layers, and what is visible, with one block put in."""
+    """The layers and the visibility, with one block replaced."""
     put = lax.dynamic_update_index_in_dim
     layers_L = tuple(
         LayerCache(
@@ -103,7 +106,7 @@ def write_block(
 def mark_visible(
     visible_NP: Bool[Array, "N P"], batch: StepBatch, pad_token: int
 ) -> Bool[Array, "N P"]:
-    """Records which of the step's positions later queries may see: all but pad tokens."""
+    """Records which positions of the step later queries may see: all but those of pad tokens."""
     places_T = token_places(batch, *visible_NP.shape)
     seen_T = batch.token_ids_T != pad_token
     return visible_NP.reshape(-1).at[places_T].set(seen_T, mode="drop").reshape(visible_NP.shape)

@@ -1,4 +1,4 @@
-"""Finds the parts of a model directory. Imports no JAX, so that `inspect` answers at once."""
+"""Finds the parts of a model directory. It imports no JAX, so that `inspect` starts quickly."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,9 @@ DEMO_NAME = "demo"
 
 
 def resolve_model_dir(name: str) -> Path:
-    """The directory of a model named on the command line; `demo` is the one we ship.
+    """The directory of a model that the command line names; `demo` is the model that we ship.
 
-    Naming its ckpt-0 names the model.
+    The path of its ckpt-0 also names a model.
 
     Raises:
         CheckpointError: there is no such directory.
@@ -22,17 +22,17 @@ def resolve_model_dir(name: str) -> Path:
     path = DEMO_DIR if name == DEMO_NAME else Path(name).expanduser()
     if not path.is_dir():
         raise CheckpointError(path, "no such model directory")
-    # Not resolved: what a ckpt-0 that is a link belongs to lies beside the link.
+    # Links are not resolved: if ckpt-0 is a link, the model's other files are beside the link.
     path = Path(os.path.abspath(path))
     names_tensors = path.name == CHECKPOINT_DIR and not (path / CHECKPOINT_DIR).is_dir()
     return path.parent if names_tensors else path
 
 
 def load_tokenizer(model_dir: Path, vocab_size: int) -> Tokenizer | None:
-    """The model's tokenizer, if it brings one.
+    """The model's tokenizer; None if the directory has none.
 
     Raises:
-        TokenizerError: it is unreadable, or of another vocabulary than the model.
+        TokenizerError: it is unreadable, or its number of pieces is not `vocab_size`.
     """
     path = model_dir / TOKENIZER_FILE
     return Tokenizer.load(path, vocab_size) if path.is_file() else None

@@ -1,9 +1,9 @@
-"""Parameters as the forward pass wants them: Flax dataclasses, cut where the cluster cuts.
+"""The parameters of the forward pass: Flax dataclasses, divided as a cluster divides them.
 
 A worker holds `AttentionParams` of some layers, `ExpertParams` of some experts of some layers, or
-both; the ends of the chain hold `EndParams`. Loading copies each array once, from the mapped file
-to where a `Loader` puts it (or leaves experts there, if it is that kind of loader), and touches
-nothing that the shard does not need.
+both. The first and the last worker of a chain hold `EndParams`. A `Loader` copies each array once,
+from the mapped file to its place. `MappedLoader` leaves experts in the files. What a shard does not
+need is not read.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from milliways.model.checkpoint import Checkpoint, TensorRole
 class QuantizedMatrix:
     """int8 weights [in, out] with scale rows: W[g * K/G + r, n] = weight * scales[g, n].
 
-    Stacks of matrices (experts) carry leading axes on both arrays. The output head may be int16.
+    In a stack of matrices (experts), both arrays have leading axes. The output head may be int16.
     """
 
     weight: Int[Array, "*stack K N"]
@@ -40,7 +40,7 @@ class QuantizedMatrix:
 
 @struct.dataclass
 class PackedMatrix:
-    """The same matrix in the panels that the CPU kernels read (model/ops/native/kernels.h)."""
+    """The same matrix in panels, the form that CPU kernels read (model/ops/native/kernels.h)."""
 
     panels: UInt8[Array, "*stack num_panels panel_bytes"]
     scales: Float[Array, "*stack G padded_N"]
@@ -55,7 +55,10 @@ class PackedMatrix:
 
 @struct.dataclass
 class MappedMatrix:
-    """A stack of int8 matrices that stay in their mapped files, by the numbers of the regions."""
+    """A stack of int8 matrices that stay in their mapped files.
+
+    `regions` has the numbers under which the kernels know the mapped bytes of each matrix.
+    """
 
     regions: Int[Array, " stack"]
     scales: Float[Array, "stack G padded_N"]
@@ -74,9 +77,9 @@ HostMatrix = tuple[np.ndarray, np.ndarray]
 
 @struct.dataclass
 class AttentionParams:
-    """The attention half of one layer: both attention norms, both expert norms, and the gate.
+    """The attention half of one layer: projections, both attention norms, both expert norms, gate.
 
-    The expert norms live here because combining happens where the residual stream lives.
+    The expert norms belong to it because the process with the residual stream combines outputs.
     """
 
     attention_norm_D: Float[Array, " D"]
@@ -107,9 +110,9 @@ class ExpertParams:
 class EndParams:
     """What the first and the last shard of a chain need: the tied embedding and the final norm.
 
-    Tokens are looked up in float32 as released, also under bfloat16 activations: rounding the
-    table, as the reference does, moves more gate decisions than any other rounding of the forward
-    pass. `head` is the same table transposed and rounded, for the logits.
+    The embedding table stays in float32, as released, even if activations are bfloat16. Rounding
+    the table, as the reference does, would change more gate decisions than any other rounding of
+    the forward pass. `head` is the same table, transposed and rounded, for the logits.
     """
 
     embedding_VD: Float[Array, "V D"]
@@ -127,14 +130,14 @@ class ModelParams:
 
 
 class Loader(Protocol):
-    """Puts host arrays where the kernels want them, in the form they want."""
+    """Puts host arrays where the kernels need them, in the form that they need."""
 
     @property
     def activations(self) -> Activations: ...
 
     @property
     def reads_experts(self) -> bool:
-        """Whether `stack` reads what it is given, or only notes where it lies."""
+        """Whether `stack` reads the given arrays; otherwise it only records where they are."""
         ...
 
     def array(self, host: np.ndarray) -> jax.Array:
@@ -146,12 +149,12 @@ class Loader(Protocol):
         ...
 
     def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
-        """Several matrices of one shape, stacked in the given order."""
+        """Several matrices of the same shape, stacked in the given order."""
         ...
 
 
 class DeviceLoader:
-    """Arrays as they are."""
+    """Keeps arrays as they are."""
 
     reads_experts = True
 

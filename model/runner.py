@@ -1,11 +1,11 @@
-"""Runs steps of a whole model in one process: host lists in, logits out, compiled once per bucket.
+"""Runs steps of a whole model in one process. It takes lists of tokens and returns logits.
 
-The only place that turns a ragged set of sequences into padded arrays. Two ways through the same
-layers: `fused` compiles the whole model as one program, `halves` calls each layer's attention half
-and expert half as a cluster of workers would.
+This module alone turns sequences of different lengths into padded arrays. A step is compiled once
+for each bucket of sizes. `StepMode.FUSED` compiles the whole model as one program. `HALVES` calls
+each layer's attention half and expert half, as a cluster of workers does.
 
-A row of logits is as long as the vocabulary, so few are held at once: `CacheSize.max_logits_rows`.
-More are wanted only where a prompt is scored; they are then computed that many at a time.
+A row of logits is as long as the vocabulary, so at most `CacheSize.max_logits_rows` rows are held
+at once. A step needs more only if it scores a prompt; they are then computed in several parts.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ from milliways.model.params import EndParams, ModelParams
 from milliways.model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
 from milliways.model.sampling_params import SampledToken, SampleRow
 
-# 16 MiB of Grok-1's logits; the next power of two would cost as much again and save little.
+# 16 MiB of Grok-1's logits. The next power of two would need twice as much, and save little time.
 MAX_LOGITS_ROWS = 32
 
 
 class StepMode(Enum):
-    """One program for the whole model, or one call per layer half."""
+    """One program for the whole model, or one call for each half of a layer."""
 
     FUSED = "fused"
     HALVES = "halves"
@@ -38,10 +38,10 @@ class StepMode(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledTokens:
-    """The tokens of one sequence to compute in a step, and where its keys and values lie.
+    """The tokens of one sequence to compute in a step, and the blocks of its keys and values.
 
-    Logits are wanted of the last `num_logits` tokens: 0 for a prefill chunk that is not the last,
-    unless the prompt is scored.
+    Logits of the last `num_logits` tokens are wanted. That is 0 for a prefill chunk that is not the
+    last one, unless the prompt is scored.
     """
 
     token_ids: Sequence[int]
@@ -60,7 +60,7 @@ class CacheSize:
 
     @property
     def max_logits_rows(self) -> int:
-        """Rows of logits that are held at once: one for each sequence that decodes, at least."""
+        """The most rows of logits to hold at once: at least one for each slot."""
         return max(MAX_LOGITS_ROWS, self.max_slots)
 
 
@@ -69,14 +69,18 @@ Unembed = Callable[[EndParams, np.ndarray, np.ndarray], jax.Array]
 
 
 class DividedStep(NamedTuple):
-    """A step in two: the layers, up to the residual stream [T, D]; and the logits of rows."""
+    """A step in two parts: the layers, up to the residual stream [T, D], and the logits of rows."""
 
     layers: Step
     unembed: Unembed
 
 
 class ModelRunner:
-    """Owns the parameters, the KV arrays and the compiled step of one process."""
+    """Owns the parameters, the KV arrays and the compiled step of one process.
+
+    Invariant: `_cache` is the result of the last step. A step donates it, so earlier references to
+    it are invalid.
+    """
 
     def __init__(
         self,
@@ -91,7 +95,7 @@ class ModelRunner:
     ) -> None:
         self.config = config
         self._ops = ops
-        # Whatever must live as long as the parameters do.
+        # Kept alive as long as the parameters, which may be views of what it holds.
         self._owner = owner
         self.cache_size = cache_size
         self._params = params
@@ -105,21 +109,21 @@ class ModelRunner:
         return -(-self.config.sequence_len // self.cache_size.block_size)
 
     def compute_logits(self, scheduled: Sequence[ScheduledTokens]) -> np.ndarray:
-        """Computes all scheduled tokens; logits [sum of num_logits, V] float32, in order."""
+        """Computes all scheduled tokens; returns float32 logits [sum of num_logits, V] in order."""
         num_logits = sum(entry.num_logits for entry in scheduled)
         return np.asarray(self._compute(scheduled))[:num_logits]
 
     def compute_and_sample(
         self, scheduled: Sequence[ScheduledTokens], rows: Sequence[SampleRow]
     ) -> list[SampledToken]:
-        """Computes all scheduled tokens and draws one token for each wanted logits row."""
+        """Computes all scheduled tokens, and draws one token for each wanted row of logits."""
         assert len(rows) == sum(entry.num_logits for entry in scheduled)
         max_rows = self.cache_size.max_logits_rows
         if len(rows) <= max_rows:
             return draw_tokens(self._compute(scheduled), rows, self._ops)
         batch = self._batch(scheduled)
         rows_W = np.asarray(batch.logits_rows_W)[: len(rows)]
-        # The layers do not ask who wants logits: one program less for each number of rows.
+        # The layers do not need the wanted rows. Without them, fewer programs are compiled.
         batch = replace(batch, logits_rows_W=cast(jax.Array, np.zeros(0, np.int32)))
         hidden_TD, self._cache = self._divided.layers(self._params, batch, self._cache)
         hidden_WD = np.asarray(hidden_TD)[rows_W]
@@ -133,7 +137,7 @@ class ModelRunner:
         return logits_WV
 
     def read_cache(self) -> KVCache:
-        """The KV arrays as they stand, for inspection; the next step invalidates them."""
+        """The current KV arrays, for inspection. The next step makes them invalid."""
         return self._cache
 
     def _batch(self, scheduled: Sequence[ScheduledTokens]) -> StepBatch:
@@ -143,7 +147,7 @@ class ModelRunner:
         positions_T = np.full(len(token_ids_T), -1, np.int32)
         slots_T = np.zeros(len(token_ids_T), np.int32)
         tables_BM = np.zeros((self.cache_size.max_slots, self.blocks_per_sequence), np.int32)
-        # Most prefill chunks want no logits, and then none are computed.
+        # Most prefill chunks need no logits; then none are computed.
         num_rows = bucket(num_logits, self._ops.min_rows) if num_logits else 0
         logits_rows_W = np.zeros(num_rows, np.int32)
         first = first_row = 0
@@ -156,13 +160,13 @@ class ModelRunner:
             tables_BM[slot, : len(entry.block_table)] = entry.block_table
             logits_rows_W[first_row:end_row] = range(end - entry.num_logits, end)
             first, first_row = end, end_row
-        # Host arrays: a jitted call takes them in faster than they could be put on the device.
+        # Host arrays: a jitted call copies them to the device faster than we could.
         arrays = (token_ids_T, positions_T, slots_T, tables_BM, logits_rows_W)
         return StepBatch(*(cast(jax.Array, array) for array in arrays))
 
 
 def draw_tokens(logits_WV: jax.Array, rows: Sequence[SampleRow], ops: Ops) -> list[SampledToken]:
-    """Draws one token for each row; logits beyond the rows are padding."""
+    """Draws one token for each row; the logits after the last row are padding."""
     if not rows:
         return []
     padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
@@ -179,10 +183,11 @@ def draw_from_hidden(
     ops: Ops,
     max_rows: int,
 ) -> list[SampledToken]:
-    """Draws one token for each row of the residual stream, with `max_rows` logits at a time.
+    """Draws one token for each row of the residual stream, in parts of at most `max_rows` rows.
 
-    Rows come picked, on the host: programs then depend on how many they are, and not also on the
-    size of the step, of which a replay brings pairs that nobody has seen before.
+    The rows were selected on the host. So a compiled program depends on the number of rows alone,
+    and not also on the size of the step. A replay has many combinations of the two, and each new
+    one would have to be compiled.
     """
     drawn: list[SampledToken] = []
     for first in range(0, len(rows), max_rows):
@@ -207,12 +212,12 @@ def _sampled_token(sampled: SampledTokens, i: int, row: SampleRow) -> SampledTok
 
 
 def bucket(num_rows: int, min_rows: int) -> int:
-    """The padded size for `num_rows`: a power of two, so that few programs are compiled."""
+    """The padded number of rows: a power of two, so that few programs are compiled."""
     return max(min_rows, 1 << (num_rows - 1).bit_length())
 
 
 def padded_rows(array: np.ndarray, num_rows: int, value: int = 0) -> np.ndarray:
-    """The array with rows of `value` after its own, up to `num_rows` of them."""
+    """The array, padded with rows of `value` to `num_rows` rows."""
     if len(array) == num_rows:
         return array
     padded = np.full((num_rows, *array.shape[1:]), value, array.dtype)
@@ -231,7 +236,7 @@ def make_runner(
     cache = _empty_cache(decoder, cache_size)
     parts = jitted_parts(decoder)
     if mode is StepMode.FUSED:
-        # The parts stay jitted inside: a layer is then traced once and not once for each layer.
+        # The parts stay jitted inside, so that one trace serves all layers.
         step = jax.jit(partial(run_step, parts), donate_argnums=(2,))
         layers = jax.jit(partial(run_layers, parts), donate_argnums=(2,))
     else:
@@ -253,12 +258,12 @@ def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:
 
 @cache
 def jitted_parts(decoder: Decoder) -> DecoderParts:
-    """Each part compiled for itself, once for all who compute with equal decoders."""
+    """Each part as its own jitted function. All callers with equal decoders share them."""
     parts = decoder.parts()
     return DecoderParts(
         mark_visible=jax.jit(parts.mark_visible),
         embed=jax.jit(parts.embed),
-        # The layer's cache, fourth of the arguments, is updated in place.
+        # The layer's cache, the fourth argument, is updated in place.
         attention_half=jax.jit(parts.attention_half, donate_argnums=(3,)),
         expert_half=jax.jit(parts.expert_half),
         combine=jax.jit(parts.combine),
@@ -273,5 +278,5 @@ def _by_halves(
     batch: StepBatch,
     cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
-    # Once for all layers: each of them would put the host's arrays on the device again.
+    # Done once: otherwise each layer would copy the host arrays to the device again.
     return run(parts, params, jax.device_put(batch), cache)

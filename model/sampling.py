@@ -1,23 +1,23 @@
-"""Draws the next token of each sequence of a step: float32, without hidden state.
+"""Draws the next token of each sequence of a step, in float32 and without hidden state.
 
-In order, for each row of logits:
+For each row of logits, in this order:
 
-1. repetition penalty, then frequency and presence penalty, then logit bias, on the raw logits;
-2. temperature 0: the highest logit, and that is all;
-3. minus the highest logit, divided by the temperature;
-4. top-k, then top-p among those left, then min-p;
-5. plus Gumbel noise of key = f(seed, sample index, position); the highest wins.
+1. Apply the repetition penalty, the frequency and presence penalties, and the logit bias.
+2. If the temperature is 0, take the token with the highest logit. The steps below do not apply.
+3. Subtract the highest logit and divide by the temperature.
+4. Keep the tokens of top-k, of those the tokens of top-p, and of those the tokens of min-p.
+5. Add Gumbel noise; its key is a function of seed, sample index and position. Take the highest.
 
-Where the token is given, as within a prompt, nothing is drawn: it is scored, which is to have its
-log-probability told as that of a drawn one is.
+If the token is given, as it is within a prompt, nothing is drawn. The token is scored: the result
+holds its log-probability, as it does for a drawn token.
 
-A draw is a function of (logits, parameters, tokens so far), so whoever takes over a sequence goes
-on with the same tokens. Ties go to the lowest token id. Reported log-probabilities are those of the
-raw logits. `docs/departures.md` says where this leaves the reference, and where each semantic
-choice comes from.
+A draw is a function of logits, parameters and tokens so far. So any process that takes over a
+sequence draws the same tokens. Ties go to the lowest token id. Reported log-probabilities are those
+of the raw logits. `docs/departures.md` lists the differences from the reference, and the origin of
+each semantic choice.
 
-Rows are computed one after another by one program whose shapes are [V]: a row's bits then do not
-depend on the batch, which XLA's reductions over [B, V] do not grant.
+One program with shapes [V] computes the rows one after another. A row's bits therefore do not
+depend on the batch, which XLA's reductions over [B, V] do not guarantee.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,44 +34,47 @@ from milliways.model.sampling_params import (
     INVALID_TOKEN,
     MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
+    PARAMETERS,
     SampleRow,
     SamplingParams,
 )
 
-# Below it, a temperature is greedy: the quotient would leave float32 (vLLM draws the same line).
+# A smaller temperature is greedy: dividing by it would overflow float32 (vLLM has the same limit).
 _MIN_TEMPERATURE = 1e-5
-# So many candidates are looked at before all V are sorted: sorting 131072 costs 50 ms on a CPU.
+# This many candidates are searched before all V are sorted: sorting 131072 takes 50 ms on a CPU.
 _NUM_CANDIDATES = 1024
-# Histories are padded to a power of 4 of at least this: few shapes, so few compilations.
+# Histories are padded to this times a power of 4: few shapes need few compilations.
 _MIN_HISTORY = 256
 
 HostArray = Array | np.ndarray
 
 
 class RowSummary(NamedTuple):
-    """What drawing needs to know of a whole row of logits."""
+    """What a draw must know about a whole row of logits."""
 
-    top: Float[HostArray, "*B"]  # +inf where the row holds a NaN
+    top: Float[HostArray, "*B"]  # +inf if the row holds a NaN
     best_id: Int[HostArray, "*B"]  # the lowest id with the highest logit
     log_total: Float[HostArray, "*B"]  # log of the sum of exp(logit - top)
 
 
 class RowKernels(Protocol):
-    """Other means to compute the two functions of whole rows that cost most; hashable."""
+    """Other implementations of the two most expensive functions of whole rows. Hashable."""
 
     def gumbel(self, key_2: Array, num_places: int) -> Array:
-        """As `gumbel_noise`."""
+        """Replaces `gumbel_noise`."""
         ...
 
     def summarize_rows(self, logits_BV: Array) -> RowSummary:
-        """As the function of that name."""
+        """Replaces the function of the same name."""
         ...
 
 
 class SampleInputs(NamedTuple):
-    """What `sample` needs besides logits. Every array has a leading axis B; in a row it is gone.
+    """What `sample` needs besides logits. Arrays have a leading axis B, those of one row do not.
 
-    S and J are 0 where no row of the batch has a penalty or a bias.
+    Each sampling parameter that is a real number has the array of its name.
+
+    Invariant: S is 0 if no row of the batch has a penalty, J is 0 if no row has a bias.
     """
 
     temperature: Float[HostArray, "*B"]  # 0: greedy
@@ -83,27 +86,27 @@ class SampleInputs(NamedTuple):
     frequency_penalty: Float[HostArray, "*B"]
     seed_2: UInt32[HostArray, "*B 2"]  # high word, low word
     sample_index: Int[HostArray, "*B"]
-    position: Int[HostArray, "*B"]  # the one that the drawn token will have
+    position: Int[HostArray, "*B"]  # of the token that is drawn
     history_S: Int[HostArray, "*B S"]  # padded with V
     num_prompt_tokens: Int[HostArray, "*B"]
     bias_ids_J: Int[HostArray, "*B J"]  # padded with V
     bias_values_J: Float[HostArray, "*B J"]
-    given_id: Int[HostArray, "*B"]  # INVALID_TOKEN where the token is to be drawn
+    given_id: Int[HostArray, "*B"]  # INVALID_TOKEN: draw the token
 
 
 class SampledTokens(NamedTuple):
-    """One token for each row; the best K tokens are those of the raw logits, best first."""
+    """One token for each row, and the best K tokens of the raw logits, best first."""
 
-    token_B: Int[HostArray, "*B"]  # drawn or given; INVALID_TOKEN where not valid
+    token_B: Int[HostArray, "*B"]  # drawn or given; INVALID_TOKEN if not valid
     logprob_B: Float[HostArray, "*B"]
     top_ids_BK: Int[HostArray, "*B K"]
     top_logprobs_BK: Float[HostArray, "*B K"]
-    # False where the logits hold NaN or +inf, or no finite value: the sequence has to fail.
+    # False if the logits hold NaN or +inf, or no finite value: the sequence must fail.
     is_valid_B: Bool[HostArray, "*B"]
 
 
 def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs:
-    """Host arrays for the slots of a step, in order; None is an empty slot, drawn greedily."""
+    """Host arrays for the slots of a step, in order. None is an empty slot and drawn greedily."""
     empty = SampleRow(params=SamplingParams(temperature=0.0), token_ids=(), num_prompt_tokens=0)
     full_rows = [row or empty for row in rows]
     all_params = [row.params for row in full_rows]
@@ -113,18 +116,15 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs
     num_biases = MAX_LOGIT_BIASES if any(biases) else 0
     seeds = [[params.seed >> 32, params.seed & 0xFFFFFFFF] for params in all_params]
 
-    def floats(name: str) -> np.ndarray:
-        return np.array([getattr(params, name) for params in all_params], np.float32)
-
-    temperature = floats("temperature")
+    numbers = {
+        name: np.array([getattr(params, name) for params in all_params], np.float32)
+        for name in (parameter.name for parameter in PARAMETERS if parameter.kind is float)
+    }
+    is_greedy = numbers["temperature"] < _MIN_TEMPERATURE
+    numbers["temperature"] = np.where(is_greedy, np.float32(0), numbers["temperature"])
     return SampleInputs(
-        temperature=np.where(temperature < _MIN_TEMPERATURE, np.float32(0), temperature),
+        **numbers,
         top_k=np.array([min(p.top_k or vocab_size, vocab_size) for p in all_params], np.int32),
-        top_p=floats("top_p"),
-        min_p=floats("min_p"),
-        repetition_penalty=floats("repetition_penalty"),
-        presence_penalty=floats("presence_penalty"),
-        frequency_penalty=floats("frequency_penalty"),
         seed_2=np.array(seeds, np.uint32),
         sample_index=np.array([row.sample_index for row in full_rows], np.int32),
         position=np.array([len(row.token_ids) for row in full_rows], np.int32),
@@ -139,7 +139,7 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs
 
 
 def bucket_num_logprobs(all_params: Sequence[SamplingParams]) -> int:
-    """The K to ask `sample` for: 0 or the maximum, so that there are two programs, not 21."""
+    """The K for `sample`: 0 or the maximum, so that there are two programs instead of 21."""
     return MAX_LOGPROBS if any(params.num_logprobs for params in all_params) else 0
 
 
@@ -151,9 +151,9 @@ def sample(
     num_logprobs: int = 0,
     kernels: RowKernels | None = None,
 ) -> SampledTokens:
-    """Draws a token for each row. A row's result is the same bits in any batch.
+    """Draws a token for each row. A row has the same bits in any batch.
 
-    `kernels` compute parts of it by other means than XLA's.
+    `kernels`, if given, compute parts of it instead of XLA.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     summary_B = (kernels.summarize_rows if kernels else summarize_rows)(logits_BV)
@@ -168,13 +168,13 @@ def sample(
 def choose(
     logits_V: Float[Array, " V"], row: SampleInputs, gumbel_V: Float[Array, " V"]
 ) -> Int[Array, ""]:
-    """The token of one row at a temperature above 0, given the noise."""
+    """The token of one row at a temperature above 0, with this noise."""
     return _first_max(filter_logits(logits_V, row) + gumbel_V)
 
 
 def filter_logits(logits_V: Float[Array, " V"], row: SampleInputs) -> Float[Array, " V"]:
-    """Logits over temperature, highest at 0, and -inf for what top-k, top-p and min-p leave out."""
-    # Subtracting first keeps the quotient from overflowing at any temperature.
+    """Logits over temperature, with the highest at 0. Tokens that the filters drop get -inf."""
+    # Subtract first: then the quotient overflows at no temperature.
     scaled_V = (logits_V - jnp.max(logits_V)) / row.temperature
     needs_ranks = (row.top_k < scaled_V.size) | (row.top_p < 1)
     is_kept_V = lax.cond(needs_ranks, _keep_best, _keep_all, scaled_V, row)
@@ -183,27 +183,27 @@ def filter_logits(logits_V: Float[Array, " V"], row: SampleInputs) -> Float[Arra
 
 
 def noise_key(row: SampleInputs) -> UInt32[Array, " 2"]:
-    """The threefry key of one draw: of seed, sample index and position, and of nothing else."""
+    """The threefry key of one draw. It depends on seed, sample index and position only."""
     key = jax.random.fold_in(_seed_key(row.seed_2), row.sample_index.astype(jnp.uint32))
     key = jax.random.fold_in(key, row.position.astype(jnp.uint32))
     return jax.random.key_data(key)
 
 
 def gumbel_noise(key_2: UInt32[HostArray, " 2"], vocab_size: int) -> Float[Array, " V"]:
-    """Noise of one draw; entry v is a function of (key, v) alone."""
+    """Noise of one draw. Entry v depends on the key and v only."""
     key = jax.random.wrap_key_data(jnp.asarray(key_2), impl="threefry2x32")
-    # Pinned, as the process-wide setting changes the bits; True makes them independent of V.
+    # The process-wide setting would change the bits. True makes them independent of V.
     with jax.threefry_partitionable(True):
         bits_V = jax.random.bits(key, (vocab_size,), jnp.uint32)
-    # The winner has the smallest exponential, so the resolution must be near 0: 32 bits there,
-    # where float32 uniforms below 1 have 24 and would tie once in a hundred draws over 131072.
+    # The winner has the smallest exponential, so resolution matters near 0. These uniforms have 32
+    # bits there. Usual float32 uniforms have 24, and would tie in 1 of 100 draws over 131072.
     uniform_V = (bits_V.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
     exponential_V = -jnp.log1p(-jnp.minimum(uniform_V, jnp.float32(1 - 2.0**-24)))
     return -jnp.log(exponential_V)
 
 
 def summarize_rows(logits_BV: Float[Array, "B V"]) -> RowSummary:
-    """Highest logit, where it is, and the soft-max total of each row."""
+    """The highest logit of each row, its token id, and the soft-max total."""
     return lax.map(_summarize_row, logits_BV)
 
 
@@ -257,7 +257,7 @@ def _draw(logits_V: Array, row: SampleInputs, noise: Callable[[Array, int], Arra
 
 
 def _highest(values_V: Array) -> Array:
-    # Asked for, since XLA's own maximum over a long row may pass a NaN by.
+    # Look for NaN: XLA's own maximum over a long row may ignore it.
     return jnp.max(jnp.where(jnp.isnan(values_V), jnp.inf, values_V))
 
 
@@ -299,7 +299,7 @@ def _keep_all(scaled_V: Array, row: SampleInputs) -> Array:
 
 
 def _keep_best(scaled_V: Array, row: SampleInputs) -> Array:
-    """Top-k and top-p. Sorts only the best candidates where they hold the cut, else everything."""
+    """Top-k and top-p. Sorts only the best candidates if they contain the cut, or all tokens."""
     total = jnp.sum(jnp.exp(scaled_V))
     num_all = scaled_V.size
     num_candidates = min(_NUM_CANDIDATES, num_all)
@@ -319,14 +319,14 @@ def _keep_best(scaled_V: Array, row: SampleInputs) -> Array:
 
 
 def _keep_above_cut(scaled_V: Array, row: SampleInputs, total: Array, num_candidates: int) -> Array:
-    """The cuts of top-k and top-p, both known to lie among the best `num_candidates`."""
+    """The cuts of top-k and top-p, which must lie among the best `num_candidates`."""
     best_C, best_ids_C = lax.top_k(scaled_V, num_candidates)
     is_ranked_C = jnp.arange(num_candidates, dtype=jnp.int32) < row.top_k
     mass_C = jnp.where(is_ranked_C, jnp.exp(best_C), 0.0)
     total = jnp.where(row.top_k < scaled_V.size, jnp.sum(mass_C), total)
-    # The token that crosses p is kept, so a token stays while those above it hold at most p.
+    # The token that crosses p is kept: a token stays if those above it hold at most p.
     above_C = jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(mass_C)[:-1]])
-    # At p = 1 rounding of the sums must not cost the least token.
+    # At p = 1, rounding of the sums must not drop the least likely token.
     most_above = jnp.where(row.top_p < 1, row.top_p * total, jnp.inf)
     num_kept = jnp.sum(above_C <= most_above, dtype=jnp.int32)
     is_in_top_p_V = scaled_V >= best_C[num_kept - 1]
@@ -338,7 +338,7 @@ def _keep_above_cut(scaled_V: Array, row: SampleInputs, total: Array, num_candid
 
 
 def _seed_key(seed_2: HostArray) -> Key[Array, ""]:
-    """Equal to jax.random.key(seed), which without 64-bit mode cannot take a seed of 64 bits."""
+    """Equals jax.random.key(seed), which accepts 64 bits in 64-bit mode only."""
     return jax.random.wrap_key_data(jnp.asarray(seed_2), impl="threefry2x32")
 
 

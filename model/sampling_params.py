@@ -1,10 +1,20 @@
-"""What a draw takes and what it gives, without arrays: for processes that compute nothing.
+"""Sampling parameters, and the input and output of a draw. Nothing here holds arrays.
 
-Whoever imports this does not import JAX, which costs seconds and hundreds of megabytes.
+Processes that compute nothing import this module, so it must not import JAX, which costs seconds
+and hundreds of megabytes.
+
+A sampling parameter is declared once, as a field of `SamplingParams`. The declaration names its
+type, default, bounds and meaning. Everything that handles parameters reads `PARAMETERS`:
+
+- `SamplingParams` checks values, and names field, value and limit in the error;
+- `wire/sampling.py` carries each in the field of the same name in `sampling.proto`;
+- HTTP bodies have a field of the same name, described in their schema;
+- `milliways generate` has an option of the same name;
+- `sampling.py` packs each real number into the array of the same name in `SampleInputs`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, no_type_check
 
 from milliways.model.errors import InvalidRequestError
@@ -13,50 +23,113 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 300
 INVALID_TOKEN = -1
 
-# The least that float32 does not flush to zero.
-_MIN_TOP_P = 1e-37
+_MAX_INT32 = 2**31 - 1
 
 
-@no_type_check  # it checks itself, and has to see the mistyped values that it refuses
+def _parameter(
+    default: Any,
+    least: float,
+    most: float,
+    meaning: str,
+    *,
+    metavar: str,
+    has_own_option: bool = True,
+) -> Any:
+    """A field of `SamplingParams`; the arguments are those of `Parameter`."""
+    metadata = {
+        "least": least,
+        "most": most,
+        "meaning": meaning,
+        "metavar": metavar,
+        "has_own_option": has_own_option,
+    }
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@no_type_check  # it checks its own fields, and must accept the mistyped values that it refuses
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a request wants its tokens drawn; the defaults draw from the model's distribution.
+    """How the tokens of a request are drawn. The defaults draw from the model's distribution.
+
+    Invariant: every field has its declared type and lies within its declared bounds.
 
     Raises:
         InvalidRequestError: a field is mistyped or out of range; names field, value and limit.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: off
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    num_logprobs: int = 0
-    seed: int = 0
+    temperature: float = _parameter(
+        1.0, 0.0, 100.0, "randomness of the draw; 0 takes the most likely token", metavar="T"
+    )
+    top_p: float = _parameter(
+        1.0,
+        1e-37,  # float32 would flush far smaller ones to zero
+        1.0,
+        "keep the most likely tokens that together have this probability; 1 keeps all",
+        metavar="P",
+    )
+    top_k: int = _parameter(
+        0, 0, _MAX_INT32, "keep this number of most likely tokens; 0 keeps all", metavar="K"
+    )
+    min_p: float = _parameter(
+        0.0,
+        0.0,
+        1.0,
+        "drop tokens less likely than this fraction of the most likely one; 0 drops none",
+        metavar="P",
+    )
+    repetition_penalty: float = _parameter(
+        1.0,
+        0.01,
+        100.0,
+        "divides positive logits, and multiplies the others, of tokens that the prompt or the"
+        " completion has; 1 changes none",
+        metavar="R",
+    )
+    presence_penalty: float = _parameter(
+        0.0,
+        -2.0,
+        2.0,
+        "subtracted from the logit of every token that the completion has",
+        metavar="R",
+    )
+    frequency_penalty: float = _parameter(
+        0.0,
+        -2.0,
+        2.0,
+        "subtracted from the logit of a token for each time that the completion has it",
+        metavar="R",
+    )
+    logit_bias: Mapping[int, float] = _parameter(
+        dict, -100.0, 100.0, "added to the logits of these tokens", metavar="ID=BIAS"
+    )
+    # OpenAI's API and the command line call it `logprobs`, and answer in another shape with it.
+    num_logprobs: int = _parameter(
+        0,
+        0,
+        MAX_LOGPROBS,
+        "number of most likely tokens whose log-probabilities come with each token",
+        metavar="K",
+        has_own_option=False,
+    )
+    seed: int = _parameter(0, 0, 2**63 - 1, "equal seeds draw equal tokens", metavar="S")
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, _MIN_TOP_P, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        _check_whole("num_logprobs", self.num_logprobs, 0, MAX_LOGPROBS)
-        _check_whole("seed", self.seed, 0, 2**63 - 1)
-        object.__setattr__(self, "logit_bias", _checked_logit_bias(self.logit_bias))
+        for parameter in PARAMETERS:
+            parameter.check(getattr(self, parameter.name))
+        # A copy: later changes by the caller must not reach the request.
+        biases = {token_id: float(bias) for token_id, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
 
     @property
     def has_penalty(self) -> bool:
-        """Whether drawing needs to know the tokens so far."""
+        """Whether drawing reads the tokens of prompt and completion."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0)
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises InvalidRequestError if a biased token id is not of the vocabulary."""
+        """Raises InvalidRequestError if a biased token id lies outside the vocabulary."""
         for token_id in self.logit_bias:
             if token_id >= vocab_size:
                 limit = f"of token ids in 0..{vocab_size - 1}"
@@ -64,11 +137,53 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SampleRow:
-    """One sequence about to get a token: its prompt and completion so far, in `token_ids`.
+class Parameter:
+    """The declaration of one sampling parameter."""
 
-    With `given_id`, the token that follows is known, as within a prompt: nothing is drawn, and what
-    comes back is that token with its log-probability.
+    name: str
+    # float, int, or Mapping[int, float]: biases by token id.
+    kind: Any
+    # None for biases: there are none.
+    default: float | None
+    # Bounds of the value. Those of biases hold for each bias.
+    least: float
+    most: float
+    # What the parameter does, as a phrase for `--help` and for the schema of HTTP bodies.
+    meaning: str
+    # Stands for the value in `--help`.
+    metavar: str
+    # Whether HTTP bodies and `milliways generate` get a field and an option of the same name.
+    has_own_option: bool
+
+    def check(self, value: Any) -> None:
+        """Raises InvalidRequestError unless the value has the right type and range."""
+        # The usual case comes first: workers check the parameters of each row in each step.
+        if type(value) is self.kind and self.least <= value <= self.most:
+            return
+        if self.kind is float:
+            _check_number(self.name, value, self.least, self.most)
+        elif self.kind is int:
+            _check_whole(self.name, value, self.least, self.most)
+        else:
+            self._check_biases(value)
+
+    def _check_biases(self, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise InvalidRequestError(self.name, value, "a mapping of token ids to numbers")
+        if len(value) > MAX_LOGIT_BIASES:
+            limit = f"at most {MAX_LOGIT_BIASES} entries"
+            raise InvalidRequestError(self.name, f"{len(value)} entries", limit)
+        for token_id, bias in value.items():
+            _check_whole(self.name, token_id, 0, _MAX_INT32)
+            _check_number(self.name, bias, self.least, self.most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One sequence that gets its next token. `token_ids` are its prompt and completion so far.
+
+    If `given_id` is set, the next token is known, as it is within a prompt. Nothing is drawn then:
+    the result is that token with its log-probability.
     """
 
     params: SamplingParams
@@ -80,36 +195,33 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """A token, drawn or given, with the log-probabilities (of the raw logits) asked for."""
+    """A token, drawn or given, with the requested log-probabilities of the raw logits."""
 
     token_id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
-    # False where the logits were not finite: the sequence has to fail, the token means nothing.
+    # False if the logits were not finite. The token means nothing then: its sequence must fail.
     is_valid: bool
 
 
-def _checked_logit_bias(logit_bias: object) -> dict[int, float]:
-    """A copy, so that the caller's later changes do not reach the request."""
-    if not isinstance(logit_bias, Mapping):
-        raise InvalidRequestError("logit_bias", logit_bias, "a mapping of token ids to numbers")
-    if len(logit_bias) > MAX_LOGIT_BIASES:
-        num_entries = f"{len(logit_bias)} entries"
-        raise InvalidRequestError("logit_bias", num_entries, f"at most {MAX_LOGIT_BIASES} entries")
-    for token_id, bias in logit_bias.items():
-        _check_whole("logit_bias", token_id, 0, 2**31 - 1)
-        _check_number("logit_bias", bias, -100.0, 100.0)
-    return {token_id: float(bias) for token_id, bias in logit_bias.items()}
-
-
-def _check_number(name: str, value: Any, lowest: float, highest: float) -> None:
-    """NaN fails both comparisons; an int of any size can be compared."""
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    # NaN fails both comparisons. An int of any size can be compared with a float.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and lowest <= value <= highest):
-        raise InvalidRequestError(name, value, f"a number in {lowest:g}..{highest:g}")
+    if not (is_number and least <= value <= most):
+        raise InvalidRequestError(name, value, f"a number in {least:g}..{most:g}")
 
 
-def _check_whole(name: str, value: Any, lowest: int, highest: int) -> None:
+def _check_whole(name: str, value: Any, least: float, most: float) -> None:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (is_whole and lowest <= value <= highest):
-        raise InvalidRequestError(name, value, f"a whole number in {lowest}..{highest}")
+    if not (is_whole and least <= value <= most):
+        raise InvalidRequestError(name, value, f"a whole number in {least}..{most}")
+
+
+def _declared(parameter: Any) -> Parameter:
+    default = None if parameter.default is MISSING else parameter.default
+    return Parameter(
+        name=parameter.name, kind=parameter.type, default=default, **parameter.metadata
+    )
+
+
+PARAMETERS: tuple[Parameter, ...] = tuple(_declared(each) for each in fields(SamplingParams))

@@ -1,12 +1,13 @@
-"""Arithmetic whose bits do not depend on the batch around it.
+"""Arithmetic that gives a row the same bits in any batch and in any compiled program.
 
-XLA on CPU picks the order of a reduction from its shape, and contracts a product and a sum into one
-rounding where it happens to fuse them. So a row summed in a batch of 3 differs in the last bit from
-the same row in a batch of 4, and a layer compiled alone from the same layer in a larger program.
+XLA on CPU chooses the order of a reduction by its shape. If it fuses a product and a sum, it rounds
+once instead of twice. So a row that is summed in a batch of 3 can differ in its last bit from the
+same row in a batch of 4. A layer that is compiled alone can differ from the same layer in a larger
+program.
 
-`map_tiles` closes both doors: arithmetic runs on tiles of exactly `TILE` rows, in a loop whose trip
-count the compiler cannot see. It can neither unroll that loop nor fuse across its border, so a tile
-is the same code wherever it stands.
+`map_tiles` prevents both. It computes tiles of exactly `TILE` rows, in a loop whose trip count the
+compiler does not know. The compiler cannot unroll this loop or fuse code across its border, so each
+tile runs the same code.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,10 @@ TILE = 8
 
 
 def map_tiles(tile: Callable[..., Any], *rows: Any) -> Any:
-    """Applies `tile` to runs of TILE rows of every leaf of `rows`, the last padded with zeros.
+    """Applies `tile` to every TILE rows of the leaves of `rows`; pads the last ones with zeros.
 
-    `tile` maps arrays [TILE, ...] to arrays [TILE, ...]; row i of the result may depend on row i
-    of the arguments alone.
+    `tile` maps arrays [TILE, ...] to arrays [TILE, ...]. Row i of its result must depend on row i
+    of its arguments only.
     """
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     num_tiles = -(-num_rows // TILE)
@@ -47,5 +48,5 @@ def map_tiles(tile: Callable[..., Any], *rows: Any) -> Any:
 
 
 def _opaque(count: int) -> jax.Array:
-    """A number the compiler must treat as unknown."""
+    """The number, in a form that the compiler must treat as unknown."""
     return lax.optimization_barrier(jnp.int32(count))

@@ -1,11 +1,11 @@
-"""SentencePiece as the reference uses it, with the world's faults turned into our errors.
+"""SentencePiece, used as the reference uses it; its failures become our errors.
 
-`encode` adds neither BOS nor EOS. Everything that is known of how SentencePiece turns pieces back
-into text stands here, so that `detokenizer.py` can do piece by piece what `decode` does at once:
+`encode` adds neither BOS nor EOS. This module knows how SentencePiece turns pieces into text, so
+that `detokenizer` can do piece by piece what `decode` does at once:
 
-- a control piece is invisible; the unknown piece has a surface of its own;
-- "▁" reads as a space, but the first one of a whole text was added by `encode` and is taken away;
-- a run of byte pieces is UTF-8, and each byte that fits no character reads as U+FFFD.
+- a control piece has no text; the unknown piece has a text of its own;
+- "▁" becomes a space, except the first one of a whole text, which `encode` added;
+- consecutive byte pieces are UTF-8; each byte that is not part of a character becomes U+FFFD.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _SPACE_MARK = "▁"
 
 
 class Tokenizer:
-    """Text to token ids and back. Immutable after construction, so it may be shared by threads."""
+    """Turns text into token ids and back. It is immutable, so several threads may use it."""
 
     __slots__ = ("_processor", "_strips_first_space")
 
@@ -30,22 +30,24 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, vocab_size: int | None) -> "Tokenizer":
-        """Reads a SentencePiece model; `vocab_size` is that of the model it has to fit.
+        """Reads a SentencePiece model; `vocab_size` is the model's, None to skip the check.
 
         Raises:
-            TokenizerError: the file is missing, unreadable, no SentencePiece model, or its number
-                of pieces is not `vocab_size`.
+            TokenizerError: the file is missing or unreadable, is not a SentencePiece model, or its
+                number of pieces is not `vocab_size`.
         """
         processor = SentencePieceProcessor()
         try:
             serialized = path.read_bytes()
             processor.LoadFromSerializedProto(serialized)
         except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path}: no readable SentencePiece model: {error}") from error
+            raise TokenizerError(
+                f"{path}: cannot be read as a SentencePiece model: {error}"
+            ) from error
         num_pieces = processor.vocab_size()
         if vocab_size is not None and num_pieces != vocab_size:
             raise TokenizerError(
-                f"{path}: {num_pieces} pieces, but the model's vocab_size is {vocab_size}"
+                f"{path}: has {num_pieces} pieces, but the model's vocab_size is {vocab_size}"
             )
         return cls(processor)
 
@@ -57,7 +59,7 @@ class Tokenizer:
         """Token ids of the text, without BOS and EOS.
 
         Raises:
-            InvalidRequestError: the text holds a lone surrogate, which UTF-8 cannot express.
+            InvalidRequestError: the text has a lone surrogate, which UTF-8 cannot encode.
         """
         try:
             utf8 = text.encode("utf-8")
@@ -67,7 +69,7 @@ class Tokenizer:
         return self._processor.encode(utf8, out_type=int)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a whole sequence: loses the first "▁", and U+FFFD stands for broken bytes.
+        """The text of a whole sequence, without its first "▁"; invalid bytes become U+FFFD.
 
         Raises:
             InvalidRequestError: an id is negative or not below `vocab_size`.
@@ -88,7 +90,7 @@ class Tokenizer:
         return int(self._processor.id_to_piece(token_id)[3:5], base=16)  # "<0xE4>"
 
     def text_of(self, token_id: int, *, is_first: bool = False) -> str:
-        """What a piece other than a byte adds to a text; `is_first` if nothing stands before it.
+        """The text of a piece that is not a byte; `is_first` if there is no text before it.
 
         Raises:
             InvalidRequestError: the id is negative or not below `vocab_size`.
@@ -104,10 +106,11 @@ class Tokenizer:
         return piece.replace(_SPACE_MARK, " ")
 
     def name_of(self, token_id: int) -> str:
-        """What stands for a token in a list of tokens, where it must be told from others.
+        """The name of a token in a list of tokens. It distinguishes all tokens but a few.
 
-        Its text with its own space; a byte as `bytes:\\xe4`, as OpenAI writes it; an invisible
-        piece by its own name. Grok-1's runs of spaces alone exist twice and look alike.
+        It is the token's text with its space. A byte is `bytes:\\xe4`, as OpenAI writes it, and a
+        piece without text has its SentencePiece name. In Grok-1's vocabulary, only runs of spaces
+        exist twice, with equal names.
 
         Raises:
             InvalidRequestError: the id is negative or not below `vocab_size`.
@@ -123,18 +126,20 @@ class Tokenizer:
 
 
 def _probe_first_space(processor: SentencePieceProcessor) -> bool:
-    """Whether decoding takes away the first "▁": the library does not tell, so we try.
+    """Whether decoding removes the first "▁". The library has no such query, so we try it.
 
     Raises:
-        TokenizerError: it takes away all of them (remove_extra_whitespaces), so that text would
-            not survive a round trip.
+        TokenizerError: decoding removes all of them (remove_extra_whitespaces), so that encoding
+            and decoding would change a text.
     """
     mark_id = processor.piece_to_id(_SPACE_MARK)
     if processor.is_unknown(mark_id):
         return _probe_longer_piece(processor)
     num_kept = len(processor.decode([mark_id, mark_id]))
     if num_kept == 0:
-        raise TokenizerError("a tokenizer that removes extra whitespace is not supported")
+        raise TokenizerError(
+            "the tokenizer has remove_extra_whitespaces set, which is not supported"
+        )
     return num_kept == 1
 
 

@@ -1,13 +1,12 @@
-"""Copies of KV blocks: sends a router's own to its buddy, and takes in those of others.
+"""Copies of KV blocks: sends a router's own to its standby, and keeps those of other routers.
 
-What is sent next says `Standby`; this reads the blocks, asks, and tells it what came back. It has
-its turn between two others of the router's thread, one call a turn: a step waits for no copy, and
-only for the reading of one. What comes from others is kept as if it had been computed here and let
-go, and evicted like that: the copies of a sequence from its end on.
+`Standby` decides what to send next; this module reads the blocks, sends them and reports what
+happened. One call is sent at a time, between other callbacks of the router's thread: a step never
+waits for an answer, at most for the reading of one run. Blocks of other routers are kept like
+blocks that were computed here and freed, and evicted like them: the last ones of a sequence first.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as Row
 from typing import Protocol
 
 import numpy as np
@@ -22,17 +21,17 @@ from milliways.wire.errors import RefusalReason
 
 
 class BlockArrays(Protocol):
-    """The keys and values behind the block ids of a router's pool; used in its thread only."""
+    """The keys and values of the blocks of a router's pool; used in the router's thread."""
 
     @property
     def first_layer(self) -> int: ...
 
     @property
     def block_bytes(self) -> int:
-        """Of the keys and values of one block, in all layers."""
+        """Bytes of the keys and values of one block, in all layers."""
         ...
 
-    def read_blocks(self, block_ids: Row[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read_blocks(self, block_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [C, L, P, R, K] of blocks, copied."""
         ...
 
@@ -47,16 +46,19 @@ class BlockArrays(Protocol):
         ...
 
     def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
-        """Why blocks cannot lie here, if they cannot."""
+        """The reason why these blocks cannot be kept here; None if they can."""
         ...
 
 
-# None where there are none yet: shards are loaded later than routers are made.
+# None until the shards are loaded: a router is made before them.
 ArraysNow = Callable[[], BlockArrays | None]
 
 
 class BlockCopies:
-    """Owns the way of copies from and to a router."""
+    """Owns the sending of a router's blocks, and the keeping of other routers' blocks.
+
+    Invariant: at most one turn is scheduled (`_timer`).
+    """
 
     def __init__(
         self,
@@ -67,9 +69,9 @@ class BlockCopies:
         timeout_s: float,
         limits: StandbyLimits | None = None,
     ) -> None:
-        """A buddy that has not answered within `timeout_s`, and as long again, is given up."""
+        """A standby that has not answered after twice `timeout_s` is given up."""
         self.standby = Standby(scheduler.pool.block_size, limits)
-        # Blocks of others that were taken in, since the start.
+        # Blocks of other routers that were kept, since the start.
         self.num_kept = 0
         self._scheduler = scheduler
         self._links = links
@@ -79,28 +81,28 @@ class BlockCopies:
         self._timer: Timer | None = None
 
     @property
-    def buddy_id(self) -> str:
-        """Who is sent copies; empty where nobody is."""
-        buddy = self.standby.buddy
-        return buddy[0] if buddy is not None else ""
+    def standby_id(self) -> str:
+        """The router that gets the copies; empty if none does."""
+        peer = self.standby.peer
+        return peer[0] if peer is not None else ""
 
     def view_changed(self) -> None:
-        """Chooses a buddy; one that has copies of what runs stays it as long as it can be."""
-        buddies = self._links.view.buddies(self._links.router_id)
-        lives = [(member.worker_id, member.incarnation) for member in buddies]
-        if self.standby.buddy not in lives or not self.standby.is_in_use:
-            self.standby.follow(lives[0] if lives else None)
+        """Chooses a standby; one with copies of running sequences is kept while the view allows."""
+        members = self._links.view.standbys(self._links.router_id)
+        peers = [(member.worker_id, member.incarnation) for member in members]
+        if self.standby.peer not in peers or not self.standby.is_in_use:
+            self.standby.follow(peers[0] if peers else None)
         self.look()
 
     def look(self) -> None:
-        """Blocks may have become full: sends what may be sent, when it is this one's turn."""
-        if self._timer is None and self.standby.buddy is not None:
+        """Blocks may have become full: sends some of them in the next turn of the thread."""
+        if self._timer is None and self.standby.peer is not None:
             self._timer = self._tasks.call_later(0.0, self._take_turn)
 
     def store(self, call: StoreBlocks) -> Result:
-        """Takes in blocks that another router computed, as many as there is room for.
+        """Keeps blocks that another router computed, as many as there is room for.
 
-        Running sequences lose nothing by it; blocks that are kept for equal prefixes only may.
+        They never replace blocks of running sequences; blocks in the prefix cache may be evicted.
         """
         arrays = self._arrays_now()
         if arrays is None:
@@ -115,15 +117,14 @@ class BlockCopies:
         try:
             num_stored = self._store_after(held, arrays, call)
         finally:
-            # The last ones first, so that they are evicted before those without which they are of
-            # no use.
+            # The last block first, so that it is evicted before the blocks that it needs.
             pool.free(held)
         if not num_stored:
             return Refusal(RefusalReason.OVERLOADED, "no block is free")
         return BlocksStored(num_stored)
 
     def _store_after(self, held: list[int], arrays: BlockArrays, call: StoreBlocks) -> int:
-        """Adds the blocks of a call to those that are held; how many of them are here then."""
+        """Adds the blocks of a call to those that are held; returns how many were added."""
         pool, parent, num_stored = self._scheduler.pool, call.parent, 0
         rows = zip(call.token_ids_CP, call.keys_CLPRK, call.values_CLPRK, strict=True)
         for token_ids_P, keys_LPRK, values_LPRK in rows:
@@ -143,10 +144,10 @@ class BlockCopies:
         return num_stored
 
     def _take_turn(self) -> None:
-        """Sends one run, and comes back for the next."""
+        """Sends one run, and schedules the next turn."""
         self._timer = None
-        arrays, buddy_id = self._arrays_now(), self.buddy_id
-        if arrays is None or not self._links.is_open(buddy_id):
+        arrays, standby_id = self._arrays_now(), self.standby_id
+        if arrays is None or not self._links.is_open(standby_id):
             return
         now_s = self._tasks.clock.now_s()
         run = self.standby.next_run(self._scheduler.running, arrays.block_bytes, now_s)
@@ -160,11 +161,13 @@ class BlockCopies:
             keys_CLPRK=keys_CLPRK,
             values_CLPRK=values_CLPRK,
         )
-        pending = self._links.ask(buddy_id, call, step=0, timeout_s=self._timeout_s, is_timed=False)
+        pending = self._links.ask(
+            standby_id, call, step=0, timeout_s=self._timeout_s, is_timed=False
+        )
         pending.when_done(lambda: self._settle(run, pending))
         if not pending.is_done:
-            timeout_s = self._timeout_s * self._links.slowness(buddy_id)
-            self._links.abandon(buddy_id, pending, 2 * timeout_s)
+            timeout_s = self._timeout_s * self._links.slowness(standby_id)
+            self._links.abandon(standby_id, pending, 2 * timeout_s)
         self.look()
 
     def _settle(self, run: Run, pending: Pending[Result]) -> None:
@@ -175,6 +178,6 @@ class BlockCopies:
         elif isinstance(result, Refusal) and result.reason is RefusalReason.NOT_HELD:
             self.standby.found_gap(run, now_s)
         else:
-            # No room, an older view, or the way broke: all of it passes, and the next step looks.
+            # No room, an older view, or a broken connection: temporary. The next step retries.
             self.standby.failed(run, now_s)
         self.look()

@@ -3,20 +3,24 @@
 The life of a request here:
 
 1. `add` checks it and makes one sequence for each sample.
-2. Each `step` the scheduler picks tokens of many sequences.
-3. The runner computes them, scores the prompts that are to be scored, and draws the next token
-   where a sequence's last one was reached.
-4. Each drawn token becomes a `TokenEvent`: text as far as it can be shown, and perhaps the end.
-5. A finished sequence gives its blocks back; full ones stay for equal prefixes.
+2. For each `step` the scheduler picks tokens of many sequences.
+3. The runner computes them, scores prompts if that is wanted, and draws the next token of each
+   sequence whose tokens are all computed.
+4. Each drawn token becomes a `TokenEvent`: the text that can be shown, and perhaps the end.
+5. A finished sequence frees its blocks; full blocks stay in the prefix cache.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 
 from milliways.model.block_pool import BlockPool
 from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.runner import ModelRunner, ScheduledTokens
 from milliways.model.tokenizer import Tokenizer
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest, make_sequences, max_completion_tokens
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import (
@@ -28,11 +32,27 @@ from milliways.router.requests.sequence import (
     SequenceStatus,
 )
 from milliways.router.rows import sample_rows, take_events
-from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.scheduler import ScheduledSequence, Scheduler
+
+
+@dataclass(slots=True)
+class _Reader:
+    """An open `generate_all`: events that it has not yielded, and sequences that have not ended.
+
+    Each event and each unfinished sequence is stored with the index of its request.
+    """
+
+    events: deque[tuple[int, Event]] = field(default_factory=deque[tuple[int, Event]])
+    unfinished: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
 
 
 class LocalEngine:
-    """Owns the sequences of one process and the step loop over its model."""
+    """Owns the sequences of one process and the step loop over its model.
+
+    It is for one thread at a time.
+
+    Invariant: a sequence is in `_readers` exactly while it is unfinished in its reader.
+    """
 
     def __init__(
         self,
@@ -48,6 +68,7 @@ class LocalEngine:
             BlockPool(size.num_blocks, size.block_size),
             limits or SchedulerLimits(max_running=size.max_slots),
         )
+        self._readers: dict[Sequence, _Reader] = {}
 
     @property
     def pool(self) -> BlockPool:
@@ -58,7 +79,7 @@ class LocalEngine:
         return self._scheduler.has_work
 
     def add(self, request: GenerationRequest) -> list[Sequence]:
-        """Queues a request: one sequence for each sample; none where nothing is wanted of it.
+        """Queues a request: one sequence for each sample; none if it wants no token and no score.
 
         Raises:
             InvalidRequestError: it does not fit the model or the KV cache.
@@ -67,12 +88,12 @@ class LocalEngine:
         sequences = make_sequences(routed, self._config, self._detokenizer)
         num_tokens = len(request.prompt_ids) + max_completion_tokens(request, self._config)
         for sequence in sequences:
-            # The last token drawn is never computed, so it takes no place.
+            # The last token drawn is never computed, so it needs no position.
             self._scheduler.add(sequence, num_tokens - 1)
         return sequences
 
     def step(self) -> list[tuple[Sequence, Event]]:
-        """Computes one step; returns the tokens drawn in it, and the scores of prompts."""
+        """Computes one step; returns the tokens drawn, and the scores of prompts."""
         scheduled = self._scheduler.schedule()
         rows = [row for entry in scheduled for row in sample_rows(entry)]
         sampled = iter(
@@ -87,23 +108,48 @@ class LocalEngine:
         return events
 
     def generate(self, request: GenerationRequest) -> Iterator[Event]:
-        """Runs one request to its end, streaming the tokens of all its samples.
+        """Runs one request to its end; yields the tokens of all its samples as they are drawn.
 
-        Where the prompt is scored, its scores come before.
-
-        A consumer that stops listening cancels what is left.
+        If the prompt is scored, its scores come first. Closing the iterator cancels the request.
         """
-        unfinished = self.add(request)
+        with closing(self.generate_all([request])) as events:
+            for _, event in events:
+                yield event
+
+    def generate_all(self, requests: Iterable[GenerationRequest]) -> Generator[tuple[int, Event]]:
+        """Runs requests beside each other; yields each event with the index of its request.
+
+        Several of these iterators may be open at once: each step serves all of them, and an
+        iterator that is not read keeps its events. Closing one cancels what is left of it.
+
+        Raises:
+            InvalidRequestError: a request does not fit. None of this iterator's requests runs then.
+        """
+        reader = _Reader()
         try:
-            while unfinished:
-                for sequence, event in self.step():
-                    if sequence.finish_reason is not None and sequence in unfinished:
-                        unfinished.remove(sequence)
-                    if sequence.request is request:
-                        yield event
+            for index, request in enumerate(requests):
+                for sequence in self.add(request):
+                    reader.unfinished[sequence] = index
+                    self._readers[sequence] = reader
+            while reader.events or reader.unfinished:
+                while reader.events:
+                    yield reader.events.popleft()
+                if reader.unfinished:
+                    self._step_for_readers()
         finally:
-            for sequence in unfinished:
+            for sequence in reader.unfinished:
+                del self._readers[sequence]
                 self._scheduler.finish(sequence, SequenceStatus.FAILED)
+
+    def _step_for_readers(self) -> None:
+        drawn = self.step()
+        for sequence, event in drawn:
+            reader = self._readers.get(sequence)
+            if reader is not None:
+                reader.events.append((reader.unfinished[sequence], event))
+        for sequence, _ in drawn:
+            if sequence.finish_reason is not None and sequence in self._readers:
+                del self._readers.pop(sequence).unfinished[sequence]
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         if self._tokenizer is None:

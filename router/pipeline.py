@@ -1,7 +1,6 @@
-"""Takes a micro-batch through the layers: attention shard, experts, attention shard, to its tokens.
+"""Takes a micro-batch through attention shards and experts, layer by layer, to its next tokens.
 
-This is the step of DESIGN's list, and reads like it. Which process computes a part does not matter
-to the bits, so neither does which replica answered.
+The bits do not depend on which process computes a part, nor on which replica answers.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,12 @@ from milliways.wire.errors import (
 from milliways.wire.view import Member
 
 BACK_OFF_S = 0.005
-# What stands in the way of a call now, and not for ever.
-_NOT_YET = (RefusalReason.OVERLOADED, RefusalReason.STALE_EPOCH)
+# These reasons are temporary: the same call is sent again.
+_TEMPORARY = (RefusalReason.OVERLOADED, RefusalReason.STALE_EPOCH)
 
 
 class ShardLostError(ClusterError):
-    """An attention shard of the chain is gone, and with it keys and values: to be computed anew."""
+    """An attention shard of the chain is gone; its keys and values have to be computed again."""
 
     def __init__(self, cause: PeerError) -> None:
         super().__init__(str(cause))
@@ -47,7 +46,10 @@ class ShardLostError(ClusterError):
 
 
 class Pipeline:
-    """Owns the way of a router's batches through the shards of its chain."""
+    """Owns the path of a router's micro-batches through the attention shards of its chain.
+
+    `chain` may change at any time; a micro-batch that began goes on with the chain of its start.
+    """
 
     def __init__(
         self,
@@ -65,17 +67,17 @@ class Pipeline:
         self._timeout_s = timeout_s
 
     def obstacle(self) -> str:
-        """Why no step can be finished now; empty where nothing is known to be in the way."""
-        shut = [m.worker_id for m in self.chain if not self._links.is_open(m.worker_id)]
+        """The reason why no step can be finished now; empty if no reason is known."""
+        unreachable = [m.worker_id for m in self.chain if not self._links.is_open(m.worker_id)]
         if not self.chain:
             return "there is no attention shard"
-        if shut:
-            return f"no way to the attention shards of {', '.join(shut)}"
+        if unreachable:
+            return f"no connection to the attention shards of {', '.join(unreachable)}"
         return "no worker holds experts that are needed" if self._dispatcher.is_parked else ""
 
     @property
     def is_whole(self) -> bool:
-        """Whether the chain has all layers, and the ends; while a cluster comes up it may not."""
+        """Whether the chain has all layers and the ends. It may not, while a cluster starts."""
         layer = 0
         for member in self.chain:
             if member.num_layers and member.first_layer == layer:
@@ -84,17 +86,17 @@ class Pipeline:
 
     async def run(
         self, step: int, batch_id: int, tokens: TokenRows, caution_s: float | None = None
-    ) -> Sequence[SampledToken]:
+    ) -> tuple[SampledToken, ...]:
         """The tokens drawn at the end of all layers, one for each sample.
 
-        `caution_s` as for `Dispatcher.run_experts`.
+        `caution_s` is that of `Dispatcher.run_experts`.
 
         Raises:
             ShardLostError: keys and values are lost.
-            RefusedError: workers fail to compute it, again and again.
-            RowsKilledWorkersError: they die of it.
+            RefusedError: workers failed to compute it several times.
+            RowsKilledWorkersError: workers died of it.
         """
-        # As it was: a new chain is taken up by the next step, since keys and values are lost.
+        # Kept to the end: with a new chain, keys and values are lost, so the next step takes it.
         chain = self.chain
         shard, call = self._shard_at(chain, 0), BeginBatch(batch_id, 0, tokens)
         try:
@@ -127,17 +129,17 @@ class Pipeline:
         raise ShardLostError(PeerLostError("nobody", f"holds attention from layer {layer} on"))
 
     async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
-        """One turn of a shard; there is no other that could answer, so no reply is a loss."""
+        """One turn of a shard. No other worker has this shard: without a reply it is lost."""
         while True:
             result = await self._answer(shard, step, call)
             if not isinstance(result, Refusal):
                 assert isinstance(result, ExpertInput | Departure | Drawn)
                 return result
-            if result.reason not in _NOT_YET:
+            if result.reason not in _TEMPORARY:
                 refused = RefusedError(shard.worker_id, result.reason, result.message)
                 raise ShardLostError(refused)
-            # It was not computed, so keys and values are as they were: the same is asked again, for
-            # as long as it takes. To start over would only give a busy worker more to do.
+            # Nothing was computed, so keys and values are unchanged: the same call is sent again,
+            # without limit. To compute everything again would only load a busy worker more.
             wait_s = BACK_OFF_S if result.reason is RefusalReason.OVERLOADED else 10 * BACK_OFF_S
             await self._tasks.wait_for(self._links.changed.wait(), wait_s)
 

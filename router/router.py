@@ -2,23 +2,22 @@
 
 The life of a request here:
 
-1. `submit` admits it or refuses it at once: the queue is bounded.
-2. Each step the scheduler picks the running sequences' next tokens and chunks of prefill.
-3. The picked tokens go through the layers in micro-batches, several on their way at a time, so that
-   one is in attention while another waits for experts.
+1. `submit` admits it, or refuses it at once: the queue is bounded.
+2. For each step the scheduler picks the running sequences' next tokens and chunks of prefill.
+3. These tokens go through the layers in micro-batches, several at a time, so that one is in
+   attention while another waits for experts.
 4. Drawn tokens become text and go to the request's listener, after the prompt's log-probabilities
-   where it wants those; ends free the blocks.
-5. When an attention shard is lost, everything that ran is computed anew: same bits, same tokens.
-6. Where there is a buddy, full KV blocks are copied there meanwhile: a request that is carried on
+   if it wants them. A sequence that ends frees its blocks.
+5. If an attention shard is lost, every running sequence is computed again: same bits, same tokens.
+6. If there is a standby, full KV blocks are copied to it meanwhile: a request that is continued
    there finds them.
-7. When workers die one after the other with the same tokens, those sequences are computed alone;
-   one that takes workers down alone is failed.
+7. If workers die one after another with the same tokens, their sequences are computed alone. A
+   sequence that kills workers alone is failed.
 
-No clock, no thread, no socket: `Tasks` runs it, in production and in simulation.
+It has no clock, thread or socket: `Tasks` runs it, in production and in simulation.
 """
 
 import logging
-from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -28,6 +27,7 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.config import ModelConfig
 from milliways.model.sampling_params import SampledToken
 from milliways.router.block_copies import ArraysNow, BlockCopies
+from milliways.router.limits import RouterLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.micro_batches import split_step
 from milliways.router.pipeline import Pipeline, ShardLostError
@@ -45,7 +45,7 @@ from milliways.router.requests.sequence import (
     TokenEvent,
 )
 from milliways.router.rows import pack, take_events
-from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.scheduler import ScheduledSequence, Scheduler
 from milliways.router.suspects import RowsKilledWorkersError, Suspects
 from milliways.runtime.tasks import Signal, Tasks, Timer
 from milliways.wire.calls import Refusal, Result, StoreBlocks
@@ -66,40 +66,30 @@ MAX_FAULTS = 3
 RETRY_AFTER_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterLimits:
-    """Bounds of the queue and of steps; see RouterSettings."""
-
-    scheduler: SchedulerLimits
-    max_micro_batches: int = 2
-    # A micro-batch smaller than this is not worth another sweep through the weights.
-    min_micro_batch_tokens: int = 16
-    # A buddy that does not answer for so long, and as long again, is given up.
-    copy_timeout_s: float = 10.0
-
-
 class Listener(Protocol):
-    """Who waits for a request. Called from the router's thread; must not block or raise."""
+    """Receives a request's events, in the router's thread. Its methods must not block or raise."""
 
     def scored(self, scores: PromptScores) -> None:
-        """Log-probabilities of prompt tokens, in order; all that are wanted before any token."""
+        """Log-probabilities of prompt tokens, in order; all that are wanted precede any token."""
         ...
 
-    def tokens(self, events: Row[TokenEvent]) -> None:
-        """Tokens of a step, of any of its samples."""
+    def tokens(self, events: list[TokenEvent]) -> None:
+        """Tokens of one step, of any of its samples."""
         ...
 
     def ended(self, error: ClusterError | None) -> None:
-        """Nothing more comes: all samples ended, or the request failed."""
+        """The last call: all samples ended, or the request failed."""
         ...
 
     def moved(self) -> None:
-        """Nothing more comes from here; another router can carry on."""
+        """The last call: another router can continue the request."""
         ...
 
 
 @dataclass(slots=True)
 class _Active:
+    """A request that has not ended. `sequences` has those of its samples that have not ended."""
+
     routed: RoutedRequest
     listener: Listener
     sequences: list[Sequence]
@@ -113,14 +103,18 @@ class RouterFigures:
 
     num_requests: int = 0
     num_tokens: int = 0
-    # Positions of sequences that went through the layers, or were to; those reused did not.
+    # Positions that were scheduled to be computed, so without those from the prefix cache.
     num_positions: int = 0
     num_steps: int = 0
     num_replays: int = 0
 
 
 class Router:
-    """Owns the requests of one chain of attention shards."""
+    """Owns the requests of one chain of attention shards.
+
+    Invariant: `_active` has every request whose listener still expects a call. Each sequence of the
+    scheduler belongs to exactly one of them.
+    """
 
     def __init__(
         self,
@@ -133,7 +127,7 @@ class Router:
         tasks: Tasks,
         arrays_now: ArraysNow | None = None,
     ) -> None:
-        """`arrays_now` are the keys and values behind the pool, where they are to be copied."""
+        """`arrays_now` returns the keys and values behind the pool, if they are to be copied."""
         self.figures = RouterFigures()
         self.links = links
         self.scheduler = Scheduler(pool, limits.scheduler)
@@ -149,7 +143,7 @@ class Router:
         self._tasks = tasks
         self._active: dict[str, _Active] = {}
         self._changed = Signal()
-        # Sequences stopped running, other than by a step.
+        # Fires when sequences stop running for another reason than a step.
         self._dropped = Signal()
         self._num_batches = 0
         self._num_faults = 0
@@ -163,33 +157,33 @@ class Router:
 
     @property
     def standby_id(self) -> str:
-        """The router that has copies of this one's KV blocks; empty where none has."""
-        return self.copies.buddy_id if self.copies is not None else ""
+        """The router that has copies of this one's KV blocks; empty if none has."""
+        return self.copies.standby_id if self.copies is not None else ""
 
     def store_blocks(self, call: StoreBlocks) -> Result:
-        """Keeps KV blocks of another router, for sequences that are carried on here."""
+        """Keeps KV blocks of another router, for sequences that are continued here."""
         if self.copies is None:
-            return Refusal(RefusalReason.NOT_HELD, "no copies are kept here")
+            return Refusal(RefusalReason.NOT_HELD, "this router keeps no copies")
         return self.copies.store(call)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Admits a request.
 
         Raises:
-            InvalidRequestError: it does not fit the model or the KV cache, or its id is taken.
-            OverloadedError: as many wait as may.
+            InvalidRequestError: it does not fit the model or the KV cache.
+            OverloadedError: the queue is full.
             UnavailableError: the router drains.
         """
         if self._is_draining:
             raise UnavailableError("the router drains", RETRY_AFTER_S)
         if routed.request_id in self._active:
-            # The same request over a new stream: the old stream's client is gone.
+            # The same request on a new stream: the client of the old stream is gone.
             self.cancel(routed.request_id)
         sequences = make_sequences(routed, self._config, self._detokenizer_for)
         if not self.scheduler.can_queue(len(sequences)):
             waiting = f"{self.scheduler.num_waiting} sequences wait"
             raise OverloadedError(f"the queue is full: {waiting}", RETRY_AFTER_S)
-        # The last token drawn is never computed, so it takes no place.
+        # The last token drawn is never computed, so it needs no position.
         num_prompt_tokens = len(routed.request.prompt_ids)
         max_tokens = num_prompt_tokens + max_completion_tokens(routed.request, self._config) - 1
         self.scheduler.check_capacity(max_tokens)
@@ -205,28 +199,28 @@ class Router:
         self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
-        """Forgets a request; its blocks are free before the next step is chosen."""
+        """Drops a request; its blocks are free before the next step is chosen."""
         active = self._active.get(request_id)
         if active is not None:
             self._drop(active)
 
     def cancel_listener(self, request_id: str, listener: Listener) -> None:
-        """As `cancel`, unless the request goes on with another listener."""
+        """As `cancel`, unless the request continues with another listener."""
         active = self._active.get(request_id)
         if active is not None and active.listener is listener:
             self._drop(active)
 
     def drain(self) -> None:
-        """Takes no more requests, and has those there are carried on elsewhere."""
+        """Accepts no more requests, and hands over those that it has."""
         self._is_draining = True
         self._hand_over()
 
     def resume(self) -> None:
-        """Takes requests again."""
+        """Accepts requests again."""
         self._is_draining = False
 
     def chain_changed(self) -> None:
-        """The view has another chain, or other lives of its shards: keys and values are lost."""
+        """Takes the chain of a new view. Keys and values are lost if it has changed."""
         members = self.links.view.members
         names = self.links.view.chains.get(self.links.router_id, ())
         chain = tuple(members[name] for name in names if name in members)
@@ -236,14 +230,14 @@ class Router:
         if before and after != before:
             self._replay()
         if before and not chain:
-            # Sequences run through another router now; here nothing would ever become of them.
+            # Another router runs the sequences now; here they would never end.
             self._hand_over()
         if self.copies is not None:
             self.copies.view_changed()
         self._changed.notify()
 
     async def serve(self) -> None:
-        """Steps while there is work, for ever."""
+        """Computes steps whenever there is work, until it is cancelled."""
         while True:
             while self.scheduler.has_work and self._has_whole_chain():
                 try:
@@ -253,14 +247,14 @@ class Router:
                 except RefusedError as error:
                     self._fail_running(error)
                 except RowsKilledWorkersError as error:
-                    logger.error("a step is given up: %s", error)
-                # Requests and cancellations that arrived meanwhile come before the next choice.
+                    logger.error("abandoned a step: %s", error)
+                # Requests and cancellations that arrived meanwhile come before the next step.
                 await self._tasks.sleep(0)
             await self._tasks.first_done((self._changed.wait(), self.links.changed.wait()))
 
     async def step(self) -> None:
         """One step: schedule, compute, deliver."""
-        caution_s = await self._be_cautious()
+        caution_s = await self._pause_before_suspect()
         suspect = self._suspects.next()
         scheduled = self.scheduler.schedule_alone(suspect) if suspect is not None else []
         if not scheduled:
@@ -279,7 +273,7 @@ class Router:
         try:
             while not computing.is_done:
                 if not any(e.sequence.status is SequenceStatus.RUNNING for e in scheduled):
-                    # Nobody waits for it any more, and it may wait for experts that nobody has.
+                    # No sequence needs this step, and it may wait for experts that no worker holds.
                     return
                 await self._tasks.first_done((computing, self._dropped.wait()))
         finally:
@@ -292,8 +286,8 @@ class Router:
         if self.copies is not None:
             self.copies.look()
 
-    async def _be_cautious(self) -> float | None:
-        """Lets a while pass before a suspect is computed; None where nobody is suspected."""
+    async def _pause_before_suspect(self) -> float | None:
+        """Waits before a suspect is computed; returns how long, or None if there is no suspect."""
         suspect = self._suspects.next()
         if suspect is None:
             return None
@@ -302,8 +296,8 @@ class Router:
         return pause_s
 
     async def _compute(
-        self, batch: Row[ScheduledSequence], caution_s: float | None
-    ) -> Row[SampledToken]:
+        self, batch: list[ScheduledSequence], caution_s: float | None
+    ) -> tuple[SampledToken, ...]:
         self._num_batches += 1
         step, batch_id = self.figures.num_steps, self._num_batches
         try:
@@ -313,17 +307,17 @@ class Router:
             if caution_s is None:
                 self._suspects.accuse(running)
             elif running and self._suspects.is_guilty(running[0]):
-                message = f"it is given up, for workers die of it again and again: {error}"
-                self._fail(self._active_of(running[0]), PoisonedRequestError(message))
+                message = f"workers die each time that it is computed: {error}"
+                self._end(self._active_of(running[0]), PoisonedRequestError(message))
             raise
 
-    def _deliver(self, batch: Row[ScheduledSequence], drawn: Row[SampledToken]) -> None:
+    def _deliver(self, batch: list[ScheduledSequence], drawn: tuple[SampledToken, ...]) -> None:
         tokens = iter(drawn)
         events: dict[str, tuple[_Active, list[TokenEvent]]] = {}
         for entry in batch:
             sequence = entry.sequence
             own = list(islice(tokens, entry.num_logits))
-            # Cancelled while it was computed.
+            # It may have been cancelled while it was computed.
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
             self.scheduler.computed(entry)
@@ -340,7 +334,7 @@ class Router:
         num_tokens = 0
         for active, its_events in events.values():
             num_tokens += len(its_events)
-            self._tell(active, its_events)
+            self._send_tokens(active, its_events)
         self.figures.num_tokens += num_tokens
 
     def _finish_sequence(self, active: _Active, sequence: Sequence) -> None:
@@ -350,14 +344,16 @@ class Router:
         is_fault = reason is FinishReason.ERROR
         status = SequenceStatus.FAILED if is_fault else SequenceStatus.FINISHED
         self.scheduler.finish(sequence, status)
+        # Broken scores end a sequence before its step clears it.
+        self._suspects.clear((sequence,))
         active.sequences.remove(sequence)
 
-    def _tell(self, active: _Active, events: list[TokenEvent]) -> None:
-        sound = [event for event in events if event.finish_reason is not FinishReason.ERROR]
-        if sound:
-            active.listener.tokens(sound)
-        if len(sound) < len(events):
-            self._fail(active, ModelFaultError("the model computed logits that are not finite"))
+    def _send_tokens(self, active: _Active, events: list[TokenEvent]) -> None:
+        valid = [event for event in events if event.finish_reason is not FinishReason.ERROR]
+        if valid:
+            active.listener.tokens(valid)
+        if len(valid) < len(events):
+            self._end(active, ModelFaultError("the model computed logits that are not finite"))
         elif not active.sequences:
             self._end(active, None)
 
@@ -374,7 +370,7 @@ class Router:
         return self._pipeline.is_whole and all(is_open(m.worker_id) for m in self._pipeline.chain)
 
     async def _recover(self, error: ShardLostError) -> None:
-        """Starts over, when the chain is whole again; gives up on what is always refused."""
+        """Restarts the running sequences, or fails them after MAX_FAULTS refusals in a row."""
         logger.warning("an attention shard was lost: %s", error)
         cause = error.cause
         if isinstance(cause, RefusedError) and cause.reason in (
@@ -388,7 +384,7 @@ class Router:
                 return
         self._replay()
         if isinstance(cause, RefusedError):
-            # What it objects to is settled by a newer view, which is on its way.
+            # A newer view is on its way and removes the reason of the refusal.
             await self._tasks.wait_for(self.links.changed.wait(), 0.05)
 
     def _replay(self) -> None:
@@ -397,28 +393,25 @@ class Router:
         self._dropped.notify()
 
     def _fail_running(self, error: RefusedError) -> None:
-        logger.error("steps fail again and again: %s", error)
+        logger.error("steps failed several times: %s", error)
         for active in list(self._active.values()):
             if any(s.status is SequenceStatus.RUNNING for s in active.sequences):
-                self._fail(active, ClusterError(f"workers fail to compute it: {error}"))
+                self._end(active, ClusterError(f"workers failed to compute it: {error}"))
 
     def _expire(self, active: _Active) -> None:
         late = f"not done within {active.routed.timeout_s:g} s"
         obstacle = self._pipeline.obstacle()
         if obstacle:
-            self._fail(active, UnavailableError(f"{late}: {obstacle}", RETRY_AFTER_S))
+            self._end(active, UnavailableError(f"{late}: {obstacle}", RETRY_AFTER_S))
         else:
-            self._fail(active, DeadlineError(late))
-
-    def _fail(self, active: _Active, error: ClusterError) -> None:
-        self._end(active, error)
+            self._end(active, DeadlineError(late))
 
     def _end(self, active: _Active, error: ClusterError | None) -> None:
         self._drop(active)
         active.listener.ended(error)
 
     def _drop(self, active: _Active) -> None:
-        """Frees what the request holds; without effect once it is dropped."""
+        """Frees what the request holds; without effect the second time."""
         if self._active.get(active.routed.request_id) is not active:
             return
         del self._active[active.routed.request_id]

@@ -1,6 +1,4 @@
-"""The rows of a step: what scheduled sequences give it to compute, and what comes back to them."""
-
-from collections.abc import Sequence as Row
+"""The rows of a step: what is computed for scheduled sequences, and what they get back."""
 
 import numpy as np
 
@@ -10,7 +8,7 @@ from milliways.router.scheduler import ScheduledSequence
 from milliways.wire.calls import TokenRows
 
 
-def pack(batch: Row[ScheduledSequence]) -> TokenRows:
+def pack(batch: list[ScheduledSequence]) -> TokenRows:
     """The rows of a micro-batch, in the order of its sequences, one slot for each."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -41,15 +39,15 @@ def pack(batch: Row[ScheduledSequence]) -> TokenRows:
 
 
 def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
-    """What the logits of an entry are wanted for: prompt tokens to score, then one to draw."""
+    """What is done with the logits of an entry: prompt tokens are scored, then one is drawn."""
     sequence = entry.sequence
     request = sequence.request
-    # Greedy, since nothing is drawn.
+    # Greedy, because nothing is drawn.
     scoring = SamplingParams(temperature=0.0, num_logprobs=request.prompt_logprobs or 0)
     rows = [
         SampleRow(
             params=scoring,
-            # Nobody looks at the tokens themselves.
+            # Only the number of tokens matters: nothing is drawn.
             token_ids=range(position + 1),
             num_prompt_tokens=sequence.num_prompt_tokens,
             sample_index=sequence.sample_index,
@@ -61,7 +59,7 @@ def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
         rows.append(
             SampleRow(
                 params=request.sampling,
-                # A copy: the sequence grows while a message with it may still be under way.
+                # A copy, because the sequence may grow before the message is written.
                 token_ids=tuple(sequence.token_ids),
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 sample_index=sequence.sample_index,
@@ -70,8 +68,8 @@ def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
     return rows
 
 
-def take_events(entry: ScheduledSequence, drawn: Row[SampledToken]) -> list[Event]:
-    """Takes what came of an entry's rows of logits into its sequence; says what it means."""
+def take_events(entry: ScheduledSequence, drawn: list[SampledToken]) -> list[Event]:
+    """Adds the tokens that were scored and drawn to their sequence; returns the events."""
     sequence = entry.sequence
     num_scores = len(entry.scored)
     scores, tokens = drawn[:num_scores], drawn[num_scores:]

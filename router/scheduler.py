@@ -1,8 +1,9 @@
-"""Decides what a step computes: continuous batching with chunked prefill, within bounds.
+"""Decides what a step computes: continuous batching with chunked prefill, within limits.
 
 A step takes, in this order and within `max_step_tokens`: one token of every sequence that decodes;
-a chunk of those in prefill; a chunk of waiting ones, as far as slots and blocks allow. When blocks
-run out, the sequence admitted last gives up its own and computes them anew later.
+a chunk of each sequence in prefill; a chunk of each waiting sequence for which there is a slot and
+blocks. If there are no blocks left, the sequence that was admitted last is preempted: it frees its
+blocks and is computed again later.
 
 A pure object: no clock, no arrays, no threads.
 """
@@ -13,25 +14,17 @@ from dataclasses import dataclass, field
 
 from milliways.model.block_pool import BlockPool
 from milliways.model.errors import InvalidRequestError
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.sequence import Sequence, SequenceStatus
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Bounds of a step and of the queue; `max_waiting` is None where the caller has bounds."""
-
-    max_running: int = 32
-    max_step_tokens: int = 128
-    max_waiting: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """A sequence and how many of its tokens this step computes.
 
-    `reaches_end` says whether the step computes all that there is of it, so that the next token can
-    be drawn; `scored` are the positions whose rows score the prompt token behind them. Both are
-    settled when the step is chosen: the sequence may end while others of the step are computed.
+    `reaches_end` says whether the step computes all its missing tokens, so that the next token can
+    be drawn. `scored` are the positions whose rows score the prompt token after them. Both are set
+    when the step is chosen, because the sequence may end while the step is computed.
     """
 
     sequence: Sequence
@@ -53,12 +46,18 @@ class ScheduledSequence:
 
     @property
     def num_logits(self) -> int:
-        """Rows of logits it takes; they are its last ones."""
+        """Rows of logits that it needs; they are its last rows."""
         return len(self.scored) + self.wants_token
 
 
 class Scheduler:
-    """Owns the order of sequences and their hold on KV blocks."""
+    """Owns the order of sequences, and which KV blocks each holds.
+
+    Invariant: a sequence is in `_running` exactly while its status is RUNNING, in the order of
+    admission, and in `_waiting` while it is WAITING or PREEMPTED. Only running sequences hold
+    blocks, and their block tables have room for all positions that were computed. At most
+    `max_running` run.
+    """
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
         self.pool = pool
@@ -72,7 +71,7 @@ class Scheduler:
 
     @property
     def running(self) -> Iterable[Sequence]:
-        """Those that take part in steps, in the order of their admission."""
+        """Sequences that take part in steps, in the order of their admission."""
         return self._running
 
     @property
@@ -84,10 +83,10 @@ class Scheduler:
         return len(self._waiting)
 
     def can_queue(self, num_sequences: int) -> bool:
-        """Whether so many more may wait. Those that will be admitted at once count as well.
+        """Whether this many more may be added; free slots count, because they are filled next.
 
-        Nothing is ahead of a request where nothing waits or runs: one with more samples than the
-        bound would else be told for ever to come later.
+        If nothing waits or runs, any number may: a request with more samples than the limit would
+        otherwise be refused for ever.
         """
         if self.limits.max_waiting is None or not self.has_work:
             return True
@@ -98,24 +97,24 @@ class Scheduler:
         """Queues a sequence that will hold at most `max_tokens` tokens.
 
         Raises:
-            InvalidRequestError: it could never run, even alone.
+            InvalidRequestError: the KV cache is too small for it, even if it runs alone.
         """
         self.check_capacity(max_tokens)
         self._waiting.append(sequence)
 
     def check_capacity(self, max_tokens: int) -> None:
-        """Raises InvalidRequestError for a sequence that could never run, even alone."""
+        """Raises InvalidRequestError if the KV cache is too small for this many tokens."""
         capacity_tokens = self.pool.num_blocks * self.pool.block_size
         if max_tokens > capacity_tokens:
             limit = f"at most {capacity_tokens} (the KV cache)"
             raise InvalidRequestError("prompt and completion tokens", max_tokens, limit)
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next step's work; empty only when nothing is left."""
+        """The next step's work; empty only if there is none."""
         scheduled: list[ScheduledSequence] = []
         budget = self.limits.max_step_tokens
         for sequence in sorted(self._running, key=_is_prefilling):
-            # An earlier turn of this loop may have preempted it.
+            # An earlier pass of this loop may have preempted it.
             if sequence.status is SequenceStatus.RUNNING and budget > 0:
                 num_tokens = min(sequence.num_to_compute, budget)
                 if self._make_room(sequence, num_tokens):
@@ -125,7 +124,7 @@ class Scheduler:
         return scheduled + self._admit(budget)
 
     def schedule_alone(self, sequence: Sequence) -> list[ScheduledSequence]:
-        """The next step's work of one sequence, and of nobody else; empty where it has no room."""
+        """The next step's work, of this sequence only; empty if there are no blocks for it."""
         if sequence.status is not SequenceStatus.RUNNING:
             self._waiting.remove(sequence)
             self._waiting.appendleft(sequence)
@@ -136,7 +135,7 @@ class Scheduler:
         return [ScheduledSequence(sequence, num_tokens)]
 
     def computed(self, scheduled: ScheduledSequence) -> None:
-        """Notes that a step wrote these tokens' keys and values; offers full blocks for reuse."""
+        """A step wrote these tokens' keys and values; full blocks can be reused from now on."""
         sequence, block_size = scheduled.sequence, self.pool.block_size
         num_full_before = sequence.num_computed // block_size
         sequence.num_computed += scheduled.num_tokens
@@ -144,16 +143,16 @@ class Scheduler:
             self.pool.publish(sequence.token_ids[: sequence.num_computed], sequence.block_table)
 
     def finish(self, sequence: Sequence, status: SequenceStatus) -> None:
-        """Ends a sequence, wherever it stands, and frees its blocks."""
+        """Ends a sequence that runs or waits, and frees its blocks."""
         if sequence in self._running:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
         sequence.move(status)
-        self._let_go(sequence)
+        self._free_blocks(sequence)
 
     def start_over(self) -> None:
-        """All keys and values are lost: everything that runs is computed anew, in its order."""
+        """All keys and values are lost: every running sequence is computed again, in its order."""
         for sequence in reversed(self._running[:]):
             self._preempt(sequence)
         self.pool.forget()
@@ -169,7 +168,7 @@ class Scheduler:
             self._reuse_prefix(sequence)
             num_tokens = min(sequence.num_to_compute, budget)
             if not self._try_grow(sequence, num_tokens):
-                self._let_go(sequence)
+                self._free_blocks(sequence)
                 break
             self._waiting.popleft()
             self._running.append(sequence)
@@ -179,9 +178,10 @@ class Scheduler:
         return admitted
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
-        """Samples of one request wait until the first has the prompt's full blocks to share.
+        """Whether an earlier sample of its request still computes blocks that both can share.
 
-        It has also scored the prompt then, where that is wanted: no token comes before.
+        The same holds until the earlier sample has scored the prompt, because no token may be sent
+        before the scores.
         """
         block_size = self.pool.block_size
         num_shareable = (sequence.num_prompt_tokens - 1) // block_size * block_size
@@ -192,7 +192,7 @@ class Scheduler:
         )
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Grows the block table, preempting the latest admitted; False if that is itself."""
+        """Grows the block table; preempts the latest sequences for it. False if it is preempted."""
         while not self._try_grow(sequence, num_tokens):
             victim = self._running[-1]
             self._preempt(victim)
@@ -215,10 +215,10 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         sequence.move(SequenceStatus.PREEMPTED)
-        self._let_go(sequence)
+        self._free_blocks(sequence)
         self._waiting.appendleft(sequence)
 
-    def _let_go(self, sequence: Sequence) -> None:
+    def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = 0

@@ -1,19 +1,14 @@
-"""A router's gRPC: requests of the ingress in, tokens out, in the router's own thread."""
+"""A router's gRPC server: requests of the ingress in, tokens out, in the router's own thread."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.messages import (
-    checked_seed,
-    event_to_wire,
-    sampling_from_wire,
-    scores_to_wire,
-)
+from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.router.router import Router
@@ -22,16 +17,17 @@ from milliways.runtime.tasks import Pending
 from milliways.v1 import router_pb2
 from milliways.wire.channels import add_port
 from milliways.wire.errors import ClusterError
+from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, Verbatim, status_of
 from milliways.wire.tls import TlsSettings
 
 _SERVICE = "milliways.v1.RouterService"
-# Prompts of the longest context there is, as 5-byte varints, with room to spare.
+# More than a prompt of the longest context takes as 5-byte varints.
 MAX_REQUEST_BYTES = 16 << 20
 
 
 class RouterServer:
-    """Serves `RouterService`. Used from the router's reactor, which hosts an event loop."""
+    """Serves `RouterService`. Used in the thread of the router's reactor, which hosts a loop."""
 
     def __init__(
         self,
@@ -48,11 +44,11 @@ class RouterServer:
         self._server: Any = None
 
     def start(self, address: str) -> Pending[str]:
-        """Listens at `host:port`, port 0 for any; comes to the address with the port it has."""
+        """Listens at `host:port`, port 0 for any; the result is the address with its port."""
         return self._reactor.run_in_loop(self._start(address))
 
     def stop(self, grace_s: float = 0.0) -> Pending[None]:
-        """Takes no more requests; breaks the streams after `grace_s`."""
+        """Accepts no more requests; breaks the streams after `grace_s`."""
         return self._reactor.run_in_loop(self._stop(grace_s))
 
     async def _start(self, address: str) -> str:
@@ -104,7 +100,7 @@ class RouterServer:
             if stream.error is not None:
                 await _abort(context, stream.error)
         finally:
-            # Also when the client is gone: its blocks are free before the next step.
+            # Also if the client is gone: then its blocks are free before the next step.
             self._router.cancel_listener(routed.request_id, stream)
 
 
@@ -113,84 +109,86 @@ async def _ping(message: router_pb2.PingRequest, context: Any) -> router_pb2.Pin
 
 
 class _Stream:
-    """A listener whose news go to one call. Bounded by the tokens that a request may have."""
+    """A listener that queues responses for one call, at most one for each token of the request.
+
+    Invariant: `_has_response` is set while `_queue` holds a response or the request has ended.
+    """
 
     def __init__(self, standby_id: Callable[[], str]) -> None:
         self.error: ClusterError | None = None
         self.num_delivered: dict[int, int] = {}
-        self._news: list[router_pb2.RouteResponse] = []
+        self._queue: list[router_pb2.RouteResponse] = []
         self._has_ended = False
-        self._rung = asyncio.Event()
+        self._has_response = asyncio.Event()
         self._standby_id = standby_id
-        self._told_standby_id = ""
+        self._sent_standby_id = ""
 
     def begin(self) -> None:
-        """Says who has copies, where anybody has: the router may die before the first token."""
-        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
+        """Names the standby, if there is one: the router may die before the first token."""
+        response = router_pb2.RouteResponse(standby_id=self._new_standby_id())
         if response.standby_id:
-            self._ring(response)
+            self._put(response)
 
     def scored(self, scores: PromptScores) -> None:
         response = router_pb2.RouteResponse(
-            standby_id=self._news_of_standby(), prompt_logprobs=scores_to_wire(scores)
+            standby_id=self._new_standby_id(), prompt_logprobs=scores_to_wire(scores)
         )
-        self._ring(response)
+        self._put(response)
 
-    def tokens(self, events: Sequence[TokenEvent]) -> None:
-        response = router_pb2.RouteResponse(standby_id=self._news_of_standby())
+    def tokens(self, events: list[TokenEvent]) -> None:
+        response = router_pb2.RouteResponse(standby_id=self._new_standby_id())
         for event in events:
             index = self.num_delivered.get(event.sample_index, 0)
             self.num_delivered[event.sample_index] = index + 1
             response.events.append(event_to_wire(event, index))
-        self._ring(response)
+        self._put(response)
 
     def ended(self, error: ClusterError | None) -> None:
         self.error, self._has_ended = error, True
-        self._rung.set()
+        self._has_response.set()
 
     def moved(self) -> None:
         self._has_ended = True
-        self._ring(router_pb2.RouteResponse(has_moved=True))
+        self._put(router_pb2.RouteResponse(has_moved=True))
 
     async def responses(self) -> AsyncIterator[router_pb2.RouteResponse]:
-        """Until the request ends."""
+        """All responses, until the request ends."""
         while True:
-            news, self._news = self._news, []
-            for response in news:
+            responses, self._queue = self._queue, []
+            for response in responses:
                 yield response
-            if self._has_ended and not self._news:
+            if self._has_ended and not self._queue:
                 return
-            if not self._news:
-                self._rung.clear()
-                await self._rung.wait()
+            if not self._queue:
+                self._has_response.clear()
+                await self._has_response.wait()
 
-    def _news_of_standby(self) -> str:
-        """Who has copies now; empty where that was told."""
+    def _new_standby_id(self) -> str:
+        """The standby, if it has changed since it was last sent; empty otherwise."""
         standby_id = self._standby_id()
-        if standby_id == self._told_standby_id:
+        if standby_id == self._sent_standby_id:
             return ""
-        self._told_standby_id = standby_id
+        self._sent_standby_id = standby_id
         return standby_id
 
-    def _ring(self, response: router_pb2.RouteResponse) -> None:
-        self._news.append(response)
-        self._rung.set()
+    def _put(self, response: router_pb2.RouteResponse) -> None:
+        self._queue.append(response)
+        self._has_response.set()
 
 
 def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> RoutedRequest:
     """A request from its message.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
     """
     if not message.sampling.HasField("seed"):
-        # Made up here, another router would go on with another.
+        # The ingress chooses it: if each router did, the next one would draw other tokens.
         raise InvalidRequestError("sampling.seed", Verbatim("(absent)"), "given")
-    seed = checked_seed(message.sampling.seed)
     request = GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
-        sampling=sampling_from_wire(message.sampling, seed),
+        sampling=decode_params(message.sampling),
         num_samples=message.num_samples or 1,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,

@@ -1,16 +1,17 @@
-"""Which KV blocks of a router its buddy has, and which it is sent next. Pure: times are given.
+"""Knows which KV blocks the standby has, and chooses the next to send. Pure: times are arguments.
 
 Life of a full block of a running sequence:
 
-1. `next_run` finds that the buddy has not been sent it, and cuts a run of blocks that follow one
-   another, as long as fewer calls and bytes than the limits are in flight. Else the block stays
-   where it is: nothing is kept for later, and nobody waits.
-2. `stored`: the buddy has it. Equal blocks of other sequences are not sent again.
-   `failed`: it has not; the block is looked at anew, after a while.
-   `found_gap`: it no longer has those before; the sequence is sent from its beginning.
-3. Its sequence ends, and the block is forgotten here. The buddy keeps it until it is evicted.
+1. `next_run` finds a block that was not sent, and cuts a run of consecutive blocks from there. It
+   does so only while calls and bytes in flight are below the limits. Otherwise the block is left:
+   it is not queued, and nothing waits for it.
+2. `stored`: the standby has it. Equal blocks of other sequences are not sent again.
+   `failed`: the standby does not have it; the block is considered again after a pause.
+   `found_gap`: the standby no longer has the blocks before it; the sequence is sent again from its
+   beginning.
+3. The sequence ends, and the block is forgotten here. The standby keeps it until it is evicted.
 
-`follow` names another buddy, who has nothing: what runs then is sent anew.
+`follow` names another standby, which has nothing: blocks of running sequences are sent again.
 """
 
 from collections import OrderedDict
@@ -20,21 +21,21 @@ from dataclasses import dataclass, field
 from milliways.model.block_pool import chain_digest
 from milliways.router.requests.sequence import Sequence, SequenceStatus
 
-# A worker by its worker_id, and which life of it.
-Buddy = tuple[str, int]
+# The router that receives copies: its worker_id and incarnation.
+Peer = tuple[str, int]
 
 _ENDED = (SequenceStatus.FINISHED, SequenceStatus.FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandbyLimits:
-    """Bounds of what is on its way to a buddy, and of what is remembered of it."""
+    """Limits of what is in flight to a standby, and of what is remembered of it."""
 
     max_calls: int = 4
-    # An expert call to the same worker may have so much ahead of it. One block goes in any case.
+    # An expert call to the same worker may wait for this much. A larger block is sent alone.
     max_bytes: int = 4 << 20
     max_call_bytes: int = 1 << 20
-    # So long nothing is sent after the buddy had no room, or could not be reached.
+    # Nothing is sent for this long after the standby had no room, or could not be reached.
     pause_s: float = 1.0
     max_remembered: int = 1 << 16
 
@@ -45,13 +46,13 @@ class StandbyFigures:
 
     num_copied: int = 0
     num_copied_bytes: int = 0
-    # The buddy did not take them, or their sequence ended before they were sent.
+    # Blocks that the standby did not take, or whose sequence ended before they were sent.
     num_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
-    """Full blocks of one sequence, one after another, that are sent in one call."""
+    """Consecutive full blocks of one sequence that are sent in one call."""
 
     sequence: Sequence
     parent: bytes
@@ -59,28 +60,33 @@ class Run:
     block_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     num_bytes: int
-    # Of what was told to `follow`: a later buddy has nothing of it.
+    # Counts the calls of `follow`: a later standby has nothing of it.
     generation: int
 
 
 @dataclass(slots=True)
 class _Track:
-    """A live sequence: the digests of its full blocks, and how many of them were sent."""
+    """A sequence that has not ended: the digests of its full blocks, and how many were sent."""
 
     digests: list[bytes] = field(default_factory=list[bytes])
     num_sent: int = 0
 
 
 class Standby:
-    """Owns what is known of the buddy's copies."""
+    """Owns what is known of the standby's copies.
+
+    Invariant: `_sending` has the digests of the runs in flight to the present peer, and
+    `_num_calls` and `_num_bytes` count these runs. The first `num_sent` blocks of each tracked
+    sequence are at the peer or in flight, as far as is known.
+    """
 
     def __init__(self, block_size: int, limits: StandbyLimits | None = None) -> None:
         self.figures = StandbyFigures()
-        self.buddy: Buddy | None = None
+        self.peer: Peer | None = None
         self._block_size = block_size
         self._limits = limits or StandbyLimits()
         self._tracks: dict[Sequence, _Track] = {}
-        # Digests of blocks that the buddy has, the latest last; and those on their way to it.
+        # Digests of blocks that the peer has, the latest last; and of those in flight to it.
         self._there: OrderedDict[bytes, None] = OrderedDict()
         self._sending: set[bytes] = set()
         self._num_calls = 0
@@ -90,20 +96,20 @@ class Standby:
 
     @property
     def num_calls(self) -> int:
-        """Runs that are neither stored nor failed."""
+        """Runs in flight."""
         return self._num_calls
 
     @property
     def is_in_use(self) -> bool:
-        """Whether the buddy has, or is being sent, blocks of a sequence that has not ended."""
+        """Whether blocks of a sequence that has not ended are at the peer, or in flight to it."""
         self._forget_ended()
         return any(track.num_sent for track in self._tracks.values())
 
-    def follow(self, buddy: Buddy | None) -> None:
-        """From now on copies go there; without effect where they do already."""
-        if buddy == self.buddy:
+    def follow(self, peer: Peer | None) -> None:
+        """Sends copies to this peer from now on; without effect if it is the present one."""
+        if peer == self.peer:
             return
-        self.buddy = buddy
+        self.peer = peer
         self._generation += 1
         self._there.clear()
         self._sending.clear()
@@ -113,13 +119,13 @@ class Standby:
             track.num_sent = 0
 
     def next_run(self, running: Iterable[Sequence], block_bytes: int, now_s: float) -> Run | None:
-        """What to send now, of the sequence that would lose most; None where there is nothing.
+        """The run to send now, of the sequence with the most unsent blocks; None if there is none.
 
-        It counts as in flight until `stored`, `failed` or `found_gap`.
+        The run is in flight until `stored`, `failed` or `found_gap`.
         """
         self._forget_ended()
         max_blocks = self._room(block_bytes)
-        if self.buddy is None or now_s < self._paused_until_s or not max_blocks:
+        if self.peer is None or now_s < self._paused_until_s or not max_blocks:
             return None
         chosen, most_behind = None, 0
         for sequence in running:
@@ -131,7 +137,7 @@ class Standby:
         return self._cut(chosen, min(max_blocks, most_behind), block_bytes)
 
     def stored(self, run: Run, num_blocks: int, now_s: float) -> None:
-        """The buddy has the first blocks of a run; for the rest of them it had no room."""
+        """The standby has the first `num_blocks` of a run; it had no room for the others."""
         if not self._land(run):
             return
         self.figures.num_copied += num_blocks
@@ -143,12 +149,12 @@ class Standby:
         self._lose(run.digests[num_blocks:], now_s)
 
     def failed(self, run: Run, now_s: float) -> None:
-        """The buddy did not take a run."""
+        """The standby did not take a run."""
         if self._land(run):
             self._lose(run.digests, now_s)
 
     def found_gap(self, run: Run, now_s: float) -> None:
-        """The buddy no longer has the blocks before a run."""
+        """The standby no longer has the blocks before a run."""
         if not self._land(run):
             return
         track = self._tracks.get(run.sequence)
@@ -169,7 +175,7 @@ class Standby:
         return max(least, num_bytes // block_bytes)
 
     def _num_behind(self, sequence: Sequence) -> int:
-        """Full blocks of a sequence from the first that is neither there nor on its way."""
+        """The number of full blocks from the first unsent one to the end of the sequence."""
         track = self._tracks.setdefault(sequence, _Track())
         size, digests = self._block_size, track.digests
         num_full = sequence.num_computed // size
@@ -188,7 +194,7 @@ class Standby:
         track = self._tracks[sequence]
         first = track.num_sent
         digests = track.digests[first : first + max_blocks]
-        # After a gap or a failure, later ones may be known: the run ends before them.
+        # After a gap or a failure, later blocks may have been sent: the run ends before them.
         known = next((i for i, digest in enumerate(digests) if self._is_sent(digest)), None)
         digests = digests[:known]
         end = first + len(digests)
@@ -209,7 +215,7 @@ class Standby:
         return run
 
     def _land(self, run: Run) -> bool:
-        """Takes a run out of what is in flight; whether it went to the buddy of now."""
+        """Counts a run as no longer in flight; returns whether it went to the present peer."""
         if run.generation != self._generation:
             self.figures.num_dropped += len(run.digests)
             return False
@@ -226,7 +232,7 @@ class Standby:
         self._rewind(set(digests))
 
     def _rewind(self, lost: set[bytes]) -> None:
-        """Whoever was past one of these begins with it again."""
+        """Sends sequences again from the first of these blocks that they have."""
         for track in self._tracks.values():
             for i, digest in enumerate(track.digests[: track.num_sent]):
                 if digest in lost:

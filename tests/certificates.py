@@ -1,4 +1,4 @@
-"""A certificate authority for a test, and a certificate of it for this machine."""
+"""A certificate authority for a test, and a certificate for this machine."""
 
 import datetime
 import ipaddress
@@ -13,7 +13,7 @@ from milliways.wire.tls import TlsSettings
 
 
 def make_certificates(folder: Path) -> TlsSettings:
-    """Writes an authority of its own, and a certificate for both ends of a connection."""
+    """Writes a new authority, and a certificate for both ends of a connection."""
     folder.mkdir(parents=True, exist_ok=True)
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     ca_name = _name("authority")

@@ -1,4 +1,4 @@
-"""What every test runs under. JAX reads its settings when imported, so they are set first."""
+"""Settings for all tests. JAX reads its settings on import, so they are set first."""
 
 import os
 import signal
@@ -21,13 +21,15 @@ UNIT_TESTS = REPOSITORY / "tests" / "unit"
 JAX_SETTINGS = {
     # Tests of a GPU's kernels and of equal bits run on one too: MILLIWAYS_TEST_PLATFORMS=cuda,cpu
     "JAX_PLATFORMS": os.environ.get("MILLIWAYS_TEST_PLATFORMS", "cpu"),
-    # Eight devices on one machine, so that workers with several can be tried.
+    # Eight virtual devices, so that workers with several devices can be tested.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    # An operand promoted or broadcast by accident gives other bits, or another shape, and no error.
+    # Accidental promotion or broadcasting would change bits or shapes without an error.
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     # Compiling is most of a test's time, and most programs did not change since the last run.
-    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".cache" / "jax"),
+    "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".cache" / "jax")
+    ),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 os.environ.update(JAX_SETTINGS)
@@ -35,25 +37,25 @@ install_import_hook(
     "milliways.model", f"{shape_checks.__name__}.{shape_checks.check_shapes.__name__}"
 )
 
-# Behind `&` a shell has SIGINT ignored, and whatever a test starts would not hear its Ctrl-C.
+# A shell ignores SIGINT in background jobs; processes of a test would then ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NetworkForbidden(Exception):
-    """A unit test opened a socket that leaves the machine, or could."""
+    """A unit test opened a network socket."""
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
-    """Small checkpoints in the released form, with the reference's answers."""
+    """Small checkpoints in the released format, with the reference's recorded results."""
     return REPOSITORY / "tests" / "golden"
 
 
 @pytest.fixture(scope="session")
 def cluster() -> "Iterator[ServedCluster]":
-    """One real cluster for all tests: they may change it, and leave it as they found it."""
-    # Not above: it asks this module for its settings.
+    """One real cluster for all tests; each test leaves it as it found it."""
+    # Imported here, because that module imports this one.
     from tests.served_cluster import one_cluster
 
     with one_cluster() as running:
@@ -64,7 +66,7 @@ def cluster() -> "Iterator[ServedCluster]":
 def no_network_in_unit_tests(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Leaves unit tests Unix sockets only, which an event loop needs to wake itself."""
+    """Allows unit tests only Unix sockets, which an event loop needs to wake itself."""
     if request.path.is_relative_to(UNIT_TESTS):
         monkeypatch.setattr(socket.socket, "__init__", _init_unix_socket)
     yield

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jsonschema
+import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -32,6 +33,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEPLOY = REPOSITORY / "deploy"
 # Data of the KubeRay project, which this repository does not carry.
 KUBERAY_SCHEMAS = REPOSITORY.parent / "shared" / "kuberay"
+
+needs_schemas = pytest.mark.skipif(
+    not KUBERAY_SCHEMAS.is_dir(), reason="KubeRay's schemas are not beside the repository"
+)
 
 Tree = dict[str, Any]
 KeyPath = tuple[str | int, ...]

@@ -36,26 +36,27 @@ from milliways.wire.errors import RefusalReason
 from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import local_host_id
 from milliways.wire.tls import TlsSettings
+from milliways.wire.transports import AUTO
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
 from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.servers.worker_server import WorkerServer
 
 WORKER_ID = "echo"
 INCARNATION = 7
 LOGITS_LAYER = 64
-# The core keeps a call of this layer until the next one comes; of the other, for ever.
+# A call of HELD_LAYER is answered after the next call; a call of LOST_LAYER never.
 HELD_LAYER = 1000
 LOST_LAYER = 1001
 FAULTY_LAYER = 1002
 
 
 class EchoCore:
-    """A hand-computable worker core."""
+    """A worker core whose results can be computed by hand."""
 
     def __init__(self) -> None:
         self.routers_gone: list[str] = []
-        # Copies of what was sent.
+        # Copies of all blocks received.
         self.stored: list[StoreBlocks] = []
         self._held: list[Callable[[], None]] = []
         self._num_tokens: dict[int, int] = {}
@@ -79,7 +80,9 @@ class EchoCore:
 
     def _compute(self, call: Call, fence: Fence) -> Result:
         if fence.incarnation != INCARNATION:
-            return Refusal(RefusalReason.STALE_INCARNATION, "another life", fence.placement_epoch)
+            return Refusal(
+                RefusalReason.STALE_INCARNATION, "another incarnation", fence.placement_epoch
+            )
         match call:
             case RunExperts():
                 return ExpertOutputs(expert_outputs(call.rows_TD, call.expert_ids_TA))
@@ -114,51 +117,56 @@ class EchoCore:
 
 
 def drawn_token(token_id: int) -> SampledToken:
-    """What the core draws, with that id."""
+    """The token that the core draws, with this id."""
     return SampledToken(
         token_id=token_id, logprob=-0.5, top_logprobs=((3, -1.5), (4, -2.5)), is_valid=True
     )
 
 
 def expert_outputs(rows_TD: np.ndarray, expert_ids_TA: np.ndarray) -> np.ndarray:
-    """A row for each id that is not -1: the token's, times the id plus 1."""
+    """One row for each id that is not -1: the token's row times (id + 1)."""
     rows_T, chosen_A = np.nonzero(expert_ids_TA >= 0)
     factors_N = (expert_ids_TA[rows_T, chosen_A] + 1).astype(rows_TD.dtype)
     return rows_TD[rows_T] * factors_N[:, None]
 
 
 class EchoServer:
-    """The core behind all transports, in the thread of a reactor."""
+    """Serves the core over all transports, in a reactor's thread."""
 
-    def __init__(self, *, tls: TlsSettings | None = None, limits: LinkLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        transport: str = AUTO,
+        tls: TlsSettings | None = None,
+        limits: LinkLimits | None = None,
+    ) -> None:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
         self.host_id = local_host_id()
-        self.sessions = sessions = RouterSessions(self.core)
-        self.shm = ShmServer(
+        self.sessions = RouterSessions(self.core)
+        self._server = WorkerServer(
             self.reactor,
-            sessions,
+            self.sessions,
             worker_id=WORKER_ID,
             incarnation=INCARNATION,
+            transport=transport,
+            tls=tls,
             limits=limits,
         )
-        plate = ServerIdentity(
-            worker_id=WORKER_ID,
-            incarnation=INCARNATION,
-            host_id=self.host_id,
-            socket_name=self.shm.socket_name,
-        )
-        self._grpc = WorkerGrpcServer(self.reactor, sessions, plate, tls=tls, limits=limits)
+
+    @property
+    def shm(self) -> ShmServer:
+        server = self._server.transports["shm"]
+        assert isinstance(server, ShmServer)
+        return server
 
     def start(self, host: str = "127.0.0.1") -> str:
-        """Serves from a thread of its own; returns the address."""
+        """Starts to serve in a thread; returns the address."""
         self.reactor.start()
-        self.reactor.call(self.shm.start)
-        return self.reactor.ask(lambda: self._grpc.start(f"{host}:0"), 10.0)
+        return self.reactor.ask(lambda: self._server.start(f"{host}:0"), 10.0)
 
     def close(self) -> None:
-        self.reactor.call(self.shm.stop)
-        self.reactor.ask(self._grpc.stop, 10.0)
+        self.reactor.ask(self._server.stop, 10.0)
         self.reactor.close()
 
 
@@ -170,10 +178,10 @@ def member_at(address: str) -> Member:
 
 @contextmanager
 def serving(
-    *, tls: TlsSettings | None = None, limits: LinkLimits | None = None
+    *, transport: str = AUTO, tls: TlsSettings | None = None, limits: LinkLimits | None = None
 ) -> Iterator[tuple[EchoServer, Member]]:
     """A server in a thread, and what a router has to know to reach it."""
-    server = EchoServer(tls=tls, limits=limits)
+    server = EchoServer(transport=transport, tls=tls, limits=limits)
     host = "localhost" if tls else "127.0.0.1"
     try:
         yield server, member_at(server.start(host))

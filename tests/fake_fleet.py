@@ -1,4 +1,4 @@
-"""A fleet of workers that are no processes: they obey on a fake clock, or do not, as told."""
+"""A fleet of fake workers on a fake clock: they obey, do not answer, or die, as a test chooses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.view import ClusterView, WorkerState
 
-# Two layers of four experts of 10 bytes; whoever holds all of attention needs 20 for it.
+# Two layers of four experts of 10 bytes each; all of attention takes 20 bytes.
 MODEL = ModelBytes(
     num_layers=2,
     num_experts=4,
@@ -31,7 +31,7 @@ LOAD_S = 2.0
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One life of a worker, and what it was told."""
+    """One incarnation of a worker, and the commands that it received."""
 
     worker_id: str
     incarnation: int
@@ -48,7 +48,7 @@ class FakeWorker:
         return not self.death.is_done
 
     def held_bytes(self) -> int:
-        """What it has in memory."""
+        """Bytes of everything that it holds."""
         if self.shards is None:
             return 0
         layer_bytes = MODEL.attention_layer_bytes + MODEL.kv_layer_bytes_per_token * KV_TOKENS
@@ -58,13 +58,13 @@ class FakeWorker:
 
 
 class FakeFleet:
-    """A `Fleet`. What it must never be told, it refuses to hear."""
+    """A `Fleet`. It asserts that it never receives a wrong command."""
 
     def __init__(self, tasks: Tasks, memory_bytes: int) -> None:
         self.lives: list[FakeWorker] = []
         self.now: dict[str, FakeWorker] = {}
         self.stopped: list[str] = []
-        # Those for whom there is no node, those who do not listen.
+        # Workers without a node, and workers that do not answer.
         self.without_node: set[str] = set()
         self.deaf: set[str] = set()
         self.dies_loading: set[str] = set()
@@ -97,17 +97,17 @@ class FakeFleet:
 
         if worker_id not in self.dies_loading:
             return self._after(LOAD_S, worker, take_in)
-        # When the others are ready already.
+        # It dies after the other workers are ready.
         self._tasks.call_later(1.5 * LOAD_S, lambda: self.kill(worker_id))
         return self._after(2 * LOAD_S, worker, take_in)
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         worker = self._alive(worker_id)
         for other in self.now.values():
-            # Whoever acts on a view must find what it promises.
+            # An expert that another worker's view promises must not be unloaded.
             if other.is_alive and other.views and other.worker_id not in self.deaf:
                 promised = other.views[-1].members[worker_id].experts
-                assert promised <= kept, "it is asked for what it unloads"
+                assert promised <= kept, "it unloads experts that others may call"
         worker.held &= kept
         return self._after(0.0, worker, lambda: None)
 
@@ -152,7 +152,7 @@ class FakeFleet:
         return "a node with 1 FAKE"
 
     def kill(self, worker_id: str) -> None:
-        """The process is gone; what it was asked fails, and everybody who watches it knows."""
+        """A worker dies: its pending commands fail, and its death is reported."""
         worker = self.now[worker_id]
         for pending in worker.waiting:
             pending.fail(WorkerDiedError(f"{worker_id} is dead"))
@@ -216,7 +216,7 @@ class Bench:
         self.clock.advance_to(end_s)
 
     def run_until(self, holds: Callable[[], bool], limit_s: float = 300.0) -> float:
-        """Runs until something is so; returns how long it took."""
+        """Runs until a condition holds; returns how long that took."""
         started_s = self.clock.now_s()
         while not holds():
             if self.tasks.run_ready():
@@ -228,7 +228,7 @@ class Bench:
         return self.clock.now_s() - started_s
 
     def up(self) -> "Bench":
-        """Until all is ready, told and tidy."""
+        """Runs until all workers are ready and informed, and nothing is pending."""
         self.run_for(0.0)
         self.run_until(self.is_up)
         self.run_for(2.0)
@@ -241,12 +241,12 @@ class Bench:
         )
 
     def replicas(self) -> dict[ExpertId, int]:
-        """How many hold each expert, by the view."""
+        """Number of holders of each expert in the view."""
         view = self.controller.view
         return {expert_id: len(view.holders(expert_id)) for expert_id in EVERY_EXPERT}
 
     def check(self) -> None:
-        """What the view says is what the workers have; nobody has anything beside it."""
+        """Asserts that workers hold exactly the experts that the view says."""
         view = self.controller.view
         for member in view.members.values():
             worker = self.fleet.now[member.worker_id]

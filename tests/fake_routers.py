@@ -1,4 +1,4 @@
-"""Routers without a model behind them: servers of RouterService that count, and fail as told."""
+"""Fake routers without a model: servers of RouterService that count, and fail on demand."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -9,20 +9,21 @@ from enum import Enum
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.router.requests.messages import event_to_wire, sampling_from_wire, scores_to_wire
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import router_pb2, router_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.errors import OverloadedError
+from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, status_of
 from milliways.wire.tls import TlsSettings
 from tests.sources import counted_events, counted_score_events
 
 
 class Fault(Enum):
-    """One way for a stream to go wrong, after so many events."""
+    """How a stream fails."""
 
     UNAVAILABLE = "unavailable"
     CANCELLED = "cancelled"
@@ -45,7 +46,7 @@ STATUSES = {
 
 @dataclass
 class Directory:
-    """A set of routers that tests change."""
+    """A list of routers that tests can change."""
 
     infos: list[RouterInfo] = field(default_factory=list)
     _event: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,18 +65,19 @@ class Directory:
 
 @dataclass
 class FakeRouter(router_pb2_grpc.RouterServiceServicer):
-    """Counts for each request; the first `num_faults` streams go wrong."""
+    """Counts for each request; the first `num_faults` streams fail."""
 
     fault: Fault | None = None
+    # Events of a stream before it fails.
     num_before_fault: int = 0
     num_faults: int = 1
-    # Whatever the fault, it is UNAVAILABLE before more of the prompt is scored.
+    # After this many scores a faulty stream ends with UNAVAILABLE, whatever its fault.
     num_scores_before_fault: int = 1 << 30
     refusal: Exception | None = None
-    # Streams wait before their first event until it is set.
+    # If given, streams wait for this before their first event.
     gate: asyncio.Event | None = None
     events_each: int = 1
-    # Said with the first response.
+    # Sent with the first response.
     standby_id: str = ""
     info: RouterInfo = field(default_factory=lambda: RouterInfo("", ""))
     server: aio.Server | None = None
@@ -135,7 +137,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
             await context.write(router_pb2.RouteResponse(events=events[at + 1 :]))
         elif self.fault is Fault.DIES:
             assert self.server is not None
-            # Not by this call, which is among those that stopping cancels.
+            # Not in this call, because stopping cancels it.
             self.stopping = asyncio.create_task(self.server.stop(None))
             await asyncio.Event().wait()
         elif self.fault is Fault.STALLS:
@@ -143,16 +145,16 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 
 
 def remaining_events(request: router_pb2.RouteRequest) -> list[router_pb2.TokenEvent]:
-    """What an undisturbed run gives after what was delivered."""
+    """The events of an undisturbed run that are not delivered yet."""
     done = {sample.sample_index: sample for sample in request.delivered}
     counts: dict[int, int] = {}
     remaining: list[router_pb2.TokenEvent] = []
     for event in counted_events(request_of(request)):
         index = counts.get(event.sample_index, 0)
         counts[event.sample_index] = index + 1
-        had = done[event.sample_index].token_ids if event.sample_index in done else ()
-        if index < len(had):
-            assert had[index] == event.token_id
+        delivered = done[event.sample_index].token_ids if event.sample_index in done else ()
+        if index < len(delivered):
+            assert delivered[index] == event.token_id
         else:
             remaining.append(event_to_wire(event, index))
     return remaining
@@ -162,7 +164,7 @@ def request_of(message: router_pb2.RouteRequest) -> GenerationRequest:
     return GenerationRequest(
         prompt_ids=tuple(message.prompt_token_ids),
         max_tokens=message.max_tokens,
-        sampling=sampling_from_wire(message.sampling, message.sampling.seed),
+        sampling=decode_params(message.sampling),
         num_samples=message.num_samples,
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
@@ -176,7 +178,7 @@ def expected_events(request: GenerationRequest) -> list[TokenEvent]:
 
 @asynccontextmanager
 async def running(*routers: FakeRouter) -> AsyncIterator[Directory]:
-    """Serves fake routers named r0, r1, ... ; nothing may be running there afterwards."""
+    """Serves fake routers named r0, r1, ...; asserts that no stream is left at the end."""
     for i, router in enumerate(routers):
         await start(router, f"r{i}")
     try:
@@ -187,7 +189,7 @@ async def running(*routers: FakeRouter) -> AsyncIterator[Directory]:
 
 
 async def start(router: FakeRouter, worker_id: str, tls: TlsSettings | None = None) -> None:
-    """Serves a router on a port of its own, again if it had stopped."""
+    """Serves a router on a new port, also if it was stopped before."""
     server = aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)])
     router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
     port = add_port(server, "127.0.0.1:0", tls or TlsSettings())
@@ -201,7 +203,7 @@ def full(message: str = "no room") -> OverloadedError:
 
 
 async def serve_stalling(num_before_stall: int) -> None:
-    """A process of its own for a router that stalls; prints its port."""
+    """The main program of a process with a router that stalls; prints its address."""
     router = FakeRouter(fault=Fault.STALLS, num_before_fault=num_before_stall)
     await start(router, "own process")
     print(router.info.address, flush=True)

@@ -1,4 +1,4 @@
-"""Asks an HTTP ingress that runs in the same process, and reads what it answers."""
+"""Sends requests to an HTTP ingress in this process, and reads the responses."""
 
 import asyncio
 import json
@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from tests.ingresses import make_ingress
 from tests.sources import CountingSource
@@ -24,7 +24,7 @@ def run(
     model: ServedModel,
     **settings: int,
 ) -> Any:
-    """Runs a scenario against an app in this process; nothing may be left running after it."""
+    """Runs a scenario against an app in this process; no request may run after it."""
 
     async def main() -> Any:
         limits = {"max_body_bytes": MAX_BODY_BYTES} | settings
@@ -52,7 +52,7 @@ def chat_body(**fields: Any) -> dict[str, Any]:
 
 
 def sse_data(response: httpx.Response) -> list[Any]:
-    """The data of every event, [DONE] left out, which has to be the last."""
+    """The data of every event but the last, which must be [DONE]."""
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = [line for line in response.text.split("\n") if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]"

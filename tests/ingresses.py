@@ -1,4 +1,4 @@
-"""An ingress of the demo model for tests: over a counting source, or the real engine."""
+"""Ingresses of the demo model for tests, over any source of tokens."""
 
 import asyncio
 import threading
@@ -10,11 +10,13 @@ from starlette.types import ASGIApp
 
 from milliways.cluster.host.local import cache_size_for, load_local_model, make_local_engine
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel, load_served_model
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.cluster.settings.config import IngressSettings, ModelSettings
 from milliways.model.demo import DEMO_DIR
 from milliways.router.engine import LocalEngine
+from milliways.wire.tls import TlsSettings
 from tests.sources import LocalSource
 
 
@@ -42,7 +44,7 @@ def local_source() -> Iterator[LocalSource]:
 
 @contextmanager
 def served(make_app: Callable[[], ASGIApp]) -> Iterator[str]:
-    """Runs an app on a real server of its own thread; gives its base URL."""
+    """Runs an app on a real server in a thread; yields its base URL."""
     server: uvicorn.Server | None = None
     started = threading.Event()
     port: list[int] = []
@@ -68,3 +70,27 @@ def served(make_app: Callable[[], ASGIApp]) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+@contextmanager
+def grpc_served(
+    source: TokenSource, model: ServedModel, tls: TlsSettings | None = None
+) -> Iterator[str]:
+    """Runs a gRPC server in a thread of its own; gives its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="grpc-server", daemon=True)
+    thread.start()
+
+    async def start() -> IngressGrpcServer:
+        server = IngressGrpcServer(make_ingress(source, model), tls=tls)
+        await server.start()
+        return server
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(30)
+        loop.close()

@@ -1,4 +1,4 @@
-"""Every intermediate result of a forward pass, under the names the reference's recordings use."""
+"""All intermediate results of a forward pass, named as in the reference's recordings."""
 
 import jax
 import jax.numpy as jnp

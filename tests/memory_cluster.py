@@ -1,8 +1,8 @@
 """A cluster in one thread: processes, routers, workers and the messages between them.
 
-Messages take time on a fake clock, in an order that a seed decides. What runs is the production
-code: cores, dispatch, pipeline, router; only links, clock and processes are replaced. A process can
-be busy, freeze or die; a stream can stall or break; each end learns of it when it would.
+Messages take time on a fake clock; a seed decides their order. Cores, dispatch, pipeline and router
+are the production code. Only links, clock and processes are fakes. A process can be busy, freeze or
+die. A stream can stall or break, and each end notices after a realistic delay.
 """
 
 from collections import deque
@@ -14,12 +14,12 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.router.block_copies import BlockArrays
-from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.dispatch import Dispatcher
+from milliways.router.limits import DispatchLimits, RouterLimits, SchedulerLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.pipeline import Pipeline
 from milliways.router.requests.admission import DetokenizerFor, RoutedRequest
-from milliways.router.router import Router, RouterLimits
-from milliways.router.scheduler import SchedulerLimits
+from milliways.router.router import Router
 from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.calls import Call, Fence, Result
@@ -27,11 +27,11 @@ from milliways.wire.errors import PeerLostError
 from milliways.wire.links import WorkerLink
 from milliways.wire.view import ClusterView, Member
 from milliways.workers.core import WorkerCore
-from tests.heard import Heard
+from tests.recording import Recording
 
 
 class Process:
-    """What shares a thread, and so computes, freezes and dies together."""
+    """Everything that shares a thread, and so computes, freezes and dies together."""
 
     def __init__(self, name: str, clock: FakeClock) -> None:
         self.name = name
@@ -40,21 +40,21 @@ class Process:
         self.is_alive = True
         self.core: WorkerCore | None = None
         self.router: Router | None = None
-        # The keys and values behind the router's blocks, where copies are made of them.
+        # The keys and values of the router's blocks, if blocks are copied.
         self.arrays: BlockArrays | None = None
         self._clock = clock
         self._asleep_until_s = 0.0
 
     def now_s(self) -> float:
-        """The clock as it will be when what it computes is done."""
+        """The time at which the process is no longer busy."""
         return max(self._clock.now_s(), self._asleep_until_s)
 
     def spend(self, seconds: float) -> None:
-        """Is busy for a while, after what it is busy with: messages wait, and so does the rest."""
+        """Makes the process busy for longer: messages and tasks wait."""
         self._asleep_until_s = self.now_s() + seconds
 
     def run(self, now_s: float) -> bool:
-        """Takes messages in and goes on, if it can; whether it did anything."""
+        """Handles messages and runs tasks, unless busy; returns whether anything ran."""
         if not self.is_alive or self._asleep_until_s > now_s:
             return False
         has_run = bool(self.inbox)
@@ -63,7 +63,7 @@ class Process:
         return self.tasks.run_ready() or has_run
 
     def next_s(self, now_s: float) -> float | None:
-        """When it will have something to do by itself."""
+        """The time of its next own action, if there is one."""
         if not self.is_alive:
             return None
         timer_s = self.tasks.next_timer_s()
@@ -72,14 +72,14 @@ class Process:
         return timer_s
 
     def die(self) -> None:
-        """Ends at once; nothing that it would still do reaches anybody."""
+        """Ends at once: none of its pending work has an effect."""
         self.is_alive = False
         self.inbox.clear()
         self.tasks.close()
 
 
 class Channel:
-    """One direction of a stream: messages stay in order, each on its way for a while."""
+    """One direction of a stream: messages arrive in order, each after a delay."""
 
     def __init__(self, sender: Process, receiver: Process, network: "Network") -> None:
         self.stalled_until_s = 0.0
@@ -91,7 +91,7 @@ class Channel:
         self._last_s = 0.0
 
     def send(self, deliver: Callable[[], None], about: Call | None = None) -> None:
-        """Has something happen at the other end, unless the way is cut before."""
+        """Runs `deliver` at the other end after a delay, unless the channel is cut before."""
         if not self._sender.is_alive or self.is_cut:
             return
         if self.num_to_drop:
@@ -118,9 +118,9 @@ class Network:
         self.links: list[MemoryLink] = []
         self._opening: list[tuple[Process, Pending[WorkerLink]]] = []
         self.num_delivered = 0
-        # Looks at each message that is about to arrive: where a test counts, and kills.
+        # Called before each message arrives; tests count messages and kill processes here.
         self.on_delivery: Callable[[Process], None] | None = None
-        # What it looks at: the call that arrives or is answered, if it is one.
+        # The call that this message carries or answers, if any.
         self.arriving: Call | None = None
         self._delay_s_max = delay_s_max
 
@@ -128,7 +128,7 @@ class Network:
         return self.random.uniform(0.0, self._delay_s_max)
 
     def detection_s(self) -> float:
-        """How long the end of a stream takes to be noticed."""
+        """The delay until the end of a stream is noticed."""
         return self.random.uniform(0.0, 5 * self._delay_s_max)
 
     def delivered(self, receiver: Process, about: Call | None) -> None:
@@ -138,40 +138,41 @@ class Network:
             self.on_delivery(receiver)
 
     def connect(self, client: Process, server: Process, router_id: str) -> Pending[WorkerLink]:
-        """A link, after a round trip; stays out while the other side is frozen."""
-        way: Pending[WorkerLink] = Pending()
-        self._opening.append((server, way))
-        way.when_done(lambda: self._opening.remove((server, way)))
+        """Opens a link in one round trip; it stays pending while the other side is frozen."""
+        opening: Pending[WorkerLink] = Pending()
+        self._opening.append((server, opening))
+        opening.when_done(lambda: self._opening.remove((server, opening)))
         there, back = Channel(client, server, self), Channel(server, client, self)
 
         def accept() -> None:
             if not client.is_alive:
                 return
             link = MemoryLink(client, server, router_id, there, back, self)
-            link.opening = way
+            link.opening = opening
             self.links.append(link)
-            back.send(lambda: way.resolve(link))
+            back.send(lambda: opening.resolve(link))
 
         there.send(accept)
-        return way
+        return opening
 
     def died(self, process: Process) -> None:
-        """Lets the other ends of all streams of a process know, each in its time."""
+        """Breaks all streams of a dead process; each other end notices after its own delay."""
         for link in list(self.links):
             if link.client is process:
                 link.forget_client(self.detection_s())
             elif link.server is process:
                 link.lose_server(self.detection_s())
-        for server, way in list(self._opening):
+        for server, opening in list(self._opening):
             if server is process:
-                lost = PeerLostError(process.name, "died while it was connected to")
-                self.tasks.call_later(self.detection_s(), lambda w=way, e=lost: w.fail(e))
+                lost = PeerLostError(process.name, "died while a link to it was opened")
+                self.tasks.call_later(self.detection_s(), lambda o=opening, e=lost: o.fail(e))
 
 
 class MemoryLink:
-    """A way to a core through the network."""
+    """A link to a core through the network."""
 
     transport = "memory"
+    is_local = False
 
     def __init__(
         self,
@@ -194,7 +195,7 @@ class MemoryLink:
 
     @property
     def num_waiting(self) -> int:
-        """Calls that were not answered."""
+        """Number of calls without an answer."""
         return len(self._waiting)
 
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
@@ -208,25 +209,25 @@ class MemoryLink:
         return answer
 
     def close(self) -> None:
-        """What was sent before still arrives, as it does from a socket's buffer."""
+        """Closes the link. Messages sent before still arrive, as from a socket's buffer."""
         if not self._is_closed:
             self._is_closed = True
             self.there.send(self._client_gone)
             self._fail_waiting("closed")
 
     def cut(self) -> None:
-        """Breaks the stream: nothing under way arrives, each end notices later."""
+        """Breaks the stream: messages on the way are lost, and each end notices later."""
         self.lose_server(self._network.detection_s())
         self.forget_client(self._network.detection_s())
 
     def lose_server(self, after_s: float) -> None:
-        """The router's end notices that the stream broke."""
+        """Breaks the stream; the router's end notices after a delay."""
         self.there.is_cut = self.back.is_cut = True
         notice = Channel(self.client, self.client, self._network)
         self._network.tasks.call_later(after_s, lambda: notice.send(self._break_off))
 
     def forget_client(self, after_s: float) -> None:
-        """The worker's end notices that the stream broke."""
+        """Breaks the stream; the worker's end notices after a delay."""
         self.there.is_cut = self.back.is_cut = True
         notice = Channel(self.server, self.server, self._network)
         self._network.tasks.call_later(after_s, lambda: notice.send(self._client_gone))
@@ -261,9 +262,10 @@ class MemoryLink:
 
 
 class DirectLink:
-    """A way to the core of the same process."""
+    """A link to the core of the same process."""
 
     transport = "direct"
+    is_local = True
 
     def __init__(self, core: WorkerCore) -> None:
         self._core = core
@@ -279,7 +281,7 @@ class DirectLink:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
-    """What a test may want of routers, and of the network."""
+    """Settings of routers and of the network."""
 
     cache_size: CacheSize
     scheduler: SchedulerLimits = field(default_factory=SchedulerLimits)
@@ -288,14 +290,17 @@ class ClusterSettings:
     dispatch: DispatchLimits = field(default_factory=DispatchLimits)
     seed: int = 0
     delay_s_max: float = 0.002
-    # Whether a router shares its process with the worker of its name, and asks it directly.
+    # Whether a router runs in the process of the worker with the same id, and calls it directly.
     has_direct_links: bool = True
-    # Whether routers with direct links copy their blocks to one another.
+    # Whether routers with direct links copy their KV blocks to one another.
     kv_standby: bool = False
 
 
 class MemoryCluster:
-    """Owns the clock and all processes, and runs them until something is so."""
+    """Owns the clock and all processes, and runs them until a condition holds.
+
+    *Invariant:* `processes` holds every process ever started, dead ones included.
+    """
 
     def __init__(
         self,
@@ -311,7 +316,7 @@ class MemoryCluster:
         self.view = view
         self.config = config
         self.settings = settings
-        # The dead are kept, to be looked at.
+        # Dead processes stay in the list, so that tests can inspect them.
         self.processes: list[Process] = []
         self.workers: dict[tuple[str, int], Process] = {}
         self._make_core = make_core
@@ -324,7 +329,7 @@ class MemoryCluster:
 
     @property
     def routers(self) -> dict[str, Router]:
-        """Of those that live, the latest life of each."""
+        """The living routers, each with its latest incarnation."""
         living = (p.router for p in self.processes if p.is_alive and p.router is not None)
         return {router.links.router_id: router for router in living}
 
@@ -338,7 +343,7 @@ class MemoryCluster:
         return process
 
     def start_worker(self, member: Member) -> Process:
-        """A life of a worker, ready at once."""
+        """Starts an incarnation of a worker; it is ready at once."""
         process = self.start_process(member.worker_id)
         self.workers[(member.worker_id, member.incarnation)] = process
         process.core = self._make_core(member, process)
@@ -346,7 +351,7 @@ class MemoryCluster:
         return process
 
     def start_router(self, router_id: str, incarnation: int) -> Process:
-        """A life of a router, in the process of its worker or in its own."""
+        """Starts an incarnation of a router, in its worker's process or in its own."""
         settings = self.settings
         if settings.has_direct_links:
             process = self.workers[(router_id, incarnation)]
@@ -384,26 +389,26 @@ class MemoryCluster:
         return process
 
     def publish(self, view: ClusterView) -> None:
-        """Gives a view to everybody at once."""
+        """Gives a view to all processes at once."""
         self.view = view
         for process in self.processes:
             if process.is_alive:
                 take_view(process, view)
 
     def kill(self, process: Process) -> None:
-        """Ends a process; the others notice in their time."""
+        """Ends a process; the others notice later."""
         if process.is_alive:
             process.die()
             self.network.died(process)
 
-    def submit(self, router_id: str, request_id: str, routed: RoutedRequest) -> Heard:
-        heard = Heard()
-        self.routers[router_id].submit(routed, heard)
-        return heard
+    def submit(self, router_id: str, request_id: str, routed: RoutedRequest) -> Recording:
+        recording = Recording()
+        self.routers[router_id].submit(routed, recording)
+        return recording
 
-    def run_until(self, is_so: Callable[[], bool], limit_s: float = 600.0) -> None:
-        """Runs, with time going on where nothing is ready, until a condition holds."""
-        while not is_so():
+    def run_until(self, holds: Callable[[], bool], limit_s: float = 600.0) -> None:
+        """Runs until a condition holds; advances the clock when nothing is ready."""
+        while not holds():
             if not self._run_ready():
                 next_s = self._next_s()
                 assert next_s is not None, "nothing will ever happen again"
@@ -411,7 +416,7 @@ class MemoryCluster:
                 self.clock.advance_to(next_s)
 
     def settle(self) -> None:
-        """Runs until nothing will ever happen by itself again."""
+        """Runs until no message and no timer is left."""
         while True:
             if not self._run_ready():
                 next_s = self._next_s()
@@ -420,7 +425,7 @@ class MemoryCluster:
                 self.clock.advance_to(next_s)
 
     def close(self) -> None:
-        """Closes all ways and ends all processes; asserts that nothing was left over."""
+        """Closes all links and ends all processes; asserts that nothing is left over."""
         self.network.on_delivery = None
         living = self._living()
         for process in living:
@@ -450,7 +455,7 @@ class MemoryCluster:
     def _run_ready(self) -> bool:
         has_run = self.world.run_ready()
         now_s = self.clock.now_s()
-        # A copy: what runs may start others.
+        # A copy, because a process may start others.
         for process in self._living():
             has_run |= process.run(now_s)
         return has_run
@@ -466,18 +471,18 @@ class MemoryCluster:
 
     def _connect(self, client: Process, router_id: str, member: Member) -> Pending[WorkerLink]:
         server = self.workers.get((member.worker_id, member.incarnation))
-        way: Pending[WorkerLink] = Pending()
+        opening: Pending[WorkerLink] = Pending()
         if server is client and client.core is not None:
-            way.resolve(DirectLink(client.core))
-            return way
+            opening.resolve(DirectLink(client.core))
+            return opening
         if server is not None and server.is_alive:
             return self.network.connect(client, server, router_id)
-        way.fail(PeerLostError(member.worker_id, "nobody there"))
-        return way
+        opening.fail(PeerLostError(member.worker_id, "does not exist"))
+        return opening
 
 
 def take_view(process: Process, view: ClusterView) -> None:
-    """What a process does with a view that arrives."""
+    """Handles a new view in a process."""
     if process.core is not None:
         process.core.fence.raise_epoch(view.placement_epoch)
     if process.router is not None:

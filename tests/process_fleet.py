@@ -1,4 +1,4 @@
-"""A cluster of real worker processes under the real controller, without Ray: for many small tests.
+"""A cluster of real worker processes under the real controller, but without Ray.
 
 async with process_cluster(hosts, config, settings, model) as cluster:
     async for event in cluster.source.generate(...)
@@ -17,8 +17,8 @@ from typing import Any
 from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.fleet import Spawned, WorkerDiedError
 from milliways.cluster.control.targets import ControllerSettings
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
@@ -34,7 +34,7 @@ TIMEOUT_S = 60.0
 
 
 class HostPool:
-    """Processes that wait for a worker to hold, each with so many devices."""
+    """Idle processes for workers, each with `num_devices` devices, and those in use."""
 
     def __init__(self, folder: Path, num_devices: int = 1) -> None:
         self._folder = folder
@@ -44,7 +44,7 @@ class HostPool:
         self._gone: dict[int, Callable[[], None]] = {}
 
     def take(self, gone: Callable[[], None]) -> WorkerHost:
-        """An idle process, or a new one; `gone` is called when it dies, on some thread."""
+        """An idle process, or a new one; `gone` is called when it dies, in any thread."""
         host = self._idle.pop() if self._idle else self._start()
         self._taken.append(host)
         self._gone[host.pid] = gone
@@ -57,7 +57,7 @@ class HostPool:
             self._idle.append(host)
 
     def discard(self, host: WorkerHost) -> None:
-        """Ends a process that holds a worker."""
+        """Ends a process in use."""
         self._taken.remove(host)
         self._gone.pop(host.pid, None)
         host.end()
@@ -79,7 +79,7 @@ class HostPool:
 
 
 class ProcessFleet:
-    """A `Fleet` of worker processes. Used from the loop of its `AsyncTasks`."""
+    """A `Fleet` of worker processes; call it in the event loop of its `AsyncTasks`."""
 
     def __init__(self, hosts: HostPool, config: ClusterConfig, shell: AsyncTasks) -> None:
         self._hosts = hosts
@@ -96,7 +96,7 @@ class ProcessFleet:
         if dead is not None:
             self._hosts.discard(dead)
         self._workers[worker_id] = self._hosts.take(lambda: self._soon(lambda: death.resolve(None)))
-        # Every worker is a node of its own.
+        # Each worker counts as a separate node.
         return self._call(
             worker_id,
             "spawn",
@@ -140,11 +140,11 @@ class ProcessFleet:
         return self._deaths[worker_id]
 
     def status(self, worker_id: str) -> Pending[ProcessStatus]:
-        """What a worker says of itself."""
+        """A worker's status."""
         return self._call(worker_id, "status")
 
     def kill(self, worker_id: str) -> None:
-        """As the operating system would, out of memory."""
+        """Kills a worker as the operating system does when memory runs out."""
         os.kill(self._workers[worker_id].pid, signal.SIGKILL)
 
     @property
@@ -170,7 +170,7 @@ class ProcessFleet:
         return answer
 
     def _soon(self, settle: Callable[[], None]) -> None:
-        """Has something settled in the loop's thread."""
+        """Settles a result in the event loop's thread."""
 
         def run() -> None:
             settle()
@@ -180,7 +180,7 @@ class ProcessFleet:
 
 
 class ProcessCluster:
-    """Controller, workers and a source over their routers. It is its own router directory."""
+    """Controller, workers, and a source over their routers; it is also the router directory."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class ProcessCluster:
         await self.shell.wait(self.controller.changed.wait())
 
     async def until(self, holds: Callable[[], bool], what: str) -> None:
-        """Waits until something is so of the controller."""
+        """Waits until a condition on the controller holds."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 while not holds():
@@ -212,7 +212,7 @@ class ProcessCluster:
             raise AssertionError(f"not so: {what}: {waits}, {self.controller.failure}") from None
 
     async def until_ready(self) -> None:
-        """Until all workers are, and have been told of each other."""
+        """Waits until all workers are ready, and all are in the view."""
         controller = self.controller
         await self.until(
             lambda: (
@@ -224,26 +224,26 @@ class ProcessCluster:
         )
 
     async def generate(
-        self, request: GenerationRequest, request_id: str, heard: Callable[[TokenEvent], None]
+        self, request: GenerationRequest, request_id: str, take: Callable[[TokenEvent], None]
     ) -> None:
         deadline_s = time.monotonic() + TIMEOUT_S
         stream = self.source.generate(request, request_id=request_id, deadline_s=deadline_s)
         async with aclosing(stream) as events:
             async for event in events:
-                heard(event)
+                take(event)
 
     async def status(self) -> dict[str, ProcessStatus]:
-        """What every worker says of itself."""
+        """All workers' statuses."""
         ids = self.fleet.worker_ids
-        told = [await self.shell.wait(self.fleet.status(worker_id)) for worker_id in ids]
-        return dict(zip(ids, told, strict=True))
+        statuses = [await self.shell.wait(self.fleet.status(worker_id)) for worker_id in ids]
+        return dict(zip(ids, statuses, strict=True))
 
 
 @asynccontextmanager
 async def process_cluster(
     hosts: HostPool, config: ClusterConfig, settings: ControllerSettings, model: ModelBytes
 ) -> AsyncGenerator[ProcessCluster]:
-    """A cluster that is ready; its processes go back to the pool at the end."""
+    """A ready cluster; its processes return to the pool at the end."""
     cluster = ProcessCluster(hosts, config, settings, model)
     try:
         cluster.controller.start()

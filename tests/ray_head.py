@@ -22,7 +22,7 @@ SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0
 
 @dataclass(frozen=True, slots=True)
 class RayHead:
-    """The process as tests see it."""
+    """The process, seen from the tests."""
 
     process: "subprocess.Popen[str]"
     environment: dict[str, str]
@@ -35,18 +35,18 @@ class RayHead:
         return _ask(self.process, question)
 
     def start_serve(self) -> int:
-        """Has Serve listen, unless it does; returns the port."""
+        """Starts Serve unless it runs; returns its port."""
         self.ask(f"serve {self.serve_port}")
         return self.serve_port
 
     def holds(self) -> dict[str, list[str]]:
-        """Names of actors and of placement groups that there are."""
+        """Names of the existing actors and placement groups."""
         return self.ask("holds")
 
 
 @contextmanager
 def ray_head(folder: Path, num_cpus: int = 64) -> Iterator[RayHead]:
-    """Starts a Ray, and ends it with all that came of it."""
+    """Starts a Ray, and ends it with all its processes."""
     dashboard_port, serve_port = free_ports(2)
     environment = child_environment(folder, **SETTINGS)
     with subprocess.Popen(
@@ -64,10 +64,10 @@ def ray_head(folder: Path, num_cpus: int = 64) -> Iterator[RayHead]:
             environment |= {"RAY_ADDRESS": address, "RAY_DASHBOARD_ADDRESS": dashboard}
             yield RayHead(process, environment, folder, address, dashboard, serve_port)
         finally:
-            everybody = [psutil.Process(process.pid)]
-            everybody += everybody[0].children(recursive=True)
+            processes = [psutil.Process(process.pid)]
+            processes += processes[0].children(recursive=True)
             process.communicate("end\n", timeout=60)
-            _, left = psutil.wait_procs(everybody, timeout=10)
+            _, left = psutil.wait_procs(processes, timeout=10)
             end(left)
 
 
@@ -114,13 +114,13 @@ def _start_ray(num_cpus: int, dashboard_port: int) -> str:
 
 
 def run(num_cpus: int, dashboard_port: int) -> None:
-    """Answers until it is told to end."""
+    """Answers requests until it receives any other line, or its standard input closes."""
     import ray
 
     try:
         address = _start_ray(num_cpus, dashboard_port)
     except Exception:
-        # Ray waits half a minute for its own processes, which a busy machine may need.
+        # A busy machine needs up to half a minute until Ray's own processes are up.
         ray.shutdown()
         address = _start_ray(num_cpus, dashboard_port)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""A router's side of the transports' tests: its reactor, calls, and what they should come to."""
+"""A router's side for tests of transports: its reactor, its calls, and the expected results."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ TIMEOUT_S = 20.0
 
 @dataclass
 class Router:
-    """A router's reactor, as the thread of a test uses it."""
+    """A router's reactor, used from a test's thread."""
 
     reactor: Reactor
 
@@ -52,7 +52,7 @@ class Router:
         return self.reactor.ask(lambda: link.ask(call, fence), TIMEOUT_S)
 
     def ask_all(self, link: WorkerLink, calls: list[Call]) -> list[Result]:
-        """All at once; their results in order."""
+        """Sends all calls at once; returns their results in order."""
 
         async def one(call: Call) -> Result:
             return await link.ask(call, FENCE)
@@ -71,7 +71,7 @@ class Router:
 
 @contextmanager
 def running_router() -> Iterator[Router]:
-    """In a thread of its own; no task of it is left at the end."""
+    """A router in a thread; asserts that no task is left at the end."""
     reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="router")
     reactor.start()
     yield Router(reactor)
@@ -79,10 +79,10 @@ def running_router() -> Iterator[Router]:
     assert reactor.tasks.num_alive == 0
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
-    while not is_so():
-        assert time.monotonic() < deadline_s, "it does not happen"
+    while not holds():
+        assert time.monotonic() < deadline_s, f"not within {TIMEOUT_S:g} s"
         time.sleep(0.005)
 
 

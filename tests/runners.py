@@ -1,4 +1,4 @@
-"""Runs a model over one sequence, in pieces, as the tests need it."""
+"""Runs a model over one sequence, in chunks of chosen lengths."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens, Step
 
 CACHE_SIZE = CacheSize(num_blocks=16, block_size=16, max_slots=8)
 BACKENDS = ("native", "pure")
-# Where tests run on a GPU (MILLIWAYS_TEST_PLATFORMS), its kernels are the ones to test.
+# Tests on a GPU (MILLIWAYS_TEST_PLATFORMS) test the GPU's kernels.
 ON_GPU = jax.default_backend() == "gpu"
 BACKEND = "gpu" if ON_GPU else "native"
 
@@ -26,7 +26,7 @@ Model = tuple[Decoder, ModelParams]
 
 
 def kernels_of(backend: str, activations: Activations = Activations.EXACT) -> tuple[Ops, Loader]:
-    """The kernels of a name, and what loads matrices for them."""
+    """The kernels of a backend, and the loader of their matrices."""
     if backend == "native":
         return NativeOps(), NativeLoader(activations)
     if backend == "gpu":

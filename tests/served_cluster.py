@@ -1,4 +1,4 @@
-"""`milliways serve` as a user runs it: a process of its own, with ports and folders of its own."""
+"""`milliways serve` as a user runs it: in its own process, with its own ports and folders."""
 
 import json
 import os
@@ -26,7 +26,7 @@ START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 120.0
 POLL_S = 0.05
-# Compiled programs are shared by all tests; the rest is for the tests' own process.
+# Child processes share the compiled programs; the tests' other JAX settings stay with the tests.
 _INHERITED_SETTINGS = {
     "JAX_PLATFORMS",
     "JAX_COMPILATION_CACHE_DIR",
@@ -35,7 +35,7 @@ _INHERITED_SETTINGS = {
 
 
 def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    """Polls until something is so."""
+    """Polls until `holds` returns true."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what}"
@@ -43,7 +43,7 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 60.0) ->
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on."""
+    """Free ports of the loopback address."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -55,7 +55,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def child_environment(folder: Path, **more: str) -> dict[str, str]:
-    """For processes that shall find this checkout, and leave nothing outside `folder`."""
+    """Environment for processes that use this checkout and write only below `folder`."""
     dropped = set(JAX_SETTINGS) - _INHERITED_SETTINGS
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {
@@ -69,7 +69,7 @@ def child_environment(folder: Path, **more: str) -> dict[str, str]:
 
 @contextmanager
 def short_folder() -> Iterator[Path]:
-    """A folder whose path is short, since names of Ray's sockets lie below it."""
+    """A temporary folder with a short path, because Ray's socket paths below it are limited."""
     folder = Path(tempfile.mkdtemp(prefix="mwt-"))
     try:
         for name in ("t", "c"):
@@ -82,7 +82,7 @@ def short_folder() -> Iterator[Path]:
 def run_command(
     environment: dict[str, str], *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a `milliways` command to its end."""
+    """Runs a `milliways` command and waits for it."""
     return subprocess.run(
         [sys.executable, "-m", "milliways", *arguments],
         cwd=REPOSITORY,
@@ -110,14 +110,14 @@ class ServedCluster:
 
     @property
     def log(self) -> str:
-        """What it said so far."""
+        """Its output so far."""
         return (self.folder / "log").read_text("utf-8")
 
     def channel(self) -> aio.Channel:
         return aio.insecure_channel(f"127.0.0.1:{self.grpc_port}")
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs a command against it, as its user would."""
+        """Runs a `milliways` command as the same user."""
         return run_command(self.environment, *arguments)
 
     def status(self) -> dict[str, Any]:
@@ -126,13 +126,13 @@ class ServedCluster:
         return json.loads(done.stdout)
 
     def metrics(self) -> dict[str, float]:
-        """Every figure of /metrics, by its name and labels."""
+        """The values of /metrics by name and labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
     def metric(self, name: str) -> list[float]:
-        """The values of one figure, whatever its labels."""
+        """The values of one metric, for all labels."""
         return [v for k, v in self.metrics().items() if k.partition("{")[0] == name]
 
     def is_ready(self) -> bool:
@@ -142,12 +142,12 @@ class ServedCluster:
             return False
 
     def processes(self) -> list[psutil.Process]:
-        """It, and all that came of it."""
+        """The process and all its descendants."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
     def stop(self, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-        """Presses Ctrl-C; those of the processes that are there after the promised time."""
+        """Sends Ctrl-C; returns the processes that still run after the promised time."""
         self.process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_TIMEOUT_S)
@@ -155,14 +155,14 @@ class ServedCluster:
         return left
 
     def kill(self) -> None:
-        """Ends whatever is left of it."""
+        """Kills the process and its descendants."""
         if self.process.poll() is None:
             end(self.processes())
             self.process.wait(STOP_TIMEOUT_S)
 
 
 def end(processes: Sequence[psutil.Process]) -> None:
-    """Kills processes, those that are there still."""
+    """Kills those processes that still run."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -170,10 +170,10 @@ def end(processes: Sequence[psutil.Process]) -> None:
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[ServedCluster]:
-    """Starts `milliways serve`; does not wait until it is ready. Kills it at the end."""
+    """Starts `milliways serve` without waiting until it is ready; kills it at the end."""
     http_port, grpc_port = free_ports(2)
     command = [sys.executable, "-m", "milliways", "serve", *arguments]
-    # Some tests order faults that cannot be done from outside.
+    # Some tests need faults that only the worker itself can cause.
     environment = child_environment(folder, MILLIWAYS_FAULTS="1")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -191,7 +191,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[ServedCluster]:
 
 
 def wait_until_ready(cluster: ServedCluster) -> None:
-    """Until a token can be made; a cluster that ends instead says why."""
+    """Waits until a token can be made; fails with the log if the process ends."""
 
     def is_up() -> bool:
         assert cluster.process.poll() is None, cluster.log
@@ -202,7 +202,7 @@ def wait_until_ready(cluster: ServedCluster) -> None:
 
 @contextmanager
 def one_cluster() -> Iterator[ServedCluster]:
-    """Three workers, two replicas of each expert, ready. Its end leaves nothing behind."""
+    """A ready cluster of three workers and two replicas; asserts that its end leaves nothing."""
     with short_folder() as folder:
         with serving(folder, "--workers", "3", "--expert-replicas", "2") as running:
             wait_until_ready(running)
@@ -213,7 +213,7 @@ def one_cluster() -> Iterator[ServedCluster]:
 
 
 def check_end(running: ServedCluster) -> None:
-    """Ctrl-C ends every process, in time, and without complaint."""
+    """Asserts that Ctrl-C ends every process in time and without an error."""
     processes = running.processes()
     in_memory = files_in_shared_memory()
     left = running.stop(processes)
@@ -221,11 +221,11 @@ def check_end(running: ServedCluster) -> None:
     assert left == []
     assert running.process.returncode == 0, running.log
     assert not files_in_shared_memory() - in_memory
-    # A process that ends writes no more, so this is all it had to say.
+    # The process has ended, so the log is complete.
     assert "Traceback" not in running.log, running.log
 
 
 def files_in_shared_memory() -> set[str]:
-    """Names in memory that outlive those who made them."""
+    """Names of shared memory files, which outlive their processes."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -31,7 +31,7 @@ PLENTY_BYTES = 1 << 40
 
 
 def view_of(placement: Placement, epoch: int = 1) -> ClusterView:
-    """Everybody ready, with what the placement gives them."""
+    """A view in which every worker of the placement is ready."""
     members = {
         worker.worker.worker_id: Member(
             worker_id=worker.worker.worker_id,
@@ -54,7 +54,7 @@ def view_of(placement: Placement, epoch: int = 1) -> ClusterView:
 def place(
     model_dir: Path, num_workers: int, replicas: int, cut: AttentionCut, kv_value_bytes: int = 4
 ) -> Placement:
-    """Spreads a model over equal workers with memory to spare."""
+    """Spreads a model over equal workers with plenty of memory."""
     with Checkpoint.open(model_dir) as checkpoint:
         sizes = checkpoint_bytes(checkpoint, kv_value_bytes)
     workers = [
@@ -65,7 +65,7 @@ def place(
 
 
 class ShardFactory:
-    """Makes the core of each member, from one checkpoint; counts what each reads."""
+    """Makes each member's core from one checkpoint; counts the bytes that each reads."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Sources of tokens for tests of the ingress: one to compute by hand, one over a real model."""
+"""Token sources for tests of the ingress: one computable by hand, one with a real model."""
 
 import asyncio
 import queue
@@ -28,9 +28,9 @@ EOS = 2
 
 
 def counted_events(request: GenerationRequest, vocab_size: int = 1280) -> list[TokenEvent]:
-    """Hand-computable: the next token is the last plus 1 plus the sample index.
+    """Computable by hand: the next token is the last one plus 1 plus the sample index.
 
-    Token t reads "t," and has log-probability -t. Samples take turns.
+    Token t has the text "t," and log-probability -t. Samples take turns.
     """
     events: list[TokenEvent] = []
     for index in range(request.max_tokens):
@@ -51,7 +51,7 @@ def counted_events(request: GenerationRequest, vocab_size: int = 1280) -> list[T
 
 
 def counted_scores(request: GenerationRequest) -> list[SampledToken]:
-    """Hand-computable: a prompt token t has log-probability -t / 2, and t + 1 is likelier."""
+    """Computable by hand: prompt token t has log-probability -t / 2; t + 1 is more likely."""
     return [
         SampledToken(
             token_id=token,
@@ -66,7 +66,7 @@ def counted_scores(request: GenerationRequest) -> list[SampledToken]:
 def counted_score_events(
     request: GenerationRequest, num_scored: int = 0, events_each: int = 2
 ) -> list[PromptScores]:
-    """What of these a client has not had, in pieces."""
+    """Events with those scores that the client has not received."""
     scores = counted_scores(request)
     return [
         PromptScores(position=first + 1, tokens=tuple(scores[first : first + events_each]))
@@ -77,11 +77,11 @@ def counted_score_events(
 def without_delivered(
     events: list[TokenEvent], delivered: SequenceOf[DeliveredSample]
 ) -> list[TokenEvent]:
-    """The events that a client has not had, whose tokens have to be those of the others."""
-    had = {sample.sample_index: list(sample.token_ids) for sample in delivered}
+    """Events that the client has not received; asserts that those received are equal."""
+    received = {sample.sample_index: list(sample.token_ids) for sample in delivered}
     remaining: list[TokenEvent] = []
     for event in events:
-        token_ids = had.get(event.sample_index)
+        token_ids = received.get(event.sample_index)
         if not token_ids:
             remaining.append(event)
         else:
@@ -91,12 +91,12 @@ def without_delivered(
 
 @dataclass
 class CountingSource:
-    """Counts, or fails as told; notes what it was asked and what was left early."""
+    """Counts or fails; records its requests and the streams that were closed early."""
 
     error: Exception | None = None
-    # The error comes after so many events.
+    # The error comes after this many events.
     num_before_error: int = 0
-    # Events wait here until told to go on; None: they do not wait.
+    # Each event acquires this first; None: events do not wait.
     gate: asyncio.Semaphore | None = None
     probe_error: Exception | None = None
     make_events: Callable[[GenerationRequest], list[TokenEvent]] = counted_events
@@ -155,7 +155,7 @@ class CountingSource:
 
 
 class LocalSource:
-    """A real engine on a thread of its own. Requests join and leave between steps."""
+    """A real engine in a thread. Requests join and leave between its steps."""
 
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
@@ -200,10 +200,10 @@ class LocalSource:
             self._streams.update(dict.fromkeys(sequences, hand_over))
             if sequences:
                 sequences[0].num_scored = num_scored
-            for had in delivered:
-                sequence = sequences[had.sample_index]
-                sequence.replay(had.token_ids)
-                if had.is_finished:
+            for sample in delivered:
+                sequence = sequences[sample.sample_index]
+                sequence.replay(sample.token_ids)
+                if sample.is_finished:
                     self._engine._scheduler.finish(sequence, SequenceStatus.FAILED)
                     del self._streams[sequence]
 
@@ -214,7 +214,7 @@ class LocalSource:
 
         self._inbox.put(join)
         try:
-            num_unfinished = request.num_samples - sum(had.is_finished for had in delivered)
+            num_unfinished = request.num_samples - sum(sample.is_finished for sample in delivered)
             num_unscored = request.num_to_score - num_scored
             while num_unscored or (request.max_tokens and num_unfinished):
                 event = await events.get()
@@ -244,7 +244,7 @@ class LocalSource:
 
 
 async def collect(source: CountingSource | LocalSource, request: GenerationRequest) -> list[Event]:
-    """All events of a request."""
+    """Collects all events of a request."""
     deadline_s = time.monotonic() + 60
     stream = source.generate(request, request_id="test", deadline_s=deadline_s)
     async with aclosing(stream) as events:

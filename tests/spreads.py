@@ -1,4 +1,4 @@
-"""Ways to spread a model, requests to hold them to, and what one process answers."""
+"""Spreads of a model over workers, requests, and the tokens of a single process for these."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -15,14 +15,14 @@ from tests.runners import ON_GPU, load, runner_of
 
 CACHE = CacheSize(num_blocks=64, block_size=4, max_slots=16)
 DTYPES = ["float32", "bfloat16"] if ON_GPU else ["float32"]
-# Of the smaller vocabulary of the two models.
+# The smaller vocabulary of the two models.
 VOCAB_SIZE = 256
-Told = list[TokenEvent]
+Tokens = list[TokenEvent]
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A way to spread a model."""
+    """How a model is spread over workers."""
 
     num_workers: int
     replicas: int
@@ -42,7 +42,7 @@ SPREADS = [
 
 
 def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
-    """Greedy and seeded, short and long, some with equal beginnings, some with two samples."""
+    """Greedy and seeded, short and long requests; some share a prefix, some have two samples."""
     random = Random(seed)
     shared = tuple(random.randrange(3, VOCAB_SIZE) for _ in range(9))
     made: list[GenerationRequest] = []
@@ -68,20 +68,22 @@ def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
 
 
 @cache
-def alone(model_dir: Path, count: int, seed: int = 0, dtype: str = "float32") -> list[Told]:
-    """What one process tells of each request, one after another."""
+def alone(model_dir: Path, count: int, seed: int = 0, dtype: str = "float32") -> list[Tokens]:
+    """One process's tokens for each of `requests(count, seed)`, run one after another."""
     return answers(model_dir, requests(count, seed), dtype)
 
 
-def answers(model_dir: Path, wanted: list[GenerationRequest], dtype: str = "float32") -> list[Told]:
-    """What one process tells of these, one after another."""
-    # As `milliways generate` computes there; on a CPU, whole steps take long to compile.
+def answers(
+    model_dir: Path, wanted: list[GenerationRequest], dtype: str = "float32"
+) -> list[Tokens]:
+    """One process's tokens for each request, run one after another."""
+    # FUSED is what `milliways generate` uses; on a CPU it takes long to compile.
     mode = StepMode.FUSED if ON_GPU else StepMode.HALVES
     runner = runner_of(load(model_dir, dtype), mode, CACHE)
     engine = LocalEngine(runner, tokenizer=None)
     return [by_sample(list(engine.generate(request))) for request in wanted]
 
 
-def by_sample(events: Told) -> Told:
-    """Samples come interleaved as steps have it; within each, order is order."""
+def by_sample(events: Tokens) -> Tokens:
+    """Sorts events by sample, and keeps each sample's order: steps interleave samples."""
     return sorted(events, key=lambda event: event.sample_index)

@@ -1,7 +1,7 @@
-"""A process that holds one worker after another, told what to do through a pipe.
+"""A process that runs one worker after another, controlled through a pipe.
 
-Starting Python and JAX takes seconds, so tests keep these processes from one cluster to the next;
-what a test kills is replaced.
+Starting Python and JAX takes seconds, so tests reuse these processes for the next cluster. They
+replace a process that was killed.
 """
 
 import os
@@ -26,7 +26,7 @@ Answer = tuple[int, Any, str]
 
 
 class WorkerHost:
-    """The process as its parent sees it. Answers come on a thread of its own."""
+    """The process, seen from its parent. Answers arrive in a separate thread."""
 
     def __init__(
         self, folder: Path, gone: Callable[["WorkerHost"], None], num_devices: int = 1
@@ -58,17 +58,17 @@ class WorkerHost:
         return self._process.pid
 
     def call(self, method: str, *arguments: Any, then: Callable[[Any, str], None]) -> None:
-        """Asks for something; `then` gets its value and "", or None and what went wrong."""
+        """Calls a method; `then` receives its value and "", or None and an error text."""
         with self._lock:
             self._number += 1
             self._answers[self._number] = then
             with suppress(OSError):
                 self._pipe.send((self._number, method, arguments))
                 return
-        self._answer((self._number, None, "it is gone"))
+        self._answer((self._number, None, "the process has ended"))
 
     def end(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self._process.kill()
         self._process.wait()
         self._thread.join()
@@ -82,7 +82,7 @@ class WorkerHost:
         with self._lock:
             numbers = list(self._answers)
         for number in numbers:
-            self._answer((number, None, "it is gone"))
+            self._answer((number, None, "the process has ended"))
 
     def _answer(self, answer: Answer) -> None:
         number, value, error = answer

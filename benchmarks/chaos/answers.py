@@ -1,11 +1,14 @@
-"""What a client heard of a request, and whether it is what it heard before. Pure."""
+"""The answer that a client received, and how it differs from the wanted one. Pure: no I/O.
+
+The wanted answer is the answer to the same request before any fault was injected.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from milliways.benchmarks.chaos.asks import Ask
+from milliways.benchmarks.chaos.requests import ChaosRequest
 from milliways.v1 import router_pb2
 
 MAX_REASON_CHARS = 200
@@ -19,7 +22,7 @@ _REASONS = {
 
 @dataclass(slots=True)
 class Choice:
-    """One sample as it grows."""
+    """One sample of an answer. It grows while its tokens arrive."""
 
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[object] = field(default_factory=list[object])
@@ -29,7 +32,7 @@ class Choice:
     def add(
         self, token_ids: Sequence[int], text: str, logprobs: object, finish_reason: str
     ) -> None:
-        """The next tokens of it."""
+        """Appends the next tokens. `finish_reason` is empty if they are not the last ones."""
         self.token_ids += token_ids
         self.text += text
         self.logprobs.append(logprobs)
@@ -38,7 +41,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """The end of a connection before that of the answer."""
+    """A connection that ended before the answer was complete."""
 
     at_s: float
     reason: str
@@ -46,31 +49,34 @@ class Break:
 
 @dataclass(slots=True)
 class Answer:
-    """All samples of a request, when tokens came, and when a connection broke meanwhile."""
+    """All choices of an answer, the arrival times of tokens, and the connections that broke.
+
+    Invariant: `token_times_s` never decreases; `choices[i]` is sample i of the request.
+    """
 
     choices: list[Choice]
     token_times_s: list[float] = field(default_factory=list[float])
-    # Of a gRPC stream; over HTTP they are among those of each choice.
+    # For gRPC only. Over HTTP, log-probabilities of the prompt are in each choice's `logprobs`.
     prompt_logprobs: list[object] = field(default_factory=list[object])
     breaks: list[Break] = field(default_factory=list[Break])
 
     @classmethod
-    def of(cls, ask: Ask) -> "Answer":
-        """An answer that is to come."""
-        return cls([Choice() for _ in range(ask.num_samples)])
+    def of(cls, request: ChaosRequest) -> "Answer":
+        """An empty answer with one choice for each sample of the request."""
+        return cls([Choice() for _ in range(request.num_samples)])
 
     @property
     def is_complete(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
 
     def note_break(self, now_s: float, reason: object) -> None:
-        """A connection broke; the rest comes over another."""
-        # Those of gRPC are paragraphs.
+        """Records that a connection broke. The client requests the rest over another connection."""
+        # gRPC's messages have several lines: join them, and keep the beginning.
         text = " ".join(str(reason).split())[:MAX_REASON_CHARS]
         self.breaks.append(Break(now_s, f"{type(reason).__name__}: {text}"))
 
     def add_chunk(self, chunk: Mapping[str, Any], now_s: float) -> None:
-        """A piece of an HTTP stream."""
+        """Adds a chunk of an HTTP stream."""
         for piece in chunk["choices"]:
             index: int = piece["index"]
             self.choices[index].add(
@@ -79,7 +85,11 @@ class Answer:
             self.token_times_s.append(now_s)
 
     def add_scores(self, scores: Iterable[router_pb2.PromptLogprob]) -> None:
-        """Log-probabilities of the prompt, of a gRPC stream."""
+        """Adds log-probabilities of the prompt from a gRPC stream.
+
+        Raises:
+            ValueError: a position is repeated or skipped.
+        """
         for score in scores:
             if score.position != len(self.prompt_logprobs) + 1:
                 number = len(self.prompt_logprobs)
@@ -88,9 +98,13 @@ class Answer:
             self.prompt_logprobs.append((score.token_id, score.logprob, tops))
 
     def add_event(self, event: router_pb2.TokenEvent, now_s: float) -> None:
-        """A token of a gRPC stream."""
+        """Adds a token of a gRPC stream.
+
+        Raises:
+            ValueError: a token is repeated or skipped.
+        """
         choice = self.choices[event.sample_index]
-        # A token that came twice, or too early, must not pass for the one that was to come.
+        # A token with another index must not be appended.
         if event.index != len(choice.token_ids):
             raise ValueError(f"token {event.index} came after {len(choice.token_ids)}")
         tops = [*event.top_token_ids], [*event.top_logprobs]
@@ -101,37 +115,43 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heard:
-    """What became of one request: an answer that is complete, or what went wrong."""
+class Outcome:
+    """How one request ended: with a complete answer, or with an error."""
 
-    ask_index: int
+    request_index: int
     started_s: float
     ended_s: float
     answer: Answer
     error: str = ""
-    # Where the answer is not what it was undisturbed; None as long as nobody has looked.
+    # The first difference from the wanted answer; "" if there is none, None until compared.
     difference: str | None = None
 
-    def judged(self, wanted: Mapping[int, Answer]) -> "Heard":
-        """As it was compared with what was wanted of each request; the tokens are let go of."""
+    def compared(self, wanted: Mapping[int, Answer]) -> "Outcome":
+        """Compares the answer with the wanted answer of its request index; returns a new outcome.
+
+        The new outcome has the times of the tokens but not the tokens, to save memory.
+        """
         if self.difference is not None:
             return self
-        is_comparable = not self.error and self.ask_index in wanted
-        found = difference(wanted[self.ask_index], self.answer) if is_comparable else ""
+        is_comparable = not self.error and self.request_index in wanted
+        found = difference(wanted[self.request_index], self.answer) if is_comparable else ""
         times_only = replace(self.answer, choices=[], prompt_logprobs=[])
         return replace(self, answer=times_only, difference=found)
 
     @property
     def first_token_s(self) -> float | None:
-        """The wait for the first token; None where none came."""
+        """Seconds from the start to the first token; None if no token came."""
         times_s = self.answer.token_times_s
         return times_s[0] - self.started_s if times_s else None
 
     def stall_s(self, since_s: float = float("-inf"), until_s: float = float("inf")) -> float:
-        """The longest wait between two tokens that fell at least in part into this time."""
+        """The longest wait for a token that overlaps the given period; 0 if there is none.
+
+        The wait for the first token does not count. If the request failed, the time from its last
+        token to the error counts.
+        """
         times_s = list(self.answer.token_times_s)
         if self.error and times_s:
-            # Who is failed at last has waited for that.
             times_s.append(self.ended_s)
         gaps = [
             late_s - early_s
@@ -141,12 +161,12 @@ class Heard:
         return max(gaps, default=0.0)
 
     def was_running(self, since_s: float, until_s: float) -> bool:
-        """Whether any of its time lies there."""
+        """Whether the request ran at any time in the given period."""
         return self.started_s <= until_s and self.ended_s >= since_s
 
 
 def difference(wanted: Answer, got: Answer) -> str:
-    """Where an answer is not what it was before; empty where it is, to the bit."""
+    """Describes the first difference between two answers; "" if they are bit-equal."""
     was, now = wanted.prompt_logprobs, got.prompt_logprobs
     if was != now:
         at = _first_difference(was, now)

@@ -1,7 +1,8 @@
-"""Clients of a cluster, over HTTP and gRPC, whose streams outlive the ingress that they come from.
+"""Clients of a cluster, over HTTP and gRPC. Their streams survive the death of an ingress.
 
-A connection that breaks is noted in the answer, and the same request goes out again with how much
-of it came: what `docs/resume.md` asks of clients. Whether it may break is the report's to judge.
+When a connection breaks, the client records that in the answer. It then sends the request again,
+and says how much of the answer it has, as `docs/resume.md` requires of clients. The report decides
+whether the connection was allowed to break.
 """
 
 import asyncio
@@ -18,20 +19,20 @@ from urllib.parse import urlsplit
 
 from grpc import aio
 
-from milliways.api.client import GenerateClient, StreamChangedError
+from milliways.api.resuming import GenerateClient, StreamChangedError
 from milliways.benchmarks.chaos.answers import Answer
-from milliways.benchmarks.chaos.asks import Ask, Surface
+from milliways.benchmarks.chaos.requests import ChaosRequest, Surface
 from milliways.wire.errors import StartupError
 
 REQUEST_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 10.0
-# From one attempt to the next, each time that nothing came twice as long.
+# The pause before a retry. It doubles each time that an attempt brought no token.
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 1.0
 _DONE = b"data: [DONE]"
 _ID = b"id: "
 _DATA = b"data: "
-# What is said by who stands before an ingress that is gone, or by one that cannot serve now.
+# The answers of a proxy whose ingress is gone, and of an ingress that cannot serve now.
 _TRY_AGAIN = (
     HTTPStatus.TOO_MANY_REQUESTS,
     HTTPStatus.BAD_GATEWAY,
@@ -40,16 +41,16 @@ _TRY_AGAIN = (
 
 
 class AnswerError(Exception):
-    """A request was not answered to its end; says why."""
+    """A request did not get a complete answer; the message says why."""
 
 
 class BrokenError(Exception):
-    """A connection ended before the answer did; it can be gone on with."""
+    """A connection ended before the answer was complete. The stream can be resumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where clients connect; `http` is a URL, `grpc` host and port."""
+    """Where clients connect: `http` is a URL, `grpc` is host and port."""
 
     http: str
     grpc: str
@@ -58,7 +59,7 @@ class Endpoint:
         """The name of the model that is served.
 
         Raises:
-            StartupError: nobody answers.
+            StartupError: no Milliways server answers at `http`.
         """
         try:
             connection = _connect(self.http, REQUEST_TIMEOUT_S)
@@ -68,36 +69,36 @@ class Endpoint:
             finally:
                 connection.close()
         except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
-            raise StartupError(f"no endpoint of ours answers at {self.http}: {error}") from error
+            raise StartupError(f"no Milliways server answers at {self.http}: {error}") from error
 
 
 class Client(Protocol):
-    """Asks, and writes into the answer what comes, and when a connection broke."""
+    """Sends requests, and records in the answer what arrives and when a connection broke."""
 
-    def ask(self, ask: Ask, answer: Answer) -> None:
-        """Returns at the end of the answer.
+    def send(self, request: ChaosRequest, answer: Answer) -> None:
+        """Sends a request; returns when the answer is complete.
 
         Raises:
-            AnswerError: it has none.
+            AnswerError: the answer stays incomplete.
         """
         ...
 
 
 class HttpClient:
-    """Reads server-sent events as they come; goes on by `Last-Event-ID`."""
+    """Reads server-sent events as they arrive; resumes with `Last-Event-ID`."""
 
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._model = model
 
-    def ask(self, ask: Ask, answer: Answer) -> None:
+    def send(self, request: ChaosRequest, answer: Answer) -> None:
         deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
         events = _Events(answer)
         backoff_s = FIRST_BACKOFF_S
         while True:
             num_before = len(answer.token_times_s)
             try:
-                self._ask_for_rest(ask, events, deadline_s - time.monotonic())
+                self._request_rest(request, events, deadline_s - time.monotonic())
                 return
             except (OSError, http.client.HTTPException, BrokenError) as error:
                 answer.note_break(time.monotonic(), error)
@@ -108,13 +109,13 @@ class HttpClient:
             time.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
-    def _ask_for_rest(self, ask: Ask, events: "_Events", timeout_s: float) -> None:
+    def _request_rest(self, request: ChaosRequest, events: "_Events", timeout_s: float) -> None:
         connection = _connect(self._url, timeout_s)
         try:
             headers = {"content-type": "application/json"}
             if events.last_id:
                 headers["last-event-id"] = events.last_id
-            body = json.dumps(ask.http_body(self._model))
+            body = json.dumps(request.http_body(self._model))
             connection.request("POST", "/v1/completions", body, headers)
             response = connection.getresponse()
             if response.status != HTTPStatus.OK:
@@ -125,23 +126,26 @@ class HttpClient:
 
 
 class _Events:
-    """The events of one answer, over as many connections as it takes."""
+    """The events of one answer, over one or more connections.
+
+    Invariant: `last_id` is the id of the last event that is in the answer.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self.last_id = ""
         self._answer = answer
 
     def read(self, lines: Iterable[bytes]) -> None:
-        """Reads to the last event.
+        """Reads until the event that ends the answer.
 
         Raises:
-            AnswerError: one of them is an error.
-            BrokenError: the last is missing.
+            AnswerError: an event is an error.
+            BrokenError: the connection ended before that event.
         """
         event_id = ""
         for line in lines:
             if not line.endswith(b"\n"):
-                # Cut off: it counts as if it had not come.
+                # The line is cut off: ignore it. It is sent again after a resume.
                 break
             if line.startswith(_DONE):
                 return
@@ -157,18 +161,18 @@ class _Events:
 
 
 class GrpcClient:
-    """Asks by a `GenerateClient`, which goes on by itself, in the loop of another thread."""
+    """Uses a `GenerateClient`, which resumes broken streams, in the event loop of a thread."""
 
     def __init__(self, client: GenerateClient, loop: asyncio.AbstractEventLoop) -> None:
         self._client = client
         self._loop = loop
 
-    def ask(self, ask: Ask, answer: Answer) -> None:
-        asyncio.run_coroutine_threadsafe(self._ask(ask, answer), self._loop).result()
+    def send(self, request: ChaosRequest, answer: Answer) -> None:
+        asyncio.run_coroutine_threadsafe(self._send(request, answer), self._loop).result()
 
-    async def _ask(self, ask: Ask, answer: Answer) -> None:
+    async def _send(self, request: ChaosRequest, answer: Answer) -> None:
         stream = self._client.generate(
-            ask.grpc_message(),
+            request.grpc_message(),
             timeout_s=REQUEST_TIMEOUT_S,
             when_broken=lambda error: answer.note_break(time.monotonic(), error),
         )
@@ -187,10 +191,10 @@ class GrpcClient:
 
 @contextmanager
 def open_clients(endpoint: Endpoint) -> Generator[dict[Surface, Client]]:
-    """One for each way in; several threads may use it.
+    """One client for each protocol; several threads may use the same client.
 
     Raises:
-        StartupError: nobody answers.
+        StartupError: no Milliways server answers.
     """
     http_client = HttpClient(endpoint.http, endpoint.model())
     with _loop() as loop:
@@ -202,7 +206,7 @@ def open_clients(endpoint: Endpoint) -> Generator[dict[Surface, Client]]:
 
 
 async def _make(endpoint: Endpoint) -> GenerateClient:
-    # A channel belongs to the loop that it is made in.
+    # A channel belongs to the event loop in which it is made.
     return GenerateClient([endpoint.grpc])
 
 
@@ -227,10 +231,10 @@ def _connect(url: str, timeout_s: float) -> http.client.HTTPConnection:
 
 
 def _refuse(response: Any) -> None:
-    """Raises BrokenError where it may go better the next time, else AnswerError."""
+    """Raises BrokenError if a retry may succeed, otherwise AnswerError."""
     text = f"HTTP {response.status}: {response.read(1000)!r}"
     is_ours = response.headers.get_content_type() == "application/json"
-    # Serve's proxy answers in plain text when a replica dies before it has begun to answer.
+    # Ray Serve's proxy answers in plain text when a replica dies before its answer has begun.
     if response.status in _TRY_AGAIN or (response.status >= 500 and not is_ours):
         raise BrokenError(text)
     raise AnswerError(text)

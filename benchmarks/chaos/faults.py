@@ -1,4 +1,4 @@
-"""What can be done to a real cluster from outside, and when: drawn from a seed. Pure."""
+"""The faults that can be injected into a real cluster, and a random schedule of them. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,47 +9,53 @@ from milliways.wire.errors import ConfigError
 
 
 class Fault(Enum):
-    """One thing that goes wrong, to somebody that a seed picks."""
+    """A kind of fault. The seed picks its victim."""
 
-    # A process ends: one that computes experts, one that holds keys and values, one with requests.
+    # Kills a worker: one with experts, one with keys and values, one whose router has requests.
     KILL_EXPERT = "kill-expert"
     KILL_ATTENTION = "kill-attention"
     KILL_ROUTER = "kill-router"
     KILL_CONTROLLER = "kill-controller"
-    # A process ends that clients are connected to: they come again, and say how much they had.
+    # Kills a process that clients are connected to. They reconnect, and say how much they have.
     KILL_INGRESS = "kill-ingress"
     KILL_PROXY = "kill-proxy"
-    # A process stands still for seconds, then wakes up as if nothing had been.
+    # Stops a worker for some seconds, then resumes it.
     FREEZE = "freeze"
-    # A process stands still for moments, again and again.
+    # Stops and resumes a worker many times, for less than 0.1 s each.
     SLOW = "slow"
-    # No file of a worker can grow any more.
+    # Files of a worker cannot grow.
     DISK_FULL = "disk-full"
-    # A worker sleeps through a change of the placement.
+    # Stops a worker until the placement has changed, so that it resumes with an old epoch.
     STALE_EPOCH = "stale-epoch"
-    # A reply is lost although the stream stands.
+    # A worker drops replies; its streams stay open.
     DROP_REPLY = "drop-reply"
-    # A network comes apart.
+    # Cuts the network between some workers and the others.
     PARTITION = "partition"
 
 
-NOT_FROM_OUTSIDE = {
+IMPOSSIBLE = {
     Fault.PARTITION: "one that can be done from outside: the processes of a node share its"
     " loopback interface, which cannot be cut between them; tests/faults does it with two"
     " network namespaces, as root",
 }
-POSSIBLE = tuple(fault for fault in Fault if fault not in NOT_FROM_OUTSIDE)
-# Which a worker does to itself, where its cluster was started to be broken.
-FROM_WITHIN = frozenset({Fault.DROP_REPLY})
-# Which break connections of clients. Nothing else may.
-BREAKING = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
-# Which end with a new process, that has to load its shards.
-DEADLY = frozenset({Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH})
+POSSIBLE = tuple(fault for fault in Fault if fault not in IMPOSSIBLE)
+# A worker injects these into itself. It does so only in a cluster that was started for chaos.
+INJECTED_BY_WORKER = frozenset({Fault.DROP_REPLY})
+# Clients may lose a connection through these faults, and through no other.
+BREAKS_CONNECTIONS = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
+# A new worker replaces the killed one, and has to load its shards.
+KILLS_WORKER = frozenset(
+    {Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strike:
-    """A fault, how long after all was well it comes, and what decides whom it hits."""
+class PlannedFault:
+    """A fault to inject.
+
+    It is injected `pause_s` after the cluster recovered from the last one. If it pauses a process,
+    it lasts `length_s`. `draw` chooses among the possible victims.
+    """
 
     fault: Fault
     pause_s: float
@@ -61,7 +67,7 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
     """Faults from `kill-expert,freeze`.
 
     Raises:
-        ConfigError: there is no such fault, or it cannot be done to a cluster from outside.
+        ConfigError: a name is unknown, or `milliways chaos` cannot inject the fault.
     """
     faults: list[Fault] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
@@ -70,20 +76,20 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
         except ValueError:
             known = ", ".join(fault.value for fault in Fault)
             raise ConfigError("--faults", name, f"one of {known}") from None
-        if fault in NOT_FROM_OUTSIDE:
-            raise ConfigError("--faults", name, NOT_FROM_OUTSIDE[fault])
+        if fault in IMPOSSIBLE:
+            raise ConfigError("--faults", name, IMPOSSIBLE[fault])
         faults.append(fault)
     if not faults:
         raise ConfigError("--faults", text, "at least one fault")
     return tuple(faults)
 
 
-def strikes(faults: Sequence[Fault], seed: int) -> Iterator[Strike]:
-    """Faults without end: all of them in some order, then all in another."""
+def plan_faults(faults: Sequence[Fault], seed: int) -> Iterator[PlannedFault]:
+    """An endless schedule: all faults in a random order, then all in another order."""
     random = Random(seed)
     while True:
         for fault in random.sample(faults, len(faults)):
-            yield Strike(
+            yield PlannedFault(
                 fault=fault,
                 pause_s=random.uniform(0.5, 2.5),
                 length_s=random.uniform(1.0, 5.0),

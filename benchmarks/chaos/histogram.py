@@ -1,16 +1,16 @@
-"""A histogram of stalls as a picture: SVG, by hand. Pure."""
+"""Draws a histogram of stalls as SVG. Pure."""
 
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-# Upper ends in seconds: each bar twice as far as the one before.
+# The upper bound of each bar in seconds. Each is twice the one before.
 BOUNDS_S = tuple(0.01 * 2**i for i in range(12))
 _WIDTH, _HEIGHT, _MARGIN, _BASE = 720, 300, 48, 240
 _STYLE = "font-family:sans-serif;font-size:12px;fill:#333"
 
 
 def draw_histogram(title: str, undisturbed_s: Sequence[float], hit_s: Sequence[float]) -> str:
-    """Two bars for each length of stall: shares of the streams without and with a fault."""
+    """Two bars for each range of stalls: the share of streams without and with a fault."""
     groups = [("no fault", "#9bb8d3", undisturbed_s), ("during a fault", "#c0504d", hit_s)]
     step = (_WIDTH - 2 * _MARGIN) / (len(BOUNDS_S) + 1)
     parts = [
@@ -34,7 +34,7 @@ def draw_histogram(title: str, undisturbed_s: Sequence[float], hit_s: Sequence[f
 
 
 def counts(stalls_s: Sequence[float]) -> list[int]:
-    """How many are at most as long as each bound; the last of them are longer than any."""
+    """The number of stalls in each range; the last number is of those above all bounds."""
     found = [0] * (len(BOUNDS_S) + 1)
     for stall_s in stalls_s:
         found[sum(stall_s > bound_s for bound_s in BOUNDS_S)] += 1

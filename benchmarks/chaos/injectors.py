@@ -1,6 +1,6 @@
-"""Does faults to processes, and tells when each began and ended.
+"""Injects faults into processes, and reports when each began and ended.
 
-What stands still is always woken, what is limited always freed, also where a run is interrupted.
+A stopped process is always resumed and a limit is always lifted, also when a run is interrupted.
 """
 
 import signal
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from milliways.benchmarks.chaos.faults import Fault, Strike
+from milliways.benchmarks.chaos.faults import Fault, PlannedFault
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts, choose
 from milliways.wire.errors import StartupError
 from milliways.wire.view import ClusterView
@@ -22,163 +22,163 @@ MOST_DROPPED = 4
 
 
 class Actuator(Protocol):
-    """Reaches the processes of a cluster, wherever they are."""
+    """Finds the processes of a cluster, and acts on them, on any node."""
 
     def workers(self) -> Sequence[WorkerFacts]:
-        """Those that are ready."""
+        """The workers that are ready."""
         ...
 
     def controller(self) -> Place: ...
 
     def ingress(self) -> Sequence[Place]:
-        """Replicas of the ingress that serve."""
+        """The ingress replicas that serve."""
         ...
 
     def proxies(self) -> Sequence[Place]:
-        """Proxies that pass HTTP on to them."""
+        """The HTTP proxies in front of the ingress."""
         ...
 
     def view(self) -> ClusterView:
-        """The controller's newest."""
+        """The controller's newest view."""
         ...
 
     def send(self, place: Place, number: signal.Signals) -> None:
-        """Signals a process; without effect where it is gone."""
+        """Sends a signal to a process; does nothing if the process is gone."""
         ...
 
     def drop_replies(self, place: Place, count: int) -> int:
-        """Has a worker lose its next answers to others; how many it had to answer and lost.
+        """Makes a worker drop its next `count` replies; returns how many it dropped.
 
         Raises:
-            StartupError: it does not do so.
+            StartupError: the worker cannot do that.
         """
         ...
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
-        """No file of a process may grow beyond so much; None lifts the limit."""
+        """Limits the size to which files of a process may grow; None lifts the limit."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """A fault as it was done."""
+class Injection:
+    """A fault that was injected."""
 
     victim: str
     began_s: float
     ended_s: float
-    # Who ended by it, where it was one.
+    # The process that the fault killed, for those faults that kill one.
     killed: Place | None = None
 
 
-def inject(strike: Strike, hands: Actuator) -> Done:
-    """Does one fault, from its beginning to its end.
+def inject(planned: PlannedFault, actuator: Actuator) -> Injection:
+    """Injects one fault; returns when the fault is over.
 
     Raises:
-        StartupError: there is nobody whom it could hit.
+        StartupError: no process fits as its victim.
     """
-    match strike.fault:
+    match planned.fault:
         case Fault.KILL_CONTROLLER:
-            return _kill(hands.controller(), hands)
+            return _kill(actuator.controller(), actuator)
         case Fault.KILL_INGRESS:
-            return _kill(_any(strike, hands.ingress()), hands)
+            return _kill(_any(planned, actuator.ingress()), actuator)
         case Fault.KILL_PROXY:
-            return _kill(_any(strike, hands.proxies()), hands)
+            return _kill(_any(planned, actuator.proxies()), actuator)
         case Fault.KILL_EXPERT | Fault.KILL_ATTENTION | Fault.KILL_ROUTER:
-            return _kill(_victim(strike, hands.workers()), hands)
+            return _kill(_victim(planned, actuator.workers()), actuator)
         case Fault.FREEZE:
-            return _freeze(strike, hands)
+            return _freeze(planned, actuator)
         case Fault.SLOW:
-            return _slow(strike, hands)
+            return _slow(planned, actuator)
         case Fault.DISK_FULL:
-            return _fill_disk(strike, hands)
+            return _fill_disk(planned, actuator)
         case Fault.STALE_EPOCH:
-            return _sleep_through(strike, hands)
+            return _sleep_through(planned, actuator)
         case Fault.DROP_REPLY:
-            return _drop_replies(strike, hands)
+            return _drop_replies(planned, actuator)
         case Fault.PARTITION:
-            raise AssertionError("refused when the command line was read")
+            raise AssertionError("parse_faults refuses it")
 
 
-def _victim(strike: Strike, workers: Sequence[WorkerFacts]) -> Place:
-    place = choose(strike.fault, workers, strike.draw)
+def _victim(planned: PlannedFault, workers: Sequence[WorkerFacts]) -> Place:
+    place = choose(planned.fault, workers, planned.draw)
     if place is None:
-        raise StartupError(f"{strike.fault.value}: no worker is ready that it could hit")
+        raise StartupError(f"{planned.fault.value}: no ready worker fits as its victim")
     return place
 
 
-def _any(strike: Strike, places: Sequence[Place]) -> Place:
+def _any(planned: PlannedFault, places: Sequence[Place]) -> Place:
     if not places:
-        raise StartupError(f"{strike.fault.value}: nobody serves whom it could hit")
-    return sorted(places, key=lambda place: place.name)[strike.draw % len(places)]
+        raise StartupError(f"{planned.fault.value}: no process of that kind is serving")
+    return sorted(places, key=lambda place: place.name)[planned.draw % len(places)]
 
 
-def _kill(place: Place, hands: Actuator) -> Done:
+def _kill(place: Place, actuator: Actuator) -> Injection:
     now_s = time.monotonic()
-    hands.send(place, signal.SIGKILL)
-    return Done(place.name, now_s, time.monotonic(), place)
+    actuator.send(place, signal.SIGKILL)
+    return Injection(place.name, now_s, time.monotonic(), place)
 
 
-def _freeze(strike: Strike, hands: Actuator) -> Done:
-    place = _victim(strike, hands.workers())
+def _freeze(planned: PlannedFault, actuator: Actuator) -> Injection:
+    place = _victim(planned, actuator.workers())
     began_s = time.monotonic()
-    with _stopped(place, hands):
-        time.sleep(strike.length_s)
-    return Done(place.name, began_s, time.monotonic())
+    with _stopped(place, actuator):
+        time.sleep(planned.length_s)
+    return Injection(place.name, began_s, time.monotonic())
 
 
-def _slow(strike: Strike, hands: Actuator) -> Done:
-    place = _victim(strike, hands.workers())
+def _slow(planned: PlannedFault, actuator: Actuator) -> Injection:
+    place = _victim(planned, actuator.workers())
     began_s = time.monotonic()
-    while time.monotonic() < began_s + strike.length_s:
-        with _stopped(place, hands):
+    while time.monotonic() < began_s + planned.length_s:
+        with _stopped(place, actuator):
             time.sleep(SLOW_STOPPED_S)
         time.sleep(SLOW_RUNNING_S)
-    return Done(place.name, began_s, time.monotonic())
+    return Injection(place.name, began_s, time.monotonic())
 
 
-def _fill_disk(strike: Strike, hands: Actuator) -> Done:
-    place = _victim(strike, hands.workers())
+def _fill_disk(planned: PlannedFault, actuator: Actuator) -> Injection:
+    place = _victim(planned, actuator.workers())
     began_s = time.monotonic()
-    hands.limit_files(place, 0)
+    actuator.limit_files(place, 0)
     try:
-        time.sleep(strike.length_s)
+        time.sleep(planned.length_s)
     finally:
-        hands.limit_files(place, None)
-    return Done(place.name, began_s, time.monotonic())
+        actuator.limit_files(place, None)
+    return Injection(place.name, began_s, time.monotonic())
 
 
-def _drop_replies(strike: Strike, hands: Actuator) -> Done:
-    place = _victim(strike, hands.workers())
+def _drop_replies(planned: PlannedFault, actuator: Actuator) -> Injection:
+    place = _victim(planned, actuator.workers())
     began_s = time.monotonic()
-    num_lost = hands.drop_replies(place, 1 + strike.draw % MOST_DROPPED)
-    return Done(f"{place.name}, {num_lost} times", began_s, time.monotonic())
+    num_lost = actuator.drop_replies(place, 1 + planned.draw % MOST_DROPPED)
+    return Injection(f"{place.name}, {num_lost} times", began_s, time.monotonic())
 
 
-def _sleep_through(strike: Strike, hands: Actuator) -> Done:
-    """One worker stands still while another dies, and wakes up under another epoch."""
-    workers = hands.workers()
-    sleeper = _victim(strike, workers)
+def _sleep_through(planned: PlannedFault, actuator: Actuator) -> Injection:
+    """Stops one worker, kills another, and resumes the first after the epoch has changed."""
+    workers = actuator.workers()
+    sleeper = _victim(planned, workers)
     others = [worker for worker in workers if worker.place != sleeper]
-    killed = _victim(strike, others)
-    epoch = hands.view().placement_epoch
+    killed = _victim(planned, others)
+    epoch = actuator.view().placement_epoch
     began_s = time.monotonic()
-    with _stopped(sleeper, hands):
-        hands.send(killed, signal.SIGKILL)
-        _wait_for_epoch(hands, epoch)
+    with _stopped(sleeper, actuator):
+        actuator.send(killed, signal.SIGKILL)
+        _wait_for_epoch(actuator, epoch)
     names = f"{sleeper.name} asleep, {killed.name} killed"
-    return Done(names, began_s, time.monotonic())
+    return Injection(names, began_s, time.monotonic())
 
 
-def _wait_for_epoch(hands: Actuator, epoch: int) -> None:
+def _wait_for_epoch(actuator: Actuator, epoch: int) -> None:
     until_s = time.monotonic() + EPOCH_TIMEOUT_S
-    while hands.view().placement_epoch <= epoch and time.monotonic() < until_s:
+    while actuator.view().placement_epoch <= epoch and time.monotonic() < until_s:
         time.sleep(0.02)
 
 
 @contextmanager
-def _stopped(place: Place, hands: Actuator) -> Generator[None]:
-    hands.send(place, signal.SIGSTOP)
+def _stopped(place: Place, actuator: Actuator) -> Generator[None]:
+    actuator.send(place, signal.SIGSTOP)
     try:
         yield
     finally:
-        hands.send(place, signal.SIGCONT)
+        actuator.send(place, signal.SIGCONT)

@@ -1,57 +1,65 @@
-"""The load: threads that ask over HTTP and gRPC, one request after another; all is kept."""
+"""The load: threads that send one request after another over HTTP and gRPC."""
 
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from milliways.benchmarks.chaos.answers import Answer, Heard
-from milliways.benchmarks.chaos.asks import Ask, Surface
+from milliways.benchmarks.chaos.answers import Answer, Outcome
 from milliways.benchmarks.chaos.clients import AnswerError, Client
+from milliways.benchmarks.chaos.requests import ChaosRequest, Surface
 
 
 class Load:
-    """Some clients, who ask the same requests over and over until they are stopped."""
+    """Clients that send the same requests again and again until they are stopped.
 
-    def __init__(self, asks: Sequence[Ask], clients: dict[Surface, Client], at_a_time: int) -> None:
-        self._asks = asks
+    Invariant: `_outcomes` has one entry for each request that ended since the last `stop`.
+    """
+
+    def __init__(
+        self, requests: Sequence[ChaosRequest], clients: dict[Surface, Client], num_clients: int
+    ) -> None:
+        self._requests = requests
         self._clients = clients
-        self._at_a_time = at_a_time
+        self._num_clients = num_clients
         self._lock = threading.Lock()
-        self._heard: list[Heard] = []
+        self._outcomes: list[Outcome] = []
         self._wanted: Mapping[int, Answer] | None = None
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
 
     @property
-    def num_heard(self) -> int:
-        """Requests that ended."""
-        return len(self._heard)
+    def num_ended(self) -> int:
+        """How many requests ended since the last `stop`."""
+        return len(self._outcomes)
 
-    def run_once(self) -> list[Heard]:
-        """Every request once, in the order of the requests."""
-        self._begin(iter(range(len(self._asks))))
-        return sorted(self.stop(at_once=False), key=lambda heard: heard.ask_index)
+    def run_once(self) -> list[Outcome]:
+        """Sends every request once; outcomes are in the order of the requests."""
+        self._begin(iter(range(len(self._requests))))
+        return sorted(self.stop(at_once=False), key=lambda outcome: outcome.request_index)
 
     def start(self, wanted: Mapping[int, Answer] | None = None) -> None:
-        """Asks over and over; answers are compared as they come where it is said with what."""
+        """Starts the clients. With `wanted`, each answer is compared as soon as it is complete."""
         self._wanted = wanted
-        count = len(self._asks)
+        count = len(self._requests)
         self._begin(number % count for number in _naturals())
 
-    def stop(self, *, at_once: bool = True) -> list[Heard]:
-        """Waits until what was begun has ended; all that was heard."""
+    def stop(self, *, at_once: bool = True) -> list[Outcome]:
+        """Waits for the running requests; returns all outcomes.
+
+        With `at_once`, no further request is sent. Otherwise the clients send all that are left.
+        """
         if at_once:
             self._stopped.set()
         for thread in self._threads:
             thread.join()
-        heard, self._heard = self._heard, []
-        return heard
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
 
     def _begin(self, indices: Iterator[int]) -> None:
         self._stopped.clear()
         self._threads = [
             threading.Thread(target=self._work, args=(indices,), name=f"client-{i}", daemon=True)
-            for i in range(self._at_a_time)
+            for i in range(self._num_clients)
         ]
         for thread in self._threads:
             thread.start()
@@ -62,25 +70,25 @@ class Load:
                 index = next(indices, None)
             if index is None:
                 return
-            heard = self._ask(index)
+            outcome = self._send(index)
             if self._wanted is not None:
-                # An hour of tokens would be more than anybody has room for.
-                heard = heard.judged(self._wanted)
+                # The tokens of a run of an hour would not fit into memory.
+                outcome = outcome.compared(self._wanted)
             with self._lock:
-                self._heard.append(heard)
+                self._outcomes.append(outcome)
 
-    def _ask(self, index: int) -> Heard:
-        ask = self._asks[index]
-        answer = Answer.of(ask)
+    def _send(self, index: int) -> Outcome:
+        request = self._requests[index]
+        answer = Answer.of(request)
         started_s, error = time.monotonic(), ""
         try:
-            self._clients[ask.surface].ask(ask, answer)
+            self._clients[request.surface].send(request, answer)
             if not answer.is_complete:
                 error = "the stream ended before the answer"
         except (AnswerError, ValueError, KeyError, IndexError) as problem:
             error = str(problem) or type(problem).__name__
-        return Heard(
-            ask_index=index,
+        return Outcome(
+            request_index=index,
             started_s=started_s,
             ended_s=time.monotonic(),
             answer=answer,

@@ -1,4 +1,4 @@
-"""A cluster of its own for a run: `milliways serve` in a process, with ports that were free."""
+"""Starts a cluster for one run: `milliways serve` in a process, on free ports."""
 
 import os
 import signal
@@ -23,16 +23,16 @@ POLL_S = 0.2
 
 @contextmanager
 def local_cluster(arguments: Sequence[str]) -> Generator[RunningCluster]:
-    """Starts it, waits until a token can be made; ends it, and all that came of it.
+    """Starts a cluster and waits until it is ready; at the end, stops it.
 
     Raises:
-        StartupError: it does not come up; says what it said.
+        StartupError: the cluster does not become ready; the message has the cluster's output.
     """
     http_port, grpc_port = _free_ports(2)
     ports = ["--port", str(http_port), "--grpc-port", str(grpc_port)]
     command = [sys.executable, "-m", "milliways", "serve", *arguments, *ports]
     with tempfile.TemporaryFile() as log:
-        # A session of its own: Ctrl-C is for us, who then end it in order.
+        # In a session of its own, so that Ctrl-C reaches only this process, which then stops it.
         process = subprocess.Popen(
             command,
             env=os.environ | {FAULTS_VARIABLE: "1"},

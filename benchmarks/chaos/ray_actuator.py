@@ -1,4 +1,4 @@
-"""Breaks a cluster on Ray: asks its controller, and signals processes on any node."""
+"""Acts on a cluster on Ray: asks its controller, and signals processes on any node."""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psutil
@@ -18,18 +19,33 @@ from ray.serve.context import _get_global_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts
+from milliways.cluster.ray.cluster import join
 from milliways.cluster.ray.start_controller import find_controller
 from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.wire.errors import StartupError
 from milliways.wire.status import ClusterStatus
 from milliways.wire.view import ClusterView, WorkerState
 
-# Of the deployment in `milliways.cluster.ray.app`, whatever its application is called.
+# The name of the deployment in `milliways.cluster.ray.app`. The application's name may differ.
 INGRESS_NAME = "Ingress"
 PATIENCE_S = 60.0
 ANSWER_TIMEOUT_S = 15.0
 POLL_S = 0.1
 T = TypeVar("T")
+
+
+@contextmanager
+def joined(address: str) -> Generator["RayActuator"]:
+    """Joins the Ray cluster at an address, and leaves it at the end.
+
+    Raises:
+        StartupError: no Ray cluster answers at the address.
+    """
+    join(address)
+    try:
+        yield RayActuator()
+    finally:
+        ray.shutdown()
 
 
 class RayActuator:
@@ -39,11 +55,11 @@ class RayActuator:
         self._own_node = ray.get_runtime_context().get_node_id()
 
     def workers(self) -> Sequence[WorkerFacts]:
-        status: ClusterStatus = self._ask("status")
+        status: ClusterStatus = self._ask_controller("status")
         return [WorkerFacts.of(w) for w in status.workers if w.state == WorkerState.READY.value]
 
     def controller(self) -> Place:
-        node_id, pid = self._ask("whereabouts")
+        node_id, pid = self._ask_controller("whereabouts")
         return Place(name="controller", node_id=node_id, pid=pid)
 
     def ingress(self) -> Sequence[Place]:
@@ -63,30 +79,30 @@ class RayActuator:
         return places
 
     def view(self) -> ClusterView:
-        return self._ask("view", -1, 0.0)
+        return self._ask_controller("view", -1, 0.0)
 
     def config(self) -> Any:
-        """What the cluster was set up with."""
-        return self._ask("config")
+        """The configuration of the cluster."""
+        return self._ask_controller("config")
 
     def send(self, place: Place, number: signal.Signals) -> None:
         self._at(place, lambda: signal_actor(place.pid, number))
 
     def drop_replies(self, place: Place, count: int) -> int:
-        status: ClusterStatus = self._ask("status")
-        lives = {worker.worker_id: worker.incarnation for worker in status.workers}
+        status: ClusterStatus = self._ask_controller("status")
+        incarnations = {worker.worker_id: worker.incarnation for worker in status.workers}
         try:
-            actor = ray.get_actor(f"{place.name}-{lives[place.name]}", namespace=NAMESPACE)
+            actor = ray.get_actor(f"{place.name}-{incarnations[place.name]}", namespace=NAMESPACE)
             num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)
         except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
-            raise StartupError(f"{place.name} loses no replies: {error}") from error
+            raise StartupError(f"{place.name} cannot drop replies: {error}") from error
         return num_lost
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         self._at(place, lambda: limit_files(place.pid, max_bytes))
 
     def _at(self, place: Place, act: Callable[[], None]) -> None:
-        """Does something on a node: at once on this one, else by a task there."""
+        """Runs a function on a node: directly if it is this node, otherwise in a Ray task."""
         if place.node_id == self._own_node:
             act()
             return
@@ -94,11 +110,11 @@ class RayActuator:
         remote: Any = ray.remote(_call).options(num_cpus=0, scheduling_strategy=there)
         ray.get(remote.remote(act), timeout=PATIENCE_S)
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        """What the controller says; waits for a new one where it is being made anew.
+    def _ask_controller(self, method: str, *arguments: Any) -> Any:
+        """The controller's answer. If the controller restarts, waits for the new one.
 
         Raises:
-            StartupError: none answers.
+            StartupError: no controller answered within `PATIENCE_S`.
         """
         until_s = time.monotonic() + PATIENCE_S
         while True:
@@ -112,13 +128,13 @@ class RayActuator:
 
 
 def _serve_details() -> Any:
-    """All that Serve knows of its replicas and proxies."""
+    """What Ray Serve knows of its replicas and proxies."""
     client: Any = _get_global_client()
     return client.get_serve_details()
 
 
 def _alive(actor_id: str, name: str) -> list[Place]:
-    """Where an actor is; nothing once it is dead, of which Serve hears later than Ray."""
+    """The node and process of an actor; empty if it is dead. Ray notices a death before Serve."""
     actor: Any = actors(actor_id)
     if actor.get("State") != "ALIVE":
         return []
@@ -126,13 +142,13 @@ def _alive(actor_id: str, name: str) -> list[Place]:
 
 
 def signal_actor(pid: int, number: signal.Signals) -> None:
-    """Signals an actor's process; never one whose number has passed on to another program."""
+    """Signals an actor's process. Does nothing if another program has its process id now."""
     if _is_actor(pid):
         os.kill(pid, number)
 
 
 def limit_files(pid: int, max_bytes: int | None) -> None:
-    """Sets how large files of a process may grow; what it may set itself stays as it is."""
+    """Sets the soft limit on the size of a process's files; None sets it to the hard limit."""
     if _is_actor(pid):
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         soft = hard if max_bytes is None else max_bytes

@@ -1,46 +1,51 @@
-"""What the faults did to the clients: counts, stalls, a table. Pure."""
+"""Reports how the faults affected the clients: counts, stalls, a table. Pure.
+
+The promise of a cluster is that no request fails, that every answer is bit-equal to the undisturbed
+one, and that after each fault everything is fully replicated again. A complaint is a sentence about
+one case in which the promise did not hold.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milliways.benchmarks.chaos.answers import Heard
-from milliways.benchmarks.chaos.asks import Ask
-from milliways.benchmarks.chaos.faults import BREAKING, Fault
+from milliways.benchmarks.chaos.answers import Outcome
+from milliways.benchmarks.chaos.faults import BREAKS_CONNECTIONS, Fault
+from milliways.benchmarks.chaos.requests import ChaosRequest
 
 MAX_COMPLAINTS = 20
-# What a fault does shows so soon after it: frozen peers are noticed within two seconds.
+# A fault shows its effects within this time: peers notice a frozen worker within two seconds.
 SHOWS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Struck:
-    """A fault as it was done: when it began and ended, and when all was replicated again."""
+class FaultRecord:
+    """An injected fault: when it began and ended, and when all was fully replicated again."""
 
     fault: Fault
     victim: str
     began_s: float
     ended_s: float
-    # None: it was not before the run ended.
-    whole_s: float | None
+    # None if the run ended before that.
+    restored_s: float | None
 
     @property
     def recovery_s(self) -> float | None:
-        return None if self.whole_s is None else self.whole_s - self.began_s
+        return None if self.restored_s is None else self.restored_s - self.began_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """What is told of one kind of fault, or of all."""
+    """A row of the table: the effects of one kind of fault, or of all faults."""
 
     name: str
     count: int
     num_requests: int
     num_failed: int
     num_differing: int
-    # Requests that came in over more than one connection.
+    # Requests whose answer came over more than one connection.
     num_resumed: int
-    # Of the streams that ran while the fault was being done, about that time.
+    # The longest stall of each stream that ran during a fault, in the time around that fault.
     stalls_s: tuple[float, ...]
     first_tokens_s: tuple[float, ...] = ()
     recoveries_s: tuple[float, ...] = ()
@@ -49,23 +54,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The rows, and a sentence for each broken promise."""
+    """The rows of the table, and the complaints."""
 
     rows: tuple[Row, ...]
     complaints: tuple[str, ...]
 
     @property
     def holds(self) -> bool:
-        """Whether the promise did: nothing failed, nothing differs, everything came back."""
+        """Whether the promise held: there is no complaint."""
         return not self.complaints
 
     @property
     def stalls_s(self) -> tuple[float, ...]:
-        """Of the streams that ran while a fault was being done."""
+        """The stalls of all streams that ran during a fault."""
         return self.rows[-1].stalls_s
 
     def as_record(self) -> dict[str, Any]:
-        """For a file: of each row the counts, and the stalls in milliseconds."""
+        """The report as a dict, to write to a file; stalls are in milliseconds."""
         return {
             "holds": self.holds,
             "complaints": list(self.complaints),
@@ -74,70 +79,72 @@ class Report:
 
 
 def make_report(
-    asks: Sequence[Ask],
-    undisturbed: Sequence[Heard],
-    disturbed: Sequence[Heard],
-    struck: Sequence[Struck],
+    requests: Sequence[ChaosRequest],
+    undisturbed: Sequence[Outcome],
+    disturbed: Sequence[Outcome],
+    records: Sequence[FaultRecord],
 ) -> Report:
-    """Compares every answer with that of the undisturbed run."""
-    wanted = {heard.ask_index: heard.answer for heard in undisturbed}
-    disturbed = [heard.judged(wanted) for heard in disturbed]
+    """Compares every answer with the undisturbed one, and counts."""
+    wanted = {outcome.request_index: outcome.answer for outcome in undisturbed}
+    disturbed = [outcome.compared(wanted) for outcome in disturbed]
     rows = [_row("none (undisturbed)", undisturbed, ())]
     for fault in Fault:
-        its = [one for one in struck if one.fault is fault]
+        its = [one for one in records if one.fault is fault]
         if its:
             rows.append(_row(fault.value, _running(disturbed, its), its))
-    rows.append(_row("all", disturbed, struck))
+    rows.append(_row("all", disturbed, records))
     complaints = [
-        f"{asks[heard.ask_index]}: {heard.error or heard.difference}"
-        for heard in [*undisturbed, *disturbed]
-        if heard.error or heard.difference
+        f"{requests[outcome.request_index]}: {outcome.error or outcome.difference}"
+        for outcome in [*undisturbed, *disturbed]
+        if outcome.error or outcome.difference
     ]
     complaints += [
-        f"{asks[heard.ask_index]}: its connection broke, and nobody had broken it: {one.reason}"
-        for heard in [*undisturbed, *disturbed]
-        for one in heard.answer.breaks
-        if not _is_due(one.at_s, struck)
+        f"{requests[outcome.request_index]}: its connection broke, which no fault explains:"
+        f" {one.reason}"
+        for outcome in [*undisturbed, *disturbed]
+        for one in outcome.answer.breaks
+        if not _is_expected(one.at_s, records)
     ]
     complaints += [
         f"{one.fault.value} of {one.victim}: not fully replicated again"
-        for one in struck
-        if one.whole_s is None
+        for one in records
+        if one.restored_s is None
     ]
     return Report(tuple(rows), tuple(complaints))
 
 
-def _is_due(broke_at_s: float, struck: Sequence[Struck]) -> bool:
-    """Whether a connection may have broken then: other deaths shall not be seen by clients."""
-    for one in struck:
-        healed_s = float("inf") if one.whole_s is None else one.whole_s
-        if one.fault in BREAKING and one.began_s <= broke_at_s <= healed_s + SHOWS_WITHIN_S:
+def _is_expected(broke_at_s: float, records: Sequence[FaultRecord]) -> bool:
+    """Whether a fault explains a break at that time. Only some faults may break connections."""
+    for one in records:
+        restored_s = float("inf") if one.restored_s is None else one.restored_s
+        is_during = one.began_s <= broke_at_s <= restored_s + SHOWS_WITHIN_S
+        if one.fault in BREAKS_CONNECTIONS and is_during:
             return True
     return False
 
 
-def _running(heard: Sequence[Heard], struck: Sequence[Struck]) -> list[Heard]:
-    """What ran between a fault's beginning and full replication."""
-    spans = [(s.began_s, s.ended_s if s.whole_s is None else s.whole_s) for s in struck]
-    return [one for one in heard if any(one.was_running(*span) for span in spans)]
+def _running(outcomes: Sequence[Outcome], records: Sequence[FaultRecord]) -> list[Outcome]:
+    """The requests that ran between the beginning of a fault and full replication."""
+    spans = [(s.began_s, s.ended_s if s.restored_s is None else s.restored_s) for s in records]
+    return [one for one in outcomes if any(one.was_running(*span) for span in spans)]
 
 
-def _row(name: str, heard: Sequence[Heard], struck: Sequence[Struck]) -> Row:
-    hit = [one for one in heard if any(one.was_running(s.began_s, s.ended_s) for s in struck)]
+def _row(name: str, outcomes: Sequence[Outcome], records: Sequence[FaultRecord]) -> Row:
+    hit = [one for one in outcomes if any(one.was_running(s.began_s, s.ended_s) for s in records)]
     stalls_s = (
-        [max(one.stall_s(s.began_s, s.ended_s + SHOWS_WITHIN_S) for s in struck) for one in hit]
-        if struck
-        else [one.stall_s() for one in heard]
+        [max(one.stall_s(s.began_s, s.ended_s + SHOWS_WITHIN_S) for s in records) for one in hit]
+        if records
+        else [one.stall_s() for one in outcomes]
     )
-    first_tokens_s = [one.first_token_s for one in (hit if struck else heard)]
-    recoveries = [s.recovery_s for s in struck]
+    first_tokens_s = [one.first_token_s for one in (hit if records else outcomes)]
+    recoveries = [s.recovery_s for s in records]
     return Row(
         name=name,
-        count=len(struck),
-        num_requests=len(heard),
-        num_failed=sum(bool(one.error) for one in heard),
-        num_differing=sum(bool(one.difference) for one in heard),
-        num_resumed=sum(bool(one.answer.breaks) for one in heard),
+        count=len(records),
+        num_requests=len(outcomes),
+        num_failed=sum(bool(one.error) for one in outcomes),
+        num_differing=sum(bool(one.difference) for one in outcomes),
+        num_resumed=sum(bool(one.answer.breaks) for one in outcomes),
         stalls_s=tuple(stalls_s),
         first_tokens_s=tuple(s for s in first_tokens_s if s is not None),
         recoveries_s=tuple(r for r in recoveries if r is not None),
@@ -163,7 +170,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def format_report(report: Report) -> str:
-    """A table for a terminal, and what was wrong below it."""
+    """A table for a terminal, with the complaints below it."""
     heading = (
         f"{'fault':<19} {'times':>5} {'requests':>8} {'failed':>6} {'differing':>9}"
         f" {'resumed':>7} {'hit':>5} {'stall p50':>9} {'p99':>8} {'max':>8} {'first p99':>9}"
@@ -172,14 +179,15 @@ def format_report(report: Report) -> str:
     lines = [heading, *(_line(row) for row in report.rows)]
     lines += [
         "",
-        "resumed: streams whose connection broke, so that their clients came again; hit: those",
-        "that ran while a fault was done; stall: their longest wait between two tokens at that",
-        "time; first: the wait for the first token, which shows who had to wait",
+        "resumed: streams whose connection broke and whose clients reconnected",
+        "hit: streams that ran during a fault",
+        "stall: the longest wait between two tokens of a stream that was hit, around the fault",
+        "first: the wait for the first token",
     ]
     lines += report.complaints[:MAX_COMPLAINTS]
     left = len(report.complaints) - MAX_COMPLAINTS
     if left > 0:
-        lines.append(f"and {left} more")
+        lines.append(f"and {left} more complaints")
     lines.append("the promise holds" if report.holds else "THE PROMISE IS BROKEN")
     return "\n".join(lines)
 
@@ -205,7 +213,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The value that so large a share of them does not exceed; 0 where there are none."""
+    """The smallest value that `share` of the values do not exceed; 0 if there are none."""
     in_order = sorted(values)
     if not in_order:
         return 0.0

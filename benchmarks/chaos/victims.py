@@ -1,4 +1,4 @@
-"""Whom a fault hits, and when a cluster is whole again. Pure."""
+"""Chooses the victim of a fault, and decides whether a cluster is fully replicated again. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFacts:
-    """What decides whether a fault would hit something in a worker."""
+    """What a worker holds and does; decides whether it fits as the victim of a fault."""
 
     place: Place
     num_experts: int
@@ -31,7 +31,7 @@ class WorkerFacts:
 
     @classmethod
     def of(cls, status: WorkerStatus) -> "WorkerFacts":
-        """From what `milliways status` knows of a worker."""
+        """From a worker's part of the cluster's status."""
         place = Place(name=status.worker_id, node_id=status.node, pid=status.pid)
         num_experts, process = len(status.experts), status.process
         if process is None:
@@ -46,8 +46,9 @@ class WorkerFacts:
         )
 
 
-# Where every worker has a bit of all, the one in whom the fault hits most of what it names.
-_SUITS: Mapping[Fault, Callable[[WorkerFacts], tuple[bool, ...]]] = {
+# How well a worker fits as the victim of a fault: the tuples are compared, and the first entry
+# must hold. For example, kill-expert needs a worker with experts, and prefers one without layers.
+_PREFERENCES: Mapping[Fault, Callable[[WorkerFacts], tuple[bool, ...]]] = {
     Fault.KILL_EXPERT: lambda w: (
         w.num_experts > 0,
         w.num_layers == 0,
@@ -59,32 +60,32 @@ _SUITS: Mapping[Fault, Callable[[WorkerFacts], tuple[bool, ...]]] = {
 
 
 def choose(fault: Fault, workers: Sequence[WorkerFacts], draw: int) -> Place | None:
-    """The victim among those that suit best; None where there is nobody."""
-    suits = _SUITS.get(fault, lambda w: (True,))
+    """One of the workers that fit best as the victim; None if no worker fits."""
+    fitness = _PREFERENCES.get(fault, lambda w: (True,))
     in_order = sorted(workers, key=lambda w: w.place.name)
-    best = max((suits(worker) for worker in in_order), default=(False,))
+    best = max((fitness(worker) for worker in in_order), default=(False,))
     if not best[0]:
         return None
-    candidates = [worker.place for worker in in_order if suits(worker) == best]
+    candidates = [worker.place for worker in in_order if fitness(worker) == best]
     return candidates[draw % len(candidates)]
 
 
 @dataclass(frozen=True, slots=True)
-class Wholeness:
-    """How replicated a cluster was before anything was done to it."""
+class Replication:
+    """How many replicas of everything a cluster had before the first fault."""
 
     num_ready: int
     num_routers: int
     num_holders: Mapping[ExpertId, int]
-    # Processes that clients' connections go through.
+    # The processes that the connections of clients go through.
     num_ingress: int = 0
     num_proxies: int = 0
 
     @classmethod
     def of(
         cls, view: ClusterView, ingress: Sequence[Place] = (), proxies: Sequence[Place] = ()
-    ) -> "Wholeness":
-        """Of a view in which everything is well, and of who serves."""
+    ) -> "Replication":
+        """From a view without faults, and the processes that serve clients."""
         experts = frozenset[ExpertId]().union(*(m.experts for m in view.members.values()))
         return cls(
             num_ready=_num_ready(view),
@@ -94,16 +95,16 @@ class Wholeness:
             num_proxies=len(proxies),
         )
 
-    def is_in(self, view: ClusterView) -> bool:
-        """Whether workers hold as much of everything."""
+    def holds_in(self, view: ClusterView) -> bool:
+        """Whether the workers hold at least as many replicas of everything."""
         return (
             _num_ready(view) >= self.num_ready
             and len(view.routers()) >= self.num_routers
             and all(len(view.holders(e)) >= count for e, count in self.num_holders.items())
         )
 
-    def has_doors(self, ingress: Sequence[Place], proxies: Sequence[Place]) -> bool:
-        """Whether as many serve clients."""
+    def serves_as_before(self, ingress: Sequence[Place], proxies: Sequence[Place]) -> bool:
+        """Whether at least as many processes serve clients."""
         return len(ingress) >= self.num_ingress and len(proxies) >= self.num_proxies
 
 

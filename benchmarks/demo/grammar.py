@@ -1,8 +1,8 @@
-"""The demo model's language as a whole: writes its texts, checks them, and opens them.
+"""The whole language of the demo model: writes texts, checks texts, and writes openings.
 
-`generate_text` and `check_text` walk the same rules (see `language.engine`), so what one writes
-the other accepts. The check asks everything the rules promise: sums that are right, facts and
-prices that are true, names that stay the same, JSON that parses and adds up.
+`generate_text` and `check_text` walk the same rules (see `language.engine`), so the second accepts
+what the first writes. The check covers all that the rules require: sums are right, facts and prices
+are true, names stay the same, JSON parses, and its total is the sum of its prices.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from milliways.benchmarks.demo.language import answers, facts, guide, orders, stories, sums, table
 from milliways.benchmarks.demo.language.engine import Grammar, Trace
 
-# Share of texts by kind; sums are short and hard, and so come oftener.
+# The weights of the kinds of text. Sums are short and hard, so they are more frequent.
 KIND_WEIGHTS: Mapping[str, int] = {
     "guide": 4,
     "table": 4,
@@ -40,7 +40,7 @@ GRAMMAR = Grammar(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the checker says of a text; `reason` is empty for a text of the language."""
+    """The result of checking a text. `reason` is empty if the text is in the language."""
 
     in_language: bool
     kind: str | None = None
@@ -48,14 +48,14 @@ class Verdict:
 
 
 def generate_text(rng: random.Random, kind: str | None = None) -> str:
-    """One text of the language, of a kind drawn by `KIND_WEIGHTS` unless given."""
+    """One text of the language. Without a kind, one is drawn with `KIND_WEIGHTS`."""
     if kind is None:
         kind = rng.choices(list(KIND_WEIGHTS), weights=list(KIND_WEIGHTS.values()))[0]
     return GRAMMAR.generate(kind, rng)
 
 
 def check_text(text: str) -> Verdict:
-    """Whether the whole text is in the language; where not, how far the best reading came."""
+    """Whether the whole text is in the language; if not, the reason says where it fails."""
     best_kind, best = None, Trace()
     for kind in KIND_WEIGHTS:
         trace = Trace()
@@ -68,7 +68,7 @@ def check_text(text: str) -> Verdict:
 
 
 def opening_prompts(rng: random.Random, count: int = 1) -> list[str]:
-    """Openings to complete: the first two to five words of texts, without a trailing space."""
+    """Prompts to complete: the first two to five words of texts, without a trailing space."""
     prompts = []
     while len(prompts) < count:
         words = generate_text(rng).split(" ")
@@ -79,13 +79,13 @@ def opening_prompts(rng: random.Random, count: int = 1) -> list[str]:
 
 
 def _order_fault(text: str) -> str:
-    """Reads an order as its receiver would, with a JSON parser; empty where nothing is wrong."""
+    """Checks an order with a JSON parser, as its receiver would; empty if it is correct."""
     try:
         order = json.loads(text[text.index("{") :])
     except ValueError as error:
-        return f"not JSON: {error}"
+        return f"is not JSON: {error}"
     if not set(ORDER_KEYS[:4]) <= set(order) <= set(ORDER_KEYS):
-        return f"keys {sorted(order)}"
+        return f"has the keys {sorted(order)}, expected {list(ORDER_KEYS)}; the note is optional"
     if order["total"] != sum(dish["price"] for dish in order["dishes"]):
         return f"total {order['total']} is not the sum of the prices"
     return ""
@@ -94,4 +94,4 @@ def _order_fault(text: str) -> str:
 def _explain(text: str, trace: Trace) -> str:
     found = text[trace.furthest : trace.furthest + 20] or "the end"
     wanted = sorted(trace.expected)[:4]
-    return f"at {trace.furthest}: found {found!r}, wanted one of {wanted}"
+    return f"at {trace.furthest}: found {found!r}, expected one of {wanted}"

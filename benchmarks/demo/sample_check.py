@@ -1,8 +1,8 @@
-"""Does it still speak? Samples texts from a model and holds them against the grammar.
+"""Samples texts from a model, and checks them with the grammar.
 
-`python -m milliways.benchmarks.demo.sample_check` prints the share of texts in the language, what
-was wrong with the others, and the load of every expert. A program that computes the model in
-another way gives `judge` a `Speaker` of its own.
+`python -m milliways.benchmarks.demo.sample_check` prints the share of texts in the language, the
+faults of the others, and the load of every expert. A program that computes the model in another way
+gives its own `Speaker` to `judge`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ANSWER_PROMPT = "The answer to life the universe and everything is of course"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechReport:
-    """What a model said: counts, its failures with reasons, and the gates' load by layer."""
+    """The sampled texts in numbers, the failures with reasons, and the experts' load by layer."""
 
     num_texts: int
     num_in_language: int
@@ -41,23 +41,23 @@ class SpeechReport:
 
 
 class Speaker(Protocol):
-    """A model that can be asked to speak, however it is computed."""
+    """A model that writes texts, computed in any way."""
 
     def sample(
         self, prompts: Sequence[str], *, temperature: float, seed: int
     ) -> Sequence[str | None]:
-        """Each prompt with its completion; None for one that did not end."""
+        """Each prompt with its completion; None for a completion that did not end."""
         ...
 
     def expert_load(self, texts: Sequence[str]) -> np.ndarray:
-        """Share of the texts' tokens that chose each expert, by layer: [L, E], rows sum to 1."""
+        """The share of the texts' tokens that chose each expert: [L, E]; rows sum to 1."""
         ...
 
 
 def judge(
     speaker: Speaker, *, num_texts: int = 200, temperature: float = 0.7, seed: int = 0
 ) -> SpeechReport:
-    """Samples, checks and counts."""
+    """Samples texts from a model, checks them, and counts."""
     prompts = opening_prompts(random.Random(f"openings/{seed}"), num_texts)
     texts = speaker.sample(prompts, temperature=temperature, seed=seed)
     failures = tuple((fault, text or "") for text in texts if (fault := _fault(text)))
@@ -78,7 +78,7 @@ def _fault(text: str | None) -> str:
 def expert_load_by_kind(
     speaker: Speaker, *, num_texts: int = 50, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """The experts' load [L, E] over generated texts of each kind: who specialises in what."""
+    """The load [layers, experts] over generated texts of each kind: shows specialised experts."""
     loads = {}
     for kind in KIND_WEIGHTS:
         rng = random.Random(f"{kind}/{seed}")
@@ -113,15 +113,16 @@ def _format_load(label: str, load_E: np.ndarray) -> str:
 
 
 def main() -> None:
-    # Imported here: the training model is an extra that serving does without.
+    # Imported here: the training model needs extra packages, which serving does not need.
     from milliways.benchmarks.demo.training.sampling import TrainingSpeaker
 
-    parser = argparse.ArgumentParser(description="Does the demo model still speak?")
-    parser.add_argument("--model", type=Path, default=DEMO_DIR)
-    parser.add_argument("--texts", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", action="store_true", help="expert load by kind of text, too")
+    parser = argparse.ArgumentParser(description="Check texts that the demo model writes.")
+    option = parser.add_argument
+    option("--model", type=Path, default=DEMO_DIR, metavar="DIR", help="model directory")
+    option("--texts", type=int, default=200, metavar="N", help="number of texts [%(default)s]")
+    option("--temperature", type=float, default=0.7, metavar="T", help="temperature [%(default)s]")
+    option("--seed", type=int, default=0, metavar="S", help="seed of prompts and draws")
+    option("--kinds", action="store_true", help="also print the experts' load by kind of text")
     args = parser.parse_args()
     speaker = TrainingSpeaker.load(args.model)
     report = judge(speaker, num_texts=args.texts, temperature=args.temperature, seed=args.seed)

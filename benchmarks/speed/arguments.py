@@ -1,4 +1,4 @@
-"""What the `bench` commands read from their command lines alike."""
+"""Parses the arguments that the `bench` commands share."""
 
 import json
 import sys
@@ -13,18 +13,18 @@ from milliways.runtime.user_cache import user_cache_dir
 
 
 def find_model(name: str) -> Path:
-    """The model's directory; `bench` is made when it is not there yet."""
+    """The model's directory; the model `bench` is made if the cache does not have it yet."""
     if name != BENCH_NAME:
         return resolve_model_dir(name)
-    report("finding or making the bench model")
+    report("looking for the bench model; making it if it is missing")
     return ensure_bench_model(user_cache_dir() / "models")
 
 
 def counts_of(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers above 0, separated by commas; none of an empty text.
+    """Parses whole numbers above 0, separated by commas; an empty text gives no numbers.
 
     Raises:
-        InvalidRequestError: it says something else.
+        InvalidRequestError: the text is of another form.
     """
     try:
         counts = tuple(int(part) for part in text.split(",")) if text else ()
@@ -36,29 +36,29 @@ def counts_of(name: str, text: str) -> tuple[int, ...]:
 
 
 def names_of(name: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-    """Names separated by commas; none of an empty text.
+    """Parses names separated by commas; an empty text gives no names.
 
     Raises:
-        InvalidRequestError: one is not allowed.
+        InvalidRequestError: a name is not allowed.
     """
     names = tuple(text.split(",")) if text else ()
     if unknown := [part for part in names if part not in allowed]:
-        raise InvalidRequestError(name, unknown[0], f"of {', '.join(allowed)}")
+        raise InvalidRequestError(name, unknown[0], f"one of {', '.join(allowed)}")
     return names
 
 
 def check_rounds(name: str, count: int) -> None:
-    """Raises InvalidRequestError where nothing would be measured."""
+    """Raises InvalidRequestError if the count is below 1."""
     if count < 1:
         raise InvalidRequestError(name, count, "at least 1")
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Writes every sample, where it is wanted."""
+    """Writes the values to a file; does nothing without a path."""
     if path is not None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def report(message: str) -> None:
-    """Says on standard error how far it is."""
+    """Prints progress on standard error."""
     print(message, file=sys.stderr, flush=True)

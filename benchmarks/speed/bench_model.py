@@ -1,7 +1,7 @@
-"""The model that speed is measured on: Grok-1's shape, a billion parameters, random weights.
+"""The model that speed is measured with: Grok-1's shape, a billion parameters, random weights.
 
-Random weights are as fast as trained ones, as long as the gate spreads tokens over all experts. The
-scales below keep every activation near 1, and the gate's choices as decided as a trained one's.
+Random weights are as fast as trained ones if the gate spreads tokens over all experts. The scales
+below keep every activation near 1, and make the gate's choices as clear as in a trained model.
 """
 
 import json
@@ -40,19 +40,19 @@ BENCH_CONFIG = ModelConfig(
 )
 SEED = 42
 
-# A change of the weights needs another name, or old copies would pass for the new ones.
+# If the weights change, this name must change too. Otherwise old copies would still be used.
 _DIR_NAME = "bench-1"
-# Rows of scales of the matrices that the release cut by rows.
+# The number of scale rows of the matrices that the release quantised in row blocks.
 _NUM_SCALE_ROWS = {TensorRole.EXPERT_LINEAR_1: 8, TensorRole.ATTENTION_OUT: 8}
 _NORM_SCALE = {TensorRole.POST_ATTENTION_NORM: 0.5, TensorRole.POST_MOE_NORM: 0.4}
 _GATE_LOGIT_STD = 2.4
 _INT8_MAX = 127
-# Standard deviation of whole numbers drawn evenly from -127..127.
+# The standard deviation of uniform whole numbers in -127..127.
 _INT8_STD = (((2 * _INT8_MAX + 1) ** 2 - 1) / 12) ** 0.5
 
 
 def ensure_bench_model(cache_dir: Path) -> Path:
-    """The bench model's directory; made (1.3 GB) when it is not there yet."""
+    """The bench model's directory. The model (1.3 GB) is made if the cache does not have it."""
     model_dir = cache_dir / _DIR_NAME
     if not model_dir.is_dir():
         write_random_model(model_dir, BENCH_CONFIG, SEED)
@@ -60,7 +60,7 @@ def ensure_bench_model(cache_dir: Path) -> Path:
 
 
 def write_random_model(model_dir: Path, config: ModelConfig, seed: int) -> None:
-    """Writes a model directory in the released form; it appears under its name when it is whole."""
+    """Writes a model directory in the released form. It gets its name when it is complete."""
     unfinished = model_dir.with_name(f".{model_dir.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -78,7 +78,7 @@ def write_random_model(model_dir: Path, config: ModelConfig, seed: int) -> None:
 def random_tensor(
     spec: TensorSpec, config: ModelConfig, seed: int
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """One tensor; a function of seed and place alone, so that the order of writing is free."""
+    """One tensor. It depends on the seed and its index alone, not on the order of calls."""
     rng = np.random.default_rng([seed, spec.index])
     if spec.quantized:
         return _random_matrix(spec, rng)
@@ -92,7 +92,7 @@ def random_tensor(
 
 def _random_matrix(spec: TensorSpec, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """int8 weights whose products with inputs of variance 1 have variance 1."""
-    # Whole bytes are the generator's fast path; -128 is not a weight of the release.
+    # Drawing whole bytes is fast. The release has no weight of -128, so it becomes -127.
     weight = rng.integers(0, 256, spec.shape, np.uint8).view(np.int8)
     np.maximum(weight, -_INT8_MAX, out=weight)
     *stack, num_in, num_out = spec.shape
@@ -100,6 +100,6 @@ def _random_matrix(spec: TensorSpec, rng: np.random.Generator) -> tuple[np.ndarr
     if num_in % num_scale_rows:
         num_scale_rows = 1
     scale = num_in**-0.5 / _INT8_STD
-    # Columns differ by a few percent: a kernel that mixes up their scales would show.
+    # Columns differ by a few percent, so that a kernel that mixes up their scales gives an error.
     spread = rng.uniform(0.95, 1.05, (*stack, num_scale_rows, num_out))
     return weight, (scale * spread).astype(ml_dtypes.bfloat16)

@@ -1,9 +1,9 @@
-"""Who takes part in a measurement, and the process in which one lives.
+"""A contestant is an engine that takes part in a measurement; most run in their own process.
 
-A contestant's program reads one workload a line and answers with tokens and seconds
-(`programs/line_protocol.py`). Between its turns its whole process group is stopped, so that no
-thread of a waiting contestant spins beside the one that is measured. The group stays in our
-session: should we die, the kernel wakes and hangs up the stopped ones.
+A contestant's program reads one workload per line, and answers with tokens and seconds
+(`programs/line_protocol.py`). Between its turns its process group is stopped, so that no thread of
+a waiting contestant uses the processor while another is measured. The group stays in our session:
+if our process dies, the kernel resumes the stopped processes and sends them SIGHUP.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _NUM_LOG_LINES = 3
 
 
 class ContestantError(Exception):
-    """A contestant cannot take part, or not any longer; the message is for the report."""
+    """A contestant cannot take part, or has failed; the message is for the report."""
 
 
 class Contestant(Protocol):
@@ -41,10 +41,10 @@ class Contestant(Protocol):
         ...
 
     def measure(self, workload: Workload) -> float:
-        """Tokens per second of one repeat.
+        """Runs a workload once; returns tokens per second.
 
         Raises:
-            ContestantError: it failed, and takes part no longer.
+            ContestantError: it failed. It cannot be measured again.
         """
         ...
 
@@ -54,7 +54,10 @@ class Contestant(Protocol):
 
 
 class ProgramContestant:
-    """A contestant whose model stays loaded in a process of its own."""
+    """A contestant whose model stays loaded in a process of its own.
+
+    Invariant: outside `measure`, the process group is stopped or has ended.
+    """
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], log_path: Path
@@ -62,7 +65,7 @@ class ProgramContestant:
         """Starts the program and waits until its model is loaded.
 
         Raises:
-            ContestantError: it cannot be started, or fails to load.
+            ContestantError: the program cannot be started, or cannot load its model.
         """
         self.name = name
         self._log_path = log_path
@@ -82,7 +85,7 @@ class ProgramContestant:
         try:
             self.about = str(self._receive(READY_TIMEOUT_S)["about"])
         except BaseException:
-            # An interrupted wait, too, must not leave a process behind.
+            # Ctrl-C during the wait must not leave the process behind either.
             self.close()
             raise
         self._signal(signal.SIGSTOP)
@@ -116,7 +119,7 @@ class ProgramContestant:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError as error:
-            raise self._failed("ended") from error
+            raise self._failed("its process ended") from error
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
         try:
@@ -124,7 +127,7 @@ class ProgramContestant:
         except TimeoutError as error:
             raise self._failed(f"no answer in {timeout_s:.0f} s") from error
         if not line:
-            raise self._failed("ended")
+            raise self._failed("its process ended")
         return json.loads(line)
 
     def _failed(self, what: str) -> ContestantError:
@@ -133,17 +136,20 @@ class ProgramContestant:
 
 
 class _Lines:
-    """Lines of a pipe, waited for with a limit."""
+    """Reads lines from a pipe, with a timeout.
+
+    Invariant: `_buffer` holds the bytes that were read after the last returned line.
+    """
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._fd = pipe.fileno()
         self._buffer = b""
 
     def next_line(self, timeout_s: float) -> bytes:
-        """The next whole line; empty at the end of the pipe.
+        """The next complete line; empty at the end of the pipe.
 
         Raises:
-            TimeoutError: none came in time.
+            TimeoutError: no complete line arrived within `timeout_s`.
         """
         deadline_s = time.monotonic() + timeout_s
         while b"\n" not in self._buffer:

@@ -1,7 +1,8 @@
-"""What a hop of the data plane costs beside the least that it could: dispatch to a peer, and back.
+"""Measures a hop of the data plane: rows go to a worker, and rows of the same size come back.
 
-Four contestants echo the same bytes in the same run, taking turns: a blocking Unix socket, a bare
-grpc.aio stream, and our two links. Each is a pair of processes of `programs.run_hop`.
+Four contestants send and return the same bytes in turn: a blocking Unix socket, a bare grpc.aio
+stream, and our two links. Each is a pair of processes that run `programs.run_hop`. The first two
+are floors: the least that a hop of their kind can take.
 """
 
 import json
@@ -18,7 +19,7 @@ from milliways.benchmarks.speed.rounds import rotated
 from milliways.benchmarks.speed.table import format_table
 
 CONTESTANTS = ("uds", "aio", "shm", "grpc")
-# Each of ours, what it is measured against, and how many times as long it may take.
+# For each of our links: its floor, and how many times as long as the floor it is to take at most.
 AIMS = {"shm": ("uds", 2.0), "grpc": ("aio", 1.15)}
 NUM_TOKENS = (1, 32, 256)
 _TITLES = {
@@ -34,7 +35,7 @@ _NUM_WARM_UP_CALLS = 20
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """All round trips of one contestant with so many tokens each way."""
+    """All round trips of one contestant with `num_tokens` tokens each way."""
 
     contestant: str
     num_tokens: int
@@ -51,7 +52,10 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class HopRatio:
-    """One of ours beside its floor; `ratio` is the median over the rounds of medians' ratios."""
+    """One of our links beside its floor.
+
+    `ratio` is a median over the rounds: in each round, our median is divided by the floor's.
+    """
 
     contestant: str
     floor: str
@@ -72,48 +76,51 @@ class HopFigures:
     ratios: tuple[HopRatio, ...]
 
     def find(self, contestant: str, num_tokens: int) -> Hop:
-        """The figures of one contestant at one size."""
+        """The figures of one contestant with one number of tokens."""
         wanted = (contestant, num_tokens)
         return next(hop for hop in self.hops if (hop.contestant, hop.num_tokens) == wanted)
 
     def ratio(self, contestant: str, num_tokens: int) -> HopRatio:
-        """What one of ours takes at one size, in parts of its floor."""
+        """The ratio of one of our links to its floor with one number of tokens."""
         wanted = (contestant, num_tokens)
         return next(r for r in self.ratios if (r.contestant, r.num_tokens) == wanted)
 
 
-# Contestant, tokens, calls: the seconds of each call.
-Ask = Callable[[str, int, int], list[float]]
+# Takes contestant, number of tokens and number of calls; returns the seconds of each call.
+TimeCalls = Callable[[str, int, int], list[float]]
 
 
 def measure_hops(
     num_rounds: int = 10, calls_per_round: int = 50, num_tokens: Sequence[int] = NUM_TOKENS
 ) -> HopFigures:
-    """Starts all contestants, and has them take turns.
+    """Starts all contestants, and measures them in turn.
 
     Raises:
-        ContestantError: one of them does not answer.
+        ContestantError: a contestant does not start or does not answer.
     """
     with ExitStack() as stack:
         programs = {name: stack.enter_context(_started(name)) for name in CONTESTANTS}
 
-        def ask(contestant: str, tokens: int, calls: int) -> list[float]:
-            return _ask(programs[contestant], tokens, calls)
+        def time_calls(contestant: str, tokens: int, calls: int) -> list[float]:
+            return _time_calls(programs[contestant], tokens, calls)
 
-        return take_turns(ask, num_rounds, calls_per_round, num_tokens)
+        return take_turns(time_calls, num_rounds, calls_per_round, num_tokens)
 
 
 def take_turns(
-    ask: Ask, num_rounds: int, calls_per_round: int, num_tokens: Sequence[int]
+    time_calls: TimeCalls, num_rounds: int, calls_per_round: int, num_tokens: Sequence[int]
 ) -> HopFigures:
-    """Rounds of all contestants at all sizes, each round beginning with another one."""
+    """Measures all contestants with all numbers of tokens, in rounds.
+
+    Each round begins with another contestant.
+    """
     rounds: dict[tuple[str, int], list[list[float]]] = {}
     for tokens in num_tokens:
         for contestant in CONTESTANTS:
-            ask(contestant, tokens, _NUM_WARM_UP_CALLS)
+            time_calls(contestant, tokens, _NUM_WARM_UP_CALLS)
         for turn in range(num_rounds):
             for contestant in rotated(CONTESTANTS, turn):
-                seconds = ask(contestant, tokens, calls_per_round)
+                seconds = time_calls(contestant, tokens, calls_per_round)
                 rounds.setdefault((contestant, tokens), []).append(seconds)
     hops = [
         Hop(contestant, tokens, tuple(second for seconds in all_seconds for second in seconds))
@@ -128,7 +135,7 @@ def take_turns(
 
 
 def format_hops(figures: HopFigures) -> str:
-    """A Markdown table: microseconds there and back, and ours in parts of their floors."""
+    """A Markdown table: microseconds of a round trip, and the ratios to the floors."""
     sizes = list(dict.fromkeys(hop.num_tokens for hop in figures.hops))
     rows: list[list[str]] = []
     for ours, (floor, aim) in AIMS.items():
@@ -143,7 +150,7 @@ def format_hops(figures: HopFigures) -> str:
 
 
 def hops_to_json(figures: HopFigures) -> dict[str, Any]:
-    """Every sample, and what became of the aims."""
+    """Every sample, and the ratios with their aims."""
     return {
         "seconds": {
             f"{hop.contestant} {hop.num_tokens}": list(hop.seconds) for hop in figures.hops
@@ -157,7 +164,7 @@ def _size_title(num_tokens: int) -> str:
 
 
 def _ratio(ours: list[list[float]], floor: list[list[float]]) -> float:
-    # Round by round: both of a round had the same weather.
+    # The samples of one round are compared, since they had the same conditions.
     return median(median(a) / median(b) for a, b in zip(ours, floor, strict=True))
 
 
@@ -171,13 +178,13 @@ def _started(contestant: str) -> Generator[subprocess.Popen[str]]:
             raise ContestantError(f"{contestant} did not start")
         yield program
     finally:
-        # It ends with its input, and takes its server with it.
+        # The program ends when its input ends, and then ends its server.
         program.stdin.close()
         program.stdout.close()
         program.wait()
 
 
-def _ask(program: subprocess.Popen[str], num_tokens: int, num_calls: int) -> list[float]:
+def _time_calls(program: subprocess.Popen[str], num_tokens: int, num_calls: int) -> list[float]:
     assert program.stdin is not None and program.stdout is not None
     program.stdin.write(json.dumps({"tokens": num_tokens, "calls": num_calls}) + "\n")
     program.stdin.flush()

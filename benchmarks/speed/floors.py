@@ -1,10 +1,10 @@
-"""What a step must at least read and compute, and how fast the machine could do that.
+"""The least that a step must read and compute, and how fast the machine could do that.
 
-Counted: every weight that the step uses, once, at one byte (8 bits is what the release has, and
-what the contestants that matter read), and two operations for each weight and token. Not counted:
-scales, norms, the gate, the KV cache and attention over it, which together are a few percent at
-these lengths. So a ceiling is a little too high, never too low, for 8-bit weights and float32
-arithmetic; int8 arithmetic may pass the ceiling of an arithmetic-bound workload.
+Counted are every weight that the step uses, once, at one byte (the release and the main contestants
+have 8-bit weights), and two operations for each weight and token. Scales, norms, the gate, the KV
+cache and attention are not counted: together they are a few percent at these lengths. So a ceiling
+is a little too high, never too low, for 8-bit weights and float32 arithmetic. With int8 arithmetic,
+an arithmetic-bound workload may be faster than its ceiling.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ BYTES_PER_WEIGHT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineLimits:
-    """What this machine's memory and arithmetic were measured to do."""
+    """The measured rates of this machine's memory and arithmetic."""
 
     read_bytes_per_s_1_thread: float
     read_bytes_per_s: float
@@ -27,7 +27,7 @@ class MachineLimits:
 
 
 class Bound(Enum):
-    """Which of the machine's limits a workload meets first."""
+    """The limit of the machine that a workload reaches first."""
 
     MEMORY = "memory"
     ARITHMETIC = "arithmetic"
@@ -44,16 +44,16 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """The speed that no implementation with 8-bit weights and float32 sums can pass."""
+    """The speed that no implementation with 8-bit weights and float32 sums can exceed."""
 
     tokens_per_s: float
     bound: Bound
 
 
 def work_of(config: ModelConfig, workload: Workload) -> Work:
-    """What one step of a workload reads and computes at least."""
+    """The least that one step of a workload reads and computes."""
     num_tokens = workload.size
-    # A prefill wants the logits of its last token only.
+    # A prefill needs the logits of its last token only.
     num_logits = num_tokens if workload.kind is Kind.DECODE else 1
     expert_weights = config.num_layers * 3 * config.emb_size * config.ffn_size
     attention_weights = config.num_layers * 2 * config.emb_size * (config.q_size + config.kv_size)
@@ -70,13 +70,13 @@ def work_of(config: ModelConfig, workload: Workload) -> Work:
 
 
 def distinct_experts(config: ModelConfig, num_tokens: int) -> float:
-    """How many experts of a layer are expected to be chosen, if tokens choose evenly."""
+    """The expected number of experts of a layer that are chosen, if all are equally likely."""
     idle_share = 1 - config.num_selected_experts / config.num_experts
     return config.num_experts * (1 - idle_share**num_tokens)
 
 
 def ceiling(work: Work, limits: MachineLimits) -> Ceiling:
-    """The better the machine overlaps reading and computing, the nearer one comes to this."""
+    """The ceiling of a step: reading and computing overlap completely."""
     read_s = work.read_bytes / limits.read_bytes_per_s
     compute_s = work.flops / limits.flops_per_s
     bound = Bound.MEMORY if read_s >= compute_s else Bound.ARITHMETIC

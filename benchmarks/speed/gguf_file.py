@@ -1,7 +1,8 @@
 """Writes GGUF, the file format of llama.cpp: a header that names tensors, then their bytes.
 
-Version 3, little-endian. Tensors are given as rows; the format counts dimensions from the innermost
-outwards. Q8_0 is blocks of 32 values along a row: a float16 scale and 32 int8 steps.
+The version is 3, little-endian. Tensors are given in C order; the format lists the sizes of their
+dimensions from the innermost outwards. Q8_0 has blocks of 32 values along a row: a float16 scale
+and 32 int8 steps.
 """
 
 import struct
@@ -20,7 +21,7 @@ _TYPE_UINT32, _TYPE_FLOAT32, _TYPE_STRING = 4, 6, 8
 Q8_BLOCK = 32
 _Q8_DTYPE = np.dtype([("scale", "<f2"), ("steps", "i1", Q8_BLOCK)])
 
-# A uint32, a float32 or a string: what our metadata needs.
+# Written as uint32, float32 or string; our metadata needs no other types.
 MetaValue = int | float | str
 
 
@@ -39,7 +40,7 @@ class GgufType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor to come: name, shape in C order, encoding, and its float32 rows, piece by piece."""
+    """A tensor to write: name, shape in C order, encoding, and its float32 rows in pieces."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +55,7 @@ class GgufTensor:
 def write_gguf(
     path: Path, metadata: Mapping[str, MetaValue], tensors: Sequence[GgufTensor]
 ) -> None:
-    """Writes a file; one piece of one tensor is in memory at a time."""
+    """Writes a file. Only one piece of one tensor is in memory at a time."""
     with path.open("wb") as file:
         file.write(_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
         for key, value in metadata.items():
@@ -69,14 +70,14 @@ def write_gguf(
 
 
 def encode(rows: np.ndarray, type: GgufType) -> np.ndarray:
-    """float32 rows as the bytes of an encoding."""
+    """Encodes float32 rows."""
     if type is GgufType.Q8_0:
         return quantise_q8(rows)
     return rows.astype("<f4" if type is GgufType.F32 else "<f2")
 
 
 def quantise_q8(rows: np.ndarray) -> np.ndarray:
-    """Blocks of Q8_0: steps are rounded against the scale before its own rounding to float16."""
+    """Encodes rows as Q8_0. Steps are rounded with the scale before it is rounded to float16."""
     blocks = rows.reshape(-1, Q8_BLOCK)
     scales = np.abs(blocks).max(axis=1) / 127
     inverses = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)

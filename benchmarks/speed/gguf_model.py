@@ -1,8 +1,8 @@
-"""A released checkpoint in llama.cpp's format, so that both engines run the same weights.
+"""Converts a released checkpoint to llama.cpp's format, so that both engines run the same weights.
 
-llama.cpp wants rows of inputs where the release has rows of outputs, one encoding for all matrices,
-and float32 for norms and the gate. Its Q8_0 is not the release's int8: scales are of 32 inputs,
-not of a column, so weights are rounded once more.
+llama.cpp stores matrices transposed ([out, in] where the release has [in, out]), in one encoding,
+and norms and the gate in float32. Its Q8_0 differs from the release's int8: a scale belongs to 32
+inputs, not to a column, so weights are rounded again.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from milliways.model.checkpoint import Checkpoint, TensorRole, TensorSpec
 from milliways.model.config import ModelConfig
 from milliways.model.quantise import dequantise
 
-# Grok-1's constants, as in model/ops/pure.py and model/decoder.py, which would import JAX.
+# Grok-1's constants, as in model/ops/pure.py. They are repeated here to avoid importing JAX.
 _RMS_EPSILON = 1e-5
 _LOGIT_CAP = 30.0
 _ROPE_BASE = 10000.0
 
 _PIECE_ROWS = 8192
-# llama.cpp's own numbers for "all matrices are of this type".
+# llama.cpp's numbers for "all matrices are of this type".
 _FILE_TYPES = {GgufType.F32: 0, GgufType.F16: 1, GgufType.Q8_0: 7}
 _NAMES = {
     TensorRole.EMBEDDING: "token_embd",
@@ -50,14 +50,14 @@ _NAMES = {
 
 
 class NotConvertibleError(Exception):
-    """llama.cpp cannot hold a model of this shape; says why."""
+    """llama.cpp cannot represent a model of this shape; the message says why."""
 
 
 def ensure_gguf(model_dir: Path, type: GgufType, cache_dir: Path) -> Path:
     """The model in llama.cpp's format, from the cache or written now.
 
     Raises:
-        NotConvertibleError: llama.cpp cannot hold it.
+        NotConvertibleError: llama.cpp cannot represent the model.
     """
     with Checkpoint.open(model_dir) as checkpoint:
         check_convertible(checkpoint.config, type)
@@ -77,23 +77,26 @@ def check_convertible(config: ModelConfig, type: GgufType) -> None:
     """Raises NotConvertibleError if llama.cpp's Grok cannot have these sizes."""
     if config.q_size != config.emb_size:
         raise NotConvertibleError(
-            f"it needs query heads as wide together as the model; here {config.q_size} and "
-            f"{config.emb_size}"
+            f"llama.cpp needs query heads whose total width is emb_size = {config.emb_size}; "
+            f"here it is {config.q_size}"
         )
     if type is GgufType.Q8_0:
         for name in ("emb_size", "ffn_size"):
             if getattr(config, name) % Q8_BLOCK:
-                raise NotConvertibleError(f"Q8_0 needs a multiple of {Q8_BLOCK} as {name}")
+                raise NotConvertibleError(
+                    f"Q8_0 needs {name} to be a multiple of {Q8_BLOCK}; "
+                    f"here it is {getattr(config, name)}"
+                )
 
 
 def write_model(path: Path, checkpoint: Checkpoint, type: GgufType) -> None:
-    """Writes all tensors, matrices in the given encoding."""
+    """Writes all tensors; matrices are in the given encoding."""
     tensors = [_tensor(checkpoint, spec, type) for spec in checkpoint.specs]
     write_gguf(path, metadata_of(checkpoint.config, type), tensors)
 
 
 def metadata_of(config: ModelConfig, type: GgufType) -> dict[str, MetaValue]:
-    """The keys that llama.cpp's `grok` reads. No vocabulary: token ids in and out."""
+    """The keys that llama.cpp's `grok` reads. There is no vocabulary: only token ids are used."""
     values: dict[str, MetaValue] = {
         "context_length": config.sequence_len,
         "embedding_length": config.emb_size,
@@ -153,7 +156,7 @@ def _matrix_pieces(checkpoint: Checkpoint, spec: TensorSpec) -> Iterator[np.ndar
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Changes when a file of the checkpoint does."""
+    """A digest that changes if a file of the checkpoint changes."""
     digest = hashlib.sha256(repr(checkpoint.config).encode())
     for spec in checkpoint.specs:
         path = checkpoint.ckpt_dir / spec.file_name

@@ -1,7 +1,7 @@
-"""llama.cpp as a contestant: its own benchmarks, run once for each repeat, on our weights.
+"""llama.cpp as a contestant: runs its own benchmark programs on our weights, once per round.
 
-`llama-bench` for one sequence (it is what people quote), `llama-batched-bench` for several. Both
-warm up before they time, and both load the model anew, which is not timed.
+`llama-bench` measures one sequence (its figures are the ones usually quoted), and
+`llama-batched-bench` several. Both load the model and warm up each time; that is not timed.
 """
 
 import json
@@ -19,7 +19,7 @@ _NUM_ERROR_LINES = 3
 
 
 class LlamaCpp:
-    """One model file under llama.cpp."""
+    """llama.cpp with one model file."""
 
     def __init__(self, name: str, bin_dir: Path, model_path: Path, num_threads: int) -> None:
         self.name = name
@@ -39,7 +39,7 @@ class LlamaCpp:
         return float(result["avg_ts"])
 
     def close(self) -> None:
-        """Nothing runs between measurements."""
+        """Does nothing: no process runs between measurements."""
 
     def _batched(self, workload: Workload) -> float:
         num_context_tokens = workload.size * workload.num_context_tokens
@@ -63,10 +63,11 @@ class LlamaCpp:
 
 
 def batched_tokens_per_s(output: str) -> float:
-    """The decode speed in what `llama-batched-bench` printed.
+    """The decode speed in the output of `llama-batched-bench`.
 
     Raises:
-        ContestantError: there is none; it skips what does not fit without an error.
+        ContestantError: the output has none. The program skips a batch that does not fit, and
+            reports no error.
     """
     for line in output.splitlines():
         if line.startswith("{"):

@@ -1,7 +1,7 @@
-"""Measures the limits of this machine: how fast it reads memory, and how fast it multiplies.
+"""Measures the limits of this machine: bytes read from memory and float operations, per second.
 
-With a C++ compiler, by a small program made for it at run time; without one, by NumPy, which reads
-slower than the machine could.
+A small C++ program measures. If it cannot be compiled, NumPy measures, and its memory figures are
+too low.
 """
 
 import json
@@ -29,7 +29,7 @@ _NUM_TRIES = 3
 
 
 class LimitsReader(Protocol):
-    """Reads the limits once; `method` says how."""
+    """Measures the limits. `method` is the text of the report on how they are measured."""
 
     @property
     def method(self) -> str: ...
@@ -43,7 +43,7 @@ def num_usable_cores() -> int:
 
 
 def make_limits_reader(build_dir: Path, num_threads: int) -> LimitsReader:
-    """The compiled reader where there is a compiler, else NumPy's."""
+    """The compiled reader if its program can be compiled, otherwise NumPy's."""
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     program = build_dir / "machine_limits"
     if compiler and _compile(compiler, program):
@@ -52,7 +52,7 @@ def make_limits_reader(build_dir: Path, num_threads: int) -> LimitsReader:
 
 
 def median_limits(readings: list[MachineLimits]) -> MachineLimits:
-    """Each limit's median over the readings of a run."""
+    """The median of each limit over all readings of a benchmark."""
     return MachineLimits(
         read_bytes_per_s_1_thread=median(r.read_bytes_per_s_1_thread for r in readings),
         read_bytes_per_s=median(r.read_bytes_per_s for r in readings),
@@ -77,7 +77,7 @@ class CompiledReader:
 
 
 class NumpyReader:
-    """Sums an array and multiplies matrices; the process must not compute meanwhile."""
+    """Sums an array and multiplies matrices in this process, which must be idle otherwise."""
 
     method = "NumPy's sum and matrix product (no C++ compiler found), best of 3: too low for memory"
 
@@ -92,7 +92,7 @@ class NumpyReader:
         return MachineLimits(
             read_bytes_per_s_1_thread=memory.nbytes / _best_seconds(memory.sum),
             read_bytes_per_s=memory.nbytes / self._sum_in_threads(memory),
-            # The BLAS behind NumPy takes the threads it wants: one figure for both.
+            # NumPy's BLAS chooses its number of threads, so one measurement gives both figures.
             flops_per_s_1_thread=flops_per_s,
             flops_per_s=flops_per_s,
         )
@@ -104,7 +104,7 @@ class NumpyReader:
 
 
 def _compile(compiler: str, program: Path) -> bool:
-    """Whether it worked; why it did not is of no use to who wants a benchmark."""
+    """Returns whether the compiler succeeded. Errors are not shown, because NumPy can measure."""
     command = [compiler, *_COMPILER_FLAGS, str(_SOURCE), "-o", str(program)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)

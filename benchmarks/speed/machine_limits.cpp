@@ -1,6 +1,6 @@
-// Prints what this machine's memory and arithmetic can do, as one line of JSON.
+// Prints the rates of this machine's memory and arithmetic as one line of JSON.
 // usage: machine_limits NUM_THREADS
-// Portable on purpose: vectors of the compiler's own, as wide as the machine's native ones.
+// It is portable: it uses the compiler's vector types, with the machine's native width.
 
 #include <algorithm>
 #include <chrono>
@@ -23,7 +23,7 @@ constexpr int kVectorBytes = 16;
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 constexpr int kLanes = kVectorBytes / sizeof(float);
 
-// Far beyond any cache.
+// Much larger than any cache.
 constexpr std::size_t kReadBytes = std::size_t{512} << 20;
 constexpr int kNumTries = 3;
 // Independent sums: enough to hide the latency of an addition, few enough for registers.
@@ -41,7 +41,7 @@ double seconds_of(int num_threads, const std::function<void(int)>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Interference only ever slows a run down, so the best try is the nearest to the truth.
+// Other load can only make a run slower, so the best try is the most accurate.
 double best_seconds(int num_threads, const std::function<void(int)>& work) {
   double best = seconds_of(num_threads, work);
   for (int i = 1; i < kNumTries; ++i) best = std::min(best, seconds_of(num_threads, work));
@@ -76,13 +76,13 @@ double read_bytes_per_s(const std::vector<float>& memory, int num_threads) {
 
 double flops_per_s(int num_threads) {
   const double seconds = best_seconds(num_threads, [](int) {
-    // Different beginnings, none a fixed point: what can be foreseen is not computed.
+    // Different initial values, none a fixed point: otherwise the compiler could skip the work.
     Vector sums[kNumSums];
     for (int k = 0; k < kNumSums; ++k) sums[k] = Vector{} + static_cast<float>(k + 2);
     const Vector factor = Vector{} + 0.9999f;
     const Vector term = Vector{} + 1e-4f;
     for (long i = 0; i < kFmaRounds; ++i) {
-      // Unrolled, so that the sums live in registers.
+      // Unrolled, so that the sums stay in registers.
 #pragma GCC unroll 12
       for (int k = 0; k < kNumSums; ++k) sums[k] = sums[k] * factor + term;
     }

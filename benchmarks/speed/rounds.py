@@ -1,8 +1,8 @@
-"""Takes turns: every round gives each workload to one contestant after the other.
+"""Measures in rounds: each round measures every workload with one contestant after the other.
 
-A machine's speed drifts with what its neighbours do. Contestants measured minutes apart would be
-compared under different weather; measured in turns, they share it. Each round begins with another
-contestant, so that none always runs after the same one.
+A machine's speed changes with the load from other programs. Contestants that are measured minutes
+apart would be compared under different conditions; those that take turns share them. Each round
+begins with another contestant, so that none always runs after the same one.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Tokens per second of one contestant on one workload, one figure for each repeat."""
+    """Tokens per second of one contestant with one workload, one figure for each round."""
 
     samples: tuple[float, ...]
 
@@ -29,13 +29,19 @@ class Speeds:
 
     @property
     def spread(self) -> float:
-        """Highest less lowest, in parts of the median."""
+        """The difference of the highest and the lowest sample, divided by the median."""
         return (max(self.samples) - min(self.samples)) / self.median
 
 
 @dataclass(slots=True)
 class Results:
-    """All figures of a run. `notes` says who took no part, or not to the end."""
+    """All figures of a run.
+
+    `notes` names the contestants that did not take part, or failed.
+
+    Invariant: `limits` has one entry for each round that began; `samples` has at most as many for
+    each contestant and workload.
+    """
 
     limits: list[MachineLimits] = field(default_factory=list[MachineLimits])
     samples: dict[tuple[str, Workload], list[float]] = field(
@@ -47,12 +53,12 @@ class Results:
         self.samples.setdefault((name, workload), []).append(tokens_per_s)
 
     def find(self, name: str, workload: Workload) -> Speeds | None:
-        """The figures of a contestant; None if it has none."""
+        """The figures of a contestant with a workload; None if there are none."""
         samples = self.samples.get((name, workload))
         return Speeds(tuple(samples)) if samples else None
 
     def ratio(self, ours: str, peer: str, workload: Workload) -> float | None:
-        """How many times as fast as the peer we are: medians of the same run."""
+        """Our median speed divided by the peer's; None if either has no figures."""
         our_speeds, peer_speeds = self.find(ours, workload), self.find(peer, workload)
         return our_speeds.median / peer_speeds.median if our_speeds and peer_speeds else None
 
@@ -64,7 +70,7 @@ def run_rounds(
     read_limits: Callable[[], MachineLimits],
     report: Callable[[str], None],
 ) -> Results:
-    """Measures everything `num_repeats` times; who fails is noted and asked no more."""
+    """Measures everything `num_repeats` times. One that fails is noted and not measured again."""
     results = Results()
     remaining = list(contestants)
     for repeat in range(num_repeats):
@@ -81,6 +87,6 @@ def run_rounds(
 
 
 def rotated(items: Sequence[T], count: int) -> list[T]:
-    """The items, beginning with another one at each count; a list of its own."""
+    """A new list of the items, rotated by `count`."""
     first = count % len(items) if items else 0
     return [*items[first:], *items[:first]]

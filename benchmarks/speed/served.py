@@ -1,4 +1,4 @@
-"""A `milliways serve` of its own for a measurement: free ports, and folders that go with it."""
+"""Starts a cluster and measures its endpoints: what `milliways bench serve` runs."""
 
 import json
 import os
@@ -7,14 +7,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from milliways.benchmarks.speed.programs.endpoints import (
+    BenchRequest,
+    GrpcBenchClient,
+    HttpBenchClient,
+    RouterBenchClient,
+)
+from milliways.benchmarks.speed.serving import EndpointFigures, measure_endpoints
 from milliways.cluster.settings.config import LOOPBACK
+from milliways.model.errors import ModelError
 from milliways.wire.errors import StartupError
 from milliways.wire.status import ClusterStatus, from_json
 
@@ -26,20 +34,48 @@ _NUM_LOG_LINES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """Where a running cluster's doors are."""
+class ServedCluster:
+    """The endpoints of a running cluster: HTTP, gRPC, and the routers' own, each host and port."""
 
     http: str
     grpc: str
     routers: tuple[str, ...]
 
 
-@contextmanager
-def serving(model: str, num_workers: int, work_dir: Path) -> Generator[Served]:
-    """Runs a cluster as a user would.
+def measure_served(
+    model_dir: Path,
+    num_workers: int,
+    work_dir: Path,
+    request: BenchRequest,
+    num_rounds: int,
+    report: Callable[[str], None],
+) -> list[EndpointFigures]:
+    """Starts a cluster, and sends the same request to each endpoint in turn.
 
     Raises:
-        StartupError: it does not come up.
+        StartupError: the cluster does not become ready.
+        ModelError: a request failed.
+    """
+    report("starting a cluster")
+    with serving(str(model_dir), num_workers, work_dir) as cluster:
+        endpoints = {
+            "router": RouterBenchClient(cluster.routers[0], request),
+            "grpc": GrpcBenchClient(cluster.grpc, request),
+            "http": HttpBenchClient(cluster.http, model_dir.name, request),
+        }
+        report(f"{num_rounds} rounds")
+        try:
+            return measure_endpoints(endpoints, num_rounds)
+        except (RuntimeError, OSError) as error:
+            raise ModelError(f"a request failed: {error}") from error
+
+
+@contextmanager
+def serving(model: str, num_workers: int, work_dir: Path) -> Generator[ServedCluster]:
+    """Runs `milliways serve` on free ports, and ends it.
+
+    Raises:
+        StartupError: the cluster does not become ready.
     """
     http_port, grpc_port = _free_ports(2)
     flags = ["--model", model, "--workers", str(num_workers)]
@@ -57,7 +93,7 @@ def serving(model: str, num_workers: int, work_dir: Path) -> Generator[Served]:
     try:
         _wait_until_ready(f"http://{LOOPBACK}:{http_port}/ready", process, log_path)
         routers = routers_of(_status(environment))
-        yield Served(f"{LOOPBACK}:{http_port}", f"{LOOPBACK}:{grpc_port}", routers)
+        yield ServedCluster(f"{LOOPBACK}:{http_port}", f"{LOOPBACK}:{grpc_port}", routers)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -68,7 +104,7 @@ def serving(model: str, num_workers: int, work_dir: Path) -> Generator[Served]:
 
 
 def routers_of(status: ClusterStatus) -> tuple[str, ...]:
-    """Addresses of the workers that take requests."""
+    """The addresses of the workers that have a router."""
     return tuple(w.router_address for w in status.workers if w.router_address)
 
 
@@ -90,13 +126,14 @@ def _status(environment: dict[str, str]) -> ClusterStatus:
         command, env=environment, capture_output=True, timeout=STATUS_TIMEOUT_S, check=False
     )
     if done.returncode:
-        raise StartupError(f"no status: {done.stderr.decode(errors='replace').strip()}")
+        output = done.stderr.decode(errors="replace").strip()
+        raise StartupError(f"`milliways status` failed: {output}")
     return from_json(json.loads(done.stdout))
 
 
 def _environment(work_dir: Path) -> dict[str, str]:
     return os.environ | {
-        # A cluster that the user runs beside it keeps its name in `milliways status`.
+        # A cluster that the user already runs stays the one that `milliways status` finds.
         "XDG_CACHE_HOME": str(work_dir / "cache"),
     }
 

@@ -1,7 +1,7 @@
-"""What a client's way to a router costs: to the first token, and for each token after it.
+"""What the endpoints add to a request: to the first token, and to each token after it.
 
-The same request goes through all doors in turn. The router's own stream, as the ingress has it, is
-the floor; HTTP goes through Ray Serve's proxy and the ingress, gRPC through the ingress alone.
+The same request goes to all endpoints in turn. The floor is the router's own stream, which the
+ingress reads. HTTP adds Ray Serve's proxy and the ingress to it, gRPC the ingress alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,6 @@ from typing import Any
 from milliways.benchmarks.speed.rounds import rotated
 from milliways.benchmarks.speed.table import format_table
 
-DOORS = ("router", "grpc", "http")
 FLOOR = "router"
 _TITLES = {
     "router": "router's own stream: floor",
@@ -23,7 +22,7 @@ _TITLES = {
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Of one request: when its first and its last token came, and how many there were."""
+    """When the first and the last token of a request arrived, and how many tokens there were."""
 
     first_s: float
     last_s: float
@@ -31,51 +30,54 @@ class Timeline:
 
     @property
     def token_s(self) -> float:
-        """Seconds a token after the first."""
+        """Seconds per token after the first."""
         return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
-# Sends the request by one door, and comes back with what it saw.
+# Sends the request to one endpoint, and returns the times of its tokens.
 Send = Callable[[], Timeline]
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointFigures:
-    """All requests through one door."""
+    """The times of all requests to one endpoint."""
 
-    door: str
+    endpoint: str
     timelines: tuple[Timeline, ...]
 
     @property
     def first_ms(self) -> tuple[float, float]:
-        """To the first token: median and least."""
+        """Milliseconds to the first token: median and least."""
         return _median_and_least([line.first_s for line in self.timelines])
 
     @property
     def token_ms(self) -> tuple[float, float]:
-        """For each token after it: median and least."""
+        """Milliseconds per token after the first: median and least."""
         return _median_and_least([line.token_s for line in self.timelines])
 
 
-def measure_endpoints(doors: Mapping[str, Send], num_rounds: int) -> list[EndpointFigures]:
-    """Rounds of all doors, each round beginning with another one; the first does not count."""
-    timelines: dict[str, list[Timeline]] = {name: [] for name in doors}
+def measure_endpoints(endpoints: Mapping[str, Send], num_rounds: int) -> list[EndpointFigures]:
+    """Sends a request to all endpoints in each round.
+
+    Each round begins with another endpoint. The first round warms up and is not counted.
+    """
+    timelines: dict[str, list[Timeline]] = {name: [] for name in endpoints}
     for turn in range(num_rounds + 1):
-        for name in rotated(list(doors), turn):
-            timeline = doors[name]()
+        for name in rotated(list(endpoints), turn):
+            timeline = endpoints[name]()
             if turn:
                 timelines[name].append(timeline)
     return [EndpointFigures(name, tuple(lines)) for name, lines in timelines.items()]
 
 
 def format_endpoints(figures: Sequence[EndpointFigures]) -> str:
-    """A Markdown table, in milliseconds: what each door takes, and what it adds to the floor."""
-    floor = next(one for one in figures if one.door == FLOOR)
+    """A Markdown table in milliseconds: each endpoint's times, and what it adds to the floor."""
+    floor = next(one for one in figures if one.endpoint == FLOOR)
     rows: list[list[str]] = []
     for one in figures:
         added = ["", ""] if one is floor else _added(one, floor)
         rows.append(
-            [_TITLES[one.door], _pair(one.first_ms), added[0], _pair(one.token_ms), added[1]]
+            [_TITLES[one.endpoint], _pair(one.first_ms), added[0], _pair(one.token_ms), added[1]]
         )
     header = ["ms, median (least)", "first token", "added", "each token after", "added"]
     return format_table(header, rows)
@@ -84,7 +86,7 @@ def format_endpoints(figures: Sequence[EndpointFigures]) -> str:
 def endpoints_to_json(figures: Sequence[EndpointFigures]) -> dict[str, Any]:
     """Every sample, in seconds."""
     return {
-        one.door: {
+        one.endpoint: {
             "first_token_s": [line.first_s for line in one.timelines],
             "token_s": [line.token_s for line in one.timelines],
         }

@@ -1,4 +1,4 @@
-"""Prints results as Markdown tables: speeds, ratios, and what the machine would allow."""
+"""Formats results as Markdown tables: speeds, ratios, and the limits of the machine."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -10,13 +10,13 @@ from milliways.benchmarks.speed.rounds import Results
 from milliways.benchmarks.speed.workload import Workload
 from milliways.model.config import ModelConfig
 
-# Medians whose samples differ by more than this are marked.
+# Medians are marked if their spread is larger than this.
 NOISY_SPREAD = 0.2
 _ABSENT = "-"
 
 
 class Report:
-    """Results with the model and the names they belong to; knows how to show them."""
+    """Formats the results of named contestants with a model."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Report:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that reads well unrendered too."""
+    """A Markdown table that is also easy to read as plain text."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

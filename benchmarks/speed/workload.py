@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-# What every sequence holds before decoding is timed.
+# The length of every sequence's prompt. It is computed before decoding is timed.
 PROMPT_TOKENS = 64
 MAX_STEPS = 32
 _MIN_STEPS = 8
 
 
 class Kind(Enum):
-    """The two halves of serving, whose limits differ: memory for one, arithmetic for the other."""
+    """What a step does. Memory usually limits decoding, arithmetic usually limits prefill."""
 
     DECODE = "decode"
     PREFILL = "prefill"
@@ -30,18 +30,18 @@ class Workload:
 
     @property
     def num_steps(self) -> int:
-        """Decode steps to time: fewer of the slow ones, so that a round stays short."""
+        """Decode steps to time. Large batches have fewer steps, so that a round stays short."""
         if self.kind is Kind.PREFILL:
             return 1
         return max(_MIN_STEPS, MAX_STEPS // math.isqrt(self.size))
 
     @property
     def num_context_tokens(self) -> int:
-        """Positions that one sequence needs."""
+        """The number of positions that one sequence needs."""
         return self.size if self.kind is Kind.PREFILL else PROMPT_TOKENS + self.num_steps
 
     def to_request(self) -> dict[str, int | str]:
-        """As a contestant's program reads it."""
+        """The request that a contestant's program reads."""
         return {
             "kind": self.kind.value,
             "size": self.size,
@@ -51,6 +51,6 @@ class Workload:
 
 
 def workloads_of(batches: tuple[int, ...], prefills: tuple[int, ...]) -> tuple[Workload, ...]:
-    """All decodes, then all prefills, each once, in the given order."""
+    """All decodes, then all prefills, in the given order; duplicates are dropped."""
     decodes = [Workload(Kind.DECODE, batch) for batch in batches]
     return tuple(dict.fromkeys([*decodes, *(Workload(Kind.PREFILL, size) for size in prefills)]))

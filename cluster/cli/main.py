@@ -2,14 +2,14 @@
 
     milliways generate PROMPT   continues a prompt, streaming
     milliways logits            writes the logits of given tokens, to compare implementations
-    milliways inspect PATH      what a checkpoint holds, and what it needs
-    milliways plan              which worker would hold what
+    milliways inspect PATH      shows what a checkpoint holds, and what it needs
+    milliways plan              shows which worker would hold what
     milliways serve             starts a cluster and its endpoint
-    milliways status            who is in the cluster, what each holds and does
+    milliways status            shows the workers of the cluster, what each holds and does
     milliways scale             grows or shrinks a running cluster
     milliways drain WORKER      moves a worker's work away, then stops or restarts it
     milliways chaos             breaks a cluster under load, and compares every token
-    milliways bench             how fast we are, beside other engines and the machine's limits
+    milliways bench             measures speed, beside other engines and the machine's limits
 
 Exit codes: 0 done, 1 the model cannot be used, 2 the request or the command line is wrong,
 130 interrupted.
@@ -41,6 +41,8 @@ COMMANDS = {
     "bench": "measure speed, beside other engines and the limits of the machine",
 }
 
+VERSIONED = ("milliways", "jax", "ray")
+
 EXIT_UNUSABLE = 1
 EXIT_BAD_REQUEST = 2
 EXIT_INTERRUPTED = 130
@@ -69,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The command line. Only the chosen command is imported: not every one needs JAX."""
+    """The command line. Only the chosen command is imported, since some need no JAX."""
     parser = argparse.ArgumentParser(
         prog="milliways", description="Serves Grok-1 and mixture-of-experts models of its shape."
     )
-    parser.add_argument("--version", action="version", version=version("milliways"))
+    parser.add_argument("--version", action=ShowVersions, help="show versions, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
@@ -84,9 +86,21 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+class ShowVersions(argparse.Action):
+    """`--version`: our version, and those of the libraries on which bits and behaviour depend."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        # Metadata only: importing JAX and Ray would take seconds.
+        print("\n".join(f"{name} {version(name)}" for name in VERSIONED))
+        parser.exit()
+
+
 def speak_utf8() -> None:
-    """Text is UTF-8 whatever the locale says: tokens are, and a model may write any character."""
-    # What comes in broken reaches the tokenizer, which refuses it by name.
+    """Reads and writes UTF-8, whatever the locale says: a model may write any character."""
+    # Broken input reaches the tokenizer, which refuses it by name.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "strict")):
         if isinstance(stream, io.TextIOWrapper):
             cast("io.TextIOWrapper", stream).reconfigure(encoding="utf-8", errors=errors)
@@ -98,7 +112,7 @@ def _fail(error: Exception, exit_code: int) -> int:
 
 
 def _abandon_stdout() -> int:
-    """The reader went away: give the interpreter something else to flush at exit."""
+    """The reader went away: gives the interpreter another file to flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_BROKEN_PIPE
 

@@ -35,7 +35,8 @@ from milliways.model.model_dir import load_tokenizer, resolve_model_dir
 from milliways.model.ops.select import KernelChoice, Residence, select_ops
 from milliways.model.runner import CacheSize
 from milliways.model.tokenizer import Tokenizer
-from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.dispatch import Dispatcher
+from milliways.router.limits import DispatchLimits, RouterLimits, SchedulerLimits
 from milliways.router.links.connect import Connector
 from milliways.router.links.direct_link import DirectLink
 from milliways.router.links.link_table import LinkTable
@@ -43,8 +44,7 @@ from milliways.router.pipeline import Pipeline
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import Detokenizer, NoText
-from milliways.router.router import Listener, Router, RouterLimits
-from milliways.router.scheduler import SchedulerLimits
+from milliways.router.router import Listener, Router
 from milliways.router.server import RouterServer
 from milliways.router.standby import StandbyFigures
 from milliways.runtime.clock import SystemClock
@@ -65,9 +65,9 @@ from milliways.workers.devices import Device, LocalDevices, find_devices
 from milliways.workers.experts import ExpertGroup, ExpertShard
 from milliways.workers.kv_arrays import KvArrays
 from milliways.workers.loading import ShardLoader, shares_now
-from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
 from milliways.workers.servers.intake import RouterSessions
-from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.servers.reply_dropper import ReplyDropper
+from milliways.workers.servers.worker_server import WorkerServer
 from milliways.workers.spreading import DeviceShare, PartBytes
 from milliways.workers.warm_up import warm_up
 
@@ -163,6 +163,8 @@ class WorkerProcess:
         self._shards: ShardPlan | None = None
         # Guards `_shards`, `_attention` and `progress` while they change: one load at a time.
         self._loading = threading.Lock()
+        # Held while replies are dropped: one order at a time.
+        self._dropping = threading.Lock()
         self._rates = Rates()
         clock = SystemClock()
         self._compute = Reactor(
@@ -280,15 +282,17 @@ class WorkerProcess:
         self._routing.call(self._router.drain)
 
     def drop_replies(self, count: int) -> int:
-        """Loses the next answers to other processes, though their ways stand: a fault to order.
+        """Loses the replies to the next calls of other processes: a fault that a test orders.
 
-        Returns when they are lost, or after a while; how many were.
+        Returns how many were lost: all, or those of the calls that came within DROP_TIMEOUT_S.
         """
-        sessions, until_s = self._sessions, time.monotonic() + DROP_TIMEOUT_S
-        self._compute.call(lambda: sessions.drop_next(count))
-        while sessions.num_to_drop and time.monotonic() < until_s:
-            time.sleep(DROP_POLL_S)
-        return count - self._compute.call(sessions.keep_all)
+        with self._dropping:
+            dropper = ReplyDropper(self._sessions, count)
+            until_s = time.monotonic() + DROP_TIMEOUT_S
+            self._compute.call(dropper.install)
+            while dropper.num_left and time.monotonic() < until_s:
+                time.sleep(DROP_POLL_S)
+            return count - self._compute.call(dropper.remove)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Gives the router a request past its door; it calls the listener in its own thread.
@@ -380,20 +384,15 @@ class WorkerProcess:
 
     def _start_servers(self) -> tuple[str, str]:
         tls = self._config.tls
-        self._sessions = sessions = RouterSessions(self._core)
-        self._memory_server = ShmServer(
-            self._compute, sessions, worker_id=self.worker_id, incarnation=self.incarnation
-        )
-        shares = self._config.workers.transport != "grpc"
-        if shares:
-            self._compute.call(self._memory_server.start)
-        plate = ServerIdentity(
+        self._sessions = RouterSessions(self._core)
+        self._server = WorkerServer(
+            self._compute,
+            self._sessions,
             worker_id=self.worker_id,
             incarnation=self.incarnation,
-            host_id=local_host_id() if shares else "",
-            socket_name=self._memory_server.socket_name if shares else "",
+            transport=self._config.workers.transport,
+            tls=tls,
         )
-        self._server = WorkerGrpcServer(self._compute, sessions, plate, tls=tls)
         self._door = RouterServer(
             self._routing,
             self._router,

@@ -1,7 +1,7 @@
-"""Turns a conversation into a prompt, as the model directory declares it: data, never code.
+"""Turns a conversation into a prompt. A template is data, never code.
 
-A base model has no notion of turns, so where nothing is declared it is plain: contents joined by
-newlines, and the completion follows right behind. A model directory may say more in
+A base model knows no turns. Without a template, the prompt is the messages' contents joined by
+newlines, and the completion follows directly. A model directory can declare a template in
 `chat_template.json`:
 
     {
@@ -14,8 +14,8 @@ newlines, and the completion follows right behind. A model directory may say mor
       "stop": ["\\nHuman:"]
     }
 
-The prompt is then prefix + content + suffix of every message, and `generation_prefix` at the end.
-`stop` joins the request's own stop strings.
+Then each message becomes prefix + content + suffix, and `generation_prefix` ends the prompt. The
+strings of `stop` are added to the request's own stop strings.
 """
 
 import json
@@ -31,14 +31,14 @@ TEMPLATE_FILE = "chat_template.json"
 AUTO = "auto"
 PLAIN = "plain"
 ROLES = ("system", "user", "assistant")
-# OpenAI's newer name of the same role.
+# OpenAI's newer name for the system role.
 _ALIASES = {"developer": "system"}
 _MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn."""
+    """One message of a conversation."""
 
     role: str
     content: str
@@ -46,7 +46,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class RoleAffixes:
-    """What stands around a role's contents."""
+    """The text before and after each message of a role."""
 
     prefix: str = ""
     suffix: str = ""
@@ -54,23 +54,23 @@ class RoleAffixes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
-    """How turns become one text; without roles, plain."""
+    """How messages become one text. Without roles, their contents are joined by newlines."""
 
     roles: Mapping[str, RoleAffixes] = field(default_factory=dict[str, RoleAffixes])
     generation_prefix: str = ""
     stop: tuple[str, ...] = ()
 
     def render(self, messages: Iterable[ChatMessage]) -> str:
-        """The prompt of a conversation.
+        """Builds the prompt of a conversation.
 
         Raises:
-            InvalidRequestError: the template has no such role.
+            InvalidRequestError: the template does not have the role of a message.
         """
         if not self.roles:
             return "\n".join(message.content for message in messages) + self.generation_prefix
-        return "".join(map(self._turn, messages)) + self.generation_prefix
+        return "".join(map(self._render_message, messages)) + self.generation_prefix
 
-    def _turn(self, message: ChatMessage) -> str:
+    def _render_message(self, message: ChatMessage) -> str:
         affixes = self.roles.get(_ALIASES.get(message.role, message.role))
         if affixes is None:
             raise InvalidRequestError("role", message.role, f"one of {', '.join(self.roles)}")
@@ -78,26 +78,26 @@ class ChatTemplate:
 
 
 def load_chat_template(model_dir: Path, setting: str = AUTO) -> ChatTemplate:
-    """The template that a setting of `ModelSettings.chat_template` means.
+    """Loads the template that `ModelSettings.chat_template` asks for.
 
     Raises:
-        ConfigError: the file is wrong, or absent though the setting asks for one.
+        ConfigError: the file is invalid, or missing although the setting requires it.
     """
     path = model_dir / TEMPLATE_FILE
     is_declared = path.is_file()
     if setting == PLAIN or (setting == AUTO and not is_declared):
         return ChatTemplate()
     if not is_declared:
-        limit = f"{AUTO!r} or {PLAIN!r}: there is no {path}"
+        limit = f"{AUTO!r} or {PLAIN!r}, because {path} does not exist"
         raise ConfigError("model.chat_template", setting, limit)
     return parse_chat_template(_read_json(path))
 
 
 def parse_chat_template(tree: object) -> ChatTemplate:
-    """The template of a parsed file.
+    """Builds the template of a parsed file.
 
     Raises:
-        ConfigError: names the field, value and limit that do not fit.
+        ConfigError: a field is invalid; the error names it, its value and limit.
     """
     fields = _table("the template", tree, ("roles", "generation_prefix", "stop"))
     roles = _table("roles", fields.get("roles", {}), ROLES)

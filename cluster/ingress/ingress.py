@@ -1,11 +1,11 @@
-"""What the HTTP and the gRPC surface share: one model, one source, one bound on what runs.
+"""The core that HTTP and gRPC share: one model, one source of tokens, one limit on requests.
 
-The life of a request here:
+Steps of a request:
 
-1. A surface admits it (`Ingress.admit`), before it spends anything on it.
-2. It reads and tokenises it, a long text on a thread.
-3. `Ingress.generate` runs its prompts beside each other and hands out their tokens as they come.
-4. Whoever stops listening closes the generator, and with it everything behind.
+1. The HTTP or gRPC handler admits it (`Ingress.admit`) before it spends work on it.
+2. The handler parses and tokenises it; long texts on a thread.
+3. `Ingress.generate` runs the prompts in parallel and yields their tokens as they arrive.
+4. If the client leaves, the handler closes the generator. That cancels the request everywhere.
 """
 
 import asyncio
@@ -20,19 +20,18 @@ from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.readiness import Readiness
 from milliways.cluster.ingress.resume import Received, ResumePoint
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.cluster.settings.config import IngressSettings
 from milliways.router.requests.journal import DeliveredSample
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
 from milliways.wire.errors import ModelFaultError, OverloadedError
 
-# Below it, text is tokenised in less time than a thread takes to start.
+# Shorter text is tokenised in less time than a thread takes to start.
 _INLINE_BYTES = 8192
-# Tokens of several prompts that wait for a slow client before the prompts wait themselves.
+# Tokens that may wait for a slow client; beyond this the prompts' streams wait.
 _MAX_MERGED_EVENTS = 64
-
-# Tokens handed out before the event loop gets a turn.
+# Tokens yielded before other tasks of the event loop get a turn.
 _EVENTS_PER_TURN = 8
 
 Result = TypeVar("Result")
@@ -40,18 +39,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEvent:
-    """A token of a choice, its `index`-th: choices are sample `i % n` of prompt `i // n`."""
+    """Token number `index` of a choice. Choice `i` is sample `i % n` of prompt `i // n`."""
 
     choice_index: int
     event: TokenEvent
     index: int
-    # False where the client has had it before its connection broke.
-    is_news: bool = True
+    # False if the client received it before its connection broke.
+    is_new: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEvent:
-    """Log-probabilities of a prompt, in order, and before any token of it."""
+    """Log-probabilities of a prompt's tokens; they come in order, before its completions."""
 
     prompt_index: int
     scores: PromptScores
@@ -61,7 +60,11 @@ IngressEvent = ChoiceEvent | PromptEvent
 
 
 class Ingress:
-    """Runs requests against one source of tokens, within bounds."""
+    """Runs requests with one source of tokens, within limits.
+
+    *Invariant:* `num_ongoing` is the number of `admit` blocks that are open, and never exceeds
+    `settings.max_ongoing_requests`.
+    """
 
     def __init__(
         self,
@@ -87,14 +90,14 @@ class Ingress:
 
     @contextmanager
     def admit(self) -> Generator[None]:
-        """Counts a request as running.
+        """Counts a request as running inside the `with` block.
 
         Raises:
-            OverloadedError: as many run as may.
+            OverloadedError: `max_ongoing_requests` requests are running.
         """
         limit = self.settings.max_ongoing_requests
         if self._num_ongoing >= limit:
-            raise OverloadedError(f"{limit} requests are running here, as many as may")
+            raise OverloadedError(f"the limit of {limit} running requests is reached")
         self._num_ongoing += 1
         self.metrics.ongoing.set(self._num_ongoing)
         try:
@@ -110,38 +113,38 @@ class Ingress:
         timeout_s: float | None = None,
         resume: ResumePoint | None = None,
     ) -> AsyncGenerator[IngressEvent]:
-        """Streams the tokens of all prompts, scores before them. Closing it cancels them.
+        """Streams the tokens of all prompts, each prompt's scores first. Closing cancels all.
 
-        With `resume`, tokens that the client told are left out, and those that it counted come
-        again, marked as no news.
+        With `resume`, tokens that the client sent back are left out. Tokens that it only counted
+        are computed again and come with `is_new` False.
 
         Raises:
-            InvalidRequestError: as the source does, or the client counts more than there are.
-            ClusterError: as the source does.
+            InvalidRequestError: as `TokenSource.generate`, or the client counts too many tokens.
+            ClusterError: as `TokenSource.generate`.
             ModelFaultError: the logits of a sample were not finite.
         """
         limit_s = self.request_timeout_s
         deadline_s = time.monotonic() + min(limit_s, limit_s if timeout_s is None else timeout_s)
         watch = self.metrics.watch(sum(len(request.prompt_ids) for request in requests))
-        num_given = 0
+        num_events = 0
         if resume is not None:
-            # Another name among those that run: the broken stream's end must not touch this one.
+            # A new id: when the broken stream ends, it must not cancel this one.
             request_id = f"{request_id}-{secrets.token_hex(4)}"
         async with aclosing(self._events(requests, request_id, deadline_s, resume)) as events:
             async for event in events:
-                num_given += 1
-                if num_given % _EVENTS_PER_TURN == 0:
-                    # Tokens that are there already are no reason to wait: others would starve,
-                    # and that the client has gone would not be seen.
+                num_events += 1
+                if num_events % _EVENTS_PER_TURN == 0:
+                    # Tokens that have arrived already are read without waiting. Other tasks would
+                    # starve, and a client's disconnect would not be noticed.
                     await asyncio.sleep(0)
                 if isinstance(event, PromptEvent):
-                    watch.note_prompt()
+                    watch.record_prompt()
                     yield event
                     continue
                 if event.event.finish_reason is FinishReason.ERROR:
                     raise ModelFaultError("the model computed logits that are not finite")
-                if event.is_news:
-                    watch.note(event.choice_index, event.event)
+                if event.is_new:
+                    watch.record(event.choice_index, event.event)
                 yield event
 
     def _events(
@@ -152,15 +155,17 @@ class Ingress:
         resume: ResumePoint | None,
     ) -> AsyncGenerator[IngressEvent]:
         if len(requests) == 1:
-            return self._one(requests[0], 0, request_id, deadline_s, resume)
+            return self._run_prompt(requests[0], 0, request_id, deadline_s, resume)
         return merged(
             [
-                self._one(request, i * request.num_samples, f"{request_id}-{i}", deadline_s, resume)
+                self._run_prompt(
+                    request, i * request.num_samples, f"{request_id}-{i}", deadline_s, resume
+                )
                 for i, request in enumerate(requests)
             ]
         )
 
-    async def _one(
+    async def _run_prompt(
         self,
         request: GenerationRequest,
         first_choice: int,
@@ -168,17 +173,17 @@ class Ingress:
         deadline_s: float,
         resume: ResumePoint | None,
     ) -> AsyncGenerator[IngressEvent]:
-        had = (Received(),) * request.num_samples
+        received = (Received(),) * request.num_samples
         num_scored = 0
         if resume is not None:
-            had = resume.received[first_choice : first_choice + request.num_samples]
-            num_scored = resume.num_scored_of(request, had)
-        counts = [len(received.token_ids) for received in had]
+            received = resume.received[first_choice : first_choice + request.num_samples]
+            num_scored = resume.num_scored_of(request, received)
+        counts = [len(sample.token_ids) for sample in received]
         stream = self._source.generate(
             request,
             request_id=request_id,
             deadline_s=deadline_s,
-            delivered=_told(had),
+            delivered=_delivered_samples(received),
             num_scored=num_scored,
         )
         async with aclosing(stream) as events:
@@ -187,27 +192,27 @@ class Ingress:
                     yield PromptEvent(first_choice // request.num_samples, event)
                     continue
                 i = event.sample_index
-                is_news = counts[i] >= had[i].num_tokens
-                yield ChoiceEvent(first_choice + i, event, counts[i], is_news)
+                is_new = counts[i] >= received[i].num_tokens
+                yield ChoiceEvent(first_choice + i, event, counts[i], is_new)
                 counts[i] += 1
-        for received, count in zip(had, counts, strict=True):
-            if resume is not None and count < received.num_tokens:
-                resume.refuse_count(received.num_tokens, count)
+        for sample, count in zip(received, counts, strict=True):
+            if resume is not None and count < sample.num_tokens:
+                resume.refuse_count(sample.num_tokens, count)
 
 
-def _told(had: Sequence[Received]) -> list[DeliveredSample]:
-    """The samples whose tokens a client still has."""
+def _delivered_samples(received: Sequence[Received]) -> list[DeliveredSample]:
+    """The samples whose tokens the client sent back."""
     return [
-        DeliveredSample(i, received.token_ids, received.is_finished)
-        for i, received in enumerate(had)
-        if received.token_ids
+        DeliveredSample(i, sample.token_ids, sample.is_finished)
+        for i, sample in enumerate(received)
+        if sample.token_ids
     ]
 
 
 async def merged(
     streams: Sequence[AsyncGenerator[IngressEvent]],
 ) -> AsyncGenerator[IngressEvent]:
-    """Events of all streams as they come; the first error ends them all."""
+    """Merges streams: yields events as they arrive. The first error ends all streams."""
     queue: asyncio.Queue[IngressEvent | Exception | None] = asyncio.Queue(_MAX_MERGED_EVENTS)
 
     async def pump(stream: AsyncGenerator[IngressEvent]) -> None:
@@ -219,7 +224,7 @@ async def merged(
         except Exception as error:
             await queue.put(error)
 
-    # No TaskGroup: one must not be left open across a yield.
+    # Not a TaskGroup: a generator must not yield inside one.
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     num_running = len(tasks)
     try:
@@ -238,7 +243,7 @@ async def merged(
 
 
 async def off_loop(function: Callable[[], Result], num_bytes: int) -> Result:
-    """Runs what takes time with the size of its input: on a thread where that is large."""
+    """Runs a function whose time grows with its input; on a thread if the input is large."""
     if num_bytes <= _INLINE_BYTES:
         return function()
     return await asyncio.to_thread(function)

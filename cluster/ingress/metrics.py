@@ -1,4 +1,4 @@
-"""What the ingress counts, for Prometheus. A registry of its own: no state of a module."""
+"""The metrics of one ingress replica, for Prometheus."""
 
 import time
 from collections.abc import Callable
@@ -12,39 +12,42 @@ _PER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1
 
 
 class IngressMetrics:
-    """The counters of one ingress replica."""
+    """The metrics of one ingress replica, in a registry of their own: modules hold no state."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self.clock = clock
         self._requests = Counter(
             "milliways_requests",
-            "Requests answered.",
+            "Requests that ended.",
             ("surface", "model", "code"),
             registry=self.registry,
         )
         self._tokens = Counter(
-            "milliways_tokens", "Tokens taken in and given out.", ("kind",), registry=self.registry
+            "milliways_tokens",
+            "Prompt tokens and generated tokens.",
+            ("kind",),
+            registry=self.registry,
         )
         self.hedges = Counter(
             "milliways_hedged_requests",
-            "Requests asked of another router as well, because theirs was silent.",
+            "Requests sent to a second router because the first was silent.",
             registry=self.registry,
         )
         self._first_token = Histogram(
             "milliways_time_to_first_token_seconds",
-            "From a request's start to its first token.",
+            "Time from the start of a request to its first token.",
             buckets=_FIRST_TOKEN_BUCKETS_S,
             registry=self.registry,
         )
         self._per_token = Histogram(
             "milliways_time_per_output_token_seconds",
-            "Mean time of a sample's tokens after its first.",
+            "Mean time for each token of a sample after its first token.",
             buckets=_PER_TOKEN_BUCKETS_S,
             registry=self.registry,
         )
         self.ongoing = Gauge(
-            "milliways_ongoing_requests", "Requests running now.", registry=self.registry
+            "milliways_ongoing_requests", "Requests in progress.", registry=self.registry
         )
 
     def count_request(self, surface: str, model: str, code: str) -> None:
@@ -54,16 +57,19 @@ class IngressMetrics:
         self._tokens.labels(kind).inc(count)
 
     def watch(self, num_prompt_tokens: int) -> "TokenWatch":
-        """Times one request's tokens from now on."""
+        """Begins to time the tokens of one request."""
         return TokenWatch(self, self._first_token, self._per_token, num_prompt_tokens)
 
     def text(self) -> str:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
 
 class TokenWatch:
-    """Times the tokens of one request."""
+    """Times the tokens of one request.
+
+    *Invariant:* `_first_s` and `_num_later` have the same keys, the choices that have a token.
+    """
 
     def __init__(
         self,
@@ -78,20 +84,20 @@ class TokenWatch:
         self._num_prompt_tokens = num_prompt_tokens
         self._started_s = metrics.clock()
         self._has_begun = False
-        # Of each choice: when its first token came, and how many came after it.
+        # Of each choice: the time of its first token, and the number of later tokens.
         self._first_s: dict[int, float] = {}
         self._num_later: dict[int, int] = {}
 
-    def note_prompt(self) -> None:
-        """Something came of the prompts, which are counted once."""
+    def record_prompt(self) -> None:
+        """Counts the prompts' tokens, at the first result of the request."""
         if not self._has_begun:
             self._has_begun = True
             self._metrics.count_tokens("prompt", self._num_prompt_tokens)
 
-    def note(self, choice_index: int, event: TokenEvent) -> None:
-        """A token of a choice came."""
+    def record(self, choice_index: int, event: TokenEvent) -> None:
+        """Records a token of a choice."""
         now_s = self._metrics.clock()
-        self.note_prompt()
+        self.record_prompt()
         if not self._first_s:
             self._first_token.observe(now_s - self._started_s)
         if choice_index in self._first_s:

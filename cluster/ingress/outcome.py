@@ -1,4 +1,4 @@
-"""What became of an HTTP request, for its metrics and its log line."""
+"""The result of an HTTP request, for metrics and logs."""
 
 import logging
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ _KEY = "milliways.outcome"
 
 @dataclass(slots=True)
 class Outcome:
-    """`code` overrides the status that went out: a stream may fail after its 200."""
+    """`code` replaces the sent status in the metrics: a stream can fail after status 200."""
 
     request_id: str
     model: str = ""
     code: str = ""
 
     def fail(self, error: Exception, status: int) -> None:
-        """Notes an error that the status could not tell any more."""
+        """Records an error that came after the status was sent."""
         self.code = str(status)
         log_error(error, status, self.request_id)
 
@@ -29,12 +29,12 @@ def put_outcome(scope: Scope, outcome: Outcome) -> None:
 
 
 def outcome_of(scope: Scope) -> Outcome:
-    """The outcome to be filled in by whoever handles the request."""
+    """The outcome of a request, for its handler to fill in."""
     return scope[_KEY]
 
 
 def log_error(error: Exception, status: int, request_id: str) -> None:
-    """A fault of ours with its trace; what a client did wrong is the client's to know."""
+    """Logs the server's errors, bugs with a traceback; mistakes of clients are not logged."""
     if status >= 500:
         is_bug = status == 500
         logger.error("request %s: %s", request_id, error, exc_info=error if is_bug else None)

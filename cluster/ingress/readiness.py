@@ -1,22 +1,25 @@
-"""Whether a token can be made now: one probe for all who ask, its answer good for a second."""
+"""Finds out whether a token can be made now. All callers share one probe, cached for a second."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Callable
 
-from milliways.cluster.ingress.source import TokenSource
+from milliways.cluster.ingress.token_source import TokenSource
 from milliways.wire.errors import ClusterError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
 CACHED_FOR_S = 1.0
-# A probe that takes longer says no: a token cannot be made now.
+# A probe that takes longer has failed: no token can be made now.
 PROBE_TIMEOUT_S = 10.0
 
 
 class Readiness:
-    """Probes the source of tokens when asked, at most once a second, never twice at a time."""
+    """Probes the source of tokens on demand, at most once a second.
+
+    *Invariant:* at most one probe runs at a time. Once `drain` was called, `check` always raises.
+    """
 
     def __init__(
         self,
@@ -33,14 +36,14 @@ class Readiness:
         self._draining_reason: str | None = None
 
     def drain(self, reason: str) -> None:
-        """No longer ready from now on, for good."""
+        """Makes `check` fail from now on, with this reason."""
         self._draining_reason = reason
 
     async def check(self) -> None:
         """Returns if a token can be made.
 
         Raises:
-            UnavailableError: none can, and why.
+            UnavailableError: no token can be made; says why.
         """
         reason = self._draining_reason or await self._cached()
         if reason is not None:
@@ -50,11 +53,11 @@ class Readiness:
         if self._clock() < self._good_until_s:
             return self._reason
         if self._probe is None:
-            self._probe = asyncio.create_task(self._ask(), name="readiness probe")
-        # Shielded: one who stops waiting leaves the probe to the others.
+            self._probe = asyncio.create_task(self._run_probe(), name="readiness probe")
+        # Shielded: other callers may wait for the same probe.
         return await asyncio.shield(self._probe)
 
-    async def _ask(self) -> str | None:
+    async def _run_probe(self) -> str | None:
         try:
             async with asyncio.timeout(self._probe_timeout_s):
                 await self._source.probe()
@@ -64,7 +67,7 @@ class Readiness:
         except ClusterError as error:
             self._reason = str(error)
         except Exception:
-            # Supervises: whatever is wrong with the source, it makes no tokens.
+            # Catches all: whatever is wrong with the source, it makes no tokens.
             logger.exception("readiness probe failed")
             self._reason = "the probe failed"
         finally:

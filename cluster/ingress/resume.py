@@ -1,20 +1,23 @@
-"""Streams that go on where a connection broke: what a client has had, as it tells it.
+"""How a client resumes a stream after its connection broke.
 
-A stream is a function of its request, the seed included, so nothing is stored for a client that may
-come back: it asks again, anywhere, with the same body, the request's id, and how much it has had.
+A stream is a function of its request, seed included, so the server stores nothing for a client that
+may return. The client sends the same body again, to any replica, with the request's id and with how
+much it has received:
 
-- HTTP: `Last-Event-ID`, the id of the last event it received, `<request id>/<counts>`: how many
-  tokens of each choice it has had with that event, with dots between. Choices run beside each
-  other, in an order that no two runs share, so one count for all would not say which tokens.
-- gRPC: `GenerateRequest.resume`, counts of each sample, and the tokens themselves if it kept them;
-  and how many log-probabilities of the prompt. Over HTTP those come with each choice's first token,
-  so that whoever has had that has had them.
+- HTTP: the header `Last-Event-ID`, which is the id of the last event received,
+  `<request id>/<counts>`. The counts say how many tokens of each choice the client has received,
+  with dots between. Choices run in parallel and interleave differently in each run, so one total
+  would not say which tokens were received.
+- gRPC: `GenerateRequest.resume` with the count of each sample, the tokens themselves if the client
+  kept them, and the number of prompt log-probabilities received. (Over HTTP these come with each
+  choice's first token, so they need no count.)
 
-Tokens that are only counted are computed again, and not sent again; a prompt costs little where its
-prefix is still in the cache. Tokens that are told are taken in like a prompt, which is faster.
+Tokens that the client only counts are computed again, but not sent again; the prompt costs little
+if its prefix is still cached. Tokens that the client sends back are processed like a prompt, which
+is faster.
 
-A body that differs from the first one cannot be told from it: its client gets the rest of another
-stream. Only what does not fit the body it came with is refused.
+The server cannot know whether the body is the same as before. A client that changes its body
+receives the rest of another stream. Only a resume point that is impossible for its body is refused.
 """
 
 import re
@@ -27,68 +30,71 @@ from milliways.router.requests.request import GenerationRequest
 from milliways.wire.status_codes import Verbatim, abridged
 
 LAST_EVENT_ID = "Last-Event-ID"
-# Ends the id of the event that follows the last token.
+# The end of the usage event's id; that event follows the last token.
 _USAGE = "/usage"
 _COUNTS = re.compile(r"\d{1,9}(\.\d{1,9})*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """What a client has had of a choice. `token_ids` are all `num_tokens` of it, or none."""
+    """What a client has received of one choice.
+
+    *Invariant:* `token_ids` is empty or holds all `num_tokens` tokens.
+    """
 
     num_tokens: int = 0
     token_ids: tuple[int, ...] = ()
-    # Known only where the tokens are.
+    # Known only if the client sent the tokens.
     is_finished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumePoint:
-    """Where a request goes on; `field` is what told it, for errors."""
+    """The point at which to resume. `field` is the field that gave it, for error messages."""
 
     request_id: str
-    # By choice.
+    # One for each choice.
     received: tuple[Received, ...]
     field: str
-    # The usage that follows the tokens came as well.
+    # Whether the client has also received the usage, which follows the tokens.
     has_usage: bool = False
-    # Log-probabilities of the prompt; only where there is one prompt.
+    # Number of prompt log-probabilities received; used only for requests with one prompt.
     num_scored: int = 0
 
     def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
-        """Raises InvalidRequestError unless the requests could have given so much."""
+        """Raises InvalidRequestError if the requests cannot have produced this much."""
         num_choices = sum(request.num_samples for request in requests)
         if len(self.received) != num_choices:
             number = Verbatim(f"{len(self.received)} counts")
-            raise InvalidRequestError(self.field, number, f"of {num_choices} choices")
-        # All prompts of a body share this.
+            raise InvalidRequestError(self.field, number, f"one for each of {num_choices} choices")
+        # All prompts of a body have the same limit.
         most = requests[0].max_tokens
-        for had in self.received:
-            if had.num_tokens > most:
-                self.refuse_count(had.num_tokens, most)
+        for received in self.received:
+            if received.num_tokens > most:
+                self.refuse_count(received.num_tokens, most)
 
     def num_scored_of(self, request: GenerationRequest, received: Sequence[Received]) -> int:
-        """How many scores of a prompt need not come, of whose samples so much was received."""
-        if all(had.num_tokens for had in received):
+        """Number of a prompt's scores that the client has; `received` are its samples."""
+        if all(sample.num_tokens for sample in received):
             return request.num_to_score
         return self.num_scored
 
     def refuse_count(self, count: int, most: int) -> None:
-        """Raises InvalidRequestError: a choice has not so many tokens."""
+        """Raises InvalidRequestError: the client counts more tokens than a choice has."""
         number = Verbatim(f"{count} tokens of a choice")
         raise InvalidRequestError(self.field, number, f"at most the {most} that it has")
 
 
 def event_id(request_id: str, counts: Sequence[int], *, has_usage: bool = False) -> str:
-    """The id of an event, with which a client has had so many tokens of each choice."""
+    """The id of an event; `counts` are each choice's tokens up to and including the event."""
     return f"{request_id}/{'.'.join(map(str, counts))}{_USAGE if has_usage else ''}"
 
 
 def parse_event_id(text: str) -> ResumePoint:
-    """What an id given by `event_id` says.
+    """Parses an id that `event_id` made.
 
     Raises:
-        InvalidRequestError: no event has such an id.
+        InvalidRequestError: the text does not have the form of an event id.
     """
     body = text.removesuffix(_USAGE)
     request_id, _, counts = body.partition("/")

@@ -1,4 +1,4 @@
-"""The model that clients ask for by name: its numbers and its text, none of its weights."""
+"""The model that clients name in requests: its config, tokenizer and template; no weights."""
 
 import hashlib
 import time
@@ -19,7 +19,7 @@ from milliways.wire.status_codes import abridged
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """`revision` stands for whatever else decides which tokens come out: weights, numbers."""
+    """What the ingress knows of the model. `revision` says in which numbers it is computed."""
 
     name: str
     config: ModelConfig
@@ -30,12 +30,12 @@ class ServedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal where the same request gives the same tokens."""
-        told = repr((self.name, self.config, self.revision))
-        return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        """Equal fingerprints promise equal tokens for equal requests."""
+        identity = repr((self.name, self.config, self.revision))
+        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def check_name(self, name: str) -> None:
-        """Raises UnknownModelError unless this is the model meant."""
+        """Raises UnknownModelError unless `name` is this model's name."""
         if name != self.name:
             raise UnknownModelError(name if len(name) < 100 else abridged(name), self.name)
 
@@ -43,9 +43,9 @@ class ServedModel:
         """Token ids of a text.
 
         Raises:
-            InvalidRequestError: the model has no tokenizer, or the text is no Unicode.
+            InvalidRequestError: the model has no tokenizer, or the text is not valid Unicode.
         """
-        return tuple(self._text_model(field_name, text).encode(text))
+        return tuple(self._need_tokenizer(field_name, text).encode(text))
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of a whole sequence.
@@ -53,24 +53,24 @@ class ServedModel:
         Raises:
             InvalidRequestError: the model has no tokenizer, or an id is outside the vocabulary.
         """
-        return self._text_model("token_ids", token_ids).decode(token_ids)
+        return self._need_tokenizer("token_ids", token_ids).decode(token_ids)
 
     def echo(self, token_ids: tuple[int, ...]) -> str:
-        """Text of a prompt as far as its characters are complete; its completion goes on there."""
+        """Text of a prompt up to its last complete character; the completion continues there."""
         return "".join(self.echo_pieces(token_ids))
 
     def echo_pieces(self, token_ids: tuple[int, ...]) -> list[str]:
-        """What each token of a prompt adds to that; nothing, where there is no tokenizer."""
+        """What each token adds to `echo`; empty texts if the model has no tokenizer."""
         if self.tokenizer is None:
             return [""] * len(token_ids)
         return prompt_pieces(self.tokenizer, token_ids)
 
     def token_name(self, token_id: int) -> str:
-        """What stands for a token in a list of tokens; its id, where there is no tokenizer."""
+        """A token's name in lists of log-probabilities; its id if the model has no tokenizer."""
         return self.tokenizer.name_of(token_id) if self.tokenizer else str(token_id)
 
     def token_bytes(self, token_id: int) -> list[int] | None:
-        """The bytes that a token adds to a text; None where it shows nothing."""
+        """The bytes that a token adds to a text; None if it adds none or they are unknown."""
         if self.tokenizer is None:
             return None
         byte = self.tokenizer.byte_of(token_id)
@@ -78,18 +78,18 @@ class ServedModel:
             return [byte]
         return list(self.tokenizer.text_of(token_id).encode()) or None
 
-    def _text_model(self, field_name: str, value: object) -> Tokenizer:
+    def _need_tokenizer(self, field_name: str, value: object) -> Tokenizer:
         if self.tokenizer is None:
-            limit = "made of token ids: the model has no tokenizer"
+            limit = "token ids, because the model has no tokenizer"
             raise InvalidRequestError(field_name, abridged(value), limit)
         return self.tokenizer
 
 
 def load_served_model(settings: ModelSettings) -> ServedModel:
-    """Reads what the ingress needs of a model directory.
+    """Reads what the ingress needs from a model directory.
 
     Raises:
-        CheckpointError, ConfigError, TokenizerError: what is wrong with which file.
+        CheckpointError, ConfigError, TokenizerError: a file is invalid; the error says why.
     """
     model_dir = resolve_model_dir(settings.path)
     config = load_config(model_dir)
@@ -104,5 +104,5 @@ def load_served_model(settings: ModelSettings) -> ServedModel:
 
 
 def _default_name(path: str, model_dir: Path) -> str:
-    # `demo` names a directory of this package; a client asks for it by the name it was given.
+    # `demo` stands for a directory of this package: clients use the name `demo`.
     return path if path.isidentifier() else model_dir.name

@@ -21,14 +21,14 @@ import yaml
 from ray import serve
 from ray.exceptions import RayError
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.metrics import IngressMetrics
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.openai.app import make_http_app
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
+from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
-from milliways.cluster.ingress.server import IngressGrpcServer
-from milliways.cluster.ingress.silence import HedgeLimits
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller

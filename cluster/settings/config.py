@@ -1,12 +1,12 @@
-"""How a cluster is set up: one frozen tree, from a TOML file, from Serve's arguments, or built.
+"""The settings of a cluster: one frozen tree, built from a TOML file, Serve's arguments, or code.
 
-    [model]      which model, in what numbers
-    [workers]    how many, what each may use, how experts and attention are spread
-    [router]     bounds of queues and steps
-    [ingress]    where clients connect
-    [tls]        certificates for what crosses a host
+    [model]      the model, and the number formats it is computed in
+    [workers]    number of workers, their resources, the spread of experts and attention over them
+    [router]     limits of queues and steps
+    [ingress]    the addresses for clients, and limits on their requests
+    [tls]        certificates for connections between hosts
 
-Every field has a default; `make serve` is all defaults. Units stand in the names.
+Every field has a default. Names end in their unit if they have one.
 """
 
 import tomllib
@@ -16,25 +16,30 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, cast, get_args, get_type_hints
 
+from milliways.router.limits import DispatchLimits, RouterLimits
+from milliways.wire import transports
 from milliways.wire.errors import ConfigError
 from milliways.wire.tls import TlsSettings
 
 LOOPBACK = "127.0.0.1"
 
+# The router's own classes define these defaults.
+_ROUTER, _DISPATCH = RouterLimits(), DispatchLimits()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """A model directory (or `demo`), and the numbers it is computed in."""
+    """A model directory, or `demo`, and the number formats it is computed in."""
 
     path: str = "demo"
-    # The name clients ask for; empty: that of the directory.
+    # The model name that clients send; empty: the directory's name.
     name: str = ""
     dtype: str = "float32"
     activations: str = "exact"
     experts: str = "loaded"
     deterministic: bool = True
-    # How chat becomes a prompt: `declared` as chat_template.json of the model directory says,
-    # `plain` by joining the contents, `auto` as declared where there is such a file, else plain.
+    # How a chat becomes a prompt. `declared`: by the model directory's chat_template.json; `plain`:
+    # messages joined by newlines; `auto`: `declared` if that file exists, otherwise `plain`.
     chat_template: str = "auto"
 
     def __post_init__(self) -> None:
@@ -46,37 +51,38 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """How many workers, what one may use, and what each holds."""
+    """The number of workers, the resources of each, and what each holds."""
 
     count: int = 3
-    # An expert's copies, on as many workers; 0: two where there are two workers, else one.
+    # Number of workers that hold each expert; 0: two, or one if there is a single worker.
     expert_replicas: int = 0
     attention: str = "auto"
-    transport: str = "auto"
-    # A part of one, or a whole number: a worker with several spreads layers and experts over them.
+    transport: str = transports.AUTO
+    # A fraction below 1, or a whole number. Layers and experts are spread over several GPUs.
     gpus_each: float = 0.0
     cpus_each: float = 1.0
-    # 0: the memory of its GPUs, or an even share of the machine's without any.
+    # 0: all memory of the worker's GPUs; without GPUs an equal share of 80 % of the machine's.
     memory_gb_each: float = 0.0
-    # Positions of KV cache on each attention shard; 0: eight contexts.
+    # Positions of KV cache on each attention shard; 0: eight times the model's context length.
     kv_tokens: int = 0
     block_size: int = 16
-    # Full KV blocks of running sequences are copied to another worker, which carries them on.
+    # Copy full KV blocks of running sequences to another worker, which takes over after a death.
     kv_standby: bool = False
-    # Compute threads of a worker on a CPU; 0: as many as it has CPUs.
+    # Compute threads of each worker on a CPU; 0: one for each of its CPUs.
     threads_each: int = 0
-    # Extra Ray resources that a worker asks for, as in {"accelerator_type:H100" = 0.001}.
+    # Extra Ray resources of each worker, for example {"accelerator_type:H100" = 0.001}.
     resources: Mapping[str, float] = field(default_factory=dict[str, float])
-    # So many of the workers, the first, hold experts and no attention; what those ask for instead.
+    # The first `experts_only` workers hold experts but no attention.
     experts_only: int = 0
+    # Extra Ray resources of those workers, in place of `resources`.
     experts_only_resources: Mapping[str, float] = field(default_factory=dict[str, float])
-    # Compile every size of a step before a worker counts as ready.
+    # Whether to compile every step size before a worker is ready.
     warm_up: bool = True
     load_timeout_s: float = 3600.0
     start_timeout_s: float = 600.0
 
     def resources_of(self, number: int) -> Mapping[str, float]:
-        """The extra Ray resources of the worker of a number."""
+        """The extra Ray resources of worker `number`."""
         return self.experts_only_resources if number < self.experts_only else self.resources
 
     def __post_init__(self) -> None:
@@ -84,16 +90,16 @@ class WorkerSettings:
         _between("workers.expert_replicas", self.expert_replicas, 0, self.count)
         _between("workers.experts_only", self.experts_only, 0, self.count - 1)
         _one_of("workers.attention", self.attention, ("auto", "replicated", "layers"))
-        _one_of("workers.transport", self.transport, ("auto", "grpc", "shm"))
+        _one_of("workers.transport", self.transport, transports.SETTINGS)
         _between("workers.gpus_each", self.gpus_each, 0, 1024)
         if self.gpus_each > 1 and self.gpus_each != round(self.gpus_each):
-            raise ConfigError("workers.gpus_each", self.gpus_each, "a whole number where above 1")
+            raise ConfigError("workers.gpus_each", self.gpus_each, "a whole number if above 1")
         _between("workers.cpus_each", self.cpus_each, 0, 4096)
         _between("workers.memory_gb_each", self.memory_gb_each, 0, 1e6)
         _between("workers.kv_tokens", self.kv_tokens, 0, 2**31 - 1)
         _between("workers.block_size", self.block_size, 1, 4096)
         if self.kv_standby and self.attention == "layers":
-            limit = "false where workers.attention is layers: copies take a worker with all of them"
+            limit = "false if workers.attention is layers: copies need workers with all layers"
             raise ConfigError("workers.kv_standby", self.kv_standby, limit)
         _between("workers.threads_each", self.threads_each, 0, 256)
         _between("workers.load_timeout_s", self.load_timeout_s, 0.1, 1e6)
@@ -102,20 +108,20 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    """Bounds of a router's queue and of its steps."""
+    """Limits of a router's queue and of its steps."""
 
-    max_running: int = 32
+    max_running: int = _ROUTER.scheduler.max_running
     max_waiting: int = 256
-    max_step_tokens: int = 128
-    max_micro_batches: int = 2
-    # Fewer tokens than this are not worth another sweep through the weights.
-    min_micro_batch_tokens: int = 16
-    # A reply that takes several times as long as the longest of late is asked of another replica
-    # as well; the wait lies within these.
-    hedge_after_s_min: float = 0.05
-    hedge_after_s: float = 1.0
-    # A reply that takes longer than this counts as lost.
-    step_timeout_s: float = 10.0
+    max_step_tokens: int = _ROUTER.scheduler.max_step_tokens
+    max_micro_batches: int = _ROUTER.max_micro_batches
+    # A smaller micro-batch is not worth another pass over the weights.
+    min_micro_batch_tokens: int = _ROUTER.min_micro_batch_tokens
+    # A call that takes several times its worker's recent worst latency is sent to a second replica
+    # as well (a hedge). These are the bounds of that wait.
+    hedge_after_s_min: float = _DISPATCH.hedge_after_s_min
+    hedge_after_s: float = _DISPATCH.hedge_after_s
+    # A call without a reply after this time has failed.
+    step_timeout_s: float = _DISPATCH.timeout_s
     request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -132,7 +138,7 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressSettings:
-    """Where clients connect, and how many replicas take their requests."""
+    """The addresses for clients, the number of ingress replicas, and limits on requests."""
 
     host: str = LOOPBACK
     port: int = 8000
@@ -142,8 +148,8 @@ class IngressSettings:
     target_ongoing_requests: float = 16.0
     max_ongoing_requests: int = 256
     max_body_bytes: int = 4 << 20
-    # A router that is silent for several times as long as the longest of late has its requests
-    # asked of another as well; the wait lies within these.
+    # If a router is silent for several times its recent longest silence, its requests go to a
+    # second router as well (a hedge). These are the bounds of that wait.
     hedge_after_s_min: float = 0.1
     hedge_after_s_max: float = 60.0
 
@@ -162,7 +168,7 @@ class IngressSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """The whole tree."""
+    """All settings of a cluster."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     workers: WorkerSettings = field(default_factory=WorkerSettings)
@@ -172,10 +178,10 @@ class ClusterConfig:
 
 
 def read_config(path: Path) -> ClusterConfig:
-    """The settings of a TOML file.
+    """Reads a TOML file.
 
     Raises:
-        ConfigError: it is no TOML, or names the table, field, value and limit that do not fit.
+        ConfigError: the file is not TOML, or a field is invalid; see `config_from_tree`.
     """
     try:
         with path.open("rb") as file:
@@ -186,10 +192,10 @@ def read_config(path: Path) -> ClusterConfig:
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> ClusterConfig:
-    """The settings of nested mappings, such as TOML or Serve's arguments.
+    """Builds settings from nested mappings, such as parsed TOML or Serve's arguments.
 
     Raises:
-        ConfigError: names the table, field, value and limit that do not fit.
+        ConfigError: a field is invalid; the error names its table, the field, value and limit.
     """
     tables = {table.name: table.default_factory for table in fields(ClusterConfig)}
     settings: dict[str, Any] = {}
@@ -214,7 +220,7 @@ def _build(make: Any, table: str, values: Mapping[str, Any]) -> Any:
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
-    """Whole numbers stand for floats; nothing else stands for anything else."""
+    """Checks a value's type. The only conversion is from a whole number to a float."""
     if isinstance(kind, UnionType):
         if value is None and NoneType in get_args(kind):
             return None

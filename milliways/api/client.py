@@ -1,202 +1,371 @@
-"""A client of GenerateService whose streams outlive the servers that they come from.
+"""Clients of a served model over gRPC: `AsyncClient`, and `Client`, which drives one in a thread.
 
-    async with GenerateClient(["10.0.0.1:50051", "10.0.0.2:50051"]) as client:
-        async for response in client.generate(request, timeout_s=120):
-            ...
+    with Client("127.0.0.1:50051") as client:
+        (result,) = client.generate(["Welcome to"], SamplingParams(temperature=0))
 
-The life of a request here:
-
-1. It goes to one of the addresses; every token that comes is noted, and handed on. So is every
-   log-probability of the prompt, where it asks for those.
-2. A connection that breaks, or a server that cannot serve now, sends it to the next address, with
-   its request id and the tokens so far. Who has none of them waits a little longer each time.
-3. The stream goes on behind the last token, as if nothing had happened, until its usage came or its
-   deadline passes.
+A request outlives the server that it went to: `resuming.py` asks the next address for the rest.
 """
 
 import asyncio
-import random
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 import grpc
 from grpc import aio
 
+from milliways.api.errors import CallRefusedError, ConfigError, DeadlineError, UnavailableError
+from milliways.api.prompts import CheckedPrompt, Prompt, checked_prompt, checked_prompts, paired
+from milliways.api.results import GenerationResult, Piece, Score, piece_of, result_of, score_of
+from milliways.api.resuming import GenerateClient, named_error
+from milliways.api.sampling import SamplingParams, check_whole
+from milliways.model.sampling_params import MAX_LOGPROBS, SampledToken
+from milliways.router.requests.messages import event_from_wire, score_from_wire
 from milliways.v1 import generate_pb2
-from milliways.wire.channels import open_channel
-from milliways.wire.errors import OverloadedError, UnavailableError
-from milliways.wire.status_codes import error_of
+from milliways.wire.sampling import encode_params
 from milliways.wire.tls import TlsSettings
 
-_METHOD = "/milliways.v1.GenerateService/Generate"
-_FIRST_BACKOFF_S = 0.02
-_LAST_BACKOFF_S = 1.0
-# Ends of a call that nobody meant: the server, or something on the way, is gone.
-_BROKEN = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.UNKNOWN,
-)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_IN_FLIGHT = 16
+_CLOSE_TIMEOUT_S = 10.0
 
 
-class StreamChangedError(Exception):
-    """What goes on is not the stream that broke off: the server has another model, say."""
+class AsyncClient:
+    """Continues and scores prompts on a server. Use it within one event loop.
 
+        async with AsyncClient("127.0.0.1:50051") as client:
+            async for piece in client.stream("Welcome to"):
+                print(piece.text, end="")
 
-class GenerateClient:
-    """Streams completions from any of several servers. Use it within one event loop."""
+    A call goes to one of the addresses. If its connection breaks, if the server cannot serve now,
+    or if its queue is full, the call goes on at the next address, until its time limit has passed.
+    No token is lost or given twice.
+    """
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: str | Sequence[str],
         *,
+        model: str = "",
         tls: TlsSettings | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        rng: random.Random | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
     ) -> None:
-        """Raises OSError if a certificate file cannot be read."""
-        if not addresses:
-            raise ValueError("addresses: at least one is needed")
-        self._clock = clock
-        self._channels = [open_channel(address, tls or TlsSettings()) for address in addresses]
-        # Anywhere, so that clients spread over the servers.
-        self._turn = (rng or random.Random()).randrange(len(addresses))
+        """Connects when the first call is made.
 
-    async def __aenter__(self) -> "GenerateClient":
+        `addresses`: "host:port" of a server, or of several that serve the same model.
+        `model`: the name of the model; empty: the one that is served there.
+        `tls`: the certificates with which both sides prove who they are.
+        `timeout_s`: the time limit of a call that gives none.
+        `max_in_flight`: how many prompts of one call are at the server at once.
+
+        Raises:
+            ConfigError, InvalidRequestError: an option is out of range.
+        """
+        self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        if not self._addresses:
+            raise ConfigError("addresses", self._addresses, "at least one host:port")
+        for address in self._addresses:
+            if ":" not in address:
+                raise ConfigError("addresses", address, "host:port")
+        check_whole("max_in_flight", max_in_flight, 1, 2**31 - 1)
+        self._model = model
+        self._tls = tls
+        self._timeout_s = _checked_timeout_s(timeout_s)
+        self._max_in_flight = max_in_flight
+        self._client: GenerateClient | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Closes all connections, and with them the streams still open."""
-        await asyncio.gather(*(channel.close(None) for channel in self._channels))
+        """Closes the connections, and with them the streams that are still open."""
+        self._is_closed = True
+        if self._client is not None:
+            await self._client.close()
 
     async def generate(
         self,
-        request: generate_pb2.GenerateRequest,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        timeout_s: float = 600.0,
-        when_broken: Callable[[Exception], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> list[GenerationResult]:
+        """Continues prompts; one result for each, in their order.
+
+        `params` hold for all prompts, or are a list with an entry for each.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter does not fit.
+            ClusterError: the server refused, or could not serve in time; see `errors.py`.
+        """
+        deadline_s = self._deadline_s(timeout_s)
+
+        async def result(ask: tuple[CheckedPrompt, SamplingParams]) -> GenerationResult:
+            prompt, sampling = ask
+            pieces: list[Piece] = []
+            num_prompt_tokens = 0
+            responses = self._responses(_message(prompt, sampling), deadline_s)
+            async with aclosing(responses):
+                async for response in responses:
+                    pieces += _pieces(response, sampling)
+                    num_prompt_tokens = response.usage.num_prompt_tokens or num_prompt_tokens
+            return result_of(prompt, num_prompt_tokens, pieces, sampling.n)
+
+        return await self._beside(result, paired(prompts, params))
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Piece]:
+        """Continues one prompt, and yields each token as it comes. Closing it cancels the rest.
+
+        Raises:
+            InvalidRequestError, ClusterError: as `generate`.
+        """
+        sampling = params or SamplingParams()
+        message = _message(checked_prompt(prompt), sampling)
+        responses = self._responses(message, self._deadline_s(timeout_s))
+        async with aclosing(responses):
+            async for response in responses:
+                for piece in _pieces(response, sampling):
+                    yield piece
+
+    async def score(
+        self, texts: Iterable[Prompt], *, top: int = 0, timeout_s: float | None = None
+    ) -> list[Score]:
+        """The log-probability of each token of each text, but of its first one.
+
+        `top`: how many most likely tokens come with each, at most 20.
+
+        Raises:
+            InvalidRequestError, ClusterError: as `generate`.
+        """
+        check_whole("top", top, 0, MAX_LOGPROBS)
+        deadline_s = self._deadline_s(timeout_s)
+
+        async def score(prompt: CheckedPrompt) -> Score:
+            tokens: list[SampledToken] = []
+            message = generate_pb2.GenerateRequest(max_tokens=0, prompt_logprobs=top)
+            responses = self._responses(_with_prompt(message, prompt), deadline_s)
+            async with aclosing(responses):
+                async for response in responses:
+                    # A prompt that could not be scored ends with a token that says so.
+                    _pieces(response, SamplingParams())
+                    tokens += map(score_from_wire, response.prompt_logprobs)
+            return score_of(prompt, tokens)
+
+        return await self._beside(score, checked_prompts(texts))
+
+    async def _beside(
+        self, call: Callable[[Item], Coroutine[Any, Any, Result]], items: Iterable[Item]
+    ) -> list[Result]:
+        """One call for each item, at most `max_in_flight` at once. One that fails ends all."""
+        slots = asyncio.Semaphore(self._max_in_flight)
+
+        async def run(item: Item) -> Result:
+            async with slots:
+                return await call(item)
+
+        tasks = [asyncio.ensure_future(run(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _responses(
+        self, message: generate_pb2.GenerateRequest, deadline_s: float
     ) -> AsyncGenerator[generate_pb2.GenerateResponse]:
-        """The responses of a stream that nothing disturbed. Closing it cancels the request.
+        message.model = self._model
+        timeout_s = deadline_s - time.monotonic()
+        if timeout_s <= 0:
+            raise DeadlineError("the call's time limit passed before the request began")
+        stream = self._connected().generate(message, timeout_s=timeout_s, wait_if_full=True)
+        try:
+            async with aclosing(stream) as responses:
+                async for response in responses:
+                    yield response
+        except aio.AioRpcError as error:
+            raise _typed(error) from error
 
-        `when_broken` hears why, each time before the stream goes on over another connection.
+    def _connected(self) -> GenerateClient:
+        """The connections belong to the event loop that runs now."""
+        if self._is_closed:
+            raise ValueError("this client is closed")
+        if self._client is None:
+            self._client = GenerateClient(self._addresses, tls=self._tls)
+        return self._client
 
-        Raises:
-            AioRpcError: the request was refused, or its deadline passed; then with what had
-                happened last.
-            StreamChangedError: a server went on with other tokens.
-        """
-        progress = _Progress(request)
-        deadline_s = self._clock() + timeout_s
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            call = self._call(progress.request(), deadline_s - self._clock())
-            try:
-                async for response in call:
-                    backoff_s = _FIRST_BACKOFF_S
-                    yield progress.take(response)
-                if progress.has_usage:
-                    return
-                raise UnavailableError("the stream ended before its usage")
-            except (aio.AioRpcError, UnavailableError) as error:
-                if progress.has_usage:
-                    # All came; that the connection broke before the call's status is no loss.
-                    return
-                wait_s = max(backoff_s, _retry_after_s(error, progress))
-                if self._clock() + wait_s >= deadline_s:
-                    raise
-                if when_broken is not None:
-                    when_broken(error)
-            finally:
-                call.cancel()
-            self._turn = (self._turn + 1) % len(self._channels)
-            backoff_s = min(2 * backoff_s, _LAST_BACKOFF_S)
-            await asyncio.sleep(wait_s)
+    def _deadline_s(self, timeout_s: float | None) -> float:
+        given_s = self._timeout_s if timeout_s is None else _checked_timeout_s(timeout_s)
+        return time.monotonic() + given_s
 
-    def _call(self, request: generate_pb2.GenerateRequest, timeout_s: float) -> Any:
-        call = self._channels[self._turn].unary_stream(
-            _METHOD,
-            request_serializer=generate_pb2.GenerateRequest.SerializeToString,
-            response_deserializer=generate_pb2.GenerateResponse.FromString,
+
+class Client:
+    """`AsyncClient` for programs without an event loop. Several threads may use it.
+
+        with Client("127.0.0.1:50051") as client:
+            for piece in client.stream("Welcome to"):
+                print(piece.text, end="")
+
+    Invariants: `_client` is only used in `_loop`, which runs in a thread of its own. A call goes
+    to `_loop` only under `_lock`, and none after `_is_closed` is set.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        *,
+        model: str = "",
+        tls: TlsSettings | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
+    ) -> None:
+        """As `AsyncClient`."""
+        self._client = AsyncClient(
+            addresses, model=model, tls=tls, timeout_s=timeout_s, max_in_flight=max_in_flight
         )
-        return call(request, timeout=timeout_s)
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="milliways-client", daemon=True
+        )
+        self._thread.start()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections, and with them the streams that are still open."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            ended = asyncio.run_coroutine_threadsafe(self._end_calls(), self._loop)
+        ended.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def generate(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[GenerationResult]:
+        """As `AsyncClient.generate`."""
+        return self._wait(self._client.generate(prompts, params, timeout_s=timeout_s))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Generator[Piece]:
+        """As `AsyncClient.stream`."""
+        pieces = self._client.stream(prompt, params, timeout_s=timeout_s)
+        try:
+            while (piece := self._wait(_next(pieces))) is not None:
+                yield piece
+        finally:
+            # A client that was closed has ended it.
+            with suppress(ValueError):
+                self._wait(pieces.aclose())
+
+    def score(
+        self, texts: Iterable[Prompt], *, top: int = 0, timeout_s: float | None = None
+    ) -> list[Score]:
+        """As `AsyncClient.score`."""
+        return self._wait(self._client.score(texts, top=top, timeout_s=timeout_s))
+
+    async def _end_calls(self) -> None:
+        await self._client.close()
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+
+    def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
+        with self._lock:
+            if self._is_closed:
+                call.close()
+                raise ValueError("this client is closed")
+            future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise ValueError("this client was closed during the call") from None
+        except BaseException:
+            # Ctrl-C, for example: nobody waits for the rest.
+            future.cancel()
+            raise
 
 
-class _Progress:
-    """What came of a request so far: enough to ask for the rest, and to see that it is the rest."""
-
-    def __init__(self, request: generate_pb2.GenerateRequest) -> None:
-        self.has_usage = False
-        self._request = generate_pb2.GenerateRequest()
-        self._request.CopyFrom(request)
-        self._started: generate_pb2.GenerationStarted | None = None
-        self._had = {had.sample_index: had for had in self._request.resume.received}
-
-    @property
-    def has_begun(self) -> bool:
-        return self._started is not None
-
-    def request(self) -> generate_pb2.GenerateRequest:
-        """The request, from where it stands."""
-        return self._request
-
-    def take(self, response: generate_pb2.GenerateResponse) -> generate_pb2.GenerateResponse:
-        """Notes a response; what the client is to see of it.
-
-        Raises:
-            StreamChangedError: it does not follow on those before.
-        """
-        if response.HasField("started"):
-            self._begin(response)
-        resume = self._request.resume
-        for score in response.prompt_logprobs:
-            if score.position != resume.num_prompt_logprobs + 1:
-                had = resume.num_prompt_logprobs
-                raise StreamChangedError(f"prompt token {score.position} came after {had}")
-            resume.num_prompt_logprobs += 1
-        for event in response.events:
-            if event.sample_index not in self._had:
-                had = resume.received.add(sample_index=event.sample_index)
-                self._had[event.sample_index] = had
-            had = self._had[event.sample_index]
-            if event.index != had.num_tokens:
-                raise StreamChangedError(f"token {event.index} came, not {had.num_tokens}")
-            if len(had.token_ids) == had.num_tokens:
-                had.token_ids.append(event.token_id)
-                had.is_finished = bool(event.finish_reason)
-            had.num_tokens += 1
-        self.has_usage |= response.HasField("usage")
-        return response
-
-    def _begin(self, response: generate_pb2.GenerateResponse) -> None:
-        started = response.started
-        if self._started is None:
-            self._started = generate_pb2.GenerationStarted()
-            self._started.CopyFrom(started)
-            self._request.resume.request_id = started.request_id
-        elif (self._started.system_fingerprint, self._started.seed) != (
-            started.system_fingerprint,
-            started.seed,
-        ):
-            raise StreamChangedError("the server that goes on has another model, or other numbers")
-        else:
-            response.ClearField("started")
+async def _next(pieces: AsyncGenerator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
 
 
-def _retry_after_s(error: aio.AioRpcError | UnavailableError, progress: _Progress) -> float:
-    """How long to wait before the next attempt, at least. Raises an error that is final."""
-    if isinstance(error, UnavailableError):
-        return 0.0
-    metadata = {k: v for k, v in error.trailing_metadata() or () if isinstance(v, str)}
-    named = error_of(error.details() or "", metadata)
-    if isinstance(named, UnavailableError):
-        # The next server may well be able to.
-        return 0.0
-    if isinstance(named, OverloadedError) and progress.has_begun:
-        return named.retry_after_s
-    if named is not None or error.code() not in _BROKEN:
-        raise error
-    return 0.0
+def _message(prompt: CheckedPrompt, params: SamplingParams) -> generate_pb2.GenerateRequest:
+    message = generate_pb2.GenerateRequest(
+        max_tokens=params.max_tokens,
+        sampling=encode_params(params.draw_params()),
+        num_samples=params.n,
+        stop=params.stop,
+        ignore_eos=params.ignore_eos,
+    )
+    return _with_prompt(message, prompt)
+
+
+def _with_prompt(
+    message: generate_pb2.GenerateRequest, prompt: CheckedPrompt
+) -> generate_pb2.GenerateRequest:
+    if isinstance(prompt, str):
+        message.text = prompt
+    else:
+        message.tokens.token_ids.extend(prompt)
+    return message
+
+
+def _pieces(response: generate_pb2.GenerateResponse, params: SamplingParams) -> list[Piece]:
+    return [piece_of(event_from_wire(event), params) for event in response.events]
+
+
+def _typed(error: aio.AioRpcError) -> Exception:
+    """The error that a call ended with, without gRPC's types."""
+    named = named_error(error)
+    if named is not None:
+        return named
+    message = error.details() or ""
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineError(message)
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return UnavailableError(message)
+    return CallRefusedError(error.code().name, message)
+
+
+def _checked_timeout_s(timeout_s: float) -> float:
+    if not 0 < timeout_s < float("inf"):
+        raise ConfigError("timeout_s", timeout_s, "a number of seconds above 0")
+    return timeout_s

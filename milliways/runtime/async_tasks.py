@@ -1,4 +1,4 @@
-"""Runs `Tasks` inside an asyncio loop: for shells whose libraries speak asyncio."""
+"""Runs `Tasks` inside an asyncio loop, for programs whose libraries use asyncio."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class AsyncTasks:
-    """Owns `Tasks`, and gives them a turn whenever something was resolved or is due.
+    """Owns `Tasks`, and runs them whenever something was resolved or a timer is due.
 
-    Used from the loop's thread only.
+    Used in the loop's thread.
     """
 
     def __init__(self) -> None:
@@ -21,17 +21,17 @@ class AsyncTasks:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_kicked = False
-        # Event loops hold their tasks weakly.
+        # Kept here, because event loops refer to their tasks weakly.
         self._running: set[asyncio.Task[Any]] = set()
 
     def kick(self) -> None:
-        """Has the tasks run soon."""
+        """Runs the tasks soon."""
         if not self._is_kicked:
             self._is_kicked = True
             self._loop.call_soon(self._turn)
 
     def pending(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
-        """What a coroutine of asyncio comes to, as tasks wait for it."""
+        """Starts an asyncio coroutine; tasks can await the result."""
         pending: Pending[T] = Pending()
 
         async def run() -> None:
@@ -48,7 +48,7 @@ class AsyncTasks:
         return pending
 
     async def wait(self, pending: Pending[T]) -> T:
-        """What something of the tasks comes to, as asyncio waits for it."""
+        """Waits for a result of the tasks, in an asyncio coroutine."""
         done = asyncio.Event()
         pending.when_done(done.set)
         self.kick()

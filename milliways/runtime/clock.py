@@ -1,11 +1,11 @@
-"""Time, as something that is handed in."""
+"""Clocks: the time is an argument, so that tests can set it."""
 
 import time
 from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds that only ever go up."""
+    """Seconds that never go back."""
 
     def now_s(self) -> float: ...
 
@@ -18,7 +18,7 @@ class SystemClock:
 
 
 class FakeClock:
-    """A clock that stands still until it is moved."""
+    """A clock that stands still until a test moves it."""
 
     def __init__(self, now_s: float = 0.0) -> None:
         self._now_s = now_s
@@ -27,5 +27,5 @@ class FakeClock:
         return self._now_s
 
     def advance_to(self, now_s: float) -> None:
-        """Moves on; never back."""
+        """Moves forward; an earlier time has no effect."""
         self._now_s = max(self._now_s, now_s)

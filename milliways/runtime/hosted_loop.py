@@ -1,17 +1,17 @@
-"""An asyncio loop in a reactor's thread, for gRPC. Composition roots give it to their reactors."""
+"""An asyncio loop in a reactor's thread, for gRPC: `Reactor(clock, make_loop=AsyncioLoop)`."""
 
 import asyncio
 from selectors import BaseSelector
 
 
 class AsyncioLoop(asyncio.SelectorEventLoop):
-    """A loop that waits by the selector it is given: `Reactor(clock, make_loop=AsyncioLoop)`."""
+    """A loop that waits with the selector that the reactor gives it."""
 
     def __init__(self, selector: BaseSelector) -> None:
         super().__init__(selector)
 
     def finish(self) -> None:
-        """Ends its tasks, and closes it."""
+        """Cancels all tasks of the loop, and closes it."""
         tasks = asyncio.all_tasks(self)
         for task in tasks:
             task.cancel()

@@ -1,17 +1,17 @@
-"""A thread that waits for everything at once: files, timers, what other threads hand over.
+"""A thread that waits for files, timers and calls of other threads at once.
 
     reactor = Reactor(SystemClock())
     reactor.start()                       # or `run()`, to lend it the calling thread
-    reactor.post(link.close)              # the one way in from another thread
+    reactor.post(link.close)              # how another thread has something done here
     reactor.close()
 
-Each turn: calls that were posted, then tasks and timers that are due, then sleep until a file is
-ready. What belongs to a reactor is used in its thread alone, and so needs no lock
-(docs/ARCHITECTURE.md, Threads).
+Each turn runs the posted calls, then the tasks and timers that are due, then waits until a file is
+ready. All of it runs in the reactor's thread. An object of a reactor is used in that thread only,
+so it needs no locks (docs/ARCHITECTURE.md, Threads).
 
-A reactor may host an event loop, which is how gRPC's asyncio lives in the same thread: the loop is
-made with the reactor's selector, and its wait is a turn. What gRPC resolves then wakes a task, and
-what a task asks goes to gRPC, with no other thread between them.
+A reactor may host an event loop. That is how gRPC's asyncio runs in the same thread: the loop is
+made with the reactor's selector, and each wait of the loop is a turn of the reactor. So results of
+gRPC wake tasks, and tasks call gRPC, without a second thread.
 """
 
 import logging
@@ -32,23 +32,23 @@ T = TypeVar("T")
 
 
 class HostedLoop(Protocol):
-    """An event loop that waits by the selector it was made with."""
+    """An event loop that waits with the selector with which it was made."""
 
     def run_forever(self) -> None: ...
 
     def stop(self) -> None:
-        """Has `run_forever` return; called in its thread."""
+        """Makes `run_forever` return; called in its thread."""
         ...
 
     def create_task(self, coro: Coroutine[Any, Any, Any]) -> Any: ...
 
     def finish(self) -> None:
-        """Ends what still runs, and closes the loop."""
+        """Cancels the tasks that still run, and closes the loop."""
         ...
 
 
 class _Watch:
-    """What is called when a file is ready; told apart from a hosted loop's by its type."""
+    """A callback for a file. Its type distinguishes it from the entries of a hosted loop."""
 
     __slots__ = ("callback",)
 
@@ -57,7 +57,11 @@ class _Watch:
 
 
 class Reactor:
-    """Owns a selector, tasks and a way to wake the thread that runs both."""
+    """Owns a selector and tasks, and wakes the thread that runs both.
+
+    Invariant: whenever the thread sleeps, `_may_sleep` is set and `_posted` was empty after it was
+    set, so no posted call waits for another event.
+    """
 
     def __init__(
         self,
@@ -67,18 +71,18 @@ class Reactor:
         on_fault: Callable[[BaseException], None] | None = None,
         name: str = "reactor",
     ) -> None:
-        """`on_fault` hears of errors that a callback let out, after they are logged."""
+        """`on_fault` is called with each error that a callback raised, after it is logged."""
         self.tasks = Tasks(clock)
         self.loop: HostedLoop | None = None
         self._clock = clock
         self._on_fault = on_fault
-        # Event loops hold their tasks weakly.
+        # Kept here, because event loops refer to their tasks weakly.
         self._loop_tasks: set[Any] = set()
         self._closers: set[Callable[[], None]] = set()
         self._posted: deque[Callable[[], None]] = deque()
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Set while the thread sleeps or is about to: only then does a post have to wake it.
+        # Set while the thread sleeps or is about to sleep: only then `post` has to wake it.
         self._may_sleep = False
         self._is_stopping = False
         self._is_closed = False
@@ -89,19 +93,16 @@ class Reactor:
             self.loop = make_loop(_LoopSelector(self._selector, self._turn))
 
     def post(self, call: Callable[[], None]) -> None:
-        """Has a call made in the reactor's thread, soon; from any thread.
-
-        After `close` it is dropped.
-        """
+        """Runs a call soon in the reactor's thread; from any thread. Dropped after `close`."""
         self._posted.append(call)
         if self._may_sleep and not self._is_closed:
             os.eventfd_write(self._wake_fd, 1)
 
     def ask(self, make: Callable[[], Pending[T]], timeout_s: float) -> T:
-        """What a pending value comes to that is made in the reactor's thread; from another one.
+        """Runs `make` in the reactor's thread and waits for its result; from another thread.
 
         Raises:
-            TimeoutError: it did not come in time.
+            TimeoutError: there was no result in time.
         """
         assert threading.current_thread() is not self._thread
         done = threading.Event()
@@ -122,7 +123,7 @@ class Reactor:
         return box[0].result()
 
     def call(self, function: Callable[[], T], timeout_s: float = 30.0) -> T:
-        """What a function returns in the reactor's thread; from another one."""
+        """Runs a function in the reactor's thread and returns its result; from another thread."""
 
         def make() -> Pending[T]:
             pending = Pending[T]()
@@ -132,7 +133,7 @@ class Reactor:
         return self.ask(make, timeout_s)
 
     def run_in_loop(self, coroutine: Coroutine[Any, Any, T]) -> Pending[T]:
-        """Has the hosted loop run a coroutine of its own kind; in the reactor's thread."""
+        """Starts a coroutine in the hosted loop; in the reactor's thread."""
         assert self.loop is not None, "this reactor hosts no event loop"
         pending = Pending[T]()
 
@@ -149,13 +150,13 @@ class Reactor:
         return pending
 
     def run_due(self) -> None:
-        """Runs what a callback or the hosted loop has just made ready, instead of next turn."""
+        """Runs at once what a callback or the hosted loop made ready, not in the next turn."""
         self._run_due()
 
     def register(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
-        """Has `callback` called with the events (EVENT_READ, EVENT_WRITE) that a file is ready for.
+        """Calls `callback` with EVENT_READ, EVENT_WRITE or both when a file is ready for them.
 
-        In the reactor's thread, like `modify` and `unregister`.
+        Used in the reactor's thread, like `modify` and `unregister`.
         """
         self._selector.register(fd, events, _Watch(callback))
 
@@ -164,7 +165,7 @@ class Reactor:
         self._selector.modify(fd, events, self._selector.get_key(fd).data)
 
     def unregister(self, fd: int) -> None:
-        """Waits for a file no more; before it is closed."""
+        """Stops waiting for a file; called before the file is closed."""
         self._selector.unregister(fd)
 
     def start(self) -> None:
@@ -173,11 +174,11 @@ class Reactor:
         self._thread.start()
 
     def add_closer(self, close: Callable[[], None]) -> None:
-        """Has `close` called when the reactor stops, unless it is removed before."""
+        """Calls `close` when the reactor stops, unless it is removed before."""
         self._closers.add(close)
 
     def remove_closer(self, close: Callable[[], None]) -> None:
-        """What it would close is closed already."""
+        """Does not call `close`, because it was done already."""
         self._closers.discard(close)
 
     def run(self) -> None:
@@ -190,11 +191,11 @@ class Reactor:
             self._turn(None)
 
     def stop(self) -> None:
-        """Has `run` return after its turn; from any thread."""
+        """Makes `run` return after the present turn; from any thread."""
         self.post(self._stop)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stops its own thread, if it has one, and lets go of its files; from another thread."""
+        """Stops its own thread, if it has one, and closes its files; from another thread."""
         if self._is_closed:
             return
         if self._thread is not None:
@@ -215,9 +216,9 @@ class Reactor:
             self.loop.stop()
 
     def _turn(self, limit_s: float | None) -> list[tuple[SelectorKey, int]]:
-        """Does what there is to do, or waits for it; returns what is ready for the hosted loop."""
+        """Runs what is due, then waits for files; returns those that belong to the hosted loop."""
         if self._run_due():
-            # It may have given the loop something to do, which only the loop knows.
+            # It may have given the hosted loop something to do, so the loop must not wait.
             limit_s = 0.0
         if limit_s is None or limit_s > 0:
             limit_s = self._shortened(limit_s)
@@ -239,7 +240,7 @@ class Reactor:
 
     def _run_due(self) -> bool:
         has_run = bool(self._posted)
-        # Those posted meanwhile wait for the next turn: files have their turn as well.
+        # Calls that are posted meanwhile wait for the next turn, so that files are served too.
         for _ in range(len(self._posted)):
             self._guarded(self._posted.popleft())
         try:
@@ -271,7 +272,7 @@ class Reactor:
 
 
 class _LoopSelector(BaseSelector):
-    """The reactor's selector as a hosted loop sees it: its wait is the reactor's turn."""
+    """The reactor's selector as a hosted loop sees it: each wait is a turn of the reactor."""
 
     def __init__(
         self,

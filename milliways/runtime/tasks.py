@@ -1,12 +1,12 @@
 """Coroutines without an event loop: the step loop in production and in simulation.
 
-A `Task` runs a coroutine until it awaits a `Pending` that has no result yet. Whoever owns the
+A `Task` runs a coroutine until it awaits a `Pending` that has no result yet. The owner of the
 `Tasks` resolves what arrived, then calls `run_ready`; nothing here knows threads, sockets or real
-time. asyncio would take 0.2 ms and a thread more on each hop, and could not be run under a fake
-clock, in one thread, in one order.
+time. asyncio would add 0.2 ms and a thread to each hop. It could not run all processes of a
+simulation in one thread, in one order, under a fake clock.
 
     tasks = Tasks(clock)
-    reply = Pending()                   # a link resolves it when the message is there
+    reply = Pending()                   # a link resolves it when the message arrives
     task = tasks.start(step(reply))
     reply.resolve(rows)
     tasks.run_ready()
@@ -24,11 +24,14 @@ T = TypeVar("T")
 
 
 class Cancelled(BaseException):
-    """Thrown into a task that is cancelled; not an Exception, so that nothing swallows it."""
+    """Raised in a task that is cancelled; no Exception, so that `except Exception` misses it."""
 
 
 class Pending(Generic[T]):
-    """A value or an error that will come, once."""
+    """A value or an error that comes later, once.
+
+    Invariant: `is_done` is set once; callbacks are called once, then forgotten.
+    """
 
     def __init__(self) -> None:
         self._callbacks: list[Callable[[], None]] = []
@@ -38,37 +41,37 @@ class Pending(Generic[T]):
 
     @property
     def error(self) -> BaseException | None:
-        """The error it came to, if it did."""
+        """The error, if it failed."""
         return self._error
 
     def resolve(self, value: T) -> None:
-        """Gives the value; without effect once it is done."""
+        """Sets the value; without effect if it is done."""
         if not self.is_done:
             self._value = value
             self._finish()
 
     def fail(self, error: BaseException) -> None:
-        """Gives the error; without effect once it is done."""
+        """Sets the error; without effect if it is done."""
         if not self.is_done:
             self._error = error
             self._finish()
 
     def result(self) -> T:
-        """The value; raises the error."""
+        """The value; raises the error if it failed."""
         assert self.is_done
         if self._error is not None:
             raise self._error
         return self._value  # pyright: ignore[reportReturnType]
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """Calls back once it is done, at once if it is already."""
+        """Calls back when it is done; at once if it is done already."""
         if self.is_done:
             callback()
         else:
             self._callbacks.append(callback)
 
     def forget(self, callback: Callable[[], None]) -> None:
-        """Does not call back; without effect where it would not."""
+        """Does not call back; without effect if the callback is not registered."""
         if callback in self._callbacks:
             self._callbacks.remove(callback)
 
@@ -96,7 +99,7 @@ class Task(Pending[T]):
         ready.append(self)
 
     def cancel(self) -> None:
-        """Has `Cancelled` raised where the task waits, when it runs next."""
+        """Raises `Cancelled` where the task waits, when it runs next."""
         if not self.is_done and not self._is_cancelled:
             self._is_cancelled = True
             self._awaited = None
@@ -104,7 +107,7 @@ class Task(Pending[T]):
 
     def go_on(self) -> None:
         """Runs to the next wait; called by `Tasks` only."""
-        # Who was woken and cancelled at once is called twice, and may wait again by then.
+        # A task that was woken and cancelled is in the queue twice, and may wait again by now.
         if self.is_done or self._awaited is not None:
             return
         try:
@@ -122,20 +125,20 @@ class Task(Pending[T]):
             awaited.when_done(lambda: self._wake(awaited))
 
     def _wake(self, awaited: Pending[Any]) -> None:
-        # A cancelled task has left what it waited for.
+        # A cancelled task does not wait for this any more.
         if self._awaited is awaited:
             self._awaited = None
             self._ready.append(self)
 
 
 class Timer:
-    """A call at a time to come."""
+    """A call at a later time."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call: Callable[[], None] | None = call
 
     def cancel(self) -> None:
-        """The call will not be made."""
+        """Prevents the call."""
         self._call = None
 
     def fire(self) -> None:
@@ -150,7 +153,11 @@ class Timer:
 
 
 class Tasks:
-    """Owns tasks and timers, and runs those whose turn has come, in order."""
+    """Owns tasks and timers, and runs those that are ready, in order.
+
+    Invariant: `_alive` has exactly the tasks that have not ended. Each of them waits for a Pending,
+    runs, or is in `_ready`.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -166,14 +173,14 @@ class Tasks:
         return len(self._alive)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Task[T]:
-        """Has a coroutine run from the next `run_ready` on."""
+        """Starts a coroutine; it runs at the next `run_ready`."""
         task = Task(coroutine, self._ready)
         self._alive.add(task)
         task.when_done(lambda: self._alive.discard(task))
         return task
 
     def start_service(self, coroutine: Coroutine[Any, Any, None]) -> Task[None]:
-        """Has a coroutine run that must not fail: its error leaves `run_ready`."""
+        """Starts a coroutine that must not fail: `run_ready` raises its error."""
         task = self.start(coroutine)
 
         def look() -> None:
@@ -193,7 +200,7 @@ class Tasks:
         self._faults.clear()
 
     def run_ready(self) -> bool:
-        """Fires timers that are due, runs all tasks as far as they go; whether anything ran."""
+        """Fires timers that are due and runs tasks until all wait; whether anything ran."""
         has_run = self._fire_timers()
         while self._ready:
             has_run = True
@@ -203,32 +210,32 @@ class Tasks:
         return has_run
 
     def next_timer_s(self) -> float | None:
-        """When `run_ready` has something to do although nothing arrives."""
+        """When the next timer is due; None if there is none."""
         while self._timers and not self._timers[0][2].is_waiting:
             heapq.heappop(self._timers)
         return self._timers[0][0] if self._timers else None
 
     def call_at(self, time_s: float, call: Callable[[], None]) -> Timer:
-        """Makes a call at a time of the clock."""
+        """Calls at a time of the clock."""
         timer = Timer(call)
         heapq.heappush(self._timers, (time_s, next(self._order), timer))
         return timer
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
-        """Makes a call after a delay."""
+        """Calls after a delay."""
         return self.call_at(self.clock.now_s() + delay_s, call)
 
     async def sleep(self, delay_s: float) -> None:
-        """Waits."""
-        rung: Pending[None] = Pending()
-        timer = self.call_later(delay_s, lambda: rung.resolve(None))
+        """Waits for a time."""
+        time_is_up: Pending[None] = Pending()
+        timer = self.call_later(delay_s, lambda: time_is_up.resolve(None))
         try:
-            await rung
+            await time_is_up
         finally:
             timer.cancel()
 
     async def gather(self, coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-        """Runs all at once; their results in order. The first error cancels the others."""
+        """Runs all at the same time; returns results in order. An error cancels the others."""
         tasks = [self.start(coroutine) for coroutine in coroutines]
         failed_or_all_done: Pending[None] = Pending()
 
@@ -248,7 +255,7 @@ class Tasks:
                 task.cancel()
 
     async def wait_for(self, pending: Pending[Any], timeout_s: float) -> bool:
-        """Whether it was done within the time; what it came to, it does not ask."""
+        """Whether it was done within the time; its error is not raised."""
         timed_out: Pending[None] = Pending()
         timer = self.call_later(timeout_s, lambda: timed_out.resolve(None))
         try:
@@ -270,7 +277,7 @@ class Tasks:
         try:
             await changed
         finally:
-            # Some of them may outlive many who waited for them.
+            # Some of them may be awaited many times before they are done.
             for pending in awaited:
                 pending.forget(look)
 
@@ -284,13 +291,13 @@ class Tasks:
 
 
 class Signal:
-    """Something that happens again and again, and tasks that wait for the next time."""
+    """An event that happens many times; tasks wait for the next time."""
 
     def __init__(self) -> None:
         self._next: Pending[None] = Pending()
 
     def notify(self) -> None:
-        """Lets all who wait go on."""
+        """Wakes all tasks that wait."""
         happened, self._next = self._next, Pending()
         happened.resolve(None)
 

@@ -1,12 +1,13 @@
-"""What a router asks of a worker and what comes back, as values: the wire's content without a wire.
+"""What a router asks of a worker and what it answers, as values that know no bytes.
 
     Call:   RunExperts | BeginBatch | AdvanceBatch | AbandonBatch | StoreBlocks
     Result: ExpertOutputs | ExpertInput | Departure | Drawn | Abandoned | BlocksStored | Refusal
 
-A batch goes through attention shards in turns: `BeginBatch` takes it in at a layer, each
-`ExpertInput` asks for the outputs of that layer's experts, `AdvanceBatch` brings them, and the turn
-ends with a `Departure` to another shard or with the tokens `Drawn`. Arrays are NumPy's, rows
-unpadded; what holds some is equal to itself only. Their legend is that of `model.shapes`.
+A batch goes through attention shards in turns. `BeginBatch` brings it to a shard at a layer. Each
+`ExpertInput` asks for the outputs of that layer's experts, and `AdvanceBatch` brings them. At the
+end there is a `Departure` to another shard, or the tokens are `Drawn`. Arrays are NumPy arrays
+without padding rows; their letters are those of `model.shapes`. Values with arrays compare by
+identity.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from milliways.wire.errors import RefusalReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
-    """What makes a call valid; a worker refuses what does not fit. See worker.proto."""
+    """What a call assumes; a worker refuses it if that is not so. See worker.proto."""
 
     placement_epoch: int
     incarnation: int
     step: int
-    # From when the call is made; 0: no limit.
+    # Counts from when the call is sent; 0 means no limit.
     timeout_s: float
     router_id: str
     router_incarnation: int
@@ -48,7 +49,7 @@ class RunExperts:
 class TokenRows:
     """The tokens of a micro-batch and where their KV lies, all int32.
 
-    Behind each of `logits_rows_W` a token is drawn, or scored where its sample has it given.
+    After each of `logits_rows_W` a token is drawn; if its sample has a given token, that is scored.
     """
 
     token_ids_T: np.ndarray
@@ -65,9 +66,9 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BeginBatch:
-    """Takes a batch into a shard before `layer`; the number of layers asks for logits only.
+    """Brings a batch to a shard, before `layer`; the number of layers asks for logits only.
 
-    The residual stream [T, D] float32 comes along, except at layer 0, which embeds the tokens.
+    It has the residual stream [T, D] float32, except at layer 0, which embeds the tokens.
     """
 
     batch_id: int
@@ -87,14 +88,14 @@ class AdvanceBatch:
 
 @dataclass(frozen=True, slots=True)
 class AbandonBatch:
-    """The batch will not go on."""
+    """The batch will not continue."""
 
     batch_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoreBlocks:
-    """Full KV blocks, one after another in one sequence, to be kept for equal prefixes.
+    """Consecutive full KV blocks of one sequence, to be kept for equal prefixes.
 
     Tokens [C, P] int32; keys and values [C, L, P, R, K] of the activation type, of all layers from
     `first_layer` on. `parent` is the digest before the first block (`model.block_pool`), empty at
@@ -109,7 +110,7 @@ class StoreBlocks:
 
     @property
     def num_bytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of keys and values."""
         return self.keys_CLPRK.nbytes + self.values_CLPRK.nbytes
 
 
@@ -141,19 +142,19 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The end of a step: a token for each sample, in order; those given came scored."""
+    """The end of a step: a token for each sample, in order; a given token with its score."""
 
     tokens: tuple[SampledToken, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
-    """Nothing of the batch is left."""
+    """The shard holds nothing of the batch any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
-    """The first `num_blocks` of the blocks are kept; for the others there was no room."""
+    """The first `num_blocks` of the blocks are kept; there was no room for the others."""
 
     num_blocks: int
 

@@ -1,4 +1,4 @@
-"""How gRPC connections are kept: dead peers noticed within two seconds, with or without calls."""
+"""Settings of gRPC connections: a dead peer is noticed within two seconds, even without calls."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +13,16 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # A frozen process's kernel still acknowledges bytes, which is all that the timeout above looks
-    # at: that no ping is answered counts only after a minute, unless this says otherwise.
+    # The kernel of a frozen process still acknowledges bytes, and the timeout above looks at these
+    # only. Without this setting, pings without an answer count only after a minute.
     ("grpc.http2.ping_timeout_ms", 1000),
-    # A router that was started again is found soon, one that does not answer is given up soon.
+    # Finds a restarted router soon, and gives up soon if there is no answer.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
-# Every server that such clients connect to has to put up with their pings.
+# Servers have to accept the pings of such clients.
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
@@ -33,7 +33,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 def open_channel(
     address: str, tls: TlsSettings, options: Sequence[tuple[str, int]] = CLIENT_OPTIONS
 ) -> aio.Channel:
-    """A channel to a peer; the connection is made when it is needed.
+    """A channel to a peer; it connects at the first call.
 
     Raises:
         OSError: a certificate file cannot be read.
@@ -44,7 +44,7 @@ def open_channel(
 
 
 def channel_credentials(tls: TlsSettings) -> grpc.ChannelCredentials:
-    """What a client shows, and whom it trusts.
+    """The certificate that a client shows, and the authority that it trusts.
 
     Raises:
         OSError: a certificate file cannot be read.
@@ -57,7 +57,7 @@ def channel_credentials(tls: TlsSettings) -> grpc.ChannelCredentials:
 
 
 def add_port(server: aio.Server, address: str, tls: TlsSettings) -> int:
-    """Has a server listen at `host:port`, with mutual TLS where it is on; returns the port.
+    """Lets a server listen at `host:port`, with mutual TLS if it is on; returns the port.
 
     Raises:
         OSError: a certificate file cannot be read.

@@ -1,19 +1,19 @@
-"""Calls and results as messages of the wire: a small protobuf header and a payload of tensors.
+"""Calls and results as messages: a small protobuf header, and a payload of tensors.
 
     Call, Fence -> encode_request  -> Parts ~> split_request  -> decode_request  -> Request
     Result      -> encode_response -> Parts ~> split_response -> decode_response -> Result
 
 The tensors of a message lie one after another in its payload, each at a multiple of 64 bytes,
-row-major and little-endian. In shared memory the payload travels beside the header. On gRPC both
-are one protobuf message (`join`).
+row-major and little-endian. With shared memory the payload travels beside the header. With gRPC
+both are one protobuf message (`join`).
 
-What goes over the wire is what protobuf would write, but protobuf itself sees little of it. The
-payload would be copied three times, so its field is appended and cut out by hand, and with it the
-other fields of the top level. Their contents repeat from call to call (a fence for all layers of a
-step, a layer's call for all steps of a size), so what they decode to and encode to is kept.
+The bytes are those that protobuf would write, but protobuf handles only the nested messages. It
+would copy the payload three times, so the fields of the top level are written and split by hand.
+Nested messages repeat from call to call (a fence for all layers of a step, a layer's call for all
+steps of a size), so their encoded and decoded forms are cached.
 
-What comes in is checked here as far as reading it needs: types, ranks, sizes, places. Whether ids
-and positions can be computed is for the worker's core to say. Arrays that come out are views.
+Received messages are checked as far as reading them needs: types, ranks, sizes, places. The
+worker's core checks whether ids and positions can be computed. Decoded arrays are views.
 """
 
 from collections.abc import Callable
@@ -70,9 +70,9 @@ from milliways.wire.tensors import (
     place_of,
 )
 
-# What `bytes` objects begin at a multiple of.
+# The address of a `bytes` object's data is a multiple of this.
 _JOIN_ALIGNMENT = 16
-# Numbers of a request's calls and of a response's results.
+# Field numbers of a request's calls and of a response's results.
 _RUN_EXPERTS = _FIRST_CALL = 3
 _BEGIN_BATCH = 4
 _ADVANCE_BATCH = 5
@@ -91,14 +91,14 @@ _REASONS = {reason.value: reason for reason in RefusalReason}
 
 
 class Parts(NamedTuple):
-    """A message to be sent: its header, serialised, and the arrays of its payload."""
+    """A message to be sent: its serialised header, and the arrays of its payload."""
 
     header: bytes
     payload: Payload
 
 
 class Request(NamedTuple):
-    """A call that came in."""
+    """A received call."""
 
     fence: Fence
     call: Call
@@ -117,10 +117,10 @@ def encode_response(call_id: int, result: Result) -> Parts:
 
 
 def decode_request(fields: Fields, payload: PayloadReader) -> Request:
-    """The call of a message and its payload.
+    """Decodes a call.
 
     Raises:
-        MalformedMessageError: it is none.
+        MalformedMessageError: the message has no call, or one that cannot be read.
     """
     decode = _CALL_DECODERS.get(fields.number)
     if decode is None:
@@ -129,10 +129,10 @@ def decode_request(fields: Fields, payload: PayloadReader) -> Request:
 
 
 def decode_response(fields: Fields, payload: PayloadReader) -> Result:
-    """The result of a message and its payload.
+    """Decodes a result.
 
     Raises:
-        MalformedMessageError: it is none.
+        MalformedMessageError: the message has no result, or one that cannot be read.
     """
     decode = _RESULT_DECODERS.get(fields.number)
     if decode is None:
@@ -141,18 +141,18 @@ def decode_response(fields: Fields, payload: PayloadReader) -> Result:
 
 
 def join(parts: Parts) -> bytes:
-    """One protobuf message, the payload last and aligned."""
+    """One protobuf message, with the payload last and aligned."""
     header, payload = parts
     if not payload.num_bytes:
         return header
     length = varint(payload.num_bytes)
-    # Two bytes of padding's tag and length, one of the payload's tag.
+    # Two bytes for the tag and length of the padding, one for the tag of the payload.
     num_padding = -(len(header) + 3 + len(length)) % _JOIN_ALIGNMENT
     return b"".join([header, _PADDINGS[num_padding], length, *payload.pieces()])
 
 
 def split_request(data: bytes) -> Fields:
-    """The top level of a request, written by `join` or by any other protobuf writer.
+    """Splits the top level of a request, written by `join` or by any other protobuf writer.
 
     Raises:
         MalformedMessageError: the fields do not fit into the bytes.
@@ -169,7 +169,7 @@ def split_response(data: bytes) -> Fields:
 def _fence_field(fence: Fence) -> bytes:
     timeout_ms = 0
     if fence.timeout_s:
-        # Never 0, which is no limit.
+        # Never 0, because that means no limit.
         timeout_ms = min(max(round(fence.timeout_s * 1000), 1), _MAX_TIMEOUT_MS)
     message = pb.Fence(
         placement_epoch=fence.placement_epoch,
@@ -196,7 +196,7 @@ def _decode_fence(data: bytes) -> Fence:
 
 
 class _RowsPlan(NamedTuple):
-    """Of a message with rows, and maybe ids of a layer's experts: what its bytes say."""
+    """The decoded form of a message with rows and the ids of a layer's experts."""
 
     layer: int
     rows: Place
@@ -236,7 +236,7 @@ def _rows_form(
 
 @lru_cache(maxsize=NUM_FORMS)
 def _rows_plan(data: bytes) -> _RowsPlan:
-    """Of both messages: their fields are the same."""
+    """For both messages, because their fields are the same."""
     message = _parse(pb.RunExpertsCall(), data)
     rows = place_of(message.rows, ACTIVATIONS, 2)
     expert_ids = place_of(message.expert_ids, INT32, 2)
@@ -303,7 +303,7 @@ def _begin_batch_field(call: BeginBatch) -> tuple[bytes, Payload]:
 def _decode_begin_batch(data: bytes, payload: PayloadReader) -> BeginBatch:
     message = _parse(pb.BeginBatchCall(), data)
 
-    # A shard keeps the tokens, and maybe the residual stream, for the turns that follow.
+    # Copied if shared: a shard keeps the tokens, and perhaps the residual stream, for later turns.
     def ints(spec: Any, rank: int) -> np.ndarray:
         return payload.read_to_keep(place_of(spec, INT32, rank))
 
@@ -359,7 +359,7 @@ def _store_blocks_field(call: StoreBlocks) -> tuple[bytes, Payload]:
 
 def _decode_store_blocks(data: bytes, payload: PayloadReader) -> StoreBlocks:
     message = _parse(pb.StoreBlocksCall(), data)
-    # Looked at before the response, and not after it.
+    # Views are enough, because the worker uses them only before it answers.
     call = StoreBlocks(
         first_layer=message.first_layer,
         parent=message.parent,
@@ -417,7 +417,7 @@ def _refusal_field(result: Refusal) -> tuple[bytes, Payload]:
 
 def _decode_refusal(data: bytes, payload: PayloadReader) -> Refusal:
     message = _parse(pb.Refusal(), data)
-    # A reason that is news to this side is a fault of the other to it.
+    # A reason that this side does not know, from a newer peer, counts as a fault.
     reason = _REASONS.get(message.reason, RefusalReason.FAULT)
     return Refusal(reason, message.message, message.placement_epoch)
 

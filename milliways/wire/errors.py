@@ -1,21 +1,21 @@
-"""Every error the cluster raises for the world's faults, and the canonical code of each.
+"""Every error that the cluster raises for faults outside its code, and the code of each.
 
 ClusterError
 ├── ConfigError            a setting names table, field, value and limit
-├── PlacementError         the workers cannot hold the model; says what is needed, there, and short
-├── StartupError           the cluster did not come up; says which actor waits for what
+├── PlacementError         the workers cannot hold the model; says how much is missing
+├── StartupError           the cluster did not start; says which actor waits for which resource
 ├── UnknownModelError      a request names a model that is not served here
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
 ├── UnavailableError       nothing can serve the request now; `retry_after_s`
 ├── DeadlineError          the request's deadline passed
-├── PoisonedRequestError   worker after worker died with the request; it is not tried again
+├── PoisonedRequestError   several workers died with the request; it is not tried again
 ├── ModelFaultError        the logits were not finite
-└── PeerError              what a router learns of a worker; it acts on the type, never on the text
+└── PeerError              a worker did not answer a router, which acts on the type, not on the text
     ├── PeerLostError          the stream broke, or the worker is gone
     ├── PeerSilentError        no reply within the step's deadline
     └── RefusedError           the worker refused the message; `reason`
 
-`CODES` maps what may reach a client to AIP-193's canonical codes and to HTTP statuses.
+`CODES` maps the errors that may reach a client to AIP-193's canonical codes and HTTP statuses.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ClusterError(Exception):
 
 
 class ConfigError(ClusterError):
-    """A setting that cannot be; names field, value and limit."""
+    """An invalid setting; names field, value and limit."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         super().__init__(f"{field} = {value!r}: must be {limit}")
@@ -39,11 +39,11 @@ class ConfigError(ClusterError):
 
 
 class PlacementError(ClusterError):
-    """The workers cannot hold the model as asked."""
+    """The workers cannot hold the model as configured."""
 
 
 class StartupError(ClusterError):
-    """The cluster did not come up in time; says which actor waits for what."""
+    """The cluster did not start in time; says which actor waits for which resource."""
 
 
 class UnknownModelError(ClusterError):
@@ -55,7 +55,7 @@ class UnknownModelError(ClusterError):
 
 
 class RetryLaterError(ClusterError):
-    """Root of what a client may try again, after `retry_after_s`."""
+    """Root of the errors after which a client may retry, after `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -75,15 +75,15 @@ class DeadlineError(ClusterError):
 
 
 class PoisonedRequestError(ClusterError):
-    """Worker after worker died computing it; it is not passed on to kill the rest."""
+    """Several workers died computing it; it is not sent to the remaining ones."""
 
 
 class ModelFaultError(ClusterError):
-    """The model computed logits that are not finite, so that no token can be drawn."""
+    """The model computed logits that are not finite, so no token can be drawn."""
 
 
 class PeerError(ClusterError):
-    """A worker did not do what a router asked; the message can be asked of another."""
+    """A worker did not do what a router asked; another worker may."""
 
     def __init__(self, worker_id: str, message: str) -> None:
         super().__init__(f"{worker_id}: {message}")
@@ -91,15 +91,15 @@ class PeerError(ClusterError):
 
 
 class PeerLostError(PeerError):
-    """The stream to the worker broke, or it is gone."""
+    """The connection to the worker broke, or the worker is gone."""
 
 
 class PeerSilentError(PeerError):
-    """No reply came within the step's deadline: frozen, or far too slow."""
+    """The worker did not answer before the step's deadline: it is frozen, or far too slow."""
 
 
 class RefusalReason(Enum):
-    """Why a worker refuses a message of the data plane; the values are those of the wire."""
+    """Why a worker refuses a call; the values are those of the wire."""
 
     STALE_EPOCH = 1
     STALE_INCARNATION = 2
@@ -112,7 +112,7 @@ class RefusalReason(Enum):
 
 
 class RefusedError(PeerError):
-    """The worker answered, and refused."""
+    """The worker answered with a refusal."""
 
     def __init__(self, worker_id: str, reason: RefusalReason, message: str) -> None:
         super().__init__(worker_id, f"{reason.name}: {message}")
@@ -121,14 +121,14 @@ class RefusedError(PeerError):
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """How an error shows on the two surfaces; `kind` is OpenAI's `error.type`."""
+    """An error's code in gRPC and HTTP; `kind` is OpenAI's `error.type`."""
 
     grpc: str
     http: int
     kind: str
 
 
-# The first class that an error is of counts.
+# The first class that an error is an instance of counts.
 CODES: tuple[tuple[type[Exception], Code], ...] = (
     (InvalidRequestError, Code("INVALID_ARGUMENT", 400, "invalid_request_error")),
     (UnknownModelError, Code("NOT_FOUND", 404, "invalid_request_error")),
@@ -143,5 +143,5 @@ _OURS = Code("INTERNAL", 500, "server_error")
 
 
 def code_of(error: Exception) -> Code:
-    """How an error is told to a client; what is not in the table is a fault of ours."""
+    """The code that a client gets; an error that is not in the table is a bug of ours."""
     return next((code for kind, code in CODES if isinstance(error, kind)), _OURS)

@@ -1,7 +1,7 @@
-"""The top level of a protobuf message, taken apart and put together by hand.
+"""Splits and builds the top level of a protobuf message by hand.
 
-Protobuf's own parser would copy a payload three times, and has no way to hand out the bytes of a
-message inside a message, which are what the codec knows again.
+Protobuf's own parser would copy a payload three times. It also cannot return the bytes of a nested
+message, by which the codec recognises messages that it decoded before.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ LENGTH_DELIMITED = 2
 # Wire types 1 and 5.
 _FIXED_BYTES = {1: 8, 5: 4}
 
-# Numbers of fields that requests and responses have.
+# Numbers of the fields that requests and responses share.
 CALL_ID = 1
 FENCE = 2
 PADDING = 14
@@ -23,11 +23,11 @@ PAYLOAD = 15
 
 
 class Fields(NamedTuple):
-    """The top level of a message that came in: contents still serialised."""
+    """The top level of a received message; nested messages are still bytes."""
 
     call_id: int
     fence: bytes
-    # The number of the call's or result's field; 0: there is none.
+    # The number of the call's or result's field; 0 if there is none.
     number: int
     body: bytes
     payload_start: int
@@ -35,7 +35,7 @@ class Fields(NamedTuple):
 
 
 def split(data: bytes, first: int, last: int) -> Fields:
-    """The top level of a message whose call or result has a number from `first` to `last`.
+    """Splits a message whose call or result has a field number from `first` to `last`.
 
     Raises:
         MalformedMessageError: the fields do not fit into the bytes.
@@ -45,7 +45,7 @@ def split(data: bytes, first: int, last: int) -> Fields:
     at, end = 0, len(data)
     while at < end:
         tag = data[at]
-        # Tags and lengths of one byte, which most are, are read here: this is every call's path.
+        # Most tags and lengths have one byte; these are read here, because every call does this.
         if tag & 7 == LENGTH_DELIMITED and at + 1 < end and (data[at + 1] | tag) < 0x80:
             start = at + 2
             at = start + data[at + 1]
@@ -53,10 +53,10 @@ def split(data: bytes, first: int, last: int) -> Fields:
             tag, start, at = _next_field(data, at, end)
         field = tag >> 3
         if at > end or not field:
-            raise MalformedMessageError("a field that is longer than its message, or has no number")
+            raise MalformedMessageError("a field that is longer than its message, or has number 0")
         if tag & 7 == LENGTH_DELIMITED:
             if first <= field <= last:
-                # Of a message that comes twice, parts are merged; of two calls, the last counts.
+                # As protobuf does: a repeated field is merged, and of two calls the last counts.
                 body = body + data[start:at] if field == number else data[start:at]
                 number = field
             elif field == FENCE:
@@ -69,7 +69,7 @@ def split(data: bytes, first: int, last: int) -> Fields:
 
 
 def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
-    """A field's tag, and where its content begins and ends."""
+    """A field's tag, and where its content starts and ends."""
     tag, at = _read_varint(data, at, end)
     kind = tag & 7
     start = at
@@ -86,13 +86,13 @@ def _next_field(data: bytes, at: int, end: int) -> tuple[int, int, int]:
 
 
 def pack_field(number: int, message: Message) -> bytes:
-    """A message inside a message."""
+    """A nested message as a field."""
     content = message.SerializeToString()
     return bytes([number << 3 | LENGTH_DELIMITED]) + varint(len(content)) + content
 
 
 def varint(value: int) -> bytes:
-    """A number in protobuf's form."""
+    """A number in protobuf's encoding."""
     if value < 0x80:
         return bytes((value,))
     if value < 0x4000:
@@ -110,4 +110,4 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise MalformedMessageError("a number without an end")
+    raise MalformedMessageError("a varint without an end")

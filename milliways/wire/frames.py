@@ -1,7 +1,7 @@
-"""Frames over a Unix socket: the doorbell of shared memory. Used from a reactor's thread.
+"""Frames over a Unix socket: the messages of the shared-memory transport.
 
-A frame is a length (4 bytes, little-endian), a kind (1 byte) and so many bytes. A worker and a
-router on one host speak:
+A frame is a length (4 bytes, little-endian), a kind (1 byte) and as many bytes as the length says.
+A worker and a router on one host exchange:
 
     router                          worker
     HELLO version, router_id   ->
@@ -10,7 +10,7 @@ router on one host speak:
     CALL region, header        ->                     payload in the region
     CALL_INLINE message        ->                     payload in the message, as on gRPC
                                <-   RESULT size, header          payload in the call's region
-                               <-   RESULT_INLINE message        where that is too small
+                               <-   RESULT_INLINE message        payload too large for the region
 """
 
 import os
@@ -30,7 +30,7 @@ PROTOCOL_VERSION = 1
 
 _PREFIX = struct.Struct("<IB")
 _RECEIVE_BYTES = 64 << 10
-# Room for four files.
+# Enough for four files.
 _ANCILLARY_BYTES = socket.CMSG_LEN(4 * 4)
 
 _HELLO = struct.Struct("<I")
@@ -41,7 +41,7 @@ _RESULT = struct.Struct("<Q")
 
 
 class FrameKind(IntEnum):
-    """What a frame says."""
+    """What a frame contains."""
 
     HELLO = 1
     WELCOME = 2
@@ -124,7 +124,12 @@ class ResultFrame(NamedTuple):
 
 
 class FrameSocket:
-    """A connected Unix socket that sends and receives whole frames."""
+    """A connected Unix socket that sends and receives whole frames, in a reactor's thread.
+
+    Invariant: `_unsent` has the frames, or the rest of one, that the socket did not take, in order;
+    each file in it or in `files` is open and belongs to this object. The reactor watches for
+    writing exactly while `_unsent` is not empty.
+    """
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class FrameSocket:
         reactor.add_closer(self._on_reactor_stop)
 
     def send(self, kind: int, body: bytes, file: int | None = None) -> None:
-        """Sends a frame, the rest of it later where the peer is slow; takes over the file."""
+        """Sends a frame, if the peer is slow later; owns the file from now on."""
         if not self._is_open:
             if file is not None:
                 os.close(file)
@@ -166,15 +171,15 @@ class FrameSocket:
             self._send_on()
 
     def _try_send(self, frame: bytes) -> bytes:
-        """What is left to send; nothing, nearly always."""
+        """Sends at once; returns the rest of the frame, which is nearly always empty."""
         try:
             return frame[self._socket.send(frame) :]
         except OSError:
-            # Whatever is wrong, `_send_on` meets it too.
+            # `_send_on` gets the same error and handles it.
             return frame
 
     def close(self) -> None:
-        """Without a last word to anybody."""
+        """Closes the socket and all files; `on_lost` is not called."""
         if not self._is_open:
             return
         self._is_open = False
@@ -232,10 +237,10 @@ class FrameSocket:
         try:
             self._take(data)
         except MalformedMessageError as error:
-            self._lose(f"it sent what is no message: {error}")
+            self._lose(f"it sent a malformed message: {error}")
 
     def _take(self, data: bytes) -> None:
-        """Passes on the frames that are complete."""
+        """Delivers the frames that are complete, and keeps the rest."""
         is_rest = bool(self._received)
         if is_rest:
             self._received += data

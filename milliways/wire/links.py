@@ -1,4 +1,4 @@
-"""How a router reaches a worker, whatever carries the bytes."""
+"""The interfaces between routers and workers, whatever carries the bytes."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,33 +8,38 @@ from milliways.wire.calls import Call, Fence, Result
 
 
 class WorkerLink(Protocol):
-    """A way to one life of one worker. Used from the router's thread only, and never blocks it."""
+    """A connection to one incarnation of a worker. Used in the router's thread; never blocks it."""
 
     @property
     def transport(self) -> str:
-        """`direct`, `shm` or `grpc`."""
+        """What carries the calls: `direct`, or a name of `wire.transports`."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the worker's core is in this process, so that calls are not copied."""
         ...
 
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
         """Sends a call. The result may be a Refusal.
 
-        Fails with PeerLostError when the way breaks; on no other account. Time limits are for the
-        caller to watch: what comes after it stopped waiting is dropped.
+        The only error is PeerLostError: the connection broke. The caller watches the time; a
+        result that arrives after the caller stopped waiting is dropped.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of the way; calls still out fail with PeerLostError."""
+        """Closes the connection; unanswered calls fail with PeerLostError."""
         ...
 
 
 class CallSink(Protocol):
-    """A worker's core, as its transports see it. Used from the thread that computes only."""
+    """A worker's core, as its transports see it. Used in the thread that computes."""
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
-        """Queues a call, or refuses it at once; `reply` is called once, sooner or later."""
+        """Queues a call, or refuses it at once; `reply` is called once, now or later."""
         ...
 
     def router_gone(self, router_id: str) -> None:
-        """The way to a router broke: nobody waits for its calls any more."""
+        """A router has no connection any more: nobody waits for results of its calls."""
         ...

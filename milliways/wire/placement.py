@@ -1,4 +1,4 @@
-"""Experts, attention shards, and their sizes: the words in which a placement is said."""
+"""Experts, attention shards and their sizes: the terms of a placement."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ class ExpertId:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBytes:
-    """What the parts of a model take in memory.
+    """The memory that the parts of a model need.
 
-    `end_bytes` are the embedding, which also makes the logits, and the final norm.
+    `end_bytes` are those of the embedding, which also computes the logits, and of the final norm.
     """
 
     num_layers: int
@@ -42,7 +42,7 @@ class ModelBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRange:
-    """A run of layers, perhaps none, and whether the embedding and the logits are here."""
+    """Consecutive layers, perhaps none, and whether embedding and logits are in the same shard."""
 
     first_layer: int
     num_layers: int
@@ -51,7 +51,7 @@ class AttentionRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
-    """What a worker shall load: a plan without its arithmetic."""
+    """What a worker has to load."""
 
     first_layer: int
     num_layers: int

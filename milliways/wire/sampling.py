@@ -1,64 +1,53 @@
-"""Sampling on the wire: what drawing a token needs, and what was drawn.
+"""Sampling on the wire: the input of a draw, and the drawn tokens.
 
-Numbers are float32 there. Drawing packs them to float32 as well, so a row that crossed the wire
-draws the same tokens.
+Numbers are float32 on the wire. A draw packs them to float32 as well, so a row that crossed the
+wire draws the same tokens. They are read as the shortest decimal that has this float32: a client
+that sends 0.01 gets 0.01, which is within a bound of 0.01, and not 0.009999999776.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
 
 from milliways.model.errors import InvalidRequestError
-from milliways.model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
+from milliways.model.sampling_params import (
+    INVALID_TOKEN,
+    PARAMETERS,
+    SampledToken,
+    SampleRow,
+    SamplingParams,
+)
 from milliways.v1 import sampling_pb2, worker_pb2
 from milliways.wire.tensors import MalformedMessageError
 
 _MAX_INT32 = 2**31 - 1
-# The least values allowed, which float32 rounds to below themselves.
-_MIN_TOP_P = 1e-37
-_MIN_REPETITION_PENALTY = 0.01
 
 
 def encode_params(params: SamplingParams) -> sampling_pb2.SamplingParams:
-    """As a message."""
-    return sampling_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=params.logit_bias,
-        num_logprobs=params.num_logprobs,
-        seed=params.seed,
-    )
+    """Encodes parameters, each in the field of its name."""
+    fields: dict[str, Any] = {
+        parameter.name: getattr(params, parameter.name) for parameter in PARAMETERS
+    }
+    return sampling_pb2.SamplingParams(**fields)
 
 
-def decode_params(message: sampling_pb2.SamplingParams) -> SamplingParams:
-    """From a message; an unset field has its default.
+def decode_params(
+    message: sampling_pb2.SamplingParams, default_seed: int | None = None
+) -> SamplingParams:
+    """Decodes parameters. An unset field has the default of its declaration.
 
     Raises:
-        InvalidRequestError: a field is out of range.
+        InvalidRequestError: a field is out of range; names field, value and limit.
     """
-    temperature = message.temperature if message.HasField("temperature") else 1.0
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    repetition = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
-    return SamplingParams(
-        temperature=temperature,
-        top_p=_lifted(top_p, _MIN_TOP_P),
-        top_k=message.top_k,
-        min_p=message.min_p,
-        repetition_penalty=_lifted(repetition, _MIN_REPETITION_PENALTY),
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        # Sorted: a map of the wire has no order.
-        logit_bias=dict(sorted(message.logit_bias.items())),
-        num_logprobs=message.num_logprobs,
-        seed=message.seed,
-    )
+    fields = {descriptor.name: _decode_value(value) for descriptor, value in message.ListFields()}
+    if default_seed is not None:
+        fields.setdefault("seed", default_seed)
+    return SamplingParams(**fields)
 
 
 def encode_sample(row: SampleRow) -> worker_pb2.SampleRow:
-    """A sequence's row; its tokens only where a penalty looks at them."""
+    """Encodes a row. Its tokens are sent only if a penalty reads them."""
     return worker_pb2.SampleRow(
         params=encode_params(row.params),
         position=len(row.token_ids),
@@ -70,16 +59,16 @@ def encode_sample(row: SampleRow) -> worker_pb2.SampleRow:
 
 
 def decode_samples(messages: Iterable[worker_pb2.SampleRow]) -> tuple[SampleRow, ...]:
-    """Rows of a batch.
+    """Decodes the rows of a batch.
 
     Raises:
-        MalformedMessageError: one of them cannot be.
+        MalformedMessageError: a row is not possible.
     """
     return tuple(_decode_sample(message) for message in messages)
 
 
 def encode_drawn(tokens: Iterable[SampledToken]) -> list[worker_pb2.DrawnToken]:
-    """Drawn tokens as messages."""
+    """Encodes drawn tokens."""
     return [
         worker_pb2.DrawnToken(
             token_id=token.token_id if token.is_valid else INVALID_TOKEN,
@@ -92,10 +81,10 @@ def encode_drawn(tokens: Iterable[SampledToken]) -> list[worker_pb2.DrawnToken]:
 
 
 def decode_drawn(messages: Iterable[worker_pb2.DrawnToken]) -> tuple[SampledToken, ...]:
-    """Drawn tokens from messages.
+    """Decodes drawn tokens.
 
     Raises:
-        MalformedMessageError: one has not as many log-probabilities as tokens.
+        MalformedMessageError: a token has more top tokens than log-probabilities, or fewer.
     """
     return tuple(_decode_drawn(message) for message in messages)
 
@@ -121,7 +110,7 @@ def _decode_sample(message: worker_pb2.SampleRow) -> SampleRow:
 
 def _history(message: worker_pb2.SampleRow, params: SamplingParams) -> Sequence[int]:
     if not params.has_penalty:
-        # Nobody looks at the tokens themselves: how many they are is the position.
+        # Only the number of tokens matters, which is the position.
         return range(message.position)
     token_ids = tuple(message.token_ids)
     if len(token_ids) != message.position or max(token_ids, default=0) > _MAX_INT32:
@@ -131,7 +120,9 @@ def _history(message: worker_pb2.SampleRow, params: SamplingParams) -> Sequence[
 
 def _decode_drawn(message: worker_pb2.DrawnToken) -> SampledToken:
     if len(message.top_token_ids) != len(message.top_logprobs):
-        raise MalformedMessageError("a drawn token with other log-probabilities than tokens")
+        raise MalformedMessageError(
+            "a drawn token with unequal numbers of top tokens and log-probabilities"
+        )
     return SampledToken(
         token_id=message.token_id,
         logprob=message.logprob,
@@ -140,6 +131,16 @@ def _decode_drawn(message: worker_pb2.DrawnToken) -> SampledToken:
     )
 
 
-def _lifted(value: float, least: float) -> float:
-    """`least` for what is the float32 nearest to it; NaN and what is too small stay as they are."""
-    return least if least * (1 - 1e-6) < value < least else value
+def _decode_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return _shortest(value)
+    if isinstance(value, int):
+        return value
+    # Sorted: a map has no order on the wire.
+    biases = sorted(cast(Mapping[int, float], value).items())
+    return {token_id: _shortest(bias) for token_id, bias in biases}
+
+
+def _shortest(number: float) -> float:
+    # Most numbers are 0 or 1, and a conversion takes a microsecond.
+    return number if number in (0.0, 1.0) else float(str(np.float32(number)))

@@ -1,9 +1,9 @@
-"""Memory that a router shares with a worker on its host, and who may use which part of it.
+"""Memory that a router shares with a worker on its host, and which call uses which part of it.
 
-A segment is an anonymous file (memfd): it has no name, so nothing is left behind when both
-processes are killed. The router makes it, hands it over a Unix socket, and divides it into regions;
-a call owns one from when it is sent until nobody looks at its result any more. The worker only
-reads and writes inside the regions that calls name.
+A segment is an anonymous file (memfd). It has no name, so nothing is left behind if both processes
+are killed. The router makes it, sends it over a Unix socket, and divides it into regions. A call
+owns a region from when it is sent until the last array of its result is gone. The worker reads and
+writes only inside the regions that calls name.
 """
 
 import fcntl
@@ -19,12 +19,12 @@ import numpy as np
 
 from milliways.wire.tensors import ALIGNMENT, MalformedMessageError, Payload, aligned
 
-# Neither side can shrink the file below what the other has mapped, which would kill it (SIGBUS).
+# Neither side can shrink the file, which would kill the other one with SIGBUS.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def local_host_id() -> str:
-    """Equal in two processes that can share memory and Unix sockets; empty where none can."""
+    """Equal in two processes that can share memory and Unix sockets; empty if that is unknown."""
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         network = os.stat("/proc/self/ns/net").st_ino
@@ -34,21 +34,21 @@ def local_host_id() -> str:
 
 
 class Segment:
-    """A piece of shared memory, mapped. Unmapped when the last array that lies in it is gone."""
+    """A mapped file. It is unmapped when the last array that lies in it is gone."""
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.buffer = mmap.mmap(fd, num_bytes)
 
     def check(self, offset: int, num_bytes: int) -> None:
-        """Raises MalformedMessageError where a peer's region is not inside, or not aligned."""
+        """Raises MalformedMessageError if a peer's region is not inside, or not aligned."""
         if offset % ALIGNMENT or offset + num_bytes > self.num_bytes:
             text = f"a region of {num_bytes} bytes at {offset} of a segment of {self.num_bytes}"
             raise MalformedMessageError(text)
 
 
 def make_segment(num_bytes: int) -> tuple[Segment, int]:
-    """A new segment, and its file, which the caller sends to the peer and closes."""
+    """A new segment and its file, which the caller sends to the peer and then closes."""
     fd = os.memfd_create("milliways", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
@@ -60,10 +60,10 @@ def make_segment(num_bytes: int) -> tuple[Segment, int]:
 
 
 def attach_segment(fd: int, num_bytes: int) -> Segment:
-    """A segment that a peer made; its file is the caller's to close.
+    """Maps a segment that a peer made; the caller closes the file.
 
     Raises:
-        MalformedMessageError: it has another size, or could shrink.
+        MalformedMessageError: it has another size, or is not sealed against shrinking.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -76,11 +76,15 @@ def attach_segment(fd: int, num_bytes: int) -> Segment:
 
 
 class RegionAllocator:
-    """Divides a range into regions at multiples of the alignment: the first gap that fits."""
+    """Divides a range into regions at multiples of the alignment; takes the first gap that fits.
+
+    Invariant: gaps and taken regions cover the range without overlapping. Gaps are sorted, and no
+    two of them touch.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        # Gaps in order, none next to another.
+        # Offset and size of each.
         self._gaps: list[tuple[int, int]] = [(0, num_bytes)]
         self._taken: dict[int, int] = {}
 
@@ -89,7 +93,7 @@ class RegionAllocator:
         return sum(self._taken.values())
 
     def try_allocate(self, num_bytes: int) -> int | None:
-        """The offset of a new region; None if no gap is as large."""
+        """The offset of a new region; None if no gap is large enough."""
         num_bytes = aligned(max(num_bytes, 1))
         for index, (offset, gap_bytes) in enumerate(self._gaps):
             if gap_bytes >= num_bytes:
@@ -102,7 +106,7 @@ class RegionAllocator:
         return None
 
     def free(self, offset: int) -> None:
-        """Gives a region back."""
+        """Frees a region."""
         gap = (offset, self._taken.pop(offset))
         insort(self._gaps, gap)
         index = self._gaps.index(gap)
@@ -133,16 +137,20 @@ class Region(NamedTuple):
 
 
 class SharedMemory:
-    """A router's segments for one worker: grown when full, up to a bound."""
+    """A router's segments for one worker: more are made when they are full, up to a limit.
+
+    Invariant: each region is owned by one call, or is in `_returned` or `_spare`, or is a gap of
+    its segment's allocator. All segments together have at most `max_bytes`.
+    """
 
     def __init__(self, first_segment_bytes: int, max_bytes: int) -> None:
         self._next_bytes = first_segment_bytes
         self._max_bytes = max_bytes
         self._segments: list[tuple[Segment, RegionAllocator]] = []
-        # Whoever drops the last array of a result returns its region: from any thread.
+        # The region of a result is returned when its last array is dropped, in any thread.
         self._returned: deque[Region] = deque()
         self._watchers: dict[Region, Any] = {}
-        # Returned regions by what they have room for: most calls are of a size that was before.
+        # Returned regions by their sizes, because most calls have the sizes of an earlier one.
         self._spare: dict[tuple[int, int], list[Region]] = {}
 
     @property
@@ -156,7 +164,7 @@ class SharedMemory:
         return sum(allocator.num_taken_bytes for _, allocator in self._segments)
 
     def try_allocate(self, num_request_bytes: int, num_response_bytes: int) -> Region | None:
-        """A region in the segments there are; None if it fits into none."""
+        """A region in the present segments; None if it fits into none."""
         if self._returned:
             self._take_back()
         spare = self._spare.get((num_request_bytes, num_response_bytes))
@@ -177,9 +185,9 @@ class SharedMemory:
         return None
 
     def try_grow(self, num_bytes: int) -> tuple[int, int, int] | None:
-        """Adds a segment in which so much fits: its id, size and file.
+        """Adds a segment of at least this size; returns its id, size and file.
 
-        None beyond the bound, and where the system gives no more.
+        None if the limit is reached, or the system has no more memory.
         """
         size = max(self._next_bytes, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         if self.num_bytes + size > self._max_bytes:
@@ -198,7 +206,7 @@ class SharedMemory:
         payload.write_to(segment.buffer, region.offset)
 
     def response(self, region: Region, num_bytes: int) -> np.ndarray:
-        """The response's payload; the region is free again when no view of it is left."""
+        """The response's payload; the region is returned when the last view of it is gone."""
         segment, _ = self._segments[region.segment_id]
         payload = np.ndarray((num_bytes,), np.uint8, segment.buffer, region.response_offset)
         returned = self._returned
@@ -210,11 +218,11 @@ class SharedMemory:
         return payload
 
     def free(self, region: Region) -> None:
-        """Gives a region back whose response is not looked at."""
+        """Returns a region whose response is not needed."""
         self._returned.append(region)
 
     def close(self) -> None:
-        """Lets go of all; what arrays of results lie in stays until they are gone."""
+        """Drops all segments; memory in which arrays of results lie stays until they are gone."""
         self._segments.clear()
         self._returned.clear()
         self._spare.clear()

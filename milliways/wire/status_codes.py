@@ -1,8 +1,8 @@
 """Errors as gRPC statuses and back, so that an error keeps its type from a router to a client.
 
-The canonical code says what to do about an error; trailing metadata say the rest: its type, the
-field, value and limit of a bad request, when to try again. Codes go by their names here, so that
-nothing that only decides has to import gRPC.
+The canonical code says what a client can do about an error. Trailing metadata have the rest: its
+type, the field, value and limit of a bad request, when to retry. Codes are strings here, so that
+modules without I/O need not import gRPC.
 """
 
 import reprlib
@@ -28,15 +28,15 @@ FIELD_KEY = "milliways-field"
 VALUE_KEY = "milliways-value"
 LIMIT_KEY = "milliways-limit"
 RETRY_AFTER_KEY = "milliways-retry-after-ms"
-# In a router's initial metadata, sent as soon as it admits a request: whoever sees a stream break
-# can tell a router that died with the request from one that never had it.
+# In a router's initial metadata, sent when it admits a request: if the stream breaks later, this
+# shows that the router had the request.
 ACCEPTED_KEY = "milliways-accepted"
 
-# gRPC refuses metadata beyond 8 KiB, and nobody reads more than this of a bad value.
+# gRPC refuses metadata of more than 8 KiB, and nobody reads more than this of a bad value.
 _MAX_VALUE_CHARS = 120
 _MAX_MESSAGE_CHARS = 1000
 
-# What a message alone makes anew.
+# Errors that have nothing but a message.
 _BY_MESSAGE: dict[str, type[ClusterError]] = {
     kind.__name__: kind for kind in (DeadlineError, PoisonedRequestError, ModelFaultError)
 }
@@ -55,7 +55,7 @@ class GrpcStatus:
 
 
 class Verbatim(str):
-    """A value already written out, which no second `repr` may dress in quotes again."""
+    """A value that is text already: its `repr` adds no quotes."""
 
     __slots__ = ()
 
@@ -64,9 +64,9 @@ class Verbatim(str):
 
 
 def status_of(error: Exception) -> GrpcStatus:
-    """How an error ends a call. What is no error of ours tells nothing of its inside."""
+    """The status of an error. An error that is not ours becomes "internal error"."""
     metadata: list[tuple[str, str]] = []
-    if _is_told(error):
+    if _is_public(error):
         metadata.append((KIND_KEY, _kind_of(error)))
     if isinstance(error, InvalidRequestError):
         metadata += [
@@ -84,9 +84,9 @@ def status_of(error: Exception) -> GrpcStatus:
 
 
 def error_of(message: str, trailing_metadata: Mapping[str, str]) -> Exception | None:
-    """The error that a call ended with; None if its peer did not name one of ours.
+    """The error that a call ended with; None if the status names none of ours.
 
-    Without a name the peer broke, or something between: what to do then is the caller's choice.
+    Without a name, the peer or the connection broke, and the caller decides what to do.
     """
     kind = trailing_metadata.get(KIND_KEY, "")
     if kind == InvalidRequestError.__name__:
@@ -104,28 +104,28 @@ def describe(error: Exception) -> str:
     """An error in words for a client, of bounded length."""
     if isinstance(error, InvalidRequestError):
         return f"{error.field} = {abridged(error.value)}: must be {error.limit}"
-    if not _is_told(error):
+    if not _is_public(error):
         return "internal error"
     return str(error)[:_MAX_MESSAGE_CHARS]
 
 
 def abridged(value: object) -> Verbatim:
-    """A value as Python writes it, or its beginning and end. Twice is as good as once."""
+    """A value's `repr`, or its start and end. An abridged value stays the same."""
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = _MAX_VALUE_CHARS
     return Verbatim(brief.repr(value)[: 4 * _MAX_VALUE_CHARS])
 
 
-def _is_told(error: Exception) -> bool:
+def _is_public(error: Exception) -> bool:
     return isinstance(error, InvalidRequestError | ClusterError)
 
 
 def _kind_of(error: Exception) -> str:
-    """The name under which the other side knows the error."""
+    """The error's name on the wire."""
     if isinstance(error, InvalidRequestError):
         return InvalidRequestError.__name__
     if isinstance(error, PeerError):
-        # A client cannot act on which worker it was.
+        # It does not help a client to know which worker it was.
         return UnavailableError.__name__
     return type(error).__name__
 
@@ -136,6 +136,6 @@ def _retry_after_s(trailing_metadata: Mapping[str, str]) -> float:
 
 
 def _ascii(text: str) -> str:
-    """Metadata are printable ASCII."""
+    """Text for metadata, which has to be printable ASCII."""
     escaped = text.encode("ascii", "backslashreplace").decode("ascii")
     return "".join(char if char.isprintable() else " " for char in escaped)

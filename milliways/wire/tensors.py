@@ -1,7 +1,7 @@
-"""Tensors of a message: where each lies in the payload, how it gets there and how it is read.
+"""Tensors of a message: where each lies in the payload, how it is written and how it is read.
 
-Where a tensor lies follows from the types and shapes of those before it, and a router asks for the
-same ones all the time; so layouts and places are kept, not worked out for every message.
+The offset of a tensor follows from the types and shapes of the tensors before it. Most messages
+have the shapes of earlier ones, so layouts and places are cached.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from milliways.v1 import tensor_pb2 as pb
 
 ALIGNMENT = 64
-# Forms of messages that are kept: layers times numbers of rows.
+# How many forms of messages are cached: layers times numbers of rows.
 NUM_FORMS = 4096
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -33,13 +33,13 @@ ACTIVATIONS: ElementTypes = {**FLOAT32, pb.ELEMENT_TYPE_BFLOAT16: _BFLOAT16}
 
 Shape = tuple[int, ...]
 
-# Far above any tensor of a step; keeps the product of sizes a size.
+# Far more than any tensor of a step has; limits the product of the sizes.
 _MAX_ELEMENTS = 1 << 40
 _ZEROS = bytes(ALIGNMENT)
 
 
 class MalformedMessageError(ValueError):
-    """Bytes from a peer that say nothing that can be read."""
+    """Bytes from a peer that cannot be read."""
 
 
 def aligned(num_bytes: int) -> int:
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=NUM_FORMS)
 def lay_out(*forms: tuple[np.dtype[Any], Shape]) -> Layout:
-    """One tensor after another, each at the next multiple of the alignment."""
+    """Places one tensor after another, each at the next multiple of the alignment."""
     specs: list[pb.TensorSpec] = []
     offsets: list[int] = []
     end = 0
@@ -71,21 +71,21 @@ def lay_out(*forms: tuple[np.dtype[Any], Shape]) -> Layout:
 
 
 class Payload(NamedTuple):
-    """The arrays of a message to be sent, and their places."""
+    """The arrays of a message to be sent, and their offsets."""
 
     arrays: Sequence[np.ndarray]
     offsets: Sequence[int]
     num_bytes: int
 
     def write_to(self, room: Any, start: int = 0) -> None:
-        """Copies all to where they belong in a buffer of bytes, from `start` on."""
+        """Copies all arrays to their offsets in a buffer of bytes, counted from `start`."""
         for array, offset in zip(self.arrays, self.offsets, strict=True):
             if array.size:
                 begin = start + offset
                 room[begin : begin + array.nbytes] = _bytes_of(array)
 
     def pieces(self) -> list[Any]:
-        """The whole payload in buffers, fillers between them, to be joined."""
+        """The whole payload as buffers to be joined, with padding between them."""
         pieces: list[Any] = []
         end = 0
         for array, offset in zip(self.arrays, self.offsets, strict=True):
@@ -100,7 +100,7 @@ NO_PAYLOAD = Payload((), (), 0)
 
 
 class Place(NamedTuple):
-    """Where a tensor lies and how it is read: a spec that was found possible."""
+    """Where a tensor lies and how it is read: a spec that was checked."""
 
     shape: Shape
     dtype: np.dtype[Any]
@@ -109,10 +109,10 @@ class Place(NamedTuple):
 
 
 def place_of(spec: pb.TensorSpec, types: ElementTypes, rank: int) -> Place:
-    """The place that a peer gives a tensor.
+    """Checks the place that a peer gives for a tensor.
 
     Raises:
-        MalformedMessageError: its type, rank, sizes or place cannot be.
+        MalformedMessageError: its type, rank, sizes or offset are not valid.
     """
     dtype = types.get(spec.element_type)
     shape = tuple(spec.shape)
@@ -132,12 +132,12 @@ def place_of(spec: pb.TensorSpec, types: ElementTypes, rank: int) -> Place:
 
 
 class PayloadReader:
-    """Reads the tensors of a message that came in: views, unless they are to be kept."""
+    """Reads the tensors of a received message as views, or as copies where that is needed."""
 
     __slots__ = ("_buffer", "_is_shared", "_num_bytes", "_start")
 
     def __init__(self, buffer: Any, start: int, num_bytes: int, *, is_shared: bool = False) -> None:
-        """`is_shared`: another process may overwrite the bytes once it has its response."""
+        """`is_shared`: another process may overwrite the bytes after it has its response."""
         self._buffer = buffer
         self._start = start
         self._num_bytes = num_bytes
@@ -154,13 +154,13 @@ class PayloadReader:
         return np.ndarray(shape, dtype, self._buffer, self._start + offset)
 
     def read_to_keep(self, place: Place) -> np.ndarray:
-        """One tensor that outlives the response to its message."""
+        """One tensor that stays valid after the response to its message was sent."""
         array = self.read(place)
         return array.copy() if self._is_shared else array
 
 
 def _bytes_of(array: np.ndarray) -> np.ndarray:
-    """The same memory as bytes, which it is to buffers: of bfloat16 they know nothing."""
+    """The same memory as bytes, because the buffer protocol has no bfloat16."""
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
     return array.reshape(-1).view(np.uint8)

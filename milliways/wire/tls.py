@@ -7,12 +7,12 @@ from milliways.wire.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
-    """Certificates in PEM files; all three or none. With them, gRPC is mutual TLS.
+    """Certificates in PEM files, all three or none. With them, every gRPC connection is mutual TLS.
 
-    That is every gRPC connection: between workers, from ingress to router, and from clients to the
-    public port, so that clients, and probes of that port, need a certificate of `ca_file` as well.
-    HTTP is plain: what ends TLS there stands before it. Shared memory does not leave its machine.
-    Ray's own connections are Ray's to set up, by RAY_USE_TLS.
+    This holds between workers, from ingress to router, and from clients to the public port: clients
+    and probes of that port need a certificate of `ca_file` as well. HTTP stays plain; put a proxy
+    that ends TLS before it. Shared memory does not leave its machine. Ray's own connections are set
+    up with RAY_USE_TLS.
     """
 
     ca_file: str = ""

@@ -1,7 +1,7 @@
-"""What the controller tells everybody: who is in the cluster, and who holds what.
+"""What the controller publishes: which workers are in the cluster, and what each holds.
 
-A view is a value with a version, the placement epoch. Routers act on the newest they have seen;
-workers refuse calls that act on an older one than theirs.
+A view is a value with a version, the placement epoch. Routers act on the newest view that they have
+received; workers refuse calls that act on an older view than theirs.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from milliways.wire.placement import AttentionRange, ExpertId
 class WorkerState(Enum):
     """LOADING -> READY -> DRAINING -> STOPPED. A worker whose process died is LOST.
 
-    A lost worker is LOADING again with its next incarnation, or STOPPED where it was to leave.
+    A lost worker is LOADING again with its next incarnation, or STOPPED if it was to leave.
     """
 
     LOADING = "loading"
@@ -41,17 +41,17 @@ def moved(state: WorkerState, to: WorkerState) -> WorkerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A worker: which life of it, where its data plane listens, what it holds."""
+    """A worker: its incarnation, where its data plane listens, what it holds."""
 
     worker_id: str
     incarnation: int
     address: str
     state: WorkerState
-    # Where its router takes requests; empty without one.
+    # Where its router takes requests; empty if it has none.
     router_address: str = ""
     node_id: str = ""
     pid: int = 0
-    # The layers of its attention shard; empty where it has none.
+    # The layers of its attention shard; none if `num_layers` is 0.
     first_layer: int = 0
     num_layers: int = 0
     has_ends: bool = False
@@ -59,7 +59,7 @@ class Member:
 
     @property
     def can_compute(self) -> bool:
-        """Whether calls may go to it; one that drains still answers."""
+        """Whether calls may go to it; a worker that drains still answers."""
         return self.state in (WorkerState.READY, WorkerState.DRAINING)
 
 
@@ -68,7 +68,7 @@ class ClusterView:
     """All members under one placement epoch, and the chain of shards of each router's sequences.
 
     `chains` maps a router's worker_id to the workers that its sequences run through, in the order
-    of layers; where attention is replicated that is the worker itself.
+    of layers; if attention is replicated, that is the worker itself.
     """
 
     placement_epoch: int
@@ -76,7 +76,7 @@ class ClusterView:
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def holders(self, expert_id: ExpertId) -> tuple[Member, ...]:
-        """Those that can compute an expert now, in the order of their ids."""
+        """Members that can compute an expert now, in the order of their ids."""
         return tuple(
             member
             for _, member in sorted(self.members.items())
@@ -84,7 +84,7 @@ class ClusterView:
         )
 
     def routers(self) -> tuple[Member, ...]:
-        """Those that take requests: ready, with a chain of shards that can all compute."""
+        """Members that take requests: ready, with a chain whose shards can all compute."""
         return tuple(
             self.members[worker_id]
             for worker_id, chain in sorted(self.chains.items())
@@ -92,11 +92,12 @@ class ClusterView:
             and all(self.members[link].can_compute for link in chain)
         )
 
-    def buddies(self, worker_id: str) -> tuple[Member, ...]:
-        """Whom a router may send copies of its KV blocks to, best first.
+    def standbys(self, worker_id: str) -> tuple[Member, ...]:
+        """The routers to which a router may send copies of its KV blocks, best first.
 
-        Routers that take requests and have all layers themselves, as this one must; on other nodes
-        where there are any. Each router prefers another one: which, follows from its own place.
+        Both must hold all layers themselves, and the standby must take requests. Routers on other
+        nodes are taken if there are any. The order is rotated by the router's own place, so that
+        not all prefer the same standby.
         """
         if self.chains.get(worker_id) != (worker_id,):
             return ()
@@ -120,10 +121,12 @@ EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
 def chains_of(
     attention: Mapping[str, AttentionRange], num_layers: int
 ) -> dict[str, tuple[str, ...]]:
-    """The routers of a placement: one on each worker with all of attention, or one for the chain.
+    """The chains of a placement, by the worker_id of their router.
 
-    It sits with the output head, where tokens enter and leave. `attention` goes by worker_id. While
-    a cluster starts, the ranges may not make up all layers: then there is no router.
+    Each worker with all attention layers has a router of its own. If there is none, one router runs
+    the chain of all ranges; it is on the worker with the output head, where tokens enter and leave.
+    `attention` is by worker_id. While the ranges do not have all layers, as at the start of a
+    cluster, there is no router.
     """
     whole = [name for name, layers in attention.items() if layers.num_layers == num_layers]
     if whole:

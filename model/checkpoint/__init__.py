@@ -1,4 +1,23 @@
-"""Checkpoints in the form xAI released Grok-1: read in place, checked, written, summed up."""
+"""Checkpoints in the form in which xAI released Grok-1: reads, checks, writes and summarises them.
+
+    from milliways.model.checkpoint import Checkpoint, TensorRole
+    from milliways.model.demo import DEMO_DIR
+
+    with Checkpoint.open(DEMO_DIR) as checkpoint:
+        weight, scales = checkpoint.expert(layer=0, role=TensorRole.EXPERT_LINEAR, expert_id=3)
+        print(weight.shape, scales.dtype, checkpoint.bytes_read)
+
+It owns the layout of the release (`layout`), a scanner that finds arrays in a pickle and executes
+nothing (`pickle_scan`), mapped files (`reader`, `file_map`), the writer (`writer`), and the figures
+of `milliways inspect` (`summary`).
+
+Invariants:
+
+- Nothing is ever unpickled, so no code of a file runs.
+- Opening a checkpoint reads a few hundred bytes of each file. Weights are read when they are used.
+- Arrays that are handed out are read-only views. Each keeps its file mapped.
+- A written file has the bytes that Python's pickler would have written.
+"""
 
 from milliways.model.checkpoint.layout import TensorRole as TensorRole
 from milliways.model.checkpoint.layout import TensorSpec as TensorSpec

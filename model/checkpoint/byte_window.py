@@ -1,4 +1,4 @@
-"""A file read forwards through a small window, so that a payload can be passed over unread."""
+"""Reads a file forwards through a small window, so that payloads can be skipped unread."""
 
 import os
 import stat
@@ -8,12 +8,19 @@ from pathlib import Path
 
 from milliways.model.errors import CheckpointError, CorruptTensorError
 
-# What precedes and follows a payload is under 300 bytes; a longer window would read payload.
+# The bytes before and after a payload are fewer than 300. A larger window would read payload.
 WINDOW_BYTES = 512
 
 
 class ByteWindow:
-    """A position in an open file. Knows frames only to refuse those that do not add up."""
+    """A position in an open file. Tracks pickle frames, to refuse those that are inconsistent.
+
+    Invariant: 0 <= `position` <= `num_file_bytes`.
+
+    Invariant: `_window` holds the bytes of the file from `_window_start` on.
+
+    Invariant: `_frame_end` is the end of the last frame that began; it is at most `num_file_bytes`.
+    """
 
     def __init__(self, path: Path, fd: int, num_file_bytes: int) -> None:
         self.path = path
@@ -25,15 +32,15 @@ class ByteWindow:
         self._window = b""
         self._window_start = 0
         if hasattr(os, "posix_fadvise"):
-            # Else the kernel reads ahead, hundreds of times what is asked for.
+            # Otherwise the kernel reads ahead, hundreds of times as much as we need.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def corrupt(self, reason: str) -> CorruptTensorError:
-        """The error to raise for what lies just before the current position."""
+        """An error for the bytes just before the current position."""
         return CorruptTensorError(self.path, f"{reason} (near byte {self.position})")
 
     def take(self, num_bytes: int) -> bytes:
-        """The next few bytes; at most a window of them."""
+        """Reads the next bytes, at most `WINDOW_BYTES`."""
         assert num_bytes <= WINDOW_BYTES
         start = self.skip(num_bytes)
         at = start - self._window_start
@@ -49,7 +56,7 @@ class ByteWindow:
         return int.from_bytes(self.take(num_bytes), "little", signed=signed)
 
     def skip(self, num_bytes: int) -> int:
-        """Passes over the next bytes without reading them; returns where they begin."""
+        """Skips the next bytes without reading them; returns where they begin."""
         start, end = self.position, self.position + num_bytes
         if end > self.num_file_bytes:
             missing = end - self.num_file_bytes
@@ -77,20 +84,20 @@ class ByteWindow:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a regular file.
+    """Opens a regular file; yields its descriptor and its size.
 
     Raises:
-        CheckpointError: absent, not permitted, or a directory, pipe or device.
+        CheckpointError: the file is missing, may not be read, or is a directory, pipe or device.
     """
     try:
-        # Non-blocking: a pipe under a tensor's name must not hang us.
+        # Non-blocking: opening a pipe with the name of a tensor file must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(path, f"cannot be opened: {error.strerror}") from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(path, "not a regular file")
+            raise CheckpointError(path, "is not a regular file")
         yield fd, status.st_size
     finally:
         os.close(fd)

@@ -1,7 +1,8 @@
 """A read-only memory map that holds no file descriptor.
 
-`mmap.mmap` keeps a duplicate of the descriptor for as long as the map lives (until Python 3.13's
-`trackfd`), and 770 of them are most of a process's usual allowance. The kernel needs none.
+`mmap.mmap` keeps a duplicate of the descriptor while the map exists (Python 3.13 can avoid it with
+`trackfd`). Grok-1 has 770 files, and processes are usually allowed 1024 descriptors. The kernel
+itself needs no descriptor for a map.
 """
 
 import ctypes
@@ -40,14 +41,17 @@ _madvise = _libc("madvise", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctyp
 
 
 class FileMap:
-    """The bytes of one whole file. Unmapped when it and every array made from it are gone."""
+    """Maps one whole file. It is unmapped when the object and all arrays made from it are gone.
+
+    Invariant: the `num_bytes` bytes from `address` on are mapped while the object exists.
+    """
 
     def __init__(self, path: Path, num_expected_bytes: int) -> None:
         with open_regular(path) as (fd, num_bytes):
             if num_bytes != num_expected_bytes:
-                # Touching a page beyond the end would kill the process.
+                # Reading a page after the end of the file would kill the process.
                 raise CorruptTensorError(
-                    path, f"was {num_expected_bytes} bytes when scanned, is now {num_bytes}"
+                    path, f"had {num_expected_bytes} bytes when it was scanned, now {num_bytes}"
                 )
             address = _mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
         if address is None or address == _MAP_FAILED:
@@ -56,12 +60,12 @@ class FileMap:
         self.address: int = address
         self.num_bytes = num_bytes
         release = weakref.finalize(self, _munmap, address, num_bytes)
-        # At exit the kernel unmaps; doing it earlier could take pages from a running thread.
+        # At exit the kernel unmaps. If we did it before, a running thread might still read pages.
         release.atexit = False
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """How numpy makes a read-only array over the map that keeps the map alive."""
+        """NumPy's protocol for a read-only array over the map. The array keeps the map alive."""
         return {
             "version": 3,
             "typestr": "|u1",
@@ -70,23 +74,23 @@ class FileMap:
         }
 
     def view(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
-        """A read-only array over the map, wherever it begins: payloads are not aligned."""
+        """A read-only array over a part of the map. It may be unaligned, as payloads are."""
         num_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         return np.asarray(self)[offset : offset + num_bytes].view(dtype).reshape(shape)
 
     def expect_slices(self) -> None:
-        """Stops the kernel from reading ahead of what is touched."""
+        """Tells the kernel not to read ahead."""
         self._advise(0, self.num_bytes, mmap.MADV_RANDOM)
 
     def expect_all(self) -> None:
-        """Lets the kernel read ahead again."""
+        """Tells the kernel to read ahead again."""
         self._advise(0, self.num_bytes, mmap.MADV_NORMAL)
 
     def fetch(self, offset: int, num_bytes: int) -> None:
-        """Has the kernel read a range in large pieces, in the background."""
+        """Tells the kernel to read a range in the background, in large pieces."""
         start = offset - offset % mmap.PAGESIZE
         self._advise(start, offset + num_bytes - start, mmap.MADV_WILLNEED)
 
     def _advise(self, start: int, num_bytes: int, advice: int) -> None:
-        """Advice the file system does not take changes speed only, so its answer is not needed."""
+        """Gives advice to the kernel. The result is unused: refused advice only costs speed."""
         _madvise(self.address + start, num_bytes, advice)

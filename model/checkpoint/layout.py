@@ -1,7 +1,8 @@
-"""Which tensors a model of a given shape has, and in which file each one lies.
+"""Lists the tensors of a model of a given shape, and the file that holds each of them.
 
-The release numbers its files in the order in which JAX flattens a tree of string keys, so layers go
-0, 1, 10, 11, ..., 19, 2, 20, ... and a loader that counts 0, 1, 2 is wrong from layer 2 on.
+The release numbers its files in the order in which JAX flattens a tree with string keys. So the
+order of the layers is 0, 1, 10, 11, ..., 19, 2, 20, ... A loader that counts 0, 1, 2 is wrong from
+layer 2 on.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ TENSOR_PREFIX = "tensor"
 
 
 class TensorRole(Enum):
-    """What a tensor is for; the value is its name in the release, in file order within a layer."""
+    """The role of a tensor. The value is its name in the release.
+
+    The order is that of the files: the shared tensors, then the tensors of a layer.
+    """
 
     EMBEDDING = "language_model/in_out_embed/embeddings"
     FINAL_NORM = "language_model/rms_norm/scale"
@@ -65,7 +69,7 @@ NUM_SHARED_TENSORS = len(TensorRole) - len(LAYER_ROLES)
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of the layout. `shape` is that of the weights; scales follow from it."""
+    """One tensor of the layout. `shape` is the shape of the weights, without scales."""
 
     index: int
     file_name: str
@@ -82,7 +86,7 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def layers_in_file_order(num_layers: int) -> list[int]:
-    """Layer numbers as their files follow one another: sorted as strings."""
+    """Layer numbers in the order of their files: sorted as strings."""
     return sorted(range(num_layers), key=str)
 
 
@@ -106,7 +110,7 @@ def _spec(config: ModelConfig, index: int, role: TensorRole, layer: int | None) 
 
 
 def tensor_shape(config: ModelConfig, role: TensorRole) -> tuple[int, ...]:
-    """Shape of the weights of one role; matrices are [in, out], experts lead."""
+    """The shape of the weights of one role: [in, out], or [experts, in, out]."""
     emb_size, ffn_size, num_experts = config.emb_size, config.ffn_size, config.num_experts
     match role:
         case TensorRole.EMBEDDING:
@@ -135,10 +139,11 @@ def tensor_shape(config: ModelConfig, role: TensorRole) -> tuple[int, ...]:
 
 
 def check_tensor(spec: TensorSpec, record: TensorRecord, hint: str = "") -> None:
-    """Holds what a file contains against what its place in the layout asks for.
+    """Compares the contents of a file with what the layout expects.
 
     Raises:
-        TensorLayoutError: another kind, shape or dtype; says what was expected and what was found.
+        TensorLayoutError: kind, shape or dtype differ. The message says what was expected and what
+            was found.
     """
     fits = (
         isinstance(record, QuantizedArray) and _quantized_fits(spec, record.weight, record.scales)
@@ -163,7 +168,7 @@ def _is_array(record: ArrayRecord, dtype: np.dtype, shape: tuple[int, ...]) -> b
 
 
 def scales_fit(weight_shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> bool:
-    """Whether scales [..., G, N] belong to weights [..., K, N]: G blocks of K/G rows each."""
+    """Whether scales [..., G, N] fit weights [..., K, N]: G blocks of K/G rows each."""
     if len(scales_shape) != len(weight_shape):
         return False
     *lead, num_rows, num_columns = weight_shape
@@ -174,7 +179,7 @@ def scales_fit(weight_shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> 
 
 
 def expected(spec: TensorSpec) -> str:
-    """For messages: what the tensor should be."""
+    """Describes the expected tensor, for messages."""
     if not spec.quantized:
         return f"plain {describe_array(FLOAT32, spec.shape)}"
     *lead, num_rows, num_columns = spec.shape

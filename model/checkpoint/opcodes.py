@@ -1,16 +1,16 @@
-"""The pickle opcodes a released tensor file may hold, and the sizes that framing turns on."""
+"""The pickle opcodes that a released tensor file may have, and the sizes that decide framing."""
 
 from enum import IntEnum
 
 PROTOCOL = 4
-# CPython's pickler closes a frame that has reached this size, and keeps payloads of it outside.
+# CPython's pickler ends a frame of this size, and writes payloads of this size outside of frames.
 FRAME_TARGET_BYTES = 64 * 1024
-# What is shorter goes without the header of a frame.
+# A shorter frame is written without a header.
 FRAME_MIN_BYTES = 4
 
 
 class Op(IntEnum):
-    """Everything else is refused: these only build numbers, strings, tuples and one dict."""
+    """The allowed opcodes; all others are refused."""
 
     PROTO = 0x80
     FRAME = 0x95

@@ -1,16 +1,16 @@
-"""Finds the arrays of a tensor file by walking its pickle opcodes. Executes nothing.
+"""Finds the arrays of a tensor file by reading its pickle opcodes. It executes nothing.
 
-The release is pickles, and unpickling runs whatever code a file names. Here the opcodes drive a
-machine that only keeps notes: a call of `numpy.dtype` becomes a note "a dtype", a payload becomes a
-note "bytes from here to there" and is passed over.
+The release consists of pickles, and unpickling runs any code that a file names. Here a `_Machine`
+reads the opcodes and keeps only notes: a call of `numpy.dtype` becomes the note "a dtype", and a
+payload becomes the note "bytes from here to there" and is skipped.
 
-1. `scan` opens the file and feeds opcodes to a `_Machine` until STOP.
-2. A global outside the five of the release, or a permitted one put to another use, is refused.
-3. What is left on the stack must be one array, or one quantised weight of two arrays.
+1. `scan` opens the file and gives opcodes to a `_Machine` until STOP.
+2. The release uses five globals. Another global, or one of the five in another use, is refused.
+3. At the end, the stack must hold one array, or one quantised weight with two arrays.
 
-Every loop and size has a limit, so any input ends soon, in a record or in a CheckpointError. Notes
-are never compared, printed or hashed as wholes: nested tuples can share parts so often that walking
-one takes forever.
+Every loop and size has a limit, so a scan of any input soon ends with a record or a
+CheckpointError. Notes are never compared, printed or hashed: in nested tuples that share parts,
+that could take forever.
 """
 
 import math
@@ -43,12 +43,12 @@ MAX_DIMS = 8
 
 _PICKLE_ARRAY_VERSION = 1
 _PICKLE_DTYPE_VERSION = 3
-# Flag bits of a numpy dtype that concern Python-side access only, never what the bytes mean.
+# Flag bits of a numpy dtype that change how Python accesses items, not what the bytes mean.
 _HARMLESS_DTYPE_FLAGS = 0x60
 
 
 class _Global(Enum):
-    """The five names a file may use."""
+    """The five globals that a file may name."""
 
     RECONSTRUCT = ("numpy.core.multiarray", "_reconstruct")
     NDARRAY = ("numpy", "ndarray")
@@ -58,7 +58,7 @@ class _Global(Enum):
 
 
 _GLOBALS: Final[Mapping[tuple[str, str], _Global]] = MappingProxyType({g.value: g for g in _Global})
-# More than the release uses, so that a wrong dtype can be named in the error.
+# More dtypes than the release uses, so that the error can name a wrong one.
 _DTYPES: Final[Mapping[str, np.dtype]] = MappingProxyType(
     {
         code: np.dtype(code)
@@ -69,7 +69,7 @@ _DTYPES: Final[Mapping[str, np.dtype]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Span:
-    """A bytes object, by where it lies."""
+    """The place of a bytes object in the file."""
 
     offset: int
     num_bytes: int
@@ -98,11 +98,11 @@ class _Quantized:
 
 
 def scan(path: Path) -> TensorRecord:
-    """Finds where the arrays of one tensor file lie, without reading them.
+    """Finds the places of the arrays of one tensor file, without reading the arrays.
 
     Raises:
-        UnsafePickleError: an opcode or global outside the allow-list, or misused.
-        CorruptTensorError: truncated, malformed, or bytes that do not add up.
+        UnsafePickleError: an opcode or a global is not allowed, or is misused.
+        CorruptTensorError: the file is truncated or malformed, or its sizes contradict each other.
         CheckpointError: the file cannot be opened or read.
     """
     with open_regular(path) as (fd, num_file_bytes):
@@ -123,16 +123,18 @@ def scan(path: Path) -> TensorRecord:
                 weight=found.weight,
                 scales=found.scales,
             )
-        raise window.corrupt("holds neither an array nor a quantised weight")
+        raise window.corrupt("the file holds neither an array nor a quantised weight")
 
 
 def _run(machine: "_Machine") -> object:
     window = machine.window
     if window.take(1)[0] != Op.PROTO:
-        raise window.corrupt("not a pickle: does not begin with a protocol opcode")
+        raise window.corrupt("not a pickle: the file does not begin with a protocol opcode")
     protocol = window.take_int(1)
     if protocol > PROTOCOL:
-        raise UnsafePickleError(window.path, f"pickle protocol {protocol}, above {PROTOCOL}")
+        raise UnsafePickleError(
+            window.path, f"the pickle has protocol {protocol}, the highest allowed is {PROTOCOL}"
+        )
     for _ in range(MAX_OPCODES):
         opcode = window.take(1)[0]
         if opcode == Op.STOP:
@@ -141,11 +143,16 @@ def _run(machine: "_Machine") -> object:
         if handler is None:
             machine.refuse(f"opcode 0x{opcode:02x} is not allowed")
         handler(machine)
-    raise window.corrupt(f"more than {MAX_OPCODES} opcodes")
+    raise window.corrupt(f"the pickle has more than {MAX_OPCODES} opcodes")
 
 
 class _Machine:
-    """Stack, marks and memo of one scan. Methods named after opcodes do what the opcode notes."""
+    """The stack, marks and memo of one scan. A public method notes what one opcode would do.
+
+    Invariant: `_stack` and `_marks` have at most `MAX_STACK` items, `_memo` at most `MAX_MEMO`.
+
+    Invariant: `_marks` never decreases, and no mark is above the length of `_stack`.
+    """
 
     def __init__(self, window: ByteWindow) -> None:
         self.window = window
@@ -169,12 +176,12 @@ class _Machine:
 
     def push(self, value: object) -> None:
         if len(self._stack) >= MAX_STACK:
-            raise self.window.corrupt(f"more than {MAX_STACK} objects on the stack")
+            raise self.window.corrupt(f"the stack has more than {MAX_STACK} objects")
         self._stack.append(value)
 
     def _pop(self) -> object:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            raise self.window.corrupt("takes an object from an empty stack")
+            raise self.window.corrupt("an opcode takes an object from an empty stack")
         return self._stack.pop()
 
     def _top(self) -> object:
@@ -184,7 +191,7 @@ class _Machine:
 
     def _pop_mark(self) -> list[object]:
         if not self._marks:
-            raise self.window.corrupt("closes a group that was never opened")
+            raise self.window.corrupt("an opcode ends a group that has not begun")
         start = self._marks.pop()
         values = self._stack[start:]
         del self._stack[start:]
@@ -192,7 +199,7 @@ class _Machine:
 
     def mark(self) -> None:
         if len(self._marks) >= MAX_STACK:
-            raise self.window.corrupt(f"more than {MAX_STACK} open groups")
+            raise self.window.corrupt(f"the pickle has more than {MAX_STACK} open groups")
         self._marks.append(len(self._stack))
 
     # Values.
@@ -203,14 +210,16 @@ class _Machine:
     def text(self, num_length_bytes: int) -> None:
         num_bytes = self.window.take_int(num_length_bytes)
         if num_bytes > MAX_STRING_BYTES:
-            raise self.window.corrupt(f"a string of {num_bytes} bytes, over {MAX_STRING_BYTES}")
+            raise self.window.corrupt(
+                f"a string has {num_bytes} bytes, the limit is {MAX_STRING_BYTES}"
+            )
         self.push(self._decode(self.window.take(num_bytes)))
 
     def _decode(self, raw: bytes) -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.window.corrupt("a string that is not UTF-8") from error
+            raise self.window.corrupt("a string is not UTF-8") from error
 
     def payload(self, num_length_bytes: int) -> None:
         num_bytes = self.window.take_int(num_length_bytes)
@@ -233,10 +242,10 @@ class _Machine:
     def _store(self, keys_and_values: list[object]) -> None:
         target = self._top()
         if not isinstance(target, _Dict) or len(keys_and_values) % 2:
-            raise self.window.corrupt("sets items of something that is not a dict")
+            raise self.window.corrupt("an opcode sets items of an object that is not a dict")
         for key, value in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
             if not isinstance(key, str) or key in target.items:
-                raise self.window.corrupt("a dict key that is repeated or not a string")
+                raise self.window.corrupt("a dict key is repeated or is not a string")
             target.items[key] = value
 
     # Memo.
@@ -249,7 +258,7 @@ class _Machine:
 
     def _remember(self, index: int) -> None:
         if index >= MAX_MEMO:
-            raise self.window.corrupt(f"memo index {index}, over {MAX_MEMO}")
+            raise self.window.corrupt(f"memo index {index} is not below {MAX_MEMO}")
         self._memo[index] = self._top()
 
     def get(self, num_index_bytes: int) -> None:
@@ -258,7 +267,7 @@ class _Machine:
             raise self.window.corrupt(f"memo index {index} was never stored")
         self.push(self._memo[index])
 
-    # Globals and what is done with them.
+    # Globals, and their allowed uses.
 
     def global_from_lines(self) -> None:
         self._push_global(self._line(), self._line())
@@ -270,12 +279,12 @@ class _Machine:
             if byte == b"\n":
                 return self._decode(bytes(raw))
             raw += byte
-        raise self.window.corrupt(f"a name over {MAX_STRING_BYTES} bytes")
+        raise self.window.corrupt(f"a name has more than {MAX_STRING_BYTES} bytes")
 
     def global_from_stack(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            self.refuse("a global whose name is not a string")
+            self.refuse("the name of a global is not a string")
         self._push_global(module, name)
 
     def _push_global(self, module: str, name: str) -> None:
@@ -291,13 +300,13 @@ class _Machine:
         elif function is _Global.DTYPE:
             self.push(self._dtype(arguments))
         else:
-            self.refuse("calls something that is neither numpy's array nor its dtype maker")
+            self.refuse("it calls something other than numpy's array and dtype constructors")
 
     def _reconstruct(self, arguments: object) -> _Array:
         match arguments:
             case (_Global.NDARRAY, (int(length),), _Span(num_bytes=1)) if length == 0:
                 return _Array()
-        self.refuse("rebuilds an array in an unknown way")
+        self.refuse("it constructs an array with unknown arguments")
 
     def _dtype(self, arguments: object) -> _DType:
         match arguments:
@@ -305,14 +314,14 @@ class _Machine:
                 return _DType(BFLOAT16)
             case (str(code), False, True):
                 if code not in _DTYPES:
-                    raise self.window.corrupt(f"dtype {code!r} is not numeric")
+                    raise self.window.corrupt(f"the dtype {code!r} is not numeric")
                 return _DType(_DTYPES[code])
-        self.refuse("makes a dtype in an unknown way")
+        self.refuse("it constructs a dtype with unknown arguments")
 
     def new_object(self) -> None:
         arguments, cls = self._pop(), self._pop()
         if cls is not _Global.QUANTIZED or not isinstance(arguments, tuple) or arguments:
-            self.refuse("makes an object of a class other than the quantised weight")
+            self.refuse("it constructs an object of a class other than the quantised weight")
         self.push(_Quantized())
 
     def build(self) -> None:
@@ -325,17 +334,17 @@ class _Machine:
             case _Quantized():
                 self._build_quantized(target, state)
             case _:
-                self.refuse("sets the state of something that has none")
+                self.refuse("it sets the state of an object that has none")
 
     def _build_dtype(self, target: _DType, state: object) -> None:
         match state:
             case (int(version), str(order), None, None, None, int(), int(), int(flags)):
                 if version != _PICKLE_DTYPE_VERSION or flags & ~_HARMLESS_DTYPE_FLAGS:
-                    raise self.window.corrupt("a dtype of unknown version or flags")
+                    raise self.window.corrupt("a dtype has an unknown version or unknown flags")
             case _:
                 raise self.window.corrupt("the state of a dtype is malformed")
         if order != ("|" if target.dtype.itemsize == 1 else "<"):
-            raise self.window.corrupt(f"byte order {order!r} is not little-endian")
+            raise self.window.corrupt(f"the byte order {order!r} is not little-endian")
         target.built = True
 
     def _build_array(self, target: _Array, state: object) -> None:
@@ -350,7 +359,9 @@ class _Machine:
                 _Span() as data,
             ):
                 if version != _PICKLE_ARRAY_VERSION or not dtype.built:
-                    raise self.window.corrupt("an array of unknown version or unfinished dtype")
+                    raise self.window.corrupt(
+                        "an array has an unknown version or an unfinished dtype"
+                    )
                 if fortran:
                     raise self.window.corrupt("the array is in Fortran order")
                 target.record = self._record(self._shape(shape), dtype.dtype, data)
@@ -359,17 +370,20 @@ class _Machine:
 
     def _shape(self, items: tuple[object, ...]) -> tuple[int, ...]:
         if len(items) > MAX_DIMS:
-            raise self.window.corrupt(f"an array of {len(items)} dimensions, over {MAX_DIMS}")
+            raise self.window.corrupt(
+                f"an array has {len(items)} dimensions, the limit is {MAX_DIMS}"
+            )
         shape = tuple(item for item in items if type(item) is int and item >= 0)
         if len(shape) != len(items):
-            raise self.window.corrupt("a dimension that is negative or not a number")
+            raise self.window.corrupt("a dimension is negative or not a number")
         return shape
 
     def _record(self, shape: tuple[int, ...], dtype: np.dtype, data: _Span) -> ArrayRecord:
         num_expected = math.prod(shape) * dtype.itemsize
         if data.num_bytes != num_expected:
             raise self.window.corrupt(
-                f"{dtype.name} {list(shape)} is {num_expected} bytes, the file has {data.num_bytes}"
+                f"{dtype.name} {list(shape)} needs {num_expected} bytes, the file has"
+                f" {data.num_bytes}"
             )
         return ArrayRecord(dtype, shape, data.offset, data.num_bytes)
 
@@ -377,7 +391,7 @@ class _Machine:
         if target.weight is not None:
             raise self.window.corrupt("a quantised weight is built twice")
         if not isinstance(state, _Dict) or state.items.keys() != {"weight", "scales"}:
-            raise self.window.corrupt("a quantised weight without exactly weight and scales")
+            raise self.window.corrupt("a quantised weight must have exactly weight and scales")
         weight, scales = state.items["weight"], state.items["scales"]
         if not isinstance(weight, _Array) or not isinstance(scales, _Array):
             raise self.window.corrupt("weight or scales is not an array")
@@ -387,7 +401,7 @@ class _Machine:
 
 
 def _repeated_proto(machine: _Machine) -> None:
-    raise machine.window.corrupt("a second protocol opcode")
+    raise machine.window.corrupt("the pickle has a second protocol opcode")
 
 
 _HANDLERS: Final[Mapping[int, Callable[[_Machine], None]]] = MappingProxyType(

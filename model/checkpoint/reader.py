@@ -1,12 +1,12 @@
-"""A released checkpoint, read in place: arrays are views of the files, mapped when asked for.
+"""Reads a released checkpoint in place: arrays are views of mapped files.
 
-1. `Checkpoint.open` finds the configuration, scans every tensor file (a few hundred bytes of each)
-   and holds names, shapes and dtypes against the layout.
-2. `plain`, `quantized` and `expert` map a file on its first use and hand out read-only views. What
-   nobody touches is never read; `bytes_read` counts what was handed out.
-3. `close` lets the maps go; an array handed out earlier keeps its own alive.
+1. `Checkpoint.open` finds the configuration, scans every tensor file (a few hundred bytes of each),
+   and compares names, shapes and dtypes with the layout.
+2. `plain`, `quantized` and `expert` map a file on its first use, and return read-only views. The
+   kernel reads the bytes when they are used. `bytes_read` counts the bytes of returned views.
+3. `close` releases the maps. A view that was returned before keeps its own map alive.
 
-It does not compute, copy or convert: that is for whoever holds the views.
+It does not compute, copy or convert.
 """
 
 import os
@@ -51,7 +51,14 @@ _VERIFY_CHUNK_BYTES = 4 * 1024 * 1024
 
 
 class Checkpoint:
-    """Open with `Checkpoint.open`. Safe to read from several threads."""
+    """A released checkpoint. `Checkpoint.open` opens one. Several threads may read from it.
+
+    Invariant: `specs[i]` and `records[i]` describe the same tensor, and fit each other.
+
+    Invariant: `_maps` has the maps in use, by index of the tensor. It is empty after `close`.
+
+    Invariant: a thread that changes `_maps`, `_bytes_read` or `_closed` holds `_lock`.
+    """
 
     def __init__(
         self,
@@ -74,12 +81,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Opens a model directory, or its ckpt-0 directly. Reads no payload.
+        """Opens a model directory, or its ckpt-0 directly. It reads no payload.
 
         Raises:
-            ConfigError: config.json describes no model.
+            ModelConfigError: config.json is invalid.
             UnsafePickleError, CorruptTensorError: a file is not a tensor file.
-            TensorLayoutError: a tensor is missing, superfluous, or of another shape or dtype.
+            TensorLayoutError: a tensor is missing or extra, or has another shape or dtype.
             CheckpointError: a directory or file cannot be read.
         """
         ckpt_dir, config_dir = _find_directories(path)
@@ -99,36 +106,36 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Lets all maps go. Arrays handed out earlier stay valid, and keep theirs."""
+        """Releases all maps. Arrays that were returned before stay valid: they keep their maps."""
         with self._lock:
             self._maps.clear()
             self._closed = True
 
     def release_maps(self) -> None:
-        """Lets the maps go that no array needs; what is asked for later is mapped anew.
+        """Releases the maps that no array needs. Later requests map the files again.
 
-        Pages of a map count as this process's memory, so whoever copies a model releases the maps
-        as it goes, or ends up with twice its size.
+        The pages of a map count as memory of this process. So code that copies a model should
+        release the maps as it proceeds. Otherwise the process needs twice the size of the model.
         """
         with self._lock:
             self._maps.clear()
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of all slices handed out so far, counted anew each time they are."""
+        """The bytes of all views returned so far. Bytes that are returned twice count twice."""
         return self._bytes_read
 
     @property
     def bytes_scanned(self) -> int:
-        """Bytes read to find where the arrays lie."""
+        """The bytes that the scans read."""
         return sum(record.num_scanned_bytes for record in self.records)
 
     def find(self, role: TensorRole, layer: int | None = None) -> TensorSpec:
-        """The tensor of a role; `layer` for all but the embedding and the final norm."""
+        """The tensor of a role. All roles but the embedding and the final norm need a `layer`."""
         return self._by_role[role, layer]
 
     def plain(self, tensor: str | TensorSpec) -> Float32[np.ndarray, "..."]:
-        """A float32 tensor as a whole."""
+        """A whole float32 tensor."""
         spec = self._spec(tensor)
         record = self.records[spec.index]
         assert isinstance(record, PlainArray), f"{spec.name} is quantised"
@@ -137,7 +144,7 @@ class Checkpoint:
     def quantized(
         self, tensor: str | TensorSpec
     ) -> tuple[Int8[np.ndarray, "... K N"], BFloat16[np.ndarray, "... G N"]]:
-        """Weights and scales as a whole; of an expert matrix, those of all experts."""
+        """The whole weights and scales of a tensor; those of all experts if it has experts."""
         spec, record = self._quantized_record(tensor)
         file_map = self._map(spec)
         file_map.expect_all()
@@ -146,9 +153,9 @@ class Checkpoint:
     def expert(
         self, layer: int, role: TensorRole, expert_id: int, *, read_ahead: bool = True
     ) -> tuple[Int8[np.ndarray, "K N"], BFloat16[np.ndarray, "G N"]]:
-        """Weights and scales of one expert of one layer; reads these bytes and no others.
+        """The weights and scales of one expert of one layer. No other bytes are read.
 
-        Without `read_ahead` not even these, before somebody touches them.
+        With `read_ahead`, the kernel begins to read them now; otherwise when they are used.
         """
         assert role.is_expert and 0 <= expert_id < self.config.num_experts
         spec, record = self._quantized_record(self.find(role, layer))
@@ -162,10 +169,10 @@ class Checkpoint:
         return weight, scales
 
     def verify(self) -> int:
-        """Reads every byte of every array, a chunk at a time; returns how many.
+        """Reads every byte of every array, in chunks; returns their number.
 
         Raises:
-            TensorValueError: a float is NaN or infinite, or a scale not above zero.
+            TensorValueError: a float is NaN or infinite, or a scale is not above 0.
             CheckpointError: a file cannot be read.
         """
         return sum(_verify_tensor(record) for record in self.records)
@@ -197,18 +204,18 @@ class Checkpoint:
 
 
 def _slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
-    """Where one expert of a stack lies."""
+    """The place of one expert of a stack."""
     num_bytes = record.num_bytes // record.shape[0]
     offset = record.offset + expert_id * num_bytes
     return ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
 
 
 def _find_directories(path: Path) -> tuple[Path, Path]:
-    """Where the tensors lie, and where the configuration would."""
-    # Not resolved: a ckpt-0 that links elsewhere still has its config.json beside the link.
+    """The directory of the tensors, and the directory of the configuration."""
+    # Links are not resolved: if ckpt-0 is a link, config.json is beside the link.
     path = Path(os.path.abspath(path))
     if not path.is_dir():
-        raise CheckpointError(path, "not a directory")
+        raise CheckpointError(path, "is not a directory")
     if (path / CHECKPOINT_DIR).is_dir():
         return path / CHECKPOINT_DIR, path
     return path, path.parent
@@ -225,17 +232,17 @@ def _check_files(ckpt_dir: Path, specs: tuple[TensorSpec, ...], hint: str) -> No
     if not found:
         raise TensorLayoutError(ckpt_dir, f"holds no {TENSOR_PREFIX}* file")
     if missing := expected - found:
-        name, problem = min(missing), "missing"
+        name, problem = min(missing), "is missing"
     else:
-        name, problem = min(found - expected), "superfluous"
+        name, problem = min(found - expected), "does not belong to the model"
     counts = f"expected {len(expected)} tensor files, found {len(found)}"
     raise TensorLayoutError(ckpt_dir / name, f"{problem}: {counts}{_layers_of(found)}{hint}")
 
 
 def _layers_of(found: set[str]) -> str:
-    """When the number of files is right for some other number of layers, that says most."""
+    """Says for which number of layers the number of files would be right, if there is one."""
     num_layers, rest = divmod(len(found) - NUM_SHARED_TENSORS, len(LAYER_ROLES))
-    return f", as many as {num_layers} layers have" if num_layers > 0 and not rest else ""
+    return f", which is right for {num_layers} layers" if num_layers > 0 and not rest else ""
 
 
 def _scan_tensor(ckpt_dir: Path, spec: TensorSpec, hint: str) -> TensorRecord:
@@ -245,7 +252,7 @@ def _scan_tensor(ckpt_dir: Path, spec: TensorSpec, hint: str) -> TensorRecord:
 
 
 def _verify_tensor(record: TensorRecord) -> int:
-    # Read, not mapped: a failing disk is then an error here instead of the end of the process.
+    # Read, not mapped: a disk failure then raises an error instead of killing the process.
     with open_regular(record.path) as (fd, _):
         for array in record.arrays:
             for chunk in _chunks(record.path, fd, array):
@@ -263,16 +270,16 @@ def _chunks(path: Path, fd: int, array: ArrayRecord) -> Iterator[np.ndarray]:
             raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
         usable = len(chunk) - len(chunk) % array.dtype.itemsize
         if not usable:
-            raise CorruptTensorError(path, f"truncated at byte {position} since it was scanned")
+            raise CorruptTensorError(path, f"was truncated at byte {position} after it was scanned")
         yield np.frombuffer(chunk[:usable], dtype=array.dtype)
         position += usable
 
 
 def _verify_values(path: Path, values: np.ndarray) -> None:
-    """float32 is a plain tensor, bfloat16 are scales; 8-bit weights cannot be wrong."""
+    """Checks float32 (a plain tensor) and bfloat16 (scales). Every value of int8 is valid."""
     if values.dtype == FLOAT32 and not np.isfinite(values).all():
-        raise TensorValueError(path, "holds a NaN or an infinity")
+        raise TensorValueError(path, "holds a value that is NaN or infinite")
     if values.dtype == BFLOAT16:
         scales = values.astype(np.float32)
         if not (np.isfinite(scales) & (scales > 0)).all():
-            raise TensorValueError(path, "holds a scale that is NaN, infinite or not above zero")
+            raise TensorValueError(path, "holds a scale that is NaN, infinite or not above 0")

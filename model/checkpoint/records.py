@@ -1,4 +1,4 @@
-"""Where the arrays of a tensor file lie: what a scan finds, before any payload is read."""
+"""The places of the arrays of a tensor file: the result of a scan, which reads no payload."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ INT8 = np.dtype(np.int8)
 
 @dataclass(frozen=True, slots=True)
 class ArrayRecord:
-    """One C-ordered little-endian array: `num_bytes` bytes of the file from `offset` on."""
+    """An array in a file: `num_bytes` bytes from `offset` on, in C order, little-endian."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -63,5 +63,5 @@ TensorRecord = PlainArray | QuantizedArray
 
 
 def describe_array(dtype: np.dtype, shape: tuple[int, ...]) -> str:
-    """For messages: `int8 [8, 128, 688]`."""
+    """For example `int8 [8, 128, 688]`, for messages."""
     return f"{dtype.name} {list(shape)}"

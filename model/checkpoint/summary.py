@@ -1,8 +1,8 @@
-"""What `milliways inspect` says of a checkpoint: counts, bytes, and memory per worker.
+"""What `milliways inspect` prints about a checkpoint: counts, bytes, and memory per worker.
 
-Conventions: a parameter is an element of a weight, scales are not counted, and the embedding, which
-also makes the logits, counts once. Active are the parameters that one token meets: all but those
-of the experts not chosen for it. GB is 1e9 bytes.
+A parameter is an element of a weight; the scales of quantized weights are not counted. The
+embedding is counted once, although the logits are computed with it too. The active parameters of a
+token are all parameters minus those of the experts that are not chosen for it. 1 GB is 1e9 bytes.
 """
 
 import math
@@ -16,12 +16,12 @@ from milliways.model.checkpoint.records import TensorRecord
 from milliways.model.config import ModelConfig
 
 _BYTES_PER_GB = 1e9
-_BYTES_PER_KV_VALUE = 2  # bfloat16
+_BYTES_PER_KV_VALUE = 2  # The figures assume a bfloat16 KV cache.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleSummary:
-    """All tensors of one role together; array bytes are without the pickle around them."""
+    """Totals of one `TensorRole`'s tensors. File bytes include the pickle around the arrays."""
 
     role: str
     num_tensors: int
@@ -32,9 +32,9 @@ class RoleSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardMemory:
-    """Weights of one worker that holds all attention layers and a share of the experts.
+    """Bytes of one worker's weights, if every worker has all attention layers and some experts.
 
-    Attention bytes include the norms and the gate, embedding bytes the final norm.
+    Attention bytes include a layer's norms and gate. Embedding bytes include the final norm.
     """
 
     worker_index: int
@@ -54,6 +54,8 @@ class ShardMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSummary:
+    """All figures of a checkpoint."""
+
     num_tensors: int
     num_layers: int
     num_experts: int
@@ -68,7 +70,7 @@ class CheckpointSummary:
 
 
 def summarize(checkpoint: Checkpoint, num_workers: int) -> CheckpointSummary:
-    """Adds up what the scan found; reads nothing."""
+    """Adds up the records of the scan; reads no file."""
     config = checkpoint.config
     roles = tuple(_summarize_role(role, checkpoint) for role in TensorRole)
     num_parameters = sum(role.num_parameters for role in roles)
@@ -88,19 +90,19 @@ def summarize(checkpoint: Checkpoint, num_workers: int) -> CheckpointSummary:
 
 
 def kv_bytes_per_token(config: ModelConfig) -> int:
-    """Keys and values of all layers in bfloat16."""
+    """The bytes of a token's keys and values in all layers, if the KV cache is bfloat16."""
     return 2 * config.num_layers * config.kv_size * _BYTES_PER_KV_VALUE
 
 
 def experts_per_worker(num_experts: int, num_workers: int) -> tuple[int, ...]:
-    """How many whole experts of a layer each worker holds, as even as can be."""
+    """The number of experts of a layer on each worker, as even as possible; the first have more."""
     assert num_workers >= 1
     fewest, num_with_one_more = divmod(num_experts, num_workers)
     return tuple(fewest + (worker < num_with_one_more) for worker in range(num_workers))
 
 
 def to_json(summary: CheckpointSummary) -> dict[str, Any]:
-    """Plain dicts and numbers, the workers' totals included."""
+    """The summary as dicts and numbers. Each worker also gets its totals."""
     values = asdict(summary)
     for worker, memory in zip(values["workers"], summary.workers, strict=True):
         worker["bytes_without_embedding"] = memory.bytes_without_embedding
@@ -185,8 +187,8 @@ def _format_roles(summary: CheckpointSummary) -> list[str]:
 
 def _format_workers(summary: CheckpointSummary) -> list[str]:
     lines = [
-        f"weights on each of {len(summary.workers)} workers, with all attention on every one and"
-        " the experts spread"
+        f"weights of each of {len(summary.workers)} workers, if every worker has all attention"
+        " layers and a share of the experts"
     ]
     for num_held in sorted({w.num_experts_per_layer for w in summary.workers}, reverse=True):
         alike = [w for w in summary.workers if w.num_experts_per_layer == num_held]
@@ -195,7 +197,7 @@ def _format_workers(summary: CheckpointSummary) -> list[str]:
 
 
 def _format_alike(workers: Sequence[ShardMemory], num_experts: int) -> list[str]:
-    """Workers that hold equally many experts follow one another and need equal memory."""
+    """One entry for a group of workers that hold equally many experts, so need equal memory."""
     one = workers[0]
     which = f"worker {one.worker_index}"
     if len(workers) > 1:

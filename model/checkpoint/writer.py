@@ -1,8 +1,8 @@
-"""Writes tensor files as the release has them, byte for byte what Python's own pickler would.
+"""Writes tensor files as in the release, with the same bytes that Python's pickler would write.
 
-Nothing is pickled here: the opcodes around a payload follow from dtype and shape alone, so they are
-laid down by hand, and the payload goes from the array's own memory to the file. A file appears
-under its name when it is whole.
+It uses no pickler. The opcodes around a payload depend on dtype and shape only, so this module
+writes them itself, and writes the payload directly from the array's memory. A file gets its name
+when it is complete.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _ENDS_OF_OBJECTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What the opcodes around an array depend on."""
+    """Dtype and shape of an array. They decide the opcodes around it."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class _Form:
 
 @dataclass(frozen=True, slots=True)
 class _Hole:
-    """Where in the stream the bytes of an array go."""
+    """A place in the stream for the bytes of an array."""
 
     array_index: int
     num_bytes: int
@@ -75,7 +75,7 @@ def write_plain(path: Path, array: np.ndarray) -> int:
     """Writes a float32 array; returns the size of the file.
 
     Raises:
-        TensorLayoutError: another dtype, or not one to three dimensions.
+        TensorLayoutError: the dtype is not float32, or there are not 1 to 3 dimensions.
     """
     form = _Form(array.dtype, array.shape)
     _check_form(path, form, FLOAT32)
@@ -86,7 +86,7 @@ def write_quantized(path: Path, weight: np.ndarray, scales: np.ndarray) -> int:
     """Writes int8 weights [..., K, N] and bfloat16 scales [..., G, N]; returns the file's size.
 
     Raises:
-        TensorLayoutError: another dtype, or scales that do not fit the weights.
+        TensorLayoutError: a dtype is wrong, or the scales do not fit the weights.
     """
     weight_form, scales_form = _Form(weight.dtype, weight.shape), _Form(scales.dtype, scales.shape)
     _check_form(path, weight_form, INT8)
@@ -101,11 +101,11 @@ def write_quantized(path: Path, weight: np.ndarray, scales: np.ndarray) -> int:
 def write_checkpoint(
     ckpt_dir: Path, config: ModelConfig, tensor_of: Callable[[TensorSpec], TensorArrays]
 ) -> int:
-    """Writes every tensor of a model, one in memory at a time; returns the bytes of all files.
+    """Writes every tensor of a model, one after another; returns the bytes of all files.
 
     Raises:
-        TensorLayoutError: `tensor_of` gave another shape or dtype than the spec asks for, or the
-            directory holds tensor files that the model does not have.
+        TensorLayoutError: `tensor_of` returned another shape or dtype than the spec requires, or
+            the directory has tensor files that do not belong to the model.
         CheckpointError: the directory or a file cannot be written.
     """
     specs = tensor_specs(config)
@@ -117,22 +117,23 @@ def write_tensor(path: Path, spec: TensorSpec, arrays: TensorArrays) -> int:
     """Writes one tensor of a model; returns the size of its file.
 
     Raises:
-        TensorLayoutError: the arrays have another shape or dtype than the spec asks for.
+        TensorLayoutError: the arrays have another shape or dtype than the spec requires.
         CheckpointError: the file cannot be written.
     """
     weight, *scales = arrays if isinstance(arrays, tuple) else (arrays,)
     if weight.shape != spec.shape or bool(scales) != spec.quantized:
         found = " with scales ".join(describe_array(a.dtype, a.shape) for a in (weight, *scales))
-        raise TensorLayoutError(path, f"{spec.name}: expected {expected(spec)}, given {found}")
+        raise TensorLayoutError(path, f"{spec.name}: expected {expected(spec)}, got {found}")
     if scales:
         return write_quantized(path, weight, scales[0])
     return write_plain(path, weight)
 
 
 def write_sparse_checkpoint(ckpt_dir: Path, config: ModelConfig, *, num_row_blocks: int = 8) -> int:
-    """A checkpoint of zeros whose payloads take no space on disk; for tests of size, not values.
+    """Writes a checkpoint of zeros whose payloads take no space on disk, for tests of sizes.
 
-    `num_row_blocks` is G of the matrices that the release quantised in row blocks, 1 elsewhere.
+    `num_row_blocks` is G of the matrices that the release quantised in row blocks. G of all others
+    is 1.
     """
     specs = tensor_specs(config)
     _prepare_directory(ckpt_dir, specs)
@@ -147,7 +148,8 @@ def _prepare_directory(ckpt_dir: Path, specs: Sequence[TensorSpec]) -> None:
         raise CheckpointError(ckpt_dir, f"cannot be written: {error.strerror}") from error
     if foreign := found - {spec.file_name for spec in specs}:
         raise TensorLayoutError(
-            ckpt_dir / min(foreign), f"superfluous: the model to write has {len(specs)} files"
+            ckpt_dir / min(foreign),
+            f"does not belong to the model to write, which has {len(specs)} files",
         )
 
 
@@ -162,7 +164,7 @@ def _write_sparse(path: Path, spec: TensorSpec, num_row_blocks: int) -> int:
 
 def _check_form(path: Path, form: _Form, dtype: np.dtype) -> None:
     if form.dtype != dtype:
-        raise TensorLayoutError(path, f"expected {dtype.name}, given {form.dtype}")
+        raise TensorLayoutError(path, f"expected {dtype.name}, got {form.dtype}")
     if not 1 <= len(form.shape) <= _MAX_WRITTEN_DIMS or 0 in form.shape:
         raise TensorLayoutError(path, f"cannot write an array of shape {list(form.shape)}")
 
@@ -171,7 +173,13 @@ def _check_form(path: Path, form: _Form, dtype: np.dtype) -> None:
 
 
 class _Stream:
-    """What the pickler would have written so far: opcodes, framed, with a memo by label."""
+    """The opcodes that the pickler would have written so far, in frames, with a memo by label.
+
+    Invariant: `_pieces` has the complete frames, `_frame` the pieces of the frame that is open.
+    `_num_frame_bytes` is the size of `_frame`.
+
+    Invariant: `_memo` maps the label of each memoized object to its index, counted from 0.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[_Piece] = [bytes([Op.PROTO, PROTOCOL])]
@@ -185,13 +193,13 @@ class _Stream:
         return self._pieces
 
     def put(self, op: Op, argument: bytes = b"") -> None:
-        # The pickler looks at the size of its frame before each object, not before what ends one.
+        # The pickler checks the size of its frame before each object, not inside an object.
         if op not in _ENDS_OF_OBJECTS and self._num_frame_bytes >= FRAME_TARGET_BYTES:
             self._close_frame()
         self._add(bytes([op]) + argument)
 
     def memoize(self, label: str) -> None:
-        """The pickler stores by object; one object here is one label."""
+        """Memoizes the last object. The pickler uses its identity, we use a label."""
         assert label not in self._memo
         self._memo[label] = len(self._memo)
         self.put(Op.MEMOIZE)
@@ -217,7 +225,7 @@ class _Stream:
             self.put(Op.BININT, value.to_bytes(4, "little", signed=True))
 
     def hole(self, hole: _Hole) -> None:
-        """A bytes object; a large one lies between frames."""
+        """Adds a bytes object. A large one goes between frames."""
         op, length = _bytes_header(hole.num_bytes)
         if hole.num_bytes >= FRAME_TARGET_BYTES:
             self._close_frame()
@@ -272,7 +280,7 @@ def _quantized_pieces(weight: _Form, scales: _Form) -> list[_Piece]:
 
 
 def _put_array(stream: _Stream, index: int, form: _Form) -> None:
-    # numpy 2 calls this module numpy._core; the release, and so its readers, know only this name.
+    # numpy 2 calls this module numpy._core. The release and its readers know only this name.
     _put_global(stream, "numpy.core.multiarray", "_reconstruct")
     _put_global(stream, "numpy", "ndarray")
     stream.integer(0)
@@ -340,8 +348,8 @@ def _put_tuple(stream: _Stream, label: str, num_items: int) -> None:
 
 
 def _write(path: Path, pieces: Sequence[_Piece], arrays: Sequence[np.ndarray] | None) -> int:
-    """Without arrays, holes stay holes."""
-    # A hidden name: what a dying writer leaves behind is no tensor file.
+    """Writes the pieces. Without arrays, payloads become holes of a sparse file."""
+    # A hidden name: if the process dies, the file that it leaves is not taken for a tensor file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -363,6 +371,6 @@ def _write_piece(file: BinaryIO, piece: _Piece, arrays: Sequence[np.ndarray] | N
     elif arrays is None:
         file.seek(piece.num_bytes, os.SEEK_CUR)
     else:
-        # Copies only an array that is not in C order already.
+        # This copies only an array that is not in C order.
         flat = np.ascontiguousarray(arrays[piece.array_index]).reshape(-1)
         file.write(flat.view(np.uint8).data)

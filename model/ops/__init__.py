@@ -1,13 +1,24 @@
-"""The few functions a layer is made of. `decoder` composes them and knows nothing of how they sum.
+"""The kernels of a layer, behind one interface. `decoder` composes them.
 
-    Ops        the interface (interface.py)
-    PureOps    XLA only, in fixed tiles (pure.py)
-    NativeOps  C++ kernels for CPUs (native.py, native/)
-    GpuOps     Pallas kernels for a GPU (gpu.py; imported from there, since Pallas takes its time)
+    import jax.numpy as jnp
+    from milliways.model.ops.select import KernelChoice, select_ops
 
-They keep one contract: a row's result has the same bits whatever rows stand beside it, however
-many, and wherever in the batch it stands. Reductions therefore never take their shape from the
-batch. Only GpuOps leaves it, for speed, where it is not made deterministic.
+    ops, loader = select_ops(KernelChoice())
+    print(ops.rms_norm(jnp.ones((2, 8)), jnp.ones(8)))
+
+It owns `Ops`, the interface (`interface`), its implementations, and the choice between them
+(`select`):
+
+    PureOps    XLA only, in tiles of a fixed size (`pure`)
+    NativeOps  C++ kernels for CPUs (`native`, native/)
+    GpuOps     Pallas kernels for a GPU (`gpu`; not imported here, since Pallas loads slowly)
+
+Invariants:
+
+- The result of a row has the same bits with any other rows in the batch, any number of rows, and
+  any position of the row. So the shape of a reduction never depends on the batch. GpuOps does not
+  promise this by default, for speed; it does if it is `deterministic`.
+- An implementation has no state and is hashable.
 """
 
 from milliways.model.ops.interface import Ops as Ops

@@ -1,12 +1,13 @@
-"""The kernels on a GPU: integer weights read as stored, sums in float32, two ways to pick a tile.
+"""The kernels for a GPU. They read integer weights as stored, and sum in float32.
 
     gpu_matmul      linear, and the grouped product under the experts
-    gpu_experts     sorting tokens by expert, the two kernels of an expert
+    gpu_experts     sorting of tokens by expert, and the two kernels of an expert
     gpu_attention   attention through the block table
     gpu_rows        norm and gate with a fixed order of summation
-    gpu_tiles       tile sizes, masked loads
+    gpu_tiles       tile sizes and masked loads
 
-All are Pallas kernels for its Triton backend. On a CPU they are interpreted: right, but slow.
+All are Pallas kernels for its Triton backend. On a CPU they are interpreted, which is correct but
+slow.
 """
 
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
 class GpuOps:
     """`Ops` for one GPU.
 
-    `attention` keeps a row's bits in any batch by its construction. Products, norm and gate do so
-    where `deterministic`: products then run in one tile for every number of rows, and norm and gate
-    in kernels of ours. By default the tile fits the number of rows, so that a product keeps its
-    bits only among the numbers that share a tile, and XLA reduces norm and gate as it likes. `rope`
-    and `weigh` sum nothing whose order could follow the number of rows: they are XLA's either way.
+    `attention` always gives a row the same bits in any batch. Products, norm and gate do so if
+    `deterministic` is set: products then have the same tile for every number of rows, and norm and
+    gate have kernels of their own. By default the tile depends on the number of rows, so the bits
+    of a product are equal only for numbers of rows with the same tile. Norm and gate are left to
+    XLA, which chooses the order of their sums. In `rope` and `weigh` no order of a sum can depend
+    on the number of rows, so XLA computes them in both cases.
 
-    `interpret` runs the kernels without a GPU; None does so where JAX computes on the CPU.
+    `interpret` runs the kernels without a GPU. None means: if JAX computes on the CPU.
     """
 
     deterministic: bool = False
@@ -76,7 +78,7 @@ class GpuOps:
                 hidden_TD, gate_DE, interpret=self._interpret()
             )
         else:
-            # HIGHEST: in TF32 near ties would choose other experts.
+            # HIGHEST: with TF32, near ties would choose other experts.
             logits_TE = jnp.dot(
                 hidden_TD.astype(jnp.float32), gate_DE, precision=lax.Precision.HIGHEST
             )

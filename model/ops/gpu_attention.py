@@ -1,8 +1,9 @@
-"""Attention over KV blocks on a GPU: one program for each row and key/value head.
+"""Attention over KV blocks on a GPU: one kernel program for each row and key/value head.
 
-A program looks its blocks up in the table and folds the keys in chunks of `CHUNK` positions counted
-from the sequence's beginning (online softmax). It knows of no other row: batch mates, padding and
-prefill chunking cannot reach its bits.
+A row is one token's query. A program finds the blocks of its row in the block table, and goes
+through their keys and values in chunks of `CHUNK` positions (online softmax). Each chunk begins at
+a multiple of `CHUNK` in the sequence, and a program reads no other row's query. So other rows,
+padding and the split of a prefill cannot change the bits of a row.
 """
 
 from functools import partial
@@ -32,7 +33,7 @@ def attention(
     *,
     interpret: bool,
 ) -> Float[Array, "T H K"]:
-    """`Ops.attention`; see there."""
+    """Implements `Ops.attention`."""
     num_rows, num_heads, key_size = query_THK.shape
     block_size, num_kv_heads = keys_NPRK.shape[1:3]
     shape = _Shape(num_heads // num_kv_heads, key_size, block_size, logit_scale)
@@ -40,7 +41,7 @@ def attention(
         partial(_attention_kernel, shape=shape),
         grid=(num_rows, num_kv_heads),
         out_shape=jax.ShapeDtypeStruct(query_THK.shape, jnp.float32),
-        # Twice the shared memory under float32, so fewer loads in flight.
+        # float32 needs twice the shared memory of bfloat16, so we keep fewer loads in flight.
         compiler_params=plgpu.CompilerParams(
             num_warps=4, num_stages=2 if keys_NPRK.dtype.itemsize == 2 else 1
         ),
@@ -57,7 +58,7 @@ def attention(
 
 
 class _Shape(NamedTuple):
-    """What the kernel knows before it is compiled."""
+    """The compile-time constants of the kernel: it is compiled for each combination of them."""
 
     heads_per_kv_head: int
     key_size: int
@@ -66,7 +67,7 @@ class _Shape(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """The online softmax of a program's heads after some keys."""
+    """The online softmax of a program's query heads, after some chunks of keys."""
 
     top_H: jax.Array
     total_H: jax.Array
@@ -101,7 +102,7 @@ def _attention_kernel(
     def fold(chunk: Any, folded: _Folded) -> _Folded:
         positions_S = chunk * CHUNK + lax.iota(jnp.int32, CHUNK)
         places_S, seen_S = _find(positions_S, num_keys, (tables_ref, visible_ref), row, shape)
-        # What another sequence left in a block is not even read: it may be NaN.
+        # What another sequence left in a block is not read: it may be NaN.
         keys_SK, values_SK = (
             _gather(ref, places_S, kv_head, widths, seen_S) for ref in (keys_ref, values_ref)
         )
@@ -114,7 +115,7 @@ def _attention_kernel(
         jnp.zeros((heads.size, widths.size), jnp.float32),
     )
     folded = lax.fori_loop(0, (num_keys + CHUNK - 1) // CHUNK, fold, nothing)
-    # A row that saw no key has mixed nothing: 0 / 1.
+    # A row that sees no key (padding) has a total of 0. Its output is 0 / 1, not NaN.
     total_H = jnp.where(folded.total_H > 0, folded.total_H, 1.0)
     store(out_ref, folded.mixed_HK / total_H[:, None], row, heads, widths)
 
@@ -122,7 +123,7 @@ def _attention_kernel(
 def _find(
     positions_S: jax.Array, num_keys: Any, refs: tuple[Any, Any], row: Any, shape: _Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Where the cache holds these positions of a row's sequence, and which of them it sees."""
+    """The index in the cache of each of these positions, and whether the row sees its key."""
     tables_ref, visible_ref = refs
     exists_S = positions_S < num_keys
     blocks_S = plgpu.load(
@@ -136,7 +137,7 @@ def _find(
 def _gather(
     ref: Any, places_S: jax.Array, kv_head: Any, widths: Span, seen_S: jax.Array
 ) -> jax.Array:
-    """Keys or values at some places; zeros where they are not seen."""
+    """Keys or values at the given places; zeros for those that are not seen."""
     size = (places_S.shape[0], widths.size)
     places_SK = jnp.broadcast_to(places_S[:, None], size)
     widths_SK = jnp.broadcast_to(lax.iota(jnp.int32, widths.size)[None, :], size)
@@ -149,7 +150,7 @@ def _gather(
 def _fold_scores(
     folded: _Folded, scores_HS: jax.Array, seen_S: jax.Array, values_SK: jax.Array
 ) -> _Folded:
-    """Adds a chunk of keys; one that a row does not see leaves it as it was, to the bit."""
+    """Adds a chunk to the softmax. A key that the row does not see changes no bit of the result."""
     seen_HS = jnp.broadcast_to(seen_S[None, :], scores_HS.shape)
     scores_HS = jnp.where(seen_HS, LOGIT_CAP * jnp.tanh(scores_HS / LOGIT_CAP), MASKED)
     top_H = jnp.maximum(folded.top_H, jnp.max(scores_HS, axis=1))

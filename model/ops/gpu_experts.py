@@ -1,9 +1,11 @@
-"""The experts on a GPU: assignments sorted by expert into whole tiles, two kernels over them.
+"""The experts on a GPU: assignments are sorted by expert into tiles, and two kernels run over them.
 
-1. Each expert's assignments fill tiles of a fixed number of rows, the last one padded.
-2. One kernel computes gate, up and GeGLU; another the projection down. A tile reads the weights of
-   its own expert, so the weights of an expert that nobody chose are never read.
-3. Results are picked up by place; assignments to experts held elsewhere get zeros.
+An assignment is a pair of a token and one of its chosen experts.
+
+1. The assignments of each expert fill tiles of a fixed number of rows. The last tile is padded.
+2. One kernel computes gate, up and GeGLU, another the projection down. A tile reads the weights of
+   its own expert, so the weights of an expert that no token chose are never read.
+3. The result of each assignment is read from its place. If another shard has the expert, it is 0.
 """
 
 from typing import NamedTuple
@@ -18,12 +20,12 @@ from milliways.model.params import ExpertParams
 
 
 class Grouping(NamedTuple):
-    """Which token stands at which place of the sorted rows.
+    """The order of the sorted rows.
 
-    tokens_C          token at each place; an arbitrary one at padding
-    tile_experts_I    expert of each tile; -1 for tiles that this batch does not need
-    places_TA         place of each assignment; 0 where its expert is held elsewhere
-    is_held_TA        whether its expert is held here
+    tokens_C          the token at each place; any token in padding
+    tile_experts_I    the expert of each tile; -1 for tiles that this batch does not need
+    places_TA         the place of each assignment; 0 if another shard has its expert
+    is_held_TA        whether this shard has the expert of the assignment
     """
 
     tokens_C: jax.Array
@@ -42,7 +44,7 @@ def expert_ffn(
 ) -> Float[Array, "T A D"]:
     """down(gelu(x @ gate) * (x @ up)) of each token's chosen experts, float32.
 
-    The product between the kernels is of the activation dtype, as is all that enters a product.
+    The array between the two kernels has the activation dtype, like every input of a product.
     """
     grouping = group_by_expert(expert_ids_TA, experts.num_experts, tile.rows)
     rows_CD = hidden_TD[grouping.tokens_C]
@@ -58,7 +60,7 @@ def expert_ffn(
             interpret=interpret,
         )
     else:
-        # No release has them unlike: two products, and the rest left to XLA.
+        # No released model has different numbers here. This takes two products, and XLA's GeGLU.
         gate_CF, up_CF = (
             grouped_matmul(
                 rows_CD, grouping.tile_experts_I, (matrix,), tile=tile, interpret=interpret
@@ -77,7 +79,7 @@ def expert_ffn(
 
 
 def group_by_expert(expert_ids_TA: Int[Array, "T A"], num_experts: int, tile_rows: int) -> Grouping:
-    """Places assignments in runs of `tile_rows`, expert by expert, in the order of the batch."""
+    """Puts assignments into tiles of `tile_rows`, by expert, then in the order of the batch."""
     num_tokens, num_selected = expert_ids_TA.shape
     num_tiles = max_num_tiles(num_tokens * num_selected, num_experts, tile_rows)
     is_held_TA = (expert_ids_TA >= 0) & (expert_ids_TA < num_experts)
@@ -103,6 +105,9 @@ def group_by_expert(expert_ids_TA: Int[Array, "T A"], num_experts: int, tile_row
 
 
 def max_num_tiles(num_assignments: int, num_experts: int, tile_rows: int) -> int:
-    """Tiles enough for any choice: every chosen expert may leave all but one row of one empty."""
+    """The number of tiles that is enough for any choice of experts.
+
+    In the worst case, each chosen expert has one tile with only one row.
+    """
     num_padding = min(num_experts, num_assignments) * (tile_rows - 1)
     return max(1, (num_assignments + num_padding) // tile_rows)

@@ -1,13 +1,14 @@
-"""Rows times quantised matrices on a GPU, the weights read as they are stored.
+"""Products of rows and quantised matrices on a GPU. They read the weights as they are stored.
 
-A program loads an integer tile, converts it in registers, multiplies it on tensor cores, and gives
-each scale row's sum its scales: a dequantised weight exists nowhere but there. Nothing else is sure
-of that: XLA may fuse the conversion into its own product, but it times the candidates and may as
-well pick a library's, before which it writes the converted matrix out.
+A program loads a tile of integers, converts it in registers, multiplies it on tensor cores, and
+multiplies the sum of each scale row with its scales. So dequantised weights exist in registers
+only. XLA does not guarantee that. It may fuse the conversion into its own product, but it times
+several candidates, and may choose a library's product. Then it writes the converted matrix to
+memory first.
 
-Bits: a row is summed over its inputs in steps of `tile.depth`, in order, by one program, and what
-else the tile holds does not enter the sum. So its bits depend on the tile chosen, not on the number
-of rows, as long as one tile is used throughout.
+Bits: one program sums a row over its inputs in steps of `tile.depth`, in order. The other rows of
+the tile are not part of the sum. So with the same tile, a row has the same bits for any number of
+rows.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from milliways.model.ops.gpu_tiles import MatmulTile, Span, dot, load, store
 from milliways.model.params import Matrix, QuantizedMatrix
 
-# Takes the scaled float32 sums of each matrix, gives what is written.
+# Takes the scaled float32 sums of each matrix, returns the values to write.
 Epilogue = Callable[..., jax.Array]
 
 
@@ -34,12 +35,12 @@ def only(sums: jax.Array) -> jax.Array:
 
 
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The epilogue of an expert's first half."""
+    """The epilogue of the first half of an expert."""
     return jax.nn.gelu(gate, approximate=True) * up
 
 
 def plain(matrix: Matrix) -> QuantizedMatrix:
-    """The matrix, which must not be packed."""
+    """Asserts that the matrix is not packed, and returns it."""
     assert isinstance(matrix, QuantizedMatrix), "packed for the CPU kernels, not for a GPU"
     return matrix
 
@@ -63,13 +64,13 @@ def grouped_matmul(
     epilogue: Epilogue = only,
     out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "C N"]:
-    """Each run of `tile.rows` rows times the matrices of its own expert, joined by `epilogue`.
+    """Each tile of `tile.rows` rows times the matrices of its expert, combined by `epilogue`.
 
-    Rows whose tile names expert -1 are neither computed nor written: their results are arbitrary.
+    The rows of a tile with expert -1 are not computed and not written: they are arbitrary.
     """
     num_groups = {stack.num_scale_rows for stack in stacks}
-    assert len(num_groups) == 1, "matrices that are summed together have their scale rows alike"
-    # The lowering computes places in 32 bits, whatever their number, below 4 GiB.
+    assert len(num_groups) == 1, "matrices that are summed together need equal scale rows"
+    # The lowered code computes indices in 32 bits for arrays below 4 GiB.
     assert all(stack.weight.size < 2**31 for stack in stacks)
     (num_rows, num_in), num_out = rows_CK.shape, stacks[0].weight.shape[-1]
     shape = _Shape(num_rows, num_in, num_out, num_groups.pop(), tile)
@@ -84,7 +85,7 @@ def grouped_matmul(
 
 
 class _Shape(NamedTuple):
-    """What a kernel knows before it is compiled."""
+    """The compile-time constants of the kernel: it is compiled for each combination of them."""
 
     num_rows: int
     num_in: int
@@ -96,7 +97,7 @@ class _Shape(NamedTuple):
 def _matmul_kernel(
     tile_experts_ref: Any, rows_ref: Any, *refs: Any, shape: _Shape, epilogue: Epilogue
 ) -> None:
-    # Programs of one column tile run side by side, so that they share its weights in the cache.
+    # Programs of the same column tile run at the same time, to share its weights in the cache.
     row_tile, col_tile = pl.program_id(0), pl.program_id(1)
     tile, out_ref = shape.tile, refs[-1]
     expert = tile_experts_ref[row_tile]
@@ -116,7 +117,7 @@ def _scaled_sums(
     where: tuple[Any, Span, Span],
     shape: _Shape,
 ) -> tuple[jax.Array, ...]:
-    """A float32 sum for each matrix: each scale row's inputs summed, scaled, then added."""
+    """The float32 sum for each matrix: the sum of each scale row is scaled, then added."""
     expert, rows, cols = where
     tile, group_size = shape.tile, shape.num_in // shape.num_groups
     zeros = tuple(jnp.zeros((rows.size, cols.size), jnp.float32) for _ in weight_refs)
@@ -145,7 +146,8 @@ def _scaled_sums(
 def _product(rows: jax.Array, weight: jax.Array) -> jax.Array:
     """Exact products of activations and integer weights, summed in float32.
 
-    bfloat16 holds every int8, but not every int16: that is split in two halves that it does hold.
+    bfloat16 represents every int8, but not every int16. So an int16 is split into two parts, which
+    bfloat16 represents.
     """
     if weight.dtype == jnp.int8 or rows.dtype == jnp.float32:
         return dot(rows, weight.astype(rows.dtype))

@@ -1,7 +1,7 @@
-"""Norm and gate on a GPU with the order of every sum written down: one program for each row.
+"""Norm and gate on a GPU with a fixed order of every sum: one program for each row.
 
-XLA picks how to reduce a row from the number of rows and from what it fuses the row with. These two
-kernels leave it no choice.
+XLA chooses how to reduce a row by the number of rows, and by the operations that it fuses with the
+sum. These two kernels fix the order instead.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ GATE_STEP = 256
 def rms_norm(
     hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"], *, interpret: bool
 ) -> Float[Array, "T D"]:
-    """`Ops.rms_norm`; see there."""
+    """Implements `Ops.rms_norm`."""
     return pl.pallas_call(
         partial(_norm_kernel, width=hidden_TD.shape[1]),
         grid=(hidden_TD.shape[0],),
@@ -38,7 +38,7 @@ def rms_norm(
 def gate_probabilities(
     hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], *, interpret: bool
 ) -> Float[Array, "T E"]:
-    """softmax(hidden @ gate) of each row, in float32 throughout: no tensor core, no TF32."""
+    """softmax(hidden @ gate) of each row, all in float32: no tensor cores, no TF32."""
     (num_rows, width), num_experts = hidden_TD.shape, gate_DE.shape[1]
     return pl.pallas_call(
         partial(_gate_kernel, width=width, num_experts=num_experts),
@@ -53,7 +53,7 @@ def gate_probabilities(
 def choose_best(
     probabilities_TE: Float[Array, "T E"], num_selected: int
 ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
-    """The best experts of each row in order; of equals the lowest id, which argmax promises."""
+    """The best experts of each row, best first; of equal ones the lowest id, as in argmax."""
     ids, weights = [], []
     left_TE = probabilities_TE
     for _ in range(num_selected):

@@ -1,7 +1,7 @@
-"""What the GPU kernels share: the sizes of their tiles, and loads that stop at an array's border.
+"""Shared parts of the GPU kernels: tile sizes, and loads that stop at the border of an array.
 
-Triton wants sizes that are powers of two, and reads whatever lies beyond an array. So every load
-and store here goes through a `Span` on each axis, and is masked where a span may overhang.
+Triton needs sizes that are powers of two, and would read memory after the end of an array. So each
+load and store here has a `Span` for each axis. It is masked if a span may reach over the border.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# The smallest side of a matrix product on tensor cores.
+# The smallest side of a matrix that tensor cores can multiply.
 SMALLEST_SIDE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatmulTile:
-    """One program's share of a matrix product: rows x columns, summed `depth` inputs at a time."""
+    """The part of a matrix product that one program computes: rows x columns.
+
+    It sums `depth` inputs at a time.
+    """
 
     rows: int
     cols: int
@@ -36,12 +39,12 @@ TILES = (
     MatmulTile(rows=64, cols=128, depth=64, num_warps=8),
     MatmulTile(rows=128, cols=128, depth=64, num_warps=8),
 )
-# Exact float32 products run on ordinary cores, where a larger tile would spill its registers.
+# Exact float32 products run on ordinary cores. A larger tile would not fit into registers there.
 FLOAT32_TILE = MatmulTile(rows=16, cols=64, depth=32, num_stages=2)
 
 
 def choose_tile(num_rows: int, dtype: jnp.dtype, *, deterministic: bool) -> MatmulTile:
-    """The smallest tile that holds `num_rows`, or, where bits count, the one tile for all."""
+    """The smallest tile that holds `num_rows`; if `deterministic`, the same tile for all."""
     if dtype.itemsize > 2:
         return FLOAT32_TILE
     if deterministic:
@@ -50,7 +53,7 @@ def choose_tile(num_rows: int, dtype: jnp.dtype, *, deterministic: bool) -> Matm
 
 
 class Span(NamedTuple):
-    """`size` places from `start`, those at `limit` and beyond masked where `overhangs`."""
+    """`size` places from `start` on. If `overhangs`, those at or after `limit` are masked."""
 
     start: Any
     size: int
@@ -67,19 +70,19 @@ class Span(NamedTuple):
 
 
 def load(ref: Any, *index: Any) -> jax.Array:
-    """Reads a tile of one or two spans (after any scalars); zeros beyond their limits."""
+    """Reads a tile of one or two spans, after any scalars; zeros after the limits."""
     mask = inside(*index)
     other = None if mask is None else jnp.zeros((), ref.dtype)
     return plgpu.load(ref.at[_places(index)], mask=mask, other=other)
 
 
 def store(ref: Any, value: jax.Array, *index: Any) -> None:
-    """Writes a tile, leaving what lies beyond the limits alone."""
+    """Writes a tile; writes nothing after the limits."""
     plgpu.store(ref.at[_places(index)], value, mask=inside(*index))
 
 
 def inside(*index: Any) -> jax.Array | None:
-    """The mask of the spans of an index; None where none overhangs."""
+    """The mask of the spans of an index; None if no span overhangs."""
     spans = [part for part in index if isinstance(part, Span)]
     if not any(span.overhangs for span in spans):
         return None
@@ -90,7 +93,7 @@ def inside(*index: Any) -> jax.Array | None:
 
 
 def padded(size: int) -> int:
-    """The power of two that holds `size` places, at least what tensor cores want."""
+    """The smallest power of two that holds `size` places and that tensor cores can multiply."""
     return max(SMALLEST_SIDE, 1 << (size - 1).bit_length())
 
 

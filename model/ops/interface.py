@@ -1,4 +1,4 @@
-"""What an implementation of the numerical kernels must offer."""
+"""The interface of the numerical kernels."""
 
 from typing import Protocol
 
@@ -9,19 +9,19 @@ from milliways.model.sampling import RowSummary
 
 
 class Ops(Protocol):
-    """Kernels over rows. T is any number of rows; float inputs are float32 or bfloat16.
+    """Kernels over any number of rows T. Float inputs are float32 or bfloat16.
 
-    Implementations are hashable and stateless, so that they can be static arguments of a jit.
+    Implementations are hashable and have no state, so that they can be static arguments of a jit.
     """
 
     @property
     def min_rows(self) -> int:
-        """Fewer rows cost as much as these, so a step is padded to them; a power of two."""
+        """A step has at least this many rows, a power of two: fewer would take as long."""
         ...
 
     @property
     def fuses_steps(self) -> bool:
-        """Whether a whole step is quick to compile as one program."""
+        """Whether a whole step should be compiled as one program, because that is quick."""
         ...
 
     def rms_norm(
@@ -37,7 +37,7 @@ class Ops(Protocol):
     def rope(
         self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]
     ) -> Float[Array, "T H K"]:
-        """Rotary embedding, halves layout: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+        """Rotary embedding of two halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
         Angles are position * 10000^(-2i/K), in float32.
         """
@@ -46,9 +46,9 @@ class Ops(Protocol):
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
     ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
-        """Softmax over all experts in float32, then the best A, not renormalised.
+        """Softmax over all experts in float32; returns the best A, not renormalised.
 
-        Ties go to the lower expert id. Columns stand in the order of the gate's ranking.
+        The best expert comes first. Of equal ones, the expert with the lower id comes first.
         """
         ...
 
@@ -58,25 +58,26 @@ class Ops(Protocol):
         expert_ids_TA: Int[Array, "T A"],
         experts: ExpertParams,
     ) -> Float[Array, "T A D"]:
-        """down(gelu(x @ gate) * (x @ up)) of each token's chosen experts, unweighted, in float32.
+        """down(gelu(x @ gate) * (x @ up)) of each token's chosen experts, in float32.
 
-        Ids index the stack of `experts`; an id outside it belongs to another shard and yields 0.
-        Only chosen experts are read.
+        The results are not multiplied with the gate's weights. Ids are indices into the stack of
+        `experts`. An id outside it belongs to another shard and gives 0. The weights of experts
+        that no token chose are not read.
         """
         ...
 
     def weigh(
         self, outputs_TAD: Float[Array, "T A D"], gate_weights_TA: Float[Array, "T A"]
     ) -> Float[Array, "T D"]:
-        """Float32 sum over the chosen experts, in the gate's ranking, never that of arrival."""
+        """The weighted float32 sum over the chosen experts, in the order of the gate's ranking."""
         ...
 
     def gumbel(self, key_2: UInt32[Array, " 2"], num_places: int) -> Float[Array, " V"]:
-        """Noise -log(-log(1 - u)); entry v is a function of the threefry key and v alone."""
+        """Noise -log(-log(1 - u)). Entry v depends only on the threefry key and on v."""
         ...
 
     def summarize_rows(self, logits_BV: Float[Array, "B V"]) -> RowSummary:
-        """Highest logit, the lowest id that has it, and the soft-max total of each row."""
+        """The highest logit of each row, the lowest id that has it, and the softmax's total."""
         ...
 
     def write_rows(
@@ -85,9 +86,10 @@ class Ops(Protocol):
         rows_TRK: Float[Array, "T R K"],
         places_T: Int[Array, " T"],
     ) -> Float[Array, "N P R K"]:
-        """The blocks with each row written to its place, position p of block n being n * P + p.
+        """The blocks, with each row written to its place: n * P + p is position p of block n.
 
-        A place of N * P or more drops its row. In place where the blocks are donated.
+        A row is dropped if its place is N * P or more. The write is in place if the blocks are
+        donated.
         """
         ...
 
@@ -101,8 +103,9 @@ class Ops(Protocol):
         positions_T: Int[Array, " T"],
         logit_scale: float,
     ) -> Float[Array, "T H K"]:
-        """Each row over the visible keys at positions <= its own; 30 * tanh(logit / 30) caps.
+        """Attention of each row to the visible keys at positions up to its own.
 
-        A row at position -1 is padding. A row that sees no key gets zeros.
+        Logits are capped by 30 * tanh(logit / 30). A row at position -1 is padding. A row that sees
+        no key gets zeros.
         """
         ...

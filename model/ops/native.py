@@ -1,8 +1,8 @@
-"""The kernels in C++ (model/ops/native/), behind XLA custom calls. For CPUs.
+"""The kernels in C++ for CPUs (model/ops/native/), called through XLA custom calls.
 
-A matrix is copied once, at loading, into panels that the kernels read in one sweep; JAX then holds
-that copy and there is no other. Experts may instead stay in their mapped files. Every element of a
-result is summed in one fixed order, whatever the batch, the threads and the instruction set.
+At loading, a matrix is copied once into panels, which the kernels read sequentially. JAX owns that
+copy; there is no other. Experts may stay in their mapped files instead. Every element of a result
+is summed in one fixed order, with any batch, number of threads and instruction set.
 """
 
 import ctypes
@@ -45,24 +45,24 @@ _TARGETS = (
     "summarize_rows",
 )
 _ALIGNMENT = 64
-# Larger arrays get pages of 2 MiB: a token sweeps through all weights, and small pages run out of
-# the processor's address cache.
+# Larger arrays get pages of 2 MiB. Each token reads all weights, and with small pages the
+# processor's TLB would be too small.
 _HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, loaded and made known to JAX on first use.
+    """The compiled kernels; loads and registers them with JAX on first use.
 
     Raises:
-        KernelsMissingError: they were not built, or cannot be loaded here.
+        KernelsMissingError: they were not compiled, or cannot be loaded on this machine.
     """
     folder = Path(__file__).parent
     paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise KernelsMissingError(
-            "the CPU kernels were not compiled (no C++ compiler at installation?)"
+            "the CPU kernels were not compiled (was there a C++ compiler at installation?)"
         )
     try:
         loaded = ctypes.CDLL(str(path))
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL:
         raise KernelsMissingError(f"the CPU kernels cannot be loaded: {error}") from error
     except AttributeError as error:
         raise KernelsMissingError(
-            f"the CPU kernels were compiled from other sources than these: {error}"
+            f"the CPU kernels were compiled from another version of the sources: {error}"
         ) from error
     for name, handler in handlers.items():
         capsule = jax.ffi.pycapsule(handler)
@@ -81,32 +81,32 @@ def library() -> ctypes.CDLL:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """How many threads compute; at first as many as this process may use processors."""
+    """Sets the number of threads that compute; the default is one for each usable processor."""
     library().mw_set_num_threads(num_threads)
 
 
 def num_threads() -> int:
-    """How many threads compute."""
+    """The number of threads that compute."""
     return library().mw_num_threads()
 
 
 def sources() -> str:
-    """A digest of the sources that the kernels were compiled from."""
+    """A digest of the sources from which the kernels were compiled."""
     return library().mw_sources().decode()
 
 
 def kernel_set() -> str:
-    """Which instruction set's kernels run: `avx2` or `portable`."""
+    """The kernels that run: `avx2` or `portable`."""
     return library().mw_kernels().decode()
 
 
 def use_kernel_set(name: str) -> bool:
-    """Chooses a set, for tests and measurements; False where this processor cannot run it."""
+    """Chooses the kernels, for tests and measurements; False if this processor cannot run them."""
     return bool(library().mw_use_kernels(name.encode()))
 
 
 class NativeLoader:
-    """Packs matrices for the kernels; plain arrays go to JAX as they are."""
+    """Packs matrices for the kernels. Plain arrays are copied unchanged."""
 
     reads_experts = True
 
@@ -115,7 +115,7 @@ class NativeLoader:
         library()
 
     def array(self, host: np.ndarray) -> Array:
-        # Copied here, aligned, and then JAX's without another copy; the mapped file is let go.
+        # An aligned copy: JAX takes it over without another copy, and the file can be unmapped.
         own = _aligned_empty(host.shape, host.dtype)
         own[...] = host
         return _hand_over(own)
@@ -135,10 +135,13 @@ class NativeLoader:
 
 
 class MappedLoader(NativeLoader):
-    """Leaves experts in their mapped files: for models larger than memory.
+    """Leaves experts in their mapped files, for models that are larger than memory.
 
-    The kernels pack what they need on every use, so a token costs at least the reading of its
-    experts from the disk or its cache. The regions stay known as long as this loader lives.
+    The kernels pack an expert on every use, so each token reads its experts from the disk or from
+    the page cache.
+
+    Invariant: while the loader exists, the kernels know the regions in `_numbers`, and `_views`
+    keeps their files mapped.
     """
 
     reads_experts = False
@@ -171,9 +174,9 @@ class MappedLoader(NativeLoader):
 
 @dataclass(frozen=True, slots=True)
 class NativeOps:
-    """`Ops` by the kernels in C++; matrices must come from `NativeLoader`.
+    """`Ops` with the kernels in C++. The matrices must come from a `NativeLoader`.
 
-    In what numbers activations meet weights was settled when the matrices were packed.
+    Its `activations` decided how the matrices were packed, and so whether activations are rounded.
     """
 
     @property
@@ -256,7 +259,7 @@ class NativeOps:
         rows_TRK: Float[Array, "T R K"],
         places_T: Int[Array, " T"],
     ) -> Float[Array, "N P R K"]:
-        # XLA's own scatter copies the whole cache first, although it may overwrite it.
+        # XLA's own scatter would copy the whole cache, although it is allowed to overwrite it.
         outputs = jax.ShapeDtypeStruct(blocks_NPRK.shape, blocks_NPRK.dtype)
         write = _target("write_rows", outputs, input_output_aliases={0: 0})
         return write(blocks_NPRK, rows_TRK, places_T.astype(jnp.int32))
@@ -290,12 +293,12 @@ def _target(name: str, outputs: Any, **options: Any) -> Callable[..., Any]:
 
 
 def _call(name: str, shape: tuple[int, ...], *arrays: Array, **attributes: np.generic) -> Array:
-    """One kernel with one float32 result."""
+    """Calls a kernel that has one float32 result."""
     return _target(name, jax.ShapeDtypeStruct(shape, jnp.float32))(*arrays, **attributes)
 
 
 def _float32(array: Array) -> Array:
-    """bfloat16 is exact in float32, so the kernels know only the one."""
+    """The array as float32, the only input dtype of the kernels. bfloat16 is exact in it."""
     return array.astype(jnp.float32)
 
 
@@ -315,7 +318,7 @@ def _weights_and_scales(matrix: Matrix) -> tuple[Array, Array]:
 
 
 def _pack(parts: Sequence[HostMatrix], kind: int) -> PackedMatrix:
-    """Copies matrices of one shape into panels, each straight from its mapped file."""
+    """Copies matrices of the same shape into panels, directly from their mapped files."""
     (num_in, num_out), (num_groups, _) = parts[0][0].shape, parts[0][1].shape
     panel_bytes = library().mw_panel_bytes(kind, num_in, num_groups)
     assert panel_bytes > 0, (kind, num_in, num_groups)
@@ -336,7 +339,7 @@ def _pack(parts: Sequence[HostMatrix], kind: int) -> PackedMatrix:
 
 
 def _padded_scales(parts: Sequence[np.ndarray]) -> Array:
-    """float32 scales of a stack, a whole number of panels wide."""
+    """The float32 scales of a stack, padded to a multiple of the panel width."""
     num_groups, num_out = parts[0].shape
     padded = -(-num_out // PANEL_COLUMNS) * PANEL_COLUMNS
     scales = _aligned_empty((len(parts), num_groups, padded), np.dtype(np.float32))
@@ -347,7 +350,7 @@ def _padded_scales(parts: Sequence[np.ndarray]) -> Array:
 
 
 def _unmap(numbers: list[int], views: list[np.ndarray]) -> None:
-    """First no kernel can find the regions, then the files may go."""
+    """Unregisters the regions first, so that no kernel uses a file after it is unmapped."""
     for number in numbers:
         library().mw_unmap(number)
     views.clear()
@@ -358,7 +361,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if num_bytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Advice: a kernel without such pages refuses it, and nothing is lost but speed.
+        # A kernel without such pages refuses the advice. That only costs speed.
         with suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(pages, dtype).reshape(shape)

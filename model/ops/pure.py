@@ -1,8 +1,8 @@
-"""The kernels in plain JAX: correct everywhere, fast nowhere, the same bits in every batch.
+"""The kernels in plain JAX: they run everywhere, are slow, and give the same bits in every batch.
 
-XLA picks the order of a reduction from its shape, so a row summed in a batch of 3 differs in the
-last bit from the same row in a batch of 4. Every reduction here therefore runs over tiles of
-exactly `TILE` rows, the last one padded, and attention folds keys in chunks of `CHUNK` positions.
+XLA chooses the order of a reduction by its shape. So a row that is summed in a batch of 3 can
+differ in the last bit from the same row in a batch of 4. Every reduction here runs over tiles of
+exactly `TILE` rows, and the last one is padded. Attention sums over chunks of `CHUNK` positions.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ CHUNK = 64
 ROPE_BASE = 10000.0
 RMS_EPSILON = 1e-5
 LOGIT_CAP = 30.0
-# Finite, as in the reference: the difference of two masked logits must not be NaN.
+# Finite, as in the reference, so that the difference of two masked logits is not NaN.
 MASKED = -1e30
 
 
 @dataclass(frozen=True, slots=True)
 class PureOps:
-    """`Ops` by XLA alone; see `milliways.model.ops.interface` for what each method computes."""
+    """`Ops` with XLA alone; `interface` says what each method computes."""
 
     activations: Activations = Activations.EXACT
 
@@ -124,7 +124,7 @@ class _Cache(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Attention rows; `num_keys_T` is 0 for padding, which therefore sees nothing."""
+    """Rows of queries. `num_keys_T` is 0 for padding, which sees no key."""
 
     query_THK: Array
     block_tables_TM: Array
@@ -144,9 +144,9 @@ def _plain(matrix: Matrix) -> QuantizedMatrix:
 
 
 def _exact_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
-    """Sums each scale row's inputs, scales the sums, then adds them: exact dequantisation.
+    """Sums the inputs of each scale row, scales the sums, then adds them.
 
-    An int8 weight is exact in float32 and in bfloat16, so no rounding happens before the sum.
+    An int8 weight is exact in float32 and in bfloat16, so nothing is rounded before the sum.
     """
     num_in, num_out = matrix.weight.shape
     num_groups = matrix.num_scale_rows
@@ -159,9 +159,9 @@ def _exact_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
 
 
 def _int8_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
-    """As `_exact_tile`, with each row's blocks of inputs rounded to int8 beforehand.
+    """Like `_exact_tile`, but first rounds the inputs of each row to int8, in blocks.
 
-    Whole numbers up to 32 * 127 * 128 are exact in float32.
+    A sum is a whole number of at most 32 * 127 * 128, which is exact in float32.
     """
     num_in, num_out = matrix.weight.shape
     num_groups = matrix.num_scale_rows
@@ -172,7 +172,7 @@ def _int8_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
     weight_GKN = matrix.weight.astype(jnp.float32).reshape(num_groups, -1, num_out)
     weight_GKN = jnp.pad(weight_GKN, ((0, 0), (0, padding), (0, 0)))
     whole_TQK, scale_TQ = _round_blocks(blocks_TQK)
-    # One batch axis: given two, XLA on CPU (jax 0.10.2) reads memory that nobody wrote.
+    # One batch axis: with two, XLA on CPU (jax 0.10.2) reads uninitialised memory.
     parts_QTN = _dot("tqk,qkn->qtn", whole_TQK, weight_GKN.reshape(-1, QUANT_BLOCK, num_out))
     scaled_QTN = parts_QTN * scale_TQ.T[:, :, None]
     sums_GTN = jnp.sum(scaled_QTN.reshape(num_groups, -1, TILE, num_out), axis=1)
@@ -180,17 +180,18 @@ def _int8_tile(rows_TK: Array, matrix: QuantizedMatrix) -> Array:
 
 
 def _round_blocks(blocks_TQK: Array) -> tuple[Array, Array]:
-    """Whole numbers of at most 127, and what one is worth in each block.
+    """Rounds blocks to whole numbers of at most 127; also returns the scale of each block.
 
-    A NaN or an infinity makes its block worth NaN; a block below `LEAST_BLOCK` is worth 0.
+    A NaN or an infinity makes the scale of its block NaN. The scale is 0 if the largest value of
+    the block is below `LEAST_BLOCK`.
     """
     top_TQ1 = jnp.max(jnp.abs(blocks_TQK), axis=-1, keepdims=True)
-    is_sound_TQ1 = jnp.isfinite(top_TQ1) & (top_TQ1 >= LEAST_BLOCK)
-    inverse_TQ1 = jnp.where(is_sound_TQ1, 127.0 / jnp.where(is_sound_TQ1, top_TQ1, 1.0), 0.0)
-    worth_TQ1 = jnp.where(is_sound_TQ1, top_TQ1 * jnp.float32(1 / 127), 0.0)
-    worth_TQ1 = jnp.where(jnp.isfinite(top_TQ1), worth_TQ1, jnp.nan)
-    whole_TQK = jnp.where(is_sound_TQ1, jnp.round(blocks_TQK * inverse_TQ1), 0.0)
-    return whole_TQK, worth_TQ1[..., 0]
+    is_usable_TQ1 = jnp.isfinite(top_TQ1) & (top_TQ1 >= LEAST_BLOCK)
+    inverse_TQ1 = jnp.where(is_usable_TQ1, 127.0 / jnp.where(is_usable_TQ1, top_TQ1, 1.0), 0.0)
+    scale_TQ1 = jnp.where(is_usable_TQ1, top_TQ1 * jnp.float32(1 / 127), 0.0)
+    scale_TQ1 = jnp.where(jnp.isfinite(top_TQ1), scale_TQ1, jnp.nan)
+    whole_TQK = jnp.where(is_usable_TQ1, jnp.round(blocks_TQK * inverse_TQ1), 0.0)
+    return whole_TQK, scale_TQ1[..., 0]
 
 
 def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Array, Array]:
@@ -212,13 +213,13 @@ def rope_rows(
 
 
 def rope_frequencies(key_size: int) -> np.ndarray:
-    """Radians a position of each of the K/2 planes, float32."""
+    """The float32 angle in radians per position, for each of the K/2 pairs of values."""
     half = key_size // 2
     return (ROPE_BASE ** (-np.arange(half) / half)).astype(np.float32)
 
 
 def rope_angles(positions_T: Array, key_size: int) -> Array:
-    """Radians [T, K/2], float32."""
+    """The float32 angles [T, K/2] in radians."""
     return positions_T.astype(jnp.float32)[:, None] * rope_frequencies(key_size)[None, :]
 
 
@@ -234,7 +235,7 @@ def weigh_rows(
 
 
 def _dot(subscripts: str, left: Array, right: Array) -> Array:
-    """Sums in float32; HIGHEST keeps accelerators from cutting float32 operands to TF32."""
+    """Sums in float32. HIGHEST prevents accelerators from rounding float32 operands to TF32."""
     return jnp.einsum(
         subscripts,
         left,
@@ -281,7 +282,7 @@ def _expert_ffn(
         )
 
     def run_if_chosen(expert_id: Array, out: Array) -> Array:
-        # The branch, not only the loop's count: it keeps the weights of idle experts unread.
+        # A loop with no iteration is not enough: without the branch, XLA reads idle weights.
         chosen = group_sizes_E[expert_id] > 0
         return lax.cond(chosen, run_expert, lambda _, out: out, expert_id, out)
 
@@ -291,10 +292,10 @@ def _expert_ffn(
 
 
 def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
-    """Folds the keys chunk by chunk (online softmax), up to the longest row of the tile.
+    """Adds the keys chunk by chunk (online softmax), up to the longest row of the tile.
 
-    A chunk that lies wholly beyond a row changes nothing of it, not even a bit: its maximum stays,
-    the correction factor is exp(0) = 1, and it adds 0. So tile mates do not matter.
+    A chunk after the end of a row does not change any bit of it: the maximum stays, the correction
+    factor is exp(0) = 1, and 0 is added. So the other rows of the tile do not matter.
     """
     num_kv_heads, key_size = cache.keys_NPRK.shape[2:]
     block_size = cache.keys_NPRK.shape[1]
@@ -314,7 +315,7 @@ def _attention_tile(rows: _Rows, cache: _Cache, logit_scale: float) -> Array:
         seen = seen_TS[:, None, None, :]
         keys_TSRK = cache.keys_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
         values_TSRK = cache.values_NPRK[blocks].reshape(TILE, chunk, num_kv_heads, key_size)
-        # A weight of 0 does not silence a NaN that another sequence left in the block.
+        # A weight of 0 is not enough: 0 times a NaN that another sequence left is NaN.
         values_TSRK = jnp.where(seen_TS[:, :, None, None], values_TSRK, 0)
 
         scores = _dot("trgk,tsrk->trgs", query_TRGK, keys_TSRK) * logit_scale

@@ -1,4 +1,4 @@
-"""Which kernels compute here, and the loader that feeds them."""
+"""Chooses the kernels of this machine, and the loader that goes with them."""
 
 import logging
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Residence(Enum):
-    """Where experts stay: copied into memory, or in their mapped files."""
+    """Where experts are: copied into memory, or in their mapped files."""
 
     LOADED = "loaded"
     MAPPED = "mapped"
@@ -27,10 +27,11 @@ class Residence(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelChoice:
-    """What is asked of the kernels.
+    """What the kernels must be able to do.
 
-    `deterministic` matters on a GPU, where a row's bits in any batch have a price; a CPU keeps them
-    always. `num_threads` is for the compiled kernels; None leaves it to them.
+    `deterministic` matters on a GPU, where equal bits in any batch make kernels slower. On a CPU
+    bits are always equal. `num_threads` is the number of threads of the compiled kernels; None
+    leaves the choice to them.
     """
 
     activations: Activations = Activations.EXACT
@@ -40,21 +41,24 @@ class KernelChoice:
 
 
 def select_ops(wanted: KernelChoice) -> tuple[Ops, Loader]:
-    """The kernels of the default device: compiled ones on a CPU, Pallas' on a GPU.
+    """The kernels of the default device: compiled ones on a CPU, Pallas kernels on a GPU.
 
-    Where the compiled ones are missing, plain JAX gives the same tokens, and a warning says once
-    that it is slower.
+    If the compiled kernels are missing, plain JAX computes the same tokens. A warning then says
+    once that it is slower.
 
     Raises:
-        KernelsMissingError: no kernels here can do what is wanted.
+        KernelsMissingError: no kernels on this machine can do what is wanted.
     """
     if jax.default_backend() == "cpu":
         return _cpu_ops(wanted)
     needs_cpu = (Activations.INT8, Residence.MAPPED)
     if wanted.activations in needs_cpu or wanted.residence in needs_cpu:
-        raise KernelsMissingError("int8 activations and mapped experts are computed on a CPU only")
+        raise KernelsMissingError(
+            "int8 activations and mapped experts need a CPU, but JAX computes on"
+            f" {jax.default_backend()}"
+        )
     if jax.default_backend() == "gpu":
-        # Pallas takes a second to import, and a CPU needs none of it.
+        # Importing Pallas takes a second, and a CPU does not need it.
         from milliways.model.ops.gpu import GpuOps
 
         return GpuOps(deterministic=wanted.deterministic), DeviceLoader()
@@ -77,4 +81,6 @@ def _cpu_ops(wanted: KernelChoice) -> tuple[Ops, Loader]:
 
 @cache
 def _warn_once(reason: str) -> None:
-    logger.warning("%s; computing in plain JAX: the same tokens, many times slower", reason)
+    logger.warning(
+        "%s; using plain JAX, which computes the same tokens, but is much slower", reason
+    )

@@ -1,9 +1,9 @@
-"""From a member of the cluster to a link to it: greets the worker, takes the way they settle."""
+"""Opens links: greets a worker, then connects by the first transport that works."""
 
+import logging
 from collections.abc import Mapping
 
-from milliways.router.links.grpc_link import GrpcChannel
-from milliways.router.links.shm_link import ShmLink
+from milliways.router.links.opening import LinkClass, Opening, WorkerChannel
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
 from milliways.v1 import worker_pb2 as pb
@@ -11,17 +11,16 @@ from milliways.wire.errors import ConfigError, PeerLostError
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.tls import TlsSettings
+from milliways.wire.transports import AUTO, allowed_transports, load_class
 from milliways.wire.view import Member
 
-_WANTED: Mapping[str, pb.Transport] = {
-    "auto": pb.TRANSPORT_UNSPECIFIED,
-    "grpc": pb.TRANSPORT_GRPC,
-    "shm": pb.TRANSPORT_SHM,
-}
+logger = logging.getLogger(__name__)
+
+_LINKS = "milliways.router.links"
 
 
 class Connector:
-    """Opens a router's links. Used from the thread of its reactor, which hosts an event loop."""
+    """Opens a router's links. Used in the thread of its reactor, which hosts an event loop."""
 
     def __init__(
         self,
@@ -29,78 +28,74 @@ class Connector:
         *,
         router_id: str,
         host_id: str = "",
-        wanted: str = "auto",
+        wanted: str = AUTO,
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
     ) -> None:
-        """`wanted` is the setting `workers.transport`; `host_id` that of `local_host_id`."""
+        """`wanted` is the setting `workers.transport`; `host_id` is that of `local_host_id`.
+
+        Raises:
+            ConfigError: there is no such transport.
+        """
         self._reactor = reactor
+        self._router_id = router_id
+        self._wanted = wanted
         self._tls = tls or TlsSettings()
         self._limits = limits or LinkLimits()
-        self._wanted = wanted
-        self._greeting = pb.HelloRequest(
-            router_id=router_id, host_id=host_id, wanted=_WANTED[wanted]
-        )
+        self._hello = pb.HelloRequest(router_id=router_id, host_id=host_id)
+        # Best first.
+        self._links: dict[str, LinkClass] = {
+            transport.name: load_class(_LINKS, transport.link)
+            for transport in allowed_transports(wanted)
+        }
 
     def connect(self, member: Member) -> Pending[WorkerLink]:
-        """A link to one life of a worker.
+        """A link to one incarnation of a worker.
 
-        Fails with PeerLostError where that life is not to be reached, and with ConfigError where
-        shared memory is asked for and the worker is on another host.
+        Fails with PeerLostError if that incarnation cannot be reached, and with ConfigError if the
+        worker offers none of the transports that `wanted` allows.
         """
         return self._reactor.tasks.start(self._connect(member))
 
     async def _connect(self, member: Member) -> WorkerLink:
-        door = GrpcChannel(
-            self._reactor, member.worker_id, member.address, tls=self._tls, limits=self._limits
-        )
-        is_handed_over = False
+        channel = WorkerChannel(self._reactor, member, self._tls, self._limits)
+        opening = Opening(self._reactor, self._router_id, member, self._limits, channel)
         try:
-            response = await door.hello(self._greeting)
-            self._check(member, response)
-            link = await self._try_share(member, response)
-            if link is None:
-                link = door.exchange()
-                is_handed_over = True
-            return link
+            response = await channel.hello(self._hello)
+            _check_identity(member, response)
+            return await self._open_best(opening, endpoints_of(response))
         finally:
-            if not is_handed_over:
-                door.close()
+            opening.close()
 
-    async def _try_share(self, member: Member, response: pb.HelloResponse) -> ShmLink | None:
-        """A link by shared memory; None where it is not settled, or not to be had after all."""
-        if response.transport != pb.TRANSPORT_SHM:
-            return None
-        link = None
-        is_open = False
-        try:
-            link = ShmLink(
-                self._reactor,
-                member.worker_id,
-                member.incarnation,
-                socket_name=response.socket_name,
-                router_id=self._greeting.router_id,
-                limits=self._limits,
-            )
-            tasks = self._reactor.tasks
-            if not await tasks.wait_for(link.opened, self._limits.connect_timeout_s):
-                raise PeerLostError(member.worker_id, "no welcome in time")
-            link.opened.result()
-            is_open = True
-            return link
-        except PeerLostError:
-            if self._wanted == "shm":
-                raise
-            return None
-        finally:
-            if link is not None and not is_open:
-                link.close()
+    async def _open_best(self, opening: Opening, endpoints: Mapping[str, str]) -> WorkerLink:
+        member, error = opening.member, None
+        for name, link_class in self._links.items():
+            if name not in endpoints:
+                continue
+            try:
+                return await link_class.open(opening, endpoints[name])
+            except PeerLostError as lost:
+                logger.info("no connection by %s: %s", name, lost)
+                error = lost
+        if error is not None:
+            raise error
+        limit = f"auto, or one of {', '.join(sorted(endpoints))}, which {member.worker_id} offers"
+        raise ConfigError("workers.transport", self._wanted, limit)
 
-    def _check(self, member: Member, response: pb.HelloResponse) -> None:
-        met = (response.worker_id, response.incarnation)
-        if met != (member.worker_id, member.incarnation):
-            text = f"life {member.incarnation} is gone: {met[1]} of {met[0]} answers"
-            raise PeerLostError(member.worker_id, text)
-        if self._wanted == "shm" and response.transport != pb.TRANSPORT_SHM:
-            limit = f"auto or grpc: {member.worker_id} at {member.address} shares no memory with us"
-            raise ConfigError("workers.transport", self._wanted, limit)
+
+def _check_identity(member: Member, response: pb.HelloResponse) -> None:
+    worker_id, incarnation = response.worker_id, response.incarnation
+    if (worker_id, incarnation) != (member.worker_id, member.incarnation):
+        text = f"incarnation {member.incarnation} is gone: {incarnation} of {worker_id} answers"
+        raise PeerLostError(member.worker_id, text)
+
+
+def endpoints_of(response: pb.HelloResponse) -> Mapping[str, str]:
+    """The endpoint of a worker for each transport that it offers, by the transport's name."""
+    if response.endpoints:
+        return response.endpoints
+    # An older worker: it always takes Exchange streams.
+    endpoints = {"grpc": ""}
+    if response.socket_name:
+        endpoints["shm"] = response.socket_name
+    return endpoints

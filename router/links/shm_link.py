@@ -1,10 +1,9 @@
-"""A router's way to a worker on its host: payload in memory they share, a socket as doorbell."""
+"""A link to a worker on the same host: payload in shared memory, a Unix socket for the messages."""
 
 import socket
-from collections import deque
 
-from milliways.router.links.calls_out import CallsOut
-from milliways.runtime.reactor import Reactor
+from milliways.router.links.bounded_link import BoundedLink
+from milliways.router.links.opening import Opening
 from milliways.runtime.tasks import Pending
 from milliways.wire import codec
 from milliways.wire.calls import (
@@ -27,73 +26,60 @@ from milliways.wire.frames import (
     SegmentFrame,
     WelcomeFrame,
 )
-from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import Region, SharedMemory
 from milliways.wire.tensors import ALIGNMENT, MalformedMessageError, PayloadReader
 
-# Bytes of a row's expert ids in a response that is not known yet: 16 experts for each token.
+# Bytes for a row's expert ids in a response whose size is not known yet: 16 experts a token.
 _ID_BYTES_PER_ROW = 64
 
 
-class ShmLink:
-    """Allocates a region for each call, writes the request there, and reads the response there.
+class ShmLink(BoundedLink):
+    """Writes each request into a region of shared memory, and reads the response there.
 
-    Arrays of a result lie in the region, which is free again when they are gone. What does not fit
-    into the memory that may be shared travels in the socket instead.
+    The arrays of a result are in its region, which becomes free when they are deleted. A message
+    travels in the socket if no shared memory is left for it.
+
+    Invariant: each call in flight that has a region is in `_regions`, until its result is taken.
     """
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        worker_id: str,
-        incarnation: int,
-        *,
-        socket_name: str,
-        router_id: str,
-        limits: LinkLimits,
-    ) -> None:
-        """Raises PeerLostError where nobody listens any more."""
+    transport = "shm"
+
+    @classmethod
+    async def open(cls, opening: Opening, endpoint: str) -> "ShmLink":
+        """Connects to the worker's socket and waits for its welcome; raises PeerLostError."""
+        link = cls(opening, endpoint)
+        is_open = False
+        try:
+            tasks, timeout_s = opening.reactor.tasks, opening.limits.connect_timeout_s
+            if not await tasks.wait_for(link.opened, timeout_s):
+                raise PeerLostError(opening.member.worker_id, f"no welcome within {timeout_s:g} s")
+            link.opened.result()
+            is_open = True
+            return link
+        finally:
+            if not is_open:
+                link.close()
+
+    def __init__(self, opening: Opening, socket_name: str) -> None:
+        """Raises PeerLostError if no server listens at the socket."""
+        member, limits = opening.member, opening.limits
+        super().__init__(member.worker_id, limits)
         self.opened = Pending[None]()
-        self._worker_id = worker_id
-        self._incarnation = incarnation
-        self._max_calls_in_flight = limits.max_calls_in_flight
-        self._out = CallsOut(worker_id)
+        self._welcome = WelcomeFrame(PROTOCOL_VERSION, member.incarnation, member.worker_id)
         self._regions: dict[int, Region] = {}
         self._memory = SharedMemory(limits.first_segment_bytes, limits.max_shared_bytes)
-        self._waiting: deque[tuple[Call, Fence, Pending[Result]]] = deque()
-        # D, as far as results have shown it: what BeginBatch at layer 0 does not say.
+        # D as results have shown it, because BeginBatch at layer 0 does not say it.
         self._width = 0
         self._frames = FrameSocket(
-            reactor,
-            _connected(worker_id, socket_name),
+            opening.reactor,
+            _connected(member.worker_id, socket_name),
             max_frame_bytes=limits.max_message_bytes,
             on_frame=self._on_frame,
             on_lost=self._lose,
         )
-        self._frames.send(FrameKind.HELLO, HelloFrame(PROTOCOL_VERSION, router_id).pack())
+        self._frames.send(FrameKind.HELLO, HelloFrame(PROTOCOL_VERSION, opening.router_id).pack())
 
-    @property
-    def transport(self) -> str:
-        return "shm"
-
-    def ask(self, call: Call, fence: Fence) -> Pending[Result]:
-        """Sends a call, or queues it where as many as may be are out."""
-        pending = Pending[Result]()
-        if self._out.is_lost:
-            self._out.fail(pending)
-        elif len(self._out) >= self._max_calls_in_flight:
-            self._waiting.append((call, fence, pending))
-        else:
-            self._send(call, fence, pending)
-        return pending
-
-    def close(self) -> None:
-        """Breaks the connection. Arrays of results stay what they are."""
-        self._frames.close()
-        self._lose("closed")
-
-    def _send(self, call: Call, fence: Fence, pending: Pending[Result]) -> None:
-        call_id = self._out.add(pending)
+    def _send(self, call_id: int, call: Call, fence: Fence) -> None:
         parts = codec.encode_request(call_id, call, fence)
         region = self._allocate(parts.payload.num_bytes, self._response_bytes(call))
         if region is None:
@@ -126,10 +112,10 @@ class ShmLink:
         return region
 
     def _response_bytes(self, call: Call) -> int:
-        """The most that the payload of a call's result takes; too little only costs time."""
+        """Bytes to reserve for the payload of a call's result; too few only cost time."""
         match call:
             case RunExperts():
-                # As if all its experts were at this worker: counting costs more than the room.
+                # As if the worker had all the experts: counting would cost more than the memory.
                 width, itemsize = call.rows_TD.shape[1], call.rows_TD.itemsize
                 return call.expert_ids_TA.size * width * itemsize
             case BeginBatch():
@@ -139,7 +125,7 @@ class ShmLink:
                 num_rows, _, width = call.outputs_TAD.shape
             case _:
                 return 0
-        # Float32, as a residual stream is and activations may be.
+        # The residual stream is float32, and activations may be.
         return num_rows * (width * 4 + _ID_BYTES_PER_ROW) + ALIGNMENT
 
     def _on_frame(self, kind: int, body: bytes) -> None:
@@ -150,12 +136,11 @@ class ShmLink:
         elif kind == FrameKind.RESULT_INLINE:
             self._take_inline(body)
         else:
-            raise MalformedMessageError(f"a frame of kind {kind}")
+            raise MalformedMessageError(f"a frame of unexpected kind {kind}")
 
     def _check(self, welcome: WelcomeFrame) -> None:
-        expected = WelcomeFrame(PROTOCOL_VERSION, self._incarnation, self._worker_id)
-        if welcome != expected:
-            raise MalformedMessageError(f"{welcome}, not {expected}")
+        if welcome != self._welcome:
+            raise MalformedMessageError(f"{welcome}, not {self._welcome}")
         self.opened.resolve(None)
 
     def _take_result(self, frame: ResultFrame) -> None:
@@ -163,10 +148,11 @@ class ShmLink:
         region = self._regions.pop(fields.call_id, None)
         limit = region.num_response_bytes if region else 0
         if frame.num_bytes > limit:
-            raise MalformedMessageError(f"a result of {frame.num_bytes} bytes in room for {limit}")
+            text = f"a result of {frame.num_bytes} bytes in a region for {limit}"
+            raise MalformedMessageError(text)
         data = b"" if region is None else self._memory.response(region, frame.num_bytes)
         reader = PayloadReader(data, 0, frame.num_bytes)
-        self._settle(fields.call_id, codec.decode_response(fields, reader))
+        self._take(fields.call_id, codec.decode_response(fields, reader))
 
     def _take_inline(self, body: bytes) -> None:
         fields = codec.split_response(body)
@@ -174,28 +160,23 @@ class ShmLink:
         if region is not None:
             self._memory.free(region)
         reader = PayloadReader(body, fields.payload_start, fields.num_payload_bytes)
-        self._settle(fields.call_id, codec.decode_response(fields, reader))
+        self._take(fields.call_id, codec.decode_response(fields, reader))
 
-    def _settle(self, call_id: int, result: Result) -> None:
+    def _take(self, call_id: int, result: Result) -> None:
         if isinstance(result, ExpertInput):
             self._width = result.rows_TD.shape[1]
-        self._out.settle(call_id, result)
-        while self._waiting and len(self._out) < self._max_calls_in_flight:
-            self._send(*self._waiting.popleft())
+        self._settle(call_id, result)
 
-    def _lose(self, reason: str) -> None:
-        self._out.lose(reason)
+    def _release(self, reason: str) -> None:
+        self._frames.close()
         self._regions.clear()
         self._memory.close()
         self.opened.fail(PeerLostError(self._worker_id, reason))
-        waiting, self._waiting = self._waiting, deque()
-        for _, _, pending in waiting:
-            self._out.fail(pending)
 
 
 def _connected(worker_id: str, socket_name: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # A full backlog counts as gone too: waiting would stop the router.
+    # Not blocking: a full backlog counts as lost too, because waiting would stop the router.
     connection.setblocking(False)
     try:
         connection.connect(f"\0{socket_name}")

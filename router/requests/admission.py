@@ -1,4 +1,4 @@
-"""Turns a request into sequences: what fits, how long each may grow, what it already has."""
+"""Turns a request into sequences: checks that it fits, and limits their numbers of tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ DetokenizerFor = Callable[[GenerationRequest], Detokenizer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedRequest:
-    """A request on its way: who it is, until when it matters, and what its client has of it.
+    """A request at a router: its id, its time limit, and what its client has received.
 
-    `delivered` are the tokens of each sample that another router drew; samples in `finished` had
-    come to their end. `num_scored` log-probabilities of the prompt were delivered; all that are
-    wanted, where a token was.
+    `delivered` are the tokens of each sample that another router drew; samples in `finished` have
+    ended. `num_scored` log-probabilities of the prompt were delivered; if a token was delivered,
+    this is the number of all wanted ones.
     """
 
     request_id: str
@@ -29,7 +29,7 @@ class RoutedRequest:
 
 
 def max_completion_tokens(request: GenerationRequest, config: ModelConfig) -> int:
-    """How many tokens may be drawn; a prompt that fills the context has logits, and so one."""
+    """The limit on drawn tokens of a sample. If the prompt fills the context, one is possible."""
     room = config.sequence_len - len(request.prompt_ids)
     return min(request.max_tokens, max(1, room))
 
@@ -39,11 +39,12 @@ def make_sequences(
 ) -> list[Sequence]:
     """One sequence for each sample that has not ended; the first one scores the prompt.
 
-    Where the prompt is only scored, there is one until it is, whatever the number of samples.
+    If no tokens are wanted, there is one sequence, whatever the number of samples, and none once
+    the prompt is scored.
 
     Raises:
-        InvalidRequestError: the request does not fit the model, or what was delivered not the
-            request.
+        InvalidRequestError: the request does not fit the model, or the delivered tokens do not fit
+            the request.
     """
     request = routed.request
     request.check_fits(config)
@@ -62,7 +63,7 @@ def make_sequences(
             detokenizer_for(request),
             num_tokens,
             config.eos_token,
-            # Sample 0 has not ended where this matters: no token came.
+            # If the prompt is not scored yet, no token was delivered, so sample 0 is here.
             num_scored=request.num_to_score if index else routed.num_scored,
         )
         delivered = routed.delivered.get(index, ())
@@ -73,12 +74,12 @@ def make_sequences(
 
 
 def _check_scored(routed: RoutedRequest) -> None:
-    """Scores come before tokens."""
+    """All scores have to precede the first token."""
     num_to_score = routed.request.num_to_score
     has_tokens = bool(routed.finished) or any(routed.delivered.values())
     least = num_to_score if has_tokens else 0
     if not least <= routed.num_scored <= num_to_score:
-        limit = f"between {least} and {num_to_score}, all of which come before a token"
+        limit = f"between {least} and {num_to_score}; all are delivered before a token"
         raise InvalidRequestError("num_delivered_prompt_logprobs", routed.num_scored, limit)
 
 

@@ -1,10 +1,10 @@
-"""The journal of a request: what was asked, and every token that its client has had.
+"""The journal of a request: what was asked, and every token that its client has received.
 
-Where the prompt is scored, its log-probabilities come before any token. They are counted, each by
-the position of its token: how many the client has had says which.
+If the prompt is scored, its log-probabilities precede any token. They come in the order of the
+prompt, so their number says which ones the client has received.
 
-With it any router can carry the request on, because all that a router knows of a sequence is a
-function of its tokens. A pure object: no clock, no network.
+With the journal any router can continue the request, because the state of a sequence is a function
+of its tokens. A pure object: no clock, no network.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from milliways.router.requests.request import GenerationRequest
 
 
 class OutOfOrderError(Exception):
-    """A router's stream does not follow on what was delivered: a gap, or another token."""
+    """A router's stream does not continue what was delivered: a gap, or another token."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveredSample:
-    """What a client has had of one sample."""
+    """What a client has received of one sample."""
 
     sample_index: int
     token_ids: tuple[int, ...]
@@ -27,10 +27,13 @@ class DeliveredSample:
 
 
 class Journal:
-    """Grows by one token at a time, never twice by the same, never past a missing one.
+    """Grows by one token at a time.
 
-    `delivered` is what the client has had elsewhere, and `num_scored` how many log-probabilities
-    of the prompt.
+    `delivered` is what the client has received before, of another router or another connection;
+    `num_scored` counts the log-probabilities of the prompt that it has received.
+
+    Invariant: tokens of a sample have no gap, and none is written twice. No token is written before
+    all wanted scores. A sample that is finished does not grow.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Journal:
         num_scored: int = 0,
     ) -> None:
         self.request = request
-        # The router that has copies of its keys and values, as far as it was told; empty: none.
+        # The router that has copies of its keys and values, as it was last named; empty if none.
         self.standby_id = ""
         self._num_scored = num_scored
         self._token_ids: list[list[int]] = [[] for _ in range(request.num_samples)]
@@ -52,17 +55,17 @@ class Journal:
 
     @property
     def num_delivered(self) -> int:
-        """Tokens that the client has had, of all samples."""
+        """Tokens that the client has received, of all samples."""
         return self._num_delivered
 
     @property
     def num_scored(self) -> int:
-        """Log-probabilities of the prompt that the client has had."""
+        """Log-probabilities of the prompt that the client has received."""
         return self._num_scored
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client has had anything."""
+        """Whether the client has received anything."""
         return self._num_delivered > 0 or self._num_scored > 0
 
     @property
@@ -71,10 +74,10 @@ class Journal:
         return is_scored and (self.request.max_tokens == 0 or all(self._is_finished))
 
     def try_score(self, position: int, token_id: int) -> bool:
-        """Writes the log-probability of a prompt token down; False if the client has had it.
+        """Notes the log-probability of a prompt token; False if the client has it already.
 
         Raises:
-            OutOfOrderError: others between are missing, or the prompt has another token there.
+            OutOfOrderError: earlier ones are missing, or the prompt has another token there.
         """
         if not 1 <= position <= self.request.num_to_score:
             raise OutOfOrderError(f"no log-probability is wanted of prompt token {position}")
@@ -91,14 +94,14 @@ class Journal:
     def try_deliver(
         self, sample_index: int, index: int, token_id: int, *, is_finished: bool
     ) -> bool:
-        """Writes a token down; False if the client has had it.
+        """Notes a token; False if the client has it already.
 
         Raises:
-            OutOfOrderError: tokens between are missing, or the client has had another one; or the
-                prompt is not scored yet.
+            OutOfOrderError: earlier tokens are missing, the client has received another token at
+                this index, or the prompt is not scored yet.
         """
         if self._num_scored < self.request.num_to_score:
-            raise OutOfOrderError(f"a token came, with {self._num_scored} prompt tokens scored")
+            raise OutOfOrderError(f"a token came after {self._num_scored} scores of the prompt")
         if not 0 <= sample_index < self.request.num_samples:
             raise OutOfOrderError(f"there is no sample {sample_index}")
         token_ids = self._token_ids[sample_index]
@@ -110,14 +113,14 @@ class Journal:
         if self._is_finished[sample_index]:
             raise OutOfOrderError(f"sample {sample_index} had ended before token {index}")
         if index > len(token_ids):
-            raise OutOfOrderError(f"token {index} came, where {len(token_ids)} was to come")
+            raise OutOfOrderError(f"token {index} came, but token {len(token_ids)} is next")
         token_ids.append(token_id)
         self._is_finished[sample_index] = is_finished
         self._num_delivered += 1
         return True
 
     def delivered(self) -> list[DeliveredSample]:
-        """What to tell the next router, samples without a token left out."""
+        """What the next router has to know: all samples that have a token or are finished."""
         return [
             DeliveredSample(i, tuple(token_ids), self._is_finished[i])
             for i, token_ids in enumerate(self._token_ids)

@@ -1,16 +1,12 @@
-"""Between the wire's messages and ours. Messages stay at the edge.
+"""Converts between protobuf messages and the router's types.
 
-Numbers of the wire are float32, as those that draw tokens are. They are read as the shortest
-decimal that means them, so that a bound such as 0.01 is not overstepped by a rounding.
+Only the processes' edges (servers and clients) handle messages.
 """
 
-import numpy as np
-
-from milliways.model.errors import InvalidRequestError
-from milliways.model.sampling_params import INVALID_TOKEN, SampledToken, SamplingParams
+from milliways.model.sampling_params import INVALID_TOKEN, SampledToken
 from milliways.router.requests.journal import Journal
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
-from milliways.v1 import router_pb2, sampling_pb2
+from milliways.v1 import router_pb2
 from milliways.wire.sampling import encode_params
 
 _TO_WIRE = {
@@ -21,32 +17,8 @@ _TO_WIRE = {
 _FROM_WIRE = {number: reason for reason, number in _TO_WIRE.items()}
 
 
-def sampling_from_wire(message: sampling_pb2.SamplingParams, seed: int) -> SamplingParams:
-    """How a client wants tokens drawn, with the seed that was settled.
-
-    Raises:
-        InvalidRequestError: names field, value and limit.
-    """
-    optional = {
-        name: _shortest(getattr(message, name))
-        for name in ("temperature", "top_p", "repetition_penalty")
-        if message.HasField(name)
-    }
-    return SamplingParams(
-        **optional,
-        top_k=message.top_k,
-        min_p=_shortest(message.min_p),
-        presence_penalty=_shortest(message.presence_penalty),
-        frequency_penalty=_shortest(message.frequency_penalty),
-        # Sorted: a map of the wire has no order.
-        logit_bias={token: _shortest(b) for token, b in sorted(message.logit_bias.items())},
-        num_logprobs=message.num_logprobs,
-        seed=seed,
-    )
-
-
 def route_request(journal: Journal, request_id: str, timeout_s: float) -> router_pb2.RouteRequest:
-    """Asks a router to run a request, or to carry it on after what was delivered."""
+    """A call that runs a request, or continues it after the tokens that were delivered."""
     request = journal.request
     return router_pb2.RouteRequest(
         request_id=request_id,
@@ -71,11 +43,11 @@ def route_request(journal: Journal, request_id: str, timeout_s: float) -> router
 
 
 def event_to_wire(event: TokenEvent, index: int) -> router_pb2.TokenEvent:
-    """A token, the `index`-th of its sample."""
+    """Encodes a token, which is number `index` of its sample."""
     return router_pb2.TokenEvent(
         sample_index=event.sample_index,
         index=index,
-        # A token that means nothing has no place among unsigned numbers.
+        # The field is unsigned, and the id of an invalid token is negative.
         token_id=max(0, event.token_id),
         text=event.text,
         logprob=event.logprob,
@@ -88,7 +60,7 @@ def event_to_wire(event: TokenEvent, index: int) -> router_pb2.TokenEvent:
 
 
 def event_from_wire(message: router_pb2.TokenEvent) -> TokenEvent:
-    """A token as the router sent it."""
+    """Decodes a token."""
     reason = _FROM_WIRE.get(message.finish_reason)
     return TokenEvent(
         sample_index=message.sample_index,
@@ -101,7 +73,7 @@ def event_from_wire(message: router_pb2.TokenEvent) -> TokenEvent:
 
 
 def scores_to_wire(scores: PromptScores) -> list[router_pb2.PromptLogprob]:
-    """Log-probabilities of prompt tokens, each with its position."""
+    """Encodes log-probabilities of prompt tokens, each with its position."""
     return [
         router_pb2.PromptLogprob(
             position=position,
@@ -115,25 +87,10 @@ def scores_to_wire(scores: PromptScores) -> list[router_pb2.PromptLogprob]:
 
 
 def score_from_wire(message: router_pb2.PromptLogprob) -> SampledToken:
-    """The log-probability of a prompt token as the router sent it."""
+    """Decodes the log-probability of a prompt token."""
     return SampledToken(
         token_id=message.token_id,
         logprob=message.logprob,
         top_logprobs=tuple(zip(message.top_token_ids, message.top_logprobs, strict=False)),
         is_valid=True,
     )
-
-
-def checked_seed(seed: int) -> int:
-    """A seed of the wire, which has one bit more than ours.
-
-    Raises:
-        InvalidRequestError: it does not fit.
-    """
-    if seed >= 2**63:
-        raise InvalidRequestError("seed", seed, f"a whole number in 0..{2**63 - 1}")
-    return seed
-
-
-def _shortest(number: float) -> float:
-    return float(str(np.float32(number)))

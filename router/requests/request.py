@@ -1,4 +1,4 @@
-"""What a client asks for, checked when it is made."""
+"""A request, which checks itself when it is made."""
 
 from dataclasses import dataclass, field
 
@@ -16,14 +16,16 @@ class GenerationRequest:
     """One prompt, and how to continue it.
 
     `num_samples` sequences are drawn from the same prompt. A stop string ends a sequence and is not
-    part of its text. The end-of-sequence token ends it too, unless `ignore_eos`.
+    part of its text. The end-of-sequence token ends it too, unless `ignore_eos` is set.
 
-    `prompt_logprobs` has the prompt scored: the log-probability of each of its tokens but the first
-    comes before any token, with so many of the most likely ones in its place. `max_tokens` may be 0
-    then: nothing is drawn.
+    If `prompt_logprobs` is set, the prompt is scored: before the first drawn token, the request
+    yields the log-probability of each prompt token except the first, with this number of most
+    likely tokens for the same position. `max_tokens` may be 0 then, and nothing is drawn.
+
+    Invariant: every field is within its limits. `check_fits` checks those of the model.
 
     Raises:
-        InvalidRequestError: names field, value and limit.
+        InvalidRequestError: a field is invalid; the error names it, its value and limit.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,15 +54,15 @@ class GenerationRequest:
 
     @property
     def num_to_score(self) -> int:
-        """Prompt tokens whose log-probabilities are wanted: those at positions 1 and following."""
+        """Number of prompt tokens to score: all except the first, or none."""
         return 0 if self.prompt_logprobs is None else len(self.prompt_ids) - 1
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Holds the request against the model.
+        """Checks the request against the limits of the model.
 
         Raises:
             PromptTooLongError: the prompt is longer than the context.
-            InvalidRequestError: a token id lies outside the vocabulary.
+            InvalidRequestError: a token id is outside the vocabulary.
         """
         if len(self.prompt_ids) > config.sequence_len:
             raise PromptTooLongError(len(self.prompt_ids), config.sequence_len)

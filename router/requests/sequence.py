@@ -1,6 +1,6 @@
 """One token stream: its tokens, how far they are computed, its KV blocks, its text."""
 
-from collections.abc import Sequence as TokenIds
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -11,7 +11,7 @@ from milliways.router.requests.stop import StopMatcher
 
 
 class SequenceStatus(Enum):
-    """WAITING -> RUNNING -> FINISHED or FAILED; RUNNING <-> PREEMPTED when blocks run out."""
+    """WAITING -> RUNNING -> FINISHED or FAILED; RUNNING <-> PREEMPTED if there are no blocks."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -56,22 +56,22 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScores:
-    """Log-probabilities of the prompt's tokens from `position` on, each given those before it.
+    """Log-probabilities of the prompt's tokens from `position` on, each given the tokens before it.
 
-    The first token of a prompt has none, so the first `position` is 1. They are the request's: the
-    same for all its samples.
+    The first token of a prompt has none, so the first `position` is 1. All samples of a request
+    share them.
     """
 
     position: int
     tokens: tuple[SampledToken, ...]
 
 
-# What comes of a request: first all scores that it wants, then the tokens of its samples.
+# The output of a request: first all scores that it wants, then the tokens of its samples.
 Event = PromptScores | TokenEvent
 
 
 class Detokenizer(Protocol):
-    """Turns the tokens of one sequence into text, as far as characters are complete."""
+    """Turns the tokens of one sequence into text, one complete character after another."""
 
     def push(self, token_id: int) -> str: ...
 
@@ -79,7 +79,7 @@ class Detokenizer(Protocol):
 
 
 class NoText:
-    """Stands in where a model has no tokenizer: tokens in, tokens out, no text."""
+    """The detokenizer of a model without a tokenizer: tokens have no text."""
 
     def push(self, token_id: int) -> str:
         return ""
@@ -89,11 +89,14 @@ class NoText:
 
 
 class Sequence:
-    """A prompt and what was drawn so far. `num_computed` tokens have their keys and values.
+    """A prompt and the tokens drawn so far. `num_computed` tokens have their keys and values.
 
-    `num_scored` tokens of the prompt need not be scored any more: of a request's sequences one
-    scores the prompt for all. Until it has, the prefix cache takes it no further than that: a block
-    holds keys and values, and not the rows that score.
+    `num_scored` tokens of the prompt need no score any more: one sequence of a request scores the
+    prompt for all. Until then it takes no more than these from the prefix cache, because a block
+    holds keys and values, but not the rows of logits that score.
+
+    Invariant: `block_table` has a block for each computed position. `finish_reason` is set once, by
+    the token or score that ends the sequence. `status` changes by `move` only.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Sequence:
         self.token_ids = list(request.prompt_ids)
         self.num_computed = 0
         self.num_scored = num_scored
-        # Set by what ends it: its last token, or its last score where no token is wanted.
+        # Set by its last token, or by its last score if no token is wanted.
         self.finish_reason: FinishReason | None = None
         self.block_table: list[int] = []
         self._max_tokens = len(request.prompt_ids) + max_completion_tokens
@@ -126,36 +129,36 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are missing: 1 while decoding, more in prefill."""
-        # The last row says what follows; where nothing is to follow, nobody needs it.
+        # The row of the last token predicts the next one; without a next one it is not needed.
         num_wanted = len(self.token_ids) - (not self.wants_tokens)
         return num_wanted - self.num_computed
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether any is to be drawn; else the prompt is only scored."""
+        """Whether tokens are drawn; otherwise the prompt is only scored."""
         return self.request.max_tokens > 0
 
     @property
     def is_scored(self) -> bool:
-        """Whether all log-probabilities of the prompt were given that are wanted."""
+        """Whether all wanted log-probabilities of the prompt were sent."""
         return self.num_scored >= self.request.num_to_score
 
     @property
-    def reusable_ids(self) -> TokenIds[int]:
-        """The tokens of which all but the last may have come from the prefix cache."""
+    def reusable_ids(self) -> list[int]:
+        """The tokens of which all but the last may be taken from the prefix cache."""
         return self.token_ids if self.is_scored else self.token_ids[: self.num_scored + 1]
 
-    def next_tokens(self, num_tokens: int) -> TokenIds[int]:
+    def next_tokens(self, num_tokens: int) -> list[int]:
         """The next tokens to compute, from position `num_computed` on."""
         return self.token_ids[self.num_computed : self.num_computed + num_tokens]
 
     def move(self, to: SequenceStatus) -> None:
-        """The one door between states."""
+        """Changes the status; the only place that does."""
         assert to in ALLOWED_MOVES[self.status], f"{self.status} -> {to}"
         self.status = to
 
-    def score(self, tokens: TokenIds[SampledToken]) -> PromptScores:
-        """Takes in the log-probabilities of the next prompt tokens."""
+    def score(self, tokens: list[SampledToken]) -> PromptScores:
+        """Adds the log-probabilities of the next prompt tokens."""
         scores = PromptScores(position=self.num_scored + 1, tokens=tuple(tokens))
         self.num_scored += len(tokens)
         assert self.num_scored <= self.request.num_to_score
@@ -164,7 +167,7 @@ class Sequence:
         return scores
 
     def append(self, sampled: SampledToken) -> TokenEvent:
-        """Adds a drawn token and says what it means: text, and whether the sequence ends."""
+        """Adds a drawn token; the event has its text, and says whether the sequence ends."""
         if not sampled.is_valid:
             return self._event(sampled, self._flush(), FinishReason.ERROR)
         self.token_ids.append(sampled.token_id)
@@ -177,14 +180,14 @@ class Sequence:
             return self._event(sampled, text + self._flush(), FinishReason.LENGTH)
         return self._event(sampled, text, None)
 
-    def replay(self, token_ids: TokenIds[int]) -> None:
-        """Takes in tokens drawn elsewhere, whose text the client has: goes on as if drawn here."""
+    def replay(self, token_ids: Iterable[int]) -> None:
+        """Adds tokens that another router drew and whose text the client has received."""
         for token_id in token_ids:
             self.token_ids.append(token_id)
             self._stop_matcher.push(self._detokenizer.push(token_id))
 
     def _flush(self) -> str:
-        """The text still held back: an unfinished character, the beginning of a stop string."""
+        """The text that was held back: an incomplete character, the start of a stop string."""
         return self._stop_matcher.push(self._detokenizer.flush()) + self._stop_matcher.flush()
 
     def _event(self, sampled: SampledToken, text: str, reason: FinishReason | None) -> TokenEvent:

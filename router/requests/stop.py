@@ -1,10 +1,14 @@
-"""Finds stop strings in a text that arrives in pieces, and lets no part of one through."""
+"""Finds stop strings in a text that arrives in pieces, and shows no part of one."""
 
 from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Holds back the end of the text while it could still become a stop string."""
+    """Holds back the end of the text while it may be the start of a stop string.
+
+    Invariant: `_held` is the longest end of the text with which a stop string starts; empty after a
+    match.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -12,7 +16,7 @@ class StopMatcher:
         self.has_matched = False
 
     def push(self, text: str) -> str:
-        """Adds text; returns what can be shown. After a match nothing more can be."""
+        """Adds text; returns the part that can be shown, which is empty after a match."""
         if self.has_matched:
             return ""
         held = self._held + text
@@ -26,12 +30,12 @@ class StopMatcher:
         return held[: len(held) - num_held]
 
     def flush(self) -> str:
-        """What was held back, now that no more text comes."""
+        """The text that was held back; no more text comes."""
         held, self._held = self._held, ""
         return held
 
     def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest end of `text` with which a stop string starts."""
         longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[len(text) - length :]) for stop in self._stop):

@@ -1,4 +1,4 @@
-"""Tests here share a real cluster, the fixture `cluster`, and a bare Ray, the fixture `head`."""
+"""Tests here share a real cluster (fixture `cluster`) and a Ray without Milliways (`head`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +17,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
-            # With xdist: one worker runs them all, so that there is one cluster.
+            # With xdist one worker runs all these tests, so that they share one cluster.
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[RayHead]:
-    """A Ray without anything of ours in it."""
+    """A running Ray without Milliways."""
     with short_folder() as folder, ray_head(folder) as running:
         yield running

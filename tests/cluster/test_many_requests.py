@@ -1,4 +1,4 @@
-"""Ten thousand requests through the whole stack: what they took is given back."""
+"""Ten thousand requests through the whole stack leave no memory behind."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from tests.served_cluster import ServedCluster, wait_until
 
 NUM_REQUESTS = 10_000
 AT_A_TIME = 16
-# Memory is looked at so often, and compared from when programs are compiled and buffers grown.
+# Memory is read this often. The comparison begins when programs are compiled and buffers grown.
 NUM_LOOKS = 20
 NUM_WARM = 5
-# Of one process, over 5,000 requests: what a request may leave behind is less than this in each.
+# Limit on the growth of each process over 5,000 requests.
 LEFT_BYTES_MAX = 1024
 
 
@@ -33,7 +33,7 @@ def test_memory_stays_flat_over_ten_thousand_requests(cluster: ServedCluster) ->
             for _ in range(NUM_LOOKS):
                 end = (len(looks) + 1) * NUM_REQUESTS // NUM_LOOKS
                 await asyncio.gather(*(_ask(service, numbers, end) for _ in range(AT_A_TIME)))
-                # One that died meanwhile fails this, and would have taken its leaks along.
+                # This fails if a process died meanwhile: its leaks would be gone with it.
                 looks.append([process.memory_full_info().uss for process in processes])
 
     asyncio.run(main())
@@ -54,7 +54,7 @@ def is_idle(cluster: ServedCluster) -> bool:
 
 
 async def _ask(service: Any, numbers: Iterator[int], end: int) -> None:
-    """Requests one after another, each with a prompt of its own, up to a number."""
+    """Sends requests one after another, each with another prompt, up to a number."""
     for number in numbers:
         prompt = f"Number {number}: the answer to life"
         request = generate_pb2.GenerateRequest(
@@ -64,6 +64,6 @@ async def _ask(service: Any, numbers: Iterator[int], end: int) -> None:
         async for response in service.Generate(request):
             num_tokens += len(response.events)
         assert num_tokens == 2
-        # The others' numbers count as well: at a look, none of these is under way.
+        # All clients share the numbers, so no request runs while memory is read.
         if number >= end:
             return

@@ -1,4 +1,4 @@
-"""Worker processes under the controller: any spread, any transport, any death, the same tokens."""
+"""Worker processes under the controller: same tokens for any spread, transport and death."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ from milliways.wire.placement import ExpertId, ModelBytes
 from milliways.wire.view import WorkerState
 from tests.process_fleet import HostPool, ProcessCluster, process_cluster
 from tests.served_cluster import short_folder
-from tests.spreads import CACHE, SPREADS, Spread, Told, answers, by_sample, requests
+from tests.spreads import CACHE, SPREADS, Spread, Tokens, answers, by_sample, requests
 
 LONG = 24
 IDLE_TIMEOUT_S = 20.0
@@ -38,10 +38,10 @@ class Model:
     path: Path
     sizes: ModelBytes
     wanted: list[GenerationRequest]
-    told: list[Told]
-    # The same, long enough for somebody to die meanwhile.
+    expected: list[Tokens]
+    # The same, long enough for a worker to die meanwhile.
     wanted_long: list[GenerationRequest]
-    told_long: list[Told]
+    expected_long: list[Tokens]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,9 @@ def model(golden_dir: Path) -> Model:
     wanted_long = [
         replace(request, max_tokens=LONG, num_samples=1, ignore_eos=True) for request in wanted
     ]
-    told = answers(path, wanted + wanted_long)
-    return Model(path, sizes, wanted, told[: len(wanted)], wanted_long, told[len(wanted) :])
+    expected = answers(path, wanted + wanted_long)
+    num_short = len(wanted)
+    return Model(path, sizes, wanted, expected[:num_short], wanted_long, expected[num_short:])
 
 
 def config_of(
@@ -99,36 +100,33 @@ async def served(
     wanted: list[GenerationRequest],
     at_a_time: int,
     after: Callable[[int], None] = lambda num_tokens: None,
-) -> list[Told]:
-    """What clients hear; `after` is told how many tokens there are in all, at each."""
+) -> list[Tokens]:
+    """The tokens that clients receive; calls `after` with their total at each token."""
     room = asyncio.Semaphore(at_a_time)
-    heard: list[Told] = [[] for _ in wanted]
+    received: list[Tokens] = [[] for _ in wanted]
 
     async def one(index: int, request: GenerationRequest) -> None:
         def take(event: TokenEvent) -> None:
-            heard[index].append(event)
-            after(sum(map(len, heard)))
+            received[index].append(event)
+            after(sum(map(len, received)))
 
         async with room:
             await cluster.generate(request, f"request-{index}", take)
 
     await asyncio.gather(*(one(i, request) for i, request in enumerate(wanted)))
-    return [by_sample(told) for told in heard]
+    return [by_sample(tokens) for tokens in received]
 
 
 async def check_idle(cluster: ProcessCluster) -> None:
-    """Nothing is held for requests that ended.
+    """Asserts that no resource is held after all requests ended.
 
-    On a busy machine another router may have been asked as well, and hears only then that it lost.
+    On a busy machine a request may have been hedged; the second router learns late that it lost.
     """
     names = ("kv_blocks_used", "active_requests", "running", "waiting")
     until_s = time.monotonic() + IDLE_TIMEOUT_S
     while True:
-        told = (await cluster.status()).items()
-        held = {
-            worker_id: [getattr(status.router, name) for name in names]
-            for worker_id, status in told
-        }
+        statuses = await cluster.status()
+        held = {w: [getattr(s.router, name) for name in names] for w, s in statuses.items()}
         if all(counts == [0] * len(names) for counts in held.values()):
             return
         assert time.monotonic() < until_s, held
@@ -136,15 +134,15 @@ async def check_idle(cluster: ProcessCluster) -> None:
 
 
 def check_replicas(cluster: ProcessCluster, model: Model, spread: Spread) -> None:
-    """Every expert has as many holders as were wanted."""
+    """Every expert has at least the wanted number of holders."""
     view = cluster.controller.view
     for layer in range(model.sizes.num_layers):
         for expert in range(model.sizes.num_experts):
             assert len(view.holders(ExpertId(layer, expert))) >= spread.replicas
 
 
-# One worker has nobody to talk to.
-WAYS = [
+# A single worker sends nothing to others, so one transport is enough for it.
+CASES = [
     (spread, transport)
     for spread in SPREADS
     for transport in ("shm", "grpc")
@@ -152,7 +150,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("spread", "transport"), WAYS, ids=str)
+@pytest.mark.parametrize(("spread", "transport"), CASES, ids=str)
 def test_any_spread_over_processes(
     hosts: HostPool, model: Model, spread: Spread, transport: str
 ) -> None:
@@ -160,20 +158,20 @@ def test_any_spread_over_processes(
         config = config_of(model, spread, transport)
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             check_replicas(cluster, model, spread)
-            assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            assert await served(cluster, model.wanted, at_a_time=4) == model.expected
             await check_idle(cluster)
             for worker_id, status in (await cluster.status()).items():
                 assert abs(status.bytes_read - bytes_of(cluster, model, worker_id)) <= (
                     0.02 * status.bytes_read
                 )
-                ways = status.router.transports.items()
-                assert {way for other, way in ways if other != worker_id} <= {transport}
+                used = status.router.transports.items()
+                assert {name for other, name in used if other != worker_id} <= {transport}
 
     asyncio.run(main())
 
 
 def bytes_of(cluster: ProcessCluster, model: Model, worker_id: str) -> int:
-    """What a worker's shards take of the checkpoint."""
+    """Bytes of a worker's shards in the checkpoint."""
     shards, sizes = cluster.controller.workers[worker_id].shards, model.sizes
     assert shards is not None
     attention_bytes = shards.num_layers * sizes.attention_layer_bytes
@@ -220,7 +218,7 @@ def test_a_worker_for_experts_only_serves_and_dies_like_any_other(
 
 
 async def survive(cluster: ProcessCluster, model: Model, spread: Spread, victim: str) -> None:
-    """A worker dies under load, and comes back; no client sees it."""
+    """A worker dies under load and restarts; no client notices."""
     killed: list[int] = []
 
     def after(num_tokens: int) -> None:
@@ -228,7 +226,7 @@ async def survive(cluster: ProcessCluster, model: Model, spread: Spread, victim:
             killed.append(num_tokens)
             cluster.fleet.kill(victim)
 
-    assert await served(cluster, model.wanted_long, 8, after) == model.told_long
+    assert await served(cluster, model.wanted_long, 8, after) == model.expected_long
     assert killed
     workers = cluster.controller.workers
     await cluster.until(
@@ -238,19 +236,19 @@ async def survive(cluster: ProcessCluster, model: Model, spread: Spread, victim:
     await cluster.until_ready()
     assert cluster.controller.figures.num_deaths == 1
     check_replicas(cluster, model, spread)
-    # The one that came back serves, too.
-    assert await served(cluster, model.wanted, at_a_time=4) == model.told
+    # The restarted worker serves, too.
+    assert await served(cluster, model.wanted, at_a_time=4) == model.expected
     await check_idle(cluster)
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
-def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
+def test_standby_of_a_dead_router_computes_only_what_was_not_copied(
     hosts: HostPool, model: Model, transport: str
 ) -> None:
     spread = Spread(3, 2, AttentionCut.REPLICATED)
-    # The longest there is; the first router gets it, since all are idle.
+    # The longest prompt. The first router gets it, since all are idle.
     index = max(range(len(model.wanted)), key=lambda i: len(model.wanted_long[i].prompt_ids))
-    wanted, told = model.wanted_long[index], model.told_long[index]
+    wanted, expected = model.wanted_long[index], model.expected_long[index]
     killed_at = LONG - 4
 
     async def main() -> None:
@@ -258,24 +256,24 @@ def test_buddy_of_a_router_that_dies_computes_only_what_was_not_copied(
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             before = await cluster.status()
             victim = "worker-0"
-            buddy = before[victim].router.standby
-            assert buddy and buddy != victim
+            standby = before[victim].router.standby
+            assert standby and standby != victim
 
             def after(num_tokens: int) -> None:
                 if num_tokens == killed_at:
                     cluster.fleet.kill(victim)
 
-            assert await served(cluster, [wanted], 1, after) == [told]
+            assert await served(cluster, [wanted], 1, after) == [expected]
             assert cluster.controller.figures.num_deaths == 1
-            router = (await cluster.shell.wait(cluster.fleet.status(buddy))).router
-            num_positions = router.positions - before[buddy].router.positions
-            # Tokens may come faster than they are told, and copies later than they are made.
+            router = (await cluster.shell.wait(cluster.fleet.status(standby))).router
+            num_positions = router.positions - before[standby].router.positions
+            # The kill may come some tokens late, and the last copies may not have arrived.
             assert num_positions <= LONG - killed_at + 3 * CACHE.block_size
             num_blocks = (len(wanted.prompt_ids) + killed_at) // CACHE.block_size
             assert router.standby_blocks_kept >= num_blocks - 3
             await cluster.until_ready()
-            # Who came back has a buddy again, and is one.
-            assert await served(cluster, model.wanted, at_a_time=4) == model.told
+            # The restarted router has a standby again, and is the standby of another.
+            assert await served(cluster, model.wanted, at_a_time=4) == model.expected
             standbys = {w: s.router.standby for w, s in (await cluster.status()).items()}
             assert all(standbys.values()) and victim in standbys.values()
             await check_idle(cluster)

@@ -1,4 +1,4 @@
-"""Workers come, go and die while clients are served: nobody notices."""
+"""Workers start, stop and die while clients are served: no client notices."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.asks import PARAMS, alone, request_of
+from tests.demo_requests import PARAMS, alone, request_of
 from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster, wait_until
 
@@ -21,7 +21,7 @@ AT_A_TIME = 4
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """What one process answers."""
+    """The texts of a single process."""
     engine, model = demo_engine(), demo_model()
     requests = [
         request_of(model, prompt, params | {"ignore_eos": True}) for prompt, params in CASES
@@ -30,7 +30,7 @@ def texts() -> list[str]:
 
 
 class Traffic:
-    """Clients that ask for the same again and again until told to stop."""
+    """Clients that repeat their requests until they are stopped."""
 
     def __init__(self, cluster: ServedCluster) -> None:
         self.answers: list[tuple[int, str]] = []
@@ -43,7 +43,7 @@ class Traffic:
         self._thread.start()
 
     def stop(self) -> None:
-        """Lets the requests that run end."""
+        """Stops the clients, after their running requests."""
         self._stopped.set()
         self._thread.join()
 
@@ -73,7 +73,7 @@ class Traffic:
 
 @contextmanager
 def traffic(cluster: ServedCluster, texts: list[str]) -> Iterator[Traffic]:
-    """Clients all the while; each must get what it would have got alone."""
+    """Runs clients meanwhile; each must get the text that it gets alone."""
     clients = Traffic(cluster)
     clients.start()
     try:
@@ -92,15 +92,15 @@ def workers_of(status: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def ready_workers(cluster: ServedCluster) -> list[float]:
-    """1 for each that is ready, 0 for others."""
+    """One value for each worker: 1 if it is ready, otherwise 0."""
     return [v for k, v in cluster.metrics().items() if k.endswith(',state="ready"}')]
 
 
 def settled(cluster: ServedCluster, num_workers: int) -> Callable[[], bool]:
-    """Whether so many serve, and every expert is held twice."""
+    """Whether this many workers serve, and each expert has two holders."""
 
     def look() -> bool:
-        # Cheap to ask, other than a command.
+        # Metrics are cheaper to read than a command's output.
         if sum(ready_workers(cluster)) != num_workers:
             return False
         workers = cluster.status()["workers"]
@@ -117,7 +117,7 @@ def test_growing_and_shrinking_fails_no_request(cluster: ServedCluster, texts: l
             done = cluster.command("scale", "--workers", str(num_workers))
             assert (done.returncode, done.stdout) == (0, f"{num_workers} workers\n"), done.stderr
             wait_until(settled(cluster, num_workers), "experts are spread over the workers")
-    wait_until(lambda: is_idle(cluster), "nobody holds anything")
+    wait_until(lambda: is_idle(cluster), "no resource is held")
 
 
 def is_idle(cluster: ServedCluster) -> bool:
@@ -135,7 +135,7 @@ def test_refused_scale_changes_nothing_and_says_why(
     before = cluster.status()
     done = cluster.command("scale", "--workers", num_workers)
     assert done.returncode == 1 and done.stdout == ""
-    # One line of ours; Ray's own come before it.
+    # The last line is ours; lines of Ray come before it.
     assert done.stderr.splitlines()[-1].startswith("milliways: ")
     assert says in done.stderr and "Traceback" not in done.stderr
     after = cluster.status()
@@ -143,7 +143,7 @@ def test_refused_scale_changes_nothing_and_says_why(
     assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in before["workers"]]
 
 
-def test_killed_worker_costs_no_token_and_comes_back(
+def test_killed_worker_costs_no_token_and_restarts(
     cluster: ServedCluster, texts: list[str]
 ) -> None:
     before = cluster.status()

@@ -1,4 +1,4 @@
-"""Clients that ask nonsense, go away or do not listen: the cluster goes on for the others."""
+"""Clients that send nonsense, leave, or do not read: the cluster still serves the others."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ import httpx
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.grpc_service import SERVICE
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from tests.served_cluster import ServedCluster, wait_until
 
@@ -22,12 +22,12 @@ LONG: dict[str, Any] = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": Tr
 
 @pytest.fixture(autouse=True)
 def goes_on(cluster: ServedCluster) -> Iterator[None]:
-    """After every test the next request is answered, and nothing is held for those before."""
+    """After each test the next request is answered, and earlier requests hold no resource."""
     yield
     with httpx.Client(base_url=cluster.url, timeout=60) as client:
         assert client.post(COMPLETIONS, json=GOOD).status_code == 200
     wait_until(lambda: blocks_used(cluster) == 0, "all blocks are free")
-    wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "nobody is served")
+    wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "no request runs")
 
 
 def blocks_used(cluster: ServedCluster) -> float:
@@ -70,9 +70,7 @@ def test_bad_field_is_named(
     [(b"{", 400), (b"\xff\xfe", 400), (b"[]", 400), (b" " * (5 << 20), 413)],
     ids=["cut", "no text", "no object", "giant"],
 )
-def test_body_that_is_no_request_is_refused(
-    cluster: ServedCluster, content: bytes, status: int
-) -> None:
+def test_malformed_body_is_refused(cluster: ServedCluster, content: bytes, status: int) -> None:
     headers = {"content-type": "application/json"}
     answer = post(cluster, COMPLETIONS, content=content, headers=headers)
     assert answer.status_code == status, answer.text
@@ -85,7 +83,7 @@ def test_giant_body_in_pieces_is_refused(cluster: ServedCluster) -> None:
     try:
         answer = post(cluster, COMPLETIONS, content=pieces, headers=headers)
     except (httpx.WriteError, httpx.ReadError):
-        # The rest of it was not read, and the connection closed.
+        # The server read no more of the body and closed the connection.
         return
     assert answer.status_code == 413
 
@@ -132,7 +130,7 @@ def test_bad_field_has_a_canonical_code(
     ],
     ids=["malformed", "cut", "giant"],
 )
-def test_message_that_is_no_request_is_refused(
+def test_malformed_message_is_refused(
     cluster: ServedCluster, raw: bytes, code: grpc.StatusCode
 ) -> None:
     async def main() -> grpc.StatusCode:
@@ -146,12 +144,12 @@ def test_message_that_is_no_request_is_refused(
     assert asyncio.run(main()) is code
 
 
-def test_http_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> None:
+def test_http_client_that_leaves_frees_its_blocks(cluster: ServedCluster) -> None:
     with (
         httpx.Client(base_url=cluster.url, timeout=60) as client,
         client.stream("POST", COMPLETIONS, json=GOOD | LONG | {"stream": True}) as answer,
     ):
-        # Held: an iterator that nobody holds closes the connection when it is collected.
+        # Keep a reference: a collected iterator would close the connection.
         lines = answer.iter_lines()
         first = next(lines)
         assert answer.status_code == 200, first
@@ -160,7 +158,7 @@ def test_http_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> 
     wait_until(lambda: blocks_used(cluster) == 0, "its blocks are free")
 
 
-def test_http_client_that_does_not_wait_for_the_whole_answer_frees_its_blocks(
+def test_http_client_that_leaves_before_the_response_frees_its_blocks(
     cluster: ServedCluster,
 ) -> None:
     connection = send(cluster, GOOD | LONG)
@@ -169,7 +167,7 @@ def test_http_client_that_does_not_wait_for_the_whole_answer_frees_its_blocks(
     wait_until(lambda: blocks_used(cluster) == 0, "its blocks are free")
 
 
-def test_grpc_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> None:
+def test_grpc_client_that_leaves_frees_its_blocks(cluster: ServedCluster) -> None:
     request = generate_pb2.GenerateRequest(text="A", max_tokens=500, ignore_eos=True, num_samples=8)
 
     async def main() -> None:
@@ -183,14 +181,14 @@ def test_grpc_client_that_goes_away_frees_its_blocks(cluster: ServedCluster) -> 
     wait_until(lambda: blocks_used(cluster) == 0, "its blocks are free")
 
 
-def test_client_that_does_not_read_keeps_nobody_waiting(cluster: ServedCluster) -> None:
-    # It asks for much, with much about each token, and reads nothing of it.
+def test_client_that_does_not_read_delays_no_other(cluster: ServedCluster) -> None:
+    # It asks for many tokens with many log-probabilities, and reads nothing.
     slow = [send(cluster, GOOD | LONG | {"stream": True, "logprobs": 20}) for _ in range(4)]
     try:
         wait_until(lambda: blocks_used(cluster) > 0, "they are served")
         answer = post(cluster, COMPLETIONS, json=GOOD | {"temperature": 0})
         assert answer.status_code == 200
-        # Whoever waits for the slow ones' sockets would wait for ever.
+        # A server that waited for the slow clients' sockets would never answer.
         assert sum(cluster.metric("milliways_ongoing_requests")) > 0
     finally:
         for connection in slow:
@@ -198,9 +196,9 @@ def test_client_that_does_not_read_keeps_nobody_waiting(cluster: ServedCluster) 
 
 
 def send(cluster: ServedCluster, fields: dict[str, Any]) -> socket.socket:
-    """Sends a request; the answer is left in the socket."""
+    """Sends a request; does not read the response."""
     connection = socket.socket()
-    # Little room, so that the sender notices soon.
+    # A small receive buffer, so that the sender blocks soon.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", cluster.http_port))
     body = json.dumps(fields).encode()

@@ -1,4 +1,4 @@
-"""What operators see of a real cluster: figures, states, who listens where."""
+"""A real cluster as its operators see it: metrics, states, open ports."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from milliways.cluster.ingress.grpc_service import SERVICE
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from tests.ingresses import demo_model
 from tests.served_cluster import ServedCluster
@@ -19,7 +19,7 @@ WORKERS = {"worker-0", "worker-1", "worker-2"}
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 
 
-def test_it_says_where_it_is_and_what_to_try(cluster: ServedCluster) -> None:
+def test_greeting_has_addresses_and_a_command_to_try(cluster: ServedCluster) -> None:
     log = cluster.log
     assert f"{cluster.url}/v1" in log and f"127.0.0.1:{cluster.grpc_port}" in log
     assert f"curl -N {cluster.url}/v1/completions" in log
@@ -52,7 +52,7 @@ def test_metrics_of_ingress_routers_and_workers_are_on_one_page(cluster: ServedC
         }
 
 
-def test_status_tells_all_of_every_worker(cluster: ServedCluster) -> None:
+def test_status_describes_every_worker(cluster: ServedCluster) -> None:
     status = cluster.status()
     assert status["is_complete"] and status["model"] == "demo"
     workers = {worker["worker_id"]: worker for worker in status["workers"]}
@@ -68,16 +68,16 @@ def test_status_tells_all_of_every_worker(cluster: ServedCluster) -> None:
         router = worker["router"]
         assert 0 <= router["kv_blocks_used"] <= router["kv_blocks_total"]
         assert router["tokens_per_s"] >= 0
-        # All of one host: memory is shared.
+        # All workers are on one host, so they use shared memory.
         others = WORKERS - {worker["worker_id"]}
-        ways = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm")
-        assert router["transports"].items() <= ways.items()
+        expected = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm")
+        assert router["transports"].items() <= expected.items()
         held += [tuple(pair) for pair in worker["experts"]]
     every = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
     assert sorted(held) == sorted(every * 2)
 
 
-def test_status_is_a_table_for_people(cluster: ServedCluster) -> None:
+def test_status_is_a_readable_table(cluster: ServedCluster) -> None:
     heading, _, names, *lines = cluster.command("status").stdout.splitlines()
     assert heading.startswith("model demo, placement epoch ") and ", complete, " in heading
     columns = ["worker", "life", "pid", "node", "state", "role", "layers", "experts", "kv", "tok/s"]
@@ -87,7 +87,7 @@ def test_status_is_a_table_for_people(cluster: ServedCluster) -> None:
         assert line.split()[4:7] == ["ready", "attention+router+experts", "0-3"]
 
 
-def test_workers_read_their_own_bytes_only(cluster: ServedCluster) -> None:
+def test_workers_read_only_the_bytes_of_their_shards(cluster: ServedCluster) -> None:
     for worker in cluster.status()["workers"]:
         assert abs(worker["bytes_read"] - worker["bytes_wanted"]) <= 0.02 * worker["bytes_wanted"]
 
@@ -134,7 +134,7 @@ def test_grpc_operations(cluster: ServedCluster) -> None:
 
 
 async def check_reflection(channel: aio.Channel) -> None:
-    """A client without our stubs finds out what there is."""
+    """A client without our stubs lists the services."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     questions = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
@@ -147,7 +147,7 @@ async def check_reflection(channel: aio.Channel) -> None:
     assert [service.name for service in file.service] == ["GenerateService"]
 
 
-def test_method_that_is_not_there_is_unimplemented(cluster: ServedCluster) -> None:
+def test_unknown_method_is_unimplemented(cluster: ServedCluster) -> None:
     async def main() -> grpc.StatusCode:
         async with cluster.channel() as channel:
             call = channel.unary_unary(f"/{SERVICE}/Nothing", lambda raw: raw, lambda raw: raw)(b"")

@@ -1,4 +1,4 @@
-"""Prompts scored by a real cluster: one process's log-probabilities to the bit, by every way in."""
+"""Prompts scored by a real cluster over HTTP and gRPC: exactly a single process's scores."""
 
 import asyncio
 import json
@@ -9,13 +9,13 @@ import httpx
 import openai
 import pytest
 
-from milliways.api.client import GenerateClient
+from milliways.api.resuming import GenerateClient
 from milliways.cluster.cli import main as cli
 from milliways.v1 import generate_pb2, sampling_pb2
-from tests.asks import PROMPT
+from tests.demo_requests import PROMPT
 from tests.served_cluster import ServedCluster
 
-# Several chunks of prefill.
+# Long enough for several chunks of prefill.
 LONG = " ".join([PROMPT, "42.", "Welcome to the restaurant at the end of the universe."] * 6)
 PROMPTS = [PROMPT, "Welcome to", LONG]
 Logprobs = dict[str, Any]
@@ -24,7 +24,7 @@ Logprobs = dict[str, Any]
 def generated(
     capsys: pytest.CaptureFixture[str], prompt: str, num_tokens: int
 ) -> tuple[str, Logprobs]:
-    """What `milliways generate` says, in a process of its own engine."""
+    """The output of `milliways generate`, which runs its own engine."""
     options = ["--echo", "--logprobs", "5", "--temperature", "0", "--max-tokens", str(num_tokens)]
     assert cli.main(["generate", "--json", prompt, *options]) == 0
     (choice,) = json.loads(capsys.readouterr().out)["choices"]
@@ -38,7 +38,7 @@ def test_http_scores_prompts_as_the_generate_command(
 ) -> None:
     wanted = [generated(capsys, prompt, num_tokens) for prompt in PROMPTS]
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
-        # Twice: the second time every block of the prompts is in a cache.
+        # Twice: the second time every block of the prompts is cached.
         for _ in range(2):
             answer: Any = client.completions.create(
                 model="demo",
@@ -50,8 +50,8 @@ def test_http_scores_prompts_as_the_generate_command(
                 n=2,
                 stream=stream,
             )
-            told = joined(list(answer) if stream else [answer])
-            assert told == [one for one in wanted for _ in range(2)]
+            received = joined(list(answer) if stream else [answer])
+            assert received == [one for one in wanted for _ in range(2)]
 
 
 def joined(pieces: list[Any]) -> list[tuple[str, Logprobs]]:
@@ -88,8 +88,8 @@ def test_grpc_scores_prompts_as_the_generate_command(
         async with GenerateClient([f"127.0.0.1:{cluster.grpc_port}"]) as client:
             return await asyncio.gather(*(score(client, prompt) for prompt in PROMPTS))
 
-    told = asyncio.run(main())
-    assert [[None, *logprobs] for logprobs in told] == [one["token_logprobs"] for one in wanted]
+    received = asyncio.run(main())
+    assert [[None, *logprobs] for logprobs in received] == [one["token_logprobs"] for one in wanted]
 
 
 def test_what_cannot_be_scored_is_refused_by_name(cluster: ServedCluster) -> None:

@@ -1,4 +1,4 @@
-"""Through ingress, routers and workers of a real cluster: the tokens of one process, to the bit."""
+"""A real cluster's ingress, routers and workers give exactly the tokens of one process."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
-from tests.asks import PARAMS, PROMPT, PROMPTS, alone, check_choice, request_of
+from tests.demo_requests import PARAMS, PROMPT, PROMPTS, alone, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster
 
@@ -27,7 +27,7 @@ CASES: list[Case] = [(prompt, params) for prompt in PROMPTS for params in PARAMS
 
 @dataclass
 class Oracle:
-    """An engine of its own, and what it answered so far."""
+    """A separate engine, and its answers so far."""
 
     model: ServedModel = field(default_factory=demo_model)
     engine: LocalEngine = field(default_factory=demo_engine)
@@ -48,7 +48,7 @@ def oracle() -> Oracle:
 async def ask(
     client: openai.AsyncOpenAI, prompt: Any, params: dict[str, Any], stream: bool
 ) -> list[list[Any]]:
-    """The pieces of each choice."""
+    """The pieces of a stream, by choice."""
     answer: Any = await client.completions.create(
         model="demo", prompt=prompt, stream=stream, logprobs=3, **openai_fields(params)
     )
@@ -69,7 +69,7 @@ def openai_fields(params: dict[str, Any]) -> dict[str, Any]:
 def asked(
     cluster: ServedCluster, cases: list[Case], at_a_time: int, stream: bool = True
 ) -> list[list[list[Any]]]:
-    """What clients hear of all cases, so many of them at a time."""
+    """The pieces that clients receive for all cases, `at_a_time` of them in parallel."""
 
     async def main() -> list[list[list[Any]]]:
         room = asyncio.Semaphore(at_a_time)
@@ -86,8 +86,8 @@ def asked(
     return asyncio.run(main())
 
 
-def check_all(oracle: Oracle, cases: list[Case], heard: list[list[list[Any]]]) -> None:
-    for case, choices in zip(cases, heard, strict=True):
+def check_all(oracle: Oracle, cases: list[Case], received: list[list[list[Any]]]) -> None:
+    for case, choices in zip(cases, received, strict=True):
         samples = oracle.ask(*case)
         assert len(choices) == len(samples)
         for pieces, events in zip(choices, samples, strict=True):
@@ -102,7 +102,7 @@ def test_completions_one_after_another(
 
 
 def mixed_cases(count: int, seed: int) -> list[Case]:
-    """Long and short, greedy and drawn, most with the same beginning."""
+    """Long and short, greedy and sampled cases; most share a prefix."""
     random = Random(seed)
     cases: list[Case] = []
     for i in range(count):
@@ -120,7 +120,7 @@ def test_requests_that_join_and_leave_change_no_other(
     check_all(oracle, cases, asked(cluster, cases, at_a_time))
 
 
-def test_generate_command_says_the_same(
+def test_generate_command_gives_the_same_text(
     cluster: ServedCluster, oracle: Oracle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--temperature", "0.8", "--seed", "3", "--top-p", "0.9", "--logprobs", "3"]
@@ -166,7 +166,7 @@ def test_plain_http_streams_events(cluster: ServedCluster, oracle: Oracle) -> No
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
-        # One by Serve, and none beside it by us.
+        # Serve adds one; we must not add another.
         assert len(response.headers.get_list("x-request-id")) == 1
         lines = [line for line in response.iter_lines() if line.startswith("data: ")]
     assert lines.pop() == "data: [DONE]"
@@ -174,7 +174,7 @@ def test_plain_http_streams_events(cluster: ServedCluster, oracle: Oracle) -> No
     assert text == "".join(event.text for event in oracle.ask(PROMPT, PARAMS[0])[0])
 
 
-def test_grpc_gives_the_same(cluster: ServedCluster, oracle: Oracle) -> None:
+def test_grpc_gives_the_same_tokens(cluster: ServedCluster, oracle: Oracle) -> None:
     cases = [(PROMPT, PARAMS[0]), (PROMPTS[2], PARAMS[1]), ("Welcome to", PARAMS[2])]
 
     async def main() -> list[list[Any]]:
@@ -185,11 +185,11 @@ def test_grpc_gives_the_same(cluster: ServedCluster, oracle: Oracle) -> None:
 
     for case, events in zip(cases, asyncio.run(main()), strict=True):
         for index, wanted in enumerate(oracle.ask(*case)):
-            told = [e for e in events if e.sample_index == index]
-            assert [e.token_id for e in told] == [e.token_id for e in wanted]
-            assert [e.text for e in told] == [e.text for e in wanted]
-            assert [e.logprob for e in told] == [e.logprob for e in wanted]
-            tops = [tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)) for e in told]
+            received = [e for e in events if e.sample_index == index]
+            assert [e.token_id for e in received] == [e.token_id for e in wanted]
+            assert [e.text for e in received] == [e.text for e in wanted]
+            assert [e.logprob for e in received] == [e.logprob for e in wanted]
+            tops = [tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)) for e in received]
             assert tops == [e.top_logprobs for e in wanted]
 
 

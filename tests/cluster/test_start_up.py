@@ -1,4 +1,4 @@
-"""A start that cannot succeed ends soon, says why, and leaves nothing behind."""
+"""A start that cannot succeed ends soon, names the reason, and leaves nothing behind."""
 
 import re
 import socket
@@ -24,14 +24,14 @@ def ports() -> list[str]:
 
 
 @pytest.mark.parametrize("option", ["--port", "--grpc-port"])
-def test_port_that_is_taken_is_named_before_anything_starts(tmp_path: Path, option: str) -> None:
+def test_port_in_use_is_named_before_anything_starts(tmp_path: Path, option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         said = refused(child_environment(tmp_path), *ports(), option, port)
-    assert said.startswith(f"milliways: {option} {port}: 127.0.0.1:{port} cannot be listened on")
+    assert said.startswith(f"milliways: {option} {port}: cannot listen on 127.0.0.1:{port}: ")
 
 
-def test_model_that_is_not_there_is_named_before_anything_starts(tmp_path: Path) -> None:
+def test_missing_model_is_named_before_anything_starts(tmp_path: Path) -> None:
     said = refused(child_environment(tmp_path), *ports(), "--model", "/no/such/model")
     assert said == "milliways: /no/such/model: no such model directory"
 
@@ -63,8 +63,8 @@ def test_plan_that_does_not_fit_is_refused_with_its_arithmetic(
 def test_serve_that_listens_elsewhere_is_named(head: RayHead) -> None:
     port = head.start_serve()
     said = refused(head.environment, *ports(), "--address", head.address)
-    assert said.endswith(f"listens on 127.0.0.1:{port}: say so")
-    # It was not ours to end.
+    assert f"already listens on 127.0.0.1:{port}: set --host and --port" in said
+    # We did not start this Serve, so it must still run.
     assert "SERVE_CONTROLLER_ACTOR" in head.holds()["actors"]
     assert head.holds()["groups"] == []
 

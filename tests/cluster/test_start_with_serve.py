@@ -48,7 +48,7 @@ def test_build_writes_a_file_that_deploys(tmp_path: Path) -> None:
 
 @contextmanager
 def serve_run(head: RayHead, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`serve run`, which stays in the foreground."""
+    """Runs `serve run`, which stays in the foreground."""
     with (head.folder / "run.log").open("wb") as log:
         process = subprocess.Popen(
             [*SERVE, "run", "milliways.cluster.ray.app:app", *arguments],

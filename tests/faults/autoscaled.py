@@ -28,7 +28,7 @@ SCALE_TIMEOUT_S = 240.0
 
 
 def autoscaling_config(gcs_address: str) -> dict[str, Any]:
-    """One type of node, of which there are none to begin with."""
+    """An autoscaler config with one type of node, and no such node at first."""
     return {
         "cluster_name": "fake",
         "max_workers": 6,
@@ -68,7 +68,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
 
 
 def start_head(folder: Path, environment: dict[str, str]) -> str:
-    """A Ray with an autoscaler; its address."""
+    """Starts a Ray with an autoscaler; yields its address."""
     (port,) = free_ports(1)
     address = f"{HOST}:{port}"
     config = folder / "autoscaling.json"
@@ -106,14 +106,14 @@ def scale(served: OnNodes, num_workers: int) -> None:
 
 
 def nodes_of(served: OnNodes) -> set[str]:
-    """Where workers are; empty unless all of them are ready."""
+    """The workers' nodes; empty unless all workers are ready."""
     workers = served.workers()
     is_ready = all(worker["state"] == "ready" for worker in workers)
     return {worker["node"] for worker in workers} if is_ready else set()
 
 
 def num_nodes(served: OnNodes) -> int:
-    """Nodes with places that Ray has now."""
+    """Number of living nodes that offer places for workers."""
     script = "import ray; ray.init(address='auto', log_to_driver=False);"
     script += "print(sum(n['Alive'] and 'place' in n['Resources'] for n in ray.nodes()))"
     environment = served.environment | {"RAY_ADDRESS": served.address}
@@ -127,17 +127,17 @@ def main() -> None:
     environment = several_nodes(folder)
     address = start_head(folder, environment)
     with serving_on(address, HOST, environment, folder) as served:
-        told: dict[str, Any] = {"began_on": len(nodes_of(served))}
-        told["grown"] = complaints_under_load(
+        report: dict[str, Any] = {"began_on": len(nodes_of(served))}
+        report["grown"] = complaints_under_load(
             served.endpoint, lambda: scale(served, 4), lambda: len(nodes_of(served)) == 4
         )
-        told["grew_to"] = num_nodes(served)
-        told["shrunk"] = complaints_under_load(
+        report["grew_to"] = num_nodes(served)
+        report["shrunk"] = complaints_under_load(
             served.endpoint, lambda: scale(served, 2), lambda: len(nodes_of(served)) == 2
         )
         wait_until(lambda: num_nodes(served) == 2, "idle nodes are given back", SCALE_TIMEOUT_S)
-        told["shrank_to"] = num_nodes(served)
-    print(json.dumps(told), flush=True)
+        report["shrank_to"] = num_nodes(served)
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tests here break real processes; those of one cluster share it with `tests/cluster`."""
+"""Tests here break real processes; some use the same shared cluster as `tests/cluster`."""
 
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# Whoever is killed has to come back, on a machine that may be busy.
+# Killed processes must restart within this, on a machine that may be busy.
 TIMEOUT_S = 600
 
 

@@ -20,7 +20,7 @@ START_TIMEOUT_S = 90.0
 
 
 def start_node(environment: dict[str, str], prefix: list[str], *options: str) -> None:
-    """Starts a Ray node, which goes on after this."""
+    """Starts a Ray node, which keeps running."""
     ray = str(Path(sys.executable).with_name("ray"))
     command = [*prefix, ray, "start", "--object-store-memory=100000000", "--disable-usage-stats"]
     subprocess.run(
@@ -36,7 +36,7 @@ def main() -> int:
     second, folder = sys.argv[1], Path(sys.argv[2])
     checks = {f"RAY_{name}": str(value) for name, value in HEALTH_CHECKS.items()}
     environment = child_environment(folder, RAY_AUTH_MODE="disabled", **checks)
-    # What is above may say otherwise: each node has an address of its own.
+    # The parent may have set this. Here each node has an address of its own, not the loopback.
     environment.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
     in_second = ["ip", "netns", "exec", second]
     for name in ("a", "b"):
@@ -66,7 +66,7 @@ def main() -> int:
         on_nodes = {worker["worker_id"]: worker["node"] for worker in served.workers()}
         print(f"workers on {len(set(on_nodes.values()))} nodes", flush=True)
         assert len(set(on_nodes.values())) == 2, on_nodes
-        # Not before: Ray would put all workers on one side. This is where the lost one comes back.
+        # Only now, or Ray would put all workers on one side. The lost worker restarts here.
         start_node(
             environment,
             [],

@@ -1,4 +1,4 @@
-"""The controller asks Ray for nodes by what it places, and gives them back."""
+"""Ray's autoscaler adds nodes when a placement needs them, and removes idle ones."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.served_cluster import child_environment, short_folder
 
-# Children die with it, and see themselves alone: nothing outside can be met by mistake.
+# A PID namespace: its processes die with it, and see no process outside that they could hit.
 NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 TIMEOUT_S = 550
 
@@ -23,7 +23,7 @@ def can_unshare() -> bool:
 
 
 @pytest.mark.slow
-def test_nodes_come_when_a_placement_needs_them_and_go_when_idle() -> None:
+def test_nodes_start_when_a_placement_needs_them_and_stop_when_idle() -> None:
     if not can_unshare():
         pytest.skip("needs namespaces of its own, as root")
     with short_folder() as folder:
@@ -37,8 +37,8 @@ def test_nodes_come_when_a_placement_needs_them_and_go_when_idle() -> None:
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == {
         "began_on": 3,
         "grown": [],
         "grew_to": 4,

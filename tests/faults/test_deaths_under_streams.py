@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from milliways.benchmarks.chaos.answers import Answer, difference
-from milliways.benchmarks.chaos.asks import Ask, Surface
 from milliways.benchmarks.chaos.clients import Client, Endpoint, open_clients
-from tests.faults.leavings import left_as_found, processes_of
+from milliways.benchmarks.chaos.requests import ChaosRequest, Surface
+from tests.faults.leftovers import left_as_found, processes_of
 from tests.served_cluster import ServedCluster, wait_until
 
 # Long enough to be in its middle when somebody dies.
@@ -18,14 +18,14 @@ NUM_TOKENS = 400
 NUM_BEFORE = 20
 END_TIMEOUT_S = 130.0
 ASKS = {
-    Surface.HTTP: Ask(
+    Surface.HTTP: ChaosRequest(
         mode="logprobs",
         surface=Surface.HTTP,
         prompt="Welcome to",
         seed=11,
         max_tokens=NUM_TOKENS,
     ),
-    Surface.GRPC: Ask(
+    Surface.GRPC: ChaosRequest(
         mode="logprobs",
         surface=Surface.GRPC,
         prompt="Always bring a towel, because",
@@ -76,7 +76,7 @@ class Streams:
 
     def _ask(self, surface: Surface) -> None:
         try:
-            self._clients[surface].ask(ASKS[surface], self.answers[surface])
+            self._clients[surface].send(ASKS[surface], self.answers[surface])
         except Exception as error:
             self.errors.append(error)
 

@@ -1,4 +1,4 @@
-"""A whole node dies with all its processes; the head's memory dies, and comes back from Redis."""
+"""A whole node dies; the head dies and gets its state back from Redis."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ HAS_REDIS = shutil.which("redis-server") is not None
 
 @contextmanager
 def redis(folder: Path) -> Iterator[str]:
-    """The address of a Redis of its own."""
+    """Starts a Redis; yields its address."""
     (port,) = free_ports(1)
     options = ["--port", str(port), "--bind", HOST, "--save", "", "--dir", str(folder)]
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
@@ -40,7 +40,7 @@ def redis(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster_on_nodes() -> Iterator[tuple[Nodes, OnNodes]]:
-    """Three nodes with a worker each, whose head keeps its memory in Redis where there is one."""
+    """Three nodes with one worker each; the head keeps its state in Redis if that is installed."""
     with ExitStack() as stack:
         folder = stack.enter_context(short_folder())
         storage: dict[str, str] = {}
@@ -59,15 +59,17 @@ def test_restart_of_the_head_costs_no_token(cluster_on_nodes: tuple[Nodes, OnNod
 
     def restart_head() -> None:
         nodes.order("kill-gcs")
-        # Without a head a worker dies: others have its experts.
+        # A worker dies while there is no head; other workers hold its experts.
         os.kill(victim["pid"], signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(victim["pid"]), "the worker is gone")
         nodes.order("start-gcs")
 
     def is_whole() -> bool:
+        if not served.is_whole():
+            return False
         workers = {worker["worker_id"]: worker for worker in served.workers()}
         mine = workers.get(victim["worker_id"], victim)
-        return served.is_whole() and mine["incarnation"] > victim["incarnation"]
+        return mine["incarnation"] > victim["incarnation"]
 
     assert complaints_under_load(served.endpoint, restart_head, is_whole) == []
 
@@ -78,7 +80,7 @@ def test_death_of_a_node_costs_no_token(cluster_on_nodes: tuple[Nodes, OnNodes])
 
     def kill_the_node() -> None:
         raylet = psutil.Process(nodes.raylets[node_id])
-        # The raylet first: nobody shall tidy up.
+        # The raylet first, so that it cannot clean up.
         end([raylet, *raylet.children(recursive=True)])
 
     def is_whole() -> bool:

@@ -1,4 +1,4 @@
-"""The network comes apart between two nodes: one side goes on, with every token."""
+"""The network between two nodes breaks: one side continues, without a lost token."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def can_make_namespaces() -> bool:
 
 @contextmanager
 def two_namespaces() -> Iterator[None]:
-    """Joined by a pair of links. Nobody in them outlives this."""
+    """Two network namespaces with a link between them. Their processes end with this."""
     names = (FIRST, SECOND)
     try:
         for name in names:
@@ -67,7 +67,7 @@ def two_namespaces() -> Iterator[None]:
 
 
 def test_partition_costs_no_token() -> None:
-    # Not when tests are collected: to find out, one is made.
+    # Checked here and not at collection, because the check creates a namespace.
     if not can_make_namespaces():
         pytest.skip("network namespaces need root")
     with short_folder() as folder, two_namespaces():
@@ -81,6 +81,6 @@ def test_partition_costs_no_token() -> None:
             timeout=TIMEOUT_S,
             check=False,
         )
-        # The figures are for whoever runs it with -s.
+        # pytest -s shows these figures.
         print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr

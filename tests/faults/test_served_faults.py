@@ -1,4 +1,4 @@
-"""`milliways chaos` against a cluster that serves: every mode of drawing, over HTTP and gRPC."""
+"""`milliways chaos` against a serving cluster: all sampling modes, over HTTP and gRPC."""
 
 import json
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 
 from milliways.cluster.ray.environment import RunningCluster
-from tests.faults.leavings import left_as_found
+from tests.faults.leftovers import left_as_found
 from tests.served_cluster import ServedCluster, run_command
 
 NUM_WORKERS = 3
-# One of each mode and surface, all of them running at any time.
+# One client for each sampling mode over HTTP and gRPC; all run at the same time.
 NUM_ASKS = 14
 TIMEOUT_S = 500.0
 
@@ -27,7 +27,7 @@ def running(cluster: ServedCluster) -> RunningCluster:
 
 
 def rows_of(cluster: ServedCluster, faults: str) -> dict[str, dict[str, int]]:
-    """Runs the command, which holds every answer to the undisturbed one; the table's counts."""
+    """Runs the command, which compares each answer with the undisturbed one; returns its counts."""
     arguments = [
         *("--address", running(cluster).address),
         *("--faults", faults, "--duration", "1", "--yes"),
@@ -59,18 +59,18 @@ def test_fault_under_load_costs_no_token(cluster: ServedCluster, faults: str) ->
     assert set(table) == set(faults.split(","))
     for row in table.values():
         assert (row["times"], row["failed"], row["differing"]) == (1, 0, 0)
-        # Streams ran while it was done.
+        # Streams ran during the fault.
         assert row["hit"] > 0
 
 
-def test_cluster_of_others_is_not_broken_unasked(cluster: ServedCluster) -> None:
+def test_running_cluster_is_not_broken_without_consent(cluster: ServedCluster) -> None:
     address = running(cluster).address
     done = run_command(cluster.environment, "chaos", "--address", address)
     assert done.returncode == 1
     assert "--yes" in done.stderr and "kills and stops processes" in done.stderr
 
 
-def test_what_cannot_be_done_from_outside_is_refused_at_once(cluster: ServedCluster) -> None:
+def test_fault_that_needs_the_worker_is_refused_at_once(cluster: ServedCluster) -> None:
     done = run_command(cluster.environment, "chaos", "--faults", "partition")
     assert done.returncode == 1
     assert "--faults = 'partition'" in done.stderr and "tests/" in done.stderr

@@ -1,6 +1,7 @@
 """What a test with Ray nodes of its own needs: a served cluster, load, and a verdict."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
-from milliways.benchmarks.chaos.answers import Heard, difference
-from milliways.benchmarks.chaos.asks import Ask, draw_asks
+from milliways.benchmarks.chaos.answers import Outcome, difference
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
 from milliways.benchmarks.chaos.load import Load
+from milliways.benchmarks.chaos.requests import ChaosRequest, draw_requests
 from tests.conftest import REPOSITORY
 from tests.served_cluster import (
     STOP_TIMEOUT_S,
@@ -30,6 +32,7 @@ from tests.served_cluster import (
 NUM_ASKS = 14
 MAX_TOKENS = 64
 WHOLE_TIMEOUT_S = 240.0
+READY_METRIC = re.compile(r'milliways_worker_state\{.*state="ready"\} 1$')
 
 # Workers go to nodes that offer them a place; what takes a CPU goes to the head.
 SETTINGS = """
@@ -67,10 +70,21 @@ class OnNodes:
 
     def is_whole(self, gone: Sequence[str] = ()) -> bool:
         """Whether three workers are ready, none of them on a node that is gone."""
+        # A command takes seconds of a core, which the worker that starts needs.
+        if self._num_ready() != 3:
+            return False
         workers = self.workers()
         return len(workers) == 3 and all(
             w["state"] == "ready" and w["node"] not in gone for w in workers
         )
+
+    def _num_ready(self) -> int:
+        """How many workers the metrics call ready; 0 while nobody answers."""
+        try:
+            lines = httpx.get(f"{self.endpoint.http}/metrics", timeout=30).text.splitlines()
+        except httpx.TransportError:
+            return 0
+        return sum(READY_METRIC.match(line) is not None for line in lines)
 
 
 @dataclass(slots=True)
@@ -165,6 +179,8 @@ def several_nodes(folder: Path, **more: str) -> dict[str, str]:
         RAY_AUTH_MODE="disabled",
         RAY_TMPDIR=str(folder / "t"),
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1",
+        # By default Ray gives up after 30 s, in which a busy machine does not start it.
+        RAY_raylet_start_wait_time_s="120",
         **more,
     )
 
@@ -173,20 +189,20 @@ def complaints_under_load(
     endpoint: Endpoint, strike: Callable[[], None], is_whole: Callable[[], bool]
 ) -> list[str]:
     """What went wrong for clients while something happened and until all was well again."""
-    asks = draw_asks(NUM_ASKS, MAX_TOKENS, seed=3)
+    asks = draw_requests(NUM_ASKS, MAX_TOKENS, seed=3)
     with open_clients(endpoint) as clients:
         load = Load(asks, clients, NUM_ASKS)
         undisturbed = load.run_once()
         load.start()
         try:
             # Now all of them run.
-            wait_until(lambda: load.num_heard > 2, "requests are answered")
+            wait_until(lambda: load.num_ended > 2, "requests are answered")
             struck_s = time.monotonic()
             strike()
             wait_until(is_whole, "all is replicated again", WHOLE_TIMEOUT_S)
             whole_s = time.monotonic()
-            num_heard = load.num_heard
-            wait_until(lambda: load.num_heard > num_heard + NUM_ASKS, "all go on")
+            num_ended = load.num_ended
+            wait_until(lambda: load.num_ended > num_ended + NUM_ASKS, "all go on")
         finally:
             heard = load.stop()
     stalls_s = sorted(one.stall_s(struck_s, struck_s + 20.0) for one in heard)
@@ -198,15 +214,15 @@ def complaints_under_load(
 
 
 def complaints(
-    asks: Sequence[Ask], undisturbed: Sequence[Heard], heard: Sequence[Heard]
+    asks: Sequence[ChaosRequest], undisturbed: Sequence[Outcome], heard: Sequence[Outcome]
 ) -> list[str]:
     """A sentence for each request that failed, or was answered otherwise than undisturbed."""
-    wanted = {one.ask_index: one.answer for one in undisturbed}
+    wanted = {one.request_index: one.answer for one in undisturbed}
     found: list[str] = []
     for one in [*undisturbed, *heard]:
-        wrong = one.error or difference(wanted[one.ask_index], one.answer)
+        wrong = one.error or difference(wanted[one.request_index], one.answer)
         if one.answer.breaks:
             wrong = f"{one.answer.breaks}; {wrong}"
         if wrong:
-            found.append(f"{asks[one.ask_index]}: {wrong}")
+            found.append(f"{asks[one.request_index]}: {wrong}")
     return found

@@ -10,7 +10,7 @@ from milliways.cluster.cli import main as cli
 QUICK = ["--model", "demo", "--repeats", "1"]
 
 
-def test_bench_prints_speeds_floors_and_who_is_absent(
+def test_bench_prints_speeds_floors_and_missing_engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
@@ -39,7 +39,7 @@ def test_bench_prints_speeds_floors_and_who_is_absent(
         (["--repeats", "0"], "repeats = 0"),
     ],
 )
-def test_bad_request_gets_one_clear_line(
+def test_bad_option_gives_a_one_line_error(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert cli.main(["bench", *QUICK, *arguments]) == 2

@@ -1,4 +1,4 @@
-"""The clients of `milliways chaos`: they go on where a connection broke, and say that it did."""
+"""The clients of `milliways chaos`: they resume a broken stream, and record the break."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milliways.benchmarks.chaos.answers import Answer, difference
-from milliways.benchmarks.chaos.asks import MODES, Ask, Surface, draw_asks
 from milliways.benchmarks.chaos.clients import AnswerError, HttpClient
-from milliways.cluster.ingress.http import make_http_app
+from milliways.benchmarks.chaos.requests import MODES, ChaosRequest, Surface, draw_requests
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from tests.ingresses import demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource
 
-EVERY_ASK = draw_asks(2 * len(MODES), max_tokens=6, seed=1)
-ASKS = [ask for ask in EVERY_ASK if ask.surface is Surface.HTTP]
+EVERY_REQUEST = draw_requests(2 * len(MODES), max_tokens=6, seed=1)
+REQUESTS = [request for request in EVERY_REQUEST if request.surface is Surface.HTTP]
 
 
 class ConnectionCutError(Exception):
-    """As if the process had died."""
+    """Stands for the death of the ingress process."""
 
 
 @dataclass
 class Cutting:
-    """Cuts streams before they have sent so many pieces; says why nothing comes at first."""
+    """Cuts each stream after some pieces, and answers first with the given refusals."""
 
     app: ASGIApp
     before_pieces: list[int] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Cutting:
             nonlocal num_left
             if message["type"] == "http.response.body":
                 if num_left == 0:
-                    # A part of an event is worth nothing.
+                    # A client must ignore an incomplete event.
                     cut = message | {"body": message["body"][:-3], "more_body": True}
                     await send(cut)
                     raise ConnectionCutError
@@ -80,44 +80,49 @@ def cutting(model: ServedModel, source: LocalSource) -> Iterator[tuple[Cutting, 
         yield cutting, HttpClient(url, "demo")
 
 
-def asked(client: HttpClient, ask: Ask) -> Answer:
-    answer = Answer.of(ask)
-    client.ask(ask, answer)
+def answer_to(client: HttpClient, sent: ChaosRequest) -> Answer:
+    answer = Answer.of(sent)
+    client.send(sent, answer)
     assert answer.is_complete
     return answer
 
 
-@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: ask.mode)
+@pytest.mark.parametrize("sent", REQUESTS, ids=lambda sent: sent.mode)
 def test_stream_that_is_cut_anywhere_is_the_same_answer(
-    cutting: tuple[Cutting, HttpClient], ask: Ask
+    cutting: tuple[Cutting, HttpClient], sent: ChaosRequest
 ) -> None:
     app, client = cutting
-    whole = asked(client, ask)
+    whole = answer_to(client, sent)
     assert whole.breaks == []
     for cuts in ([0], [1], [2, 0, 1], [3, 3]):
         app.before_pieces = list(cuts)
-        again = asked(client, ask)
+        again = answer_to(client, sent)
         assert difference(whole, again) == ""
         assert len(again.breaks) == len(cuts) - len(app.before_pieces)
         assert again.breaks
 
 
 @pytest.mark.parametrize(
-    "told", [(503, b"application/json"), (429, b"application/json"), (500, b"text/plain")]
+    "status_and_type",
+    [(503, b"application/json"), (429, b"application/json"), (500, b"text/plain")],
 )
-def test_who_cannot_serve_now_is_asked_again(
-    cutting: tuple[Cutting, HttpClient], told: tuple[int, bytes]
+def test_server_that_cannot_serve_now_gets_the_request_again(
+    cutting: tuple[Cutting, HttpClient], status_and_type: tuple[int, bytes]
 ) -> None:
     app, client = cutting
-    app.refusals = [refusal(*told)]
-    assert len(asked(client, ASKS[0]).breaks) == 1
+    app.refusals = [refusal(*status_and_type)]
+    assert len(answer_to(client, REQUESTS[0]).breaks) == 1
 
 
-@pytest.mark.parametrize("told", [(400, b"application/json"), (500, b"application/json")])
-def test_refusal_is_no_break(cutting: tuple[Cutting, HttpClient], told: tuple[int, bytes]) -> None:
+@pytest.mark.parametrize(
+    "status_and_type", [(400, b"application/json"), (500, b"application/json")]
+)
+def test_refusal_is_not_a_break(
+    cutting: tuple[Cutting, HttpClient], status_and_type: tuple[int, bytes]
+) -> None:
     app, client = cutting
-    app.refusals = [refusal(*told)]
-    answer = Answer.of(ASKS[0])
-    with pytest.raises(AnswerError, match=f"HTTP {told[0]}"):
-        client.ask(ASKS[0], answer)
+    app.refusals = [refusal(*status_and_type)]
+    answer = Answer.of(REQUESTS[0])
+    with pytest.raises(AnswerError, match=f"HTTP {status_and_type[0]}"):
+        client.send(REQUESTS[0], answer)
     assert answer.breaks == []

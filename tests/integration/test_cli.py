@@ -105,6 +105,8 @@ def test_inspect_counts_parameters_and_bytes(
         (["--tokens", "1", "--temperature", "-1"], 2, "temperature = -1.0"),
         (["--tokens", "1", "--temperature", "nan"], 2, "temperature = nan"),
         (["--tokens", "1", "--top-p", "0"], 2, "top_p = 0.0"),
+        (["--tokens", "1", "--logit-bias", "5"], 2, "logit_bias = '5'"),
+        (["--tokens", "1", "--logit-bias", "99999=1"], 2, "logit_bias = 99999"),
         (["--tokens", "1", "--max-tokens", "0"], 2, "max_tokens = 0"),
         (["--tokens", "1", "--n", "0"], 2, "num_samples = 0"),
         (["--tokens", "1", "--logprobs", "99"], 2, "num_logprobs = 99"),
@@ -178,7 +180,7 @@ def test_text_is_utf8_whatever_the_locale(
 def test_inspect_needs_no_jax(golden_dir: Path) -> None:
     """JAX takes seconds to import; scanning 318 GB takes less than one."""
     program = (
-        "import sys; from cluster import cli; "
+        "import sys; from milliways.cluster.cli import main as cli; "
         f"code = cli.main(['inspect', {str(golden_dir / 'tiny')!r}]); "
         "sys.exit(code or ('jax' in sys.modules))"
     )

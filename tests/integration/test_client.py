@@ -11,10 +11,10 @@ import grpc
 import pytest
 from grpc import aio
 
-from milliways.api.client import GenerateClient, StreamChangedError
+from milliways.api.resuming import GenerateClient, StreamChangedError
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.v1 import generate_pb2, sampling_pb2
 from milliways.wire.errors import DeadlineError, OverloadedError, UnavailableError
 from tests.ingresses import demo_model, local_source, make_ingress

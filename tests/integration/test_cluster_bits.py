@@ -13,33 +13,43 @@ from milliways.cluster.control.planner import AttentionCut
 from milliways.cluster.host.model_bytes import checkpoint_bytes
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.sampling_params import SamplingParams
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.view import Member
 from milliways.workers.core import WorkerCore
 from milliways.workers.kv_arrays import KvArrays
-from tests.heard import Heard, all_ended
 from tests.memory_cluster import ClusterSettings, MemoryCluster, Process
+from tests.recording import Recording, all_ended, num_running
 from tests.runners import ON_GPU
 from tests.shards import ShardFactory, place, view_of
-from tests.spreads import CACHE, DTYPES, SPREADS, Spread, Told, alone, answers, by_sample, requests
+from tests.spreads import (
+    CACHE,
+    DTYPES,
+    SPREADS,
+    Spread,
+    Tokens,
+    alone,
+    answers,
+    by_sample,
+    requests,
+)
 
 
-def served(cluster: MemoryCluster, wanted: list[GenerationRequest], at_a_time: int) -> list[Told]:
-    """What the cluster tells, requests joining while others run."""
+def served(cluster: MemoryCluster, wanted: list[GenerationRequest], at_a_time: int) -> list[Tokens]:
+    """The cluster's tokens for each request; requests join while others run."""
     routers = sorted(cluster.routers)
-    heard: dict[str, Heard] = {}
+    recordings: dict[str, Recording] = {}
     for i, request in enumerate(wanted):
         routed = RoutedRequest(request_id=str(i), request=request, timeout_s=1e6)
-        heard[str(i)] = cluster.submit(routers[i % len(routers)], str(i), routed)
-        cluster.run_until(lambda: sum(not h.has_ended for h in heard.values()) < at_a_time, 1e6)
-    cluster.run_until(lambda: all_ended(heard), 1e6)
-    assert [one.error for one in heard.values()] == [None] * len(wanted)
+        recordings[str(i)] = cluster.submit(routers[i % len(routers)], str(i), routed)
+        cluster.run_until(lambda: num_running(recordings) < at_a_time, 1e6)
+    cluster.run_until(lambda: all_ended(recordings), 1e6)
+    assert [recording.error for recording in recordings.values()] == [None] * len(wanted)
     cluster.settle()
     cluster.close()
-    return [by_sample(one.events) for one in heard.values()]
+    return [by_sample(recording.events) for recording in recordings.values()]
 
 
 def make_cluster(
@@ -140,12 +150,12 @@ COPIED = GenerationRequest(
 )
 
 
-def run_at(cluster: MemoryCluster, name: str, routed: RoutedRequest) -> Told:
-    heard = cluster.submit(name, routed.request_id, routed)
-    cluster.run_until(lambda: heard.has_ended, 1e6)
+def run_at(cluster: MemoryCluster, name: str, routed: RoutedRequest) -> Tokens:
+    recording = cluster.submit(name, routed.request_id, routed)
+    cluster.run_until(lambda: recording.has_ended, 1e6)
     cluster.settle()
-    assert heard.error is None
-    return by_sample(heard.events)
+    assert recording.error is None
+    return by_sample(recording.events)
 
 
 def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[bytes]:
@@ -164,7 +174,7 @@ def blocks_of(cluster: MemoryCluster, name: str, token_ids: list[int]) -> list[b
 
 @pytest.mark.parametrize("num_devices", [1] if ON_GPU else [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_copies_are_the_bits_that_their_buddy_would_compute(
+def test_copies_are_the_bits_that_their_standby_would_compute(
     golden_dir: Path, dtype: str, num_devices: int
 ) -> None:
     model_dir = golden_dir / "tiny"
@@ -175,18 +185,18 @@ def test_copies_are_the_bits_that_their_buddy_would_compute(
     (told,) = answers(model_dir, [COPIED], dtype)
     assert run_at(cluster, "w0", routed) == told
     token_ids = [*COPIED.prompt_ids, *(event.token_id for event in told)]
-    buddy = cluster.routers["w0"].standby_id
-    (third,) = {"w0", "w1", "w2"} - {"w0", buddy}
+    standby = cluster.routers["w0"].standby_id
+    (third,) = {"w0", "w1", "w2"} - {"w0", standby}
     assert run_at(cluster, third, routed) == told
-    copied = blocks_of(cluster, buddy, token_ids)
+    copied = blocks_of(cluster, standby, token_ids)
     # The last block became full with the last token, when nobody had use for it any more.
     assert len(copied) == (len(token_ids) - 2) // CACHE.block_size == 5
     assert copied == blocks_of(cluster, third, token_ids)[:5]
-    # The buddy goes on with them as if it had computed them.
-    num_positions = cluster.routers[buddy].figures.num_positions
+    # The standby goes on with them as if it had computed them.
+    num_positions = cluster.routers[standby].figures.num_positions
     half = tuple(event.token_id for event in told[:6])
     carried_on = dataclasses.replace(routed, request_id="rest", delivered={0: half})
-    assert run_at(cluster, buddy, carried_on) == told[6:]
-    num_positions = cluster.routers[buddy].figures.num_positions - num_positions
+    assert run_at(cluster, standby, carried_on) == told[6:]
+    num_positions = cluster.routers[standby].figures.num_positions - num_positions
     assert num_positions <= CACHE.block_size + len(told) - len(half)
     cluster.close()

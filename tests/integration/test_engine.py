@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from milliways.model.decoder import Decoder
+from milliways.model.errors import InvalidRequestError
 from milliways.model.params import ModelParams
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, TokenEvent
-from milliways.router.scheduler import SchedulerLimits
 from tests.runners import load, runner_of
 
 EOS = 2
@@ -146,6 +147,34 @@ def test_consumer_that_stops_listening_frees_the_blocks(model: Model) -> None:
     next(stream)
     assert engine.pool.num_held > 0
     stream.close()
+    assert engine.pool.num_held == 0 and not engine.has_work
+
+
+def test_streams_that_are_open_at_once_lose_no_event_to_each_other(model: Model) -> None:
+    first, second = make_request([5, 6], 6, num_samples=2), make_request([7, 8, 9], 9)
+    alone = [stream_of(list(make_engine(model).generate(request))) for request in (first, second)]
+    engine = make_engine(model)
+    paused = engine.generate(first)
+    events = [next(paused)]
+    # Its steps compute the paused stream as well, up to its end.
+    assert stream_of(list(engine.generate(second))) == alone[1]
+    events += paused
+    assert stream_of(events) == alone[0]
+    assert engine.pool.num_held == 0 and not engine.has_work
+
+
+def test_requests_run_together_keep_their_events_apart(model: Model, alone: list[Stream]) -> None:
+    together: list[list[TokenEvent]] = [[] for _ in REQUESTS]
+    for index, event in make_engine(model).generate_all(REQUESTS):
+        assert isinstance(event, TokenEvent)
+        together[index].append(event)
+    assert [stream_of(events) for events in together] == alone
+
+
+def test_batch_with_a_request_that_does_not_fit_runs_none_of_it(model: Model) -> None:
+    engine = make_engine(model, num_blocks=4)
+    with pytest.raises(InvalidRequestError):
+        list(engine.generate_all([make_request([5], 4), make_request([5], 1000)]))
     assert engine.pool.num_held == 0 and not engine.has_work
 
 

@@ -1,4 +1,4 @@
-"""The GPU's benchmark runs where there is none, shrunken, and its table is complete."""
+"""The GPU benchmark runs without a GPU with small layers, and its table is complete."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Routers that are silent: another is asked as well, and the client has every token once."""
+"""Silent routers: a second router gets the request as well; each token comes exactly once."""
 
 import asyncio
 import time
@@ -8,8 +8,8 @@ from contextlib import aclosing
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.router_source import RouterSource
-from milliways.cluster.ingress.silence import HedgeLimits
+from milliways.cluster.ingress.routing.router_source import RouterSource
+from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
@@ -27,13 +27,13 @@ from tests.fake_routers import (
 REQUEST = GenerationRequest(
     prompt_ids=(100,), max_tokens=12, sampling=SamplingParams(temperature=0.0), ignore_eos=True
 )
-# Its length is not what is tested; that nobody is silent for it is.
+# The tests do not depend on these numbers, but a router that works must answer within them.
 LIMITS = HedgeLimits(after_s_min=0.2, after_s_max=0.4)
 TIMEOUT_S = 60.0
 
 
 class Hedges:
-    """How often another router was asked."""
+    """Number of hedges."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -43,7 +43,7 @@ class Hedges:
 
 
 class DeafRouter(FakeRouter):
-    """One that can stop answering: neither pings nor, behind its fault, streams."""
+    """A router that can stop answering: pings at once, streams after its fault."""
 
     is_deaf = False
 
@@ -83,16 +83,16 @@ def run(
 
 
 @pytest.mark.parametrize("num_tokens", range(0, 12, 3))
-def test_silent_router_has_its_requests_asked_of_another(num_tokens: int) -> None:
+def test_requests_of_a_silent_router_go_to_another(num_tokens: int) -> None:
     routers = [deaf_after(num_tokens), FakeRouter(events_each=2)]
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         assert await collect(source) == expected_events(REQUEST)
         assert hedges.count == 1
-        # Others are asked first until it answers.
+        # Other routers are preferred until it answers.
         assert await collect(source) == expected_events(REQUEST)
         assert len(routers[0].asked) == 1
-        # Both the loser's stream and its blocks are given back.
+        # The loser's stream ends, and its blocks are freed.
         while routers[0].num_running:
             await asyncio.sleep(0.005)
 
@@ -101,7 +101,7 @@ def test_silent_router_has_its_requests_asked_of_another(num_tokens: int) -> Non
     assert had == ([num_tokens] if num_tokens else [])
 
 
-def test_router_that_waits_but_answers_keeps_its_request() -> None:
+def test_slow_router_that_answers_pings_keeps_its_request() -> None:
     gate = asyncio.Event()
     routers = [DeafRouter(gate=gate), FakeRouter()]
 
@@ -116,7 +116,7 @@ def test_router_that_waits_but_answers_keeps_its_request() -> None:
     assert routers[1].asked == []
 
 
-def test_router_that_comes_to_its_senses_first_goes_on_alone() -> None:
+def test_silent_router_that_sends_the_next_token_first_wins() -> None:
     silent = DeafRouter(gate=asyncio.Event())
     other = FakeRouter(gate=asyncio.Event())
     silent.is_deaf = True
@@ -132,7 +132,7 @@ def test_router_that_comes_to_its_senses_first_goes_on_alone() -> None:
         assert hedges.count == 1
         while other.num_running:
             await asyncio.sleep(0.005)
-        # It is given more time, and asked again: by its name it comes first.
+        # It gets more time now, and the next request: its name comes first.
         assert await collect(source) == expected_events(REQUEST)
         assert [len(silent.asked), len(other.asked)] == [2, 1]
 
@@ -166,7 +166,7 @@ def test_break_of_one_of_two_leaves_the_other(is_silent_first: bool) -> None:
     run(scenario, silent, other, third)
 
 
-def test_other_that_has_no_room_costs_nothing() -> None:
+def test_full_second_router_costs_nothing() -> None:
     silent = DeafRouter(gate=asyncio.Event())
     silent.is_deaf = True
     other = FakeRouter(refusal=full())
@@ -184,14 +184,14 @@ def test_other_that_has_no_room_costs_nothing() -> None:
     assert len(other.asked) == 1
 
 
-def test_other_that_had_no_room_is_asked_again_when_the_silent_one_breaks() -> None:
+def test_full_second_router_is_retried_when_the_silent_one_breaks() -> None:
     silent, other = deaf_after(0), FakeRouter(refusal=full())
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         task = asyncio.create_task(collect(source))
         while not other.asked:
             await asyncio.sleep(0.005)
-        # It has answered by then, and the request waits for the silent one alone.
+        # By now the full router has refused, and only the silent one has the request.
         await asyncio.sleep(LIMITS.after_s_max)
         other.refusal = None
         assert silent.server is not None
@@ -201,7 +201,7 @@ def test_other_that_had_no_room_is_asked_again_when_the_silent_one_breaks() -> N
     run(scenario, silent, other)
 
 
-def test_other_that_comes_later_is_asked_then() -> None:
+def test_second_router_that_appears_later_gets_the_request() -> None:
     silent, late = deaf_after(3), FakeRouter()
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
@@ -219,7 +219,7 @@ def test_other_that_comes_later_is_asked_then() -> None:
     run(scenario, silent)
 
 
-def test_client_that_leaves_frees_both() -> None:
+def test_client_that_leaves_frees_both_routers() -> None:
     silent = DeafRouter(gate=asyncio.Event())
     silent.is_deaf = True
     other = FakeRouter(gate=asyncio.Event())
@@ -236,7 +236,7 @@ def test_client_that_leaves_frees_both() -> None:
     run(scenario, silent, other)
 
 
-def test_requests_that_look_for_a_router_at_once_close_what_is_gone_once() -> None:
+def test_concurrent_requests_close_an_unlisted_router_once() -> None:
     gone = [FakeRouter() for _ in range(5)]
     left = FakeRouter()
 
@@ -260,7 +260,7 @@ def test_source_that_closes_leaves_no_task() -> None:
             events = [await anext(stream) for _ in range(3)]
             await asyncio.sleep(2 * LIMITS.after_s_max)
             await stream.aclose()
-            # It is still asked for a sign of life, so that it can be used again.
+            # The silent router is still pinged, so that it can be used again.
             await source.close()
             assert events == expected_events(REQUEST)[:3]
         await asyncio.sleep(0)

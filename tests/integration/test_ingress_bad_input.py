@@ -1,4 +1,4 @@
-"""What the HTTP surface refuses, and that each refusal names the one thing that was wrong."""
+"""Requests that the HTTP API refuses; each refusal names the one field that is wrong."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -184,7 +184,7 @@ def test_giant_body_without_a_length_is_refused(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_other_content_type_is_refused(model: ServedModel, kind: str) -> None:
+def test_content_type_other_than_json_is_refused(model: ServedModel, kind: str) -> None:
     headers = {"content-type": kind}
     response = post(CountingSource(), model, COMPLETIONS, content=b"{}", headers=headers)
     assert response.status_code == 415

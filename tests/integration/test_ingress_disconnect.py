@@ -1,4 +1,4 @@
-"""Over real sockets: who goes away takes the request with it, and who is slow slows no other."""
+"""Over real sockets: a request ends when its client leaves; a slow client slows no other."""
 
 import asyncio
 import json
@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
@@ -27,12 +27,12 @@ def model() -> ServedModel:
 def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < deadline_s, "it did not come true"
+        assert time.monotonic() < deadline_s, "not within the time limit"
         time.sleep(0.005)
 
 
 def send_request(url: str, path: str, **fields: object) -> socket.socket:
-    """Sends a completion request; the answer is left in the socket."""
+    """Sends a completion request; does not read the response."""
     address = urlsplit(url)
     assert address.hostname and address.port
     connection = socket.create_connection((address.hostname, address.port))
@@ -47,10 +47,10 @@ def send_request(url: str, path: str, **fields: object) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", [[7, 100], [[7, 100], [7, 200]]])
-def test_client_that_goes_away_ends_its_request(
+def test_request_of_a_client_that_leaves_ends(
     model: ServedModel, stream: bool, prompt: list[object]
 ) -> None:
-    # Two tokens, and then nothing for good.
+    # The source gives two tokens, and then waits for ever.
     source = CountingSource(gate=asyncio.Semaphore(2))
     ingress = make_ingress(source, model)
     with served(lambda: make_http_app(ingress)) as url:
@@ -64,7 +64,7 @@ def test_client_that_goes_away_ends_its_request(
         wait_until(lambda: 'code="499"' in httpx.get(f"{url}/metrics").text)
 
 
-def test_slow_client_slows_no_other_and_holds_back_its_own(model: ServedModel) -> None:
+def test_slow_client_slows_its_own_request_and_no_other(model: ServedModel) -> None:
     def endless(request: GenerationRequest) -> list[TokenEvent]:
         return counted_events(request) * 2000
 
@@ -77,7 +77,7 @@ def test_slow_client_slows_no_other_and_holds_back_its_own(model: ServedModel) -
         with httpx.stream("POST", f"{url}/v1/completions", json=quick) as response:
             assert next(response.iter_lines()).startswith("id: ")
         assert time.monotonic() - started_s < 10
-        # A million tokens were to come: its socket is full, and nobody goes on for it.
+        # A million tokens are wanted, but the socket is full, so the source has stopped.
         wait_until(lambda: ingress.num_ongoing == 1)
         slow.close()
         wait_until(lambda: ingress.num_ongoing == 0)

@@ -1,4 +1,4 @@
-"""The gRPC surface over a source to compute by hand: what it gives, refuses, and lets go."""
+"""The gRPC API over a token source that is computed by hand."""
 
 import asyncio
 import time
@@ -12,10 +12,10 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from milliways.cluster.ingress.grpc_service import SERVICE
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.public_grpc.service import SERVICE
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.errors import InvalidRequestError
 from milliways.v1 import generate_pb2, generate_pb2_grpc, router_pb2, sampling_pb2
 from milliways.wire.errors import (
@@ -38,7 +38,7 @@ def model() -> ServedModel:
 
 
 def run(scenario: Scenario, source: CountingSource, model: ServedModel, **settings: int) -> Any:
-    """Runs a scenario against a server of its own; nothing may be left running after it."""
+    """Runs a scenario against a new server; no request may run after it."""
 
     async def main() -> Any:
         limits = {"max_body_bytes": MAX_MESSAGE_BYTES} | settings
@@ -96,8 +96,15 @@ def test_tokens_stream_and_usage_ends_them(model: ServedModel) -> None:
     assert len(first.started.request_id) == 32
     assert first.started.system_fingerprint == model.fingerprint
     events = [event for response in responses for event in response.events]
-    told = [(event.sample_index, event.index, event.token_id) for event in events]
-    assert told == [(0, 0, 101), (1, 0, 102), (0, 1, 102), (1, 1, 104), (0, 2, 103), (1, 2, 106)]
+    received = [(event.sample_index, event.index, event.token_id) for event in events]
+    assert received == [
+        (0, 0, 101),
+        (1, 0, 102),
+        (0, 1, 102),
+        (1, 1, 104),
+        (0, 2, 103),
+        (1, 2, 106),
+    ]
     assert [event.text for event in events[:2]] == ["101,", "102,"]
     length = router_pb2.FINISH_REASON_LENGTH
     assert [event.finish_reason for event in events] == [0, 0, 0, 0, length, length]
@@ -119,7 +126,7 @@ def test_every_field_reaches_the_request(model: ServedModel) -> None:
     sampling = sampling_pb2.SamplingParams(**given, logit_bias={12: -3.0}, seed=0)
     ask(source, model, sampling=sampling, stop=["a", "b"], ignore_eos=True, num_samples=2)
     (request,) = source.requests
-    # Not 0.10000000149011612: a bound must not be overstepped by a rounding.
+    # Not 0.10000000149011612: rounding to float32 must not cross a limit.
     assert {name: getattr(request.sampling, name) for name in given} == given
     assert (request.sampling.logit_bias, request.sampling.seed) == ({12: -3.0}, 0)
     assert (request.stop, request.ignore_eos, request.num_samples) == (("a", "b"), True, 2)
@@ -204,14 +211,14 @@ def test_error_of_the_source_has_its_canonical_code(
     model: ServedModel, error: Exception, code: grpc.StatusCode, num_before_error: int
 ) -> None:
     source = CountingSource(error=error, num_before_error=num_before_error)
-    told = refusal(source, model)
-    assert told.code() is code
-    assert "secret" not in (told.details() or "")
+    refused = refusal(source, model)
+    assert refused.code() is code
+    assert "secret" not in (refused.details() or "")
     retry_after_ms = {OverloadedError: "2500", UnavailableError: "1000"}.get(type(error))
-    assert metadata_of(told).get("milliways-retry-after-ms") == retry_after_ms
+    assert metadata_of(refused).get("milliways-retry-after-ms") == retry_after_ms
 
 
-def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
+def test_requests_above_the_limit_are_refused_at_once(model: ServedModel) -> None:
     source = CountingSource(gate=asyncio.Semaphore(0))
 
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:
@@ -254,7 +261,7 @@ def test_cancelling_frees_the_request(model: ServedModel) -> None:
 
 
 @pytest.mark.parametrize("method", ["Generate", "Tokenize", "Detokenize"])
-def test_malformed_message_is_refused_and_the_server_goes_on(
+def test_malformed_message_is_refused_and_the_server_still_answers(
     model: ServedModel, method: str
 ) -> None:
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:
@@ -287,7 +294,7 @@ def test_unknown_method_is_unimplemented(model: ServedModel) -> None:
     run(scenario, CountingSource(), model)
 
 
-def test_text_becomes_tokens_and_text_again(model: ServedModel) -> None:
+def test_text_is_tokenised_and_detokenised(model: ServedModel) -> None:
     text = "The answer to life"
 
     async def scenario(channel: aio.Channel, ingress: Ingress) -> None:

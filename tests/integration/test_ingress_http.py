@@ -1,4 +1,4 @@
-"""The HTTP surface over a source to compute by hand: what it gives, refuses, and lets go."""
+"""The HTTP API over a token source that is computed by hand."""
 
 import asyncio
 import json
@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from milliways.cluster.ingress.http import MoreMetrics, make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import MetricsText, make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.request import GenerationRequest
@@ -168,13 +168,13 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "status"), ERRORS, ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("stream", [False, True])
-def test_error_before_the_first_token_is_one_of_http(
+def test_error_before_the_first_token_is_an_http_error(
     model: ServedModel, error: Exception, status: int, stream: bool
 ) -> None:
     response = post(CountingSource(error=error), model, COMPLETIONS, json=body(stream=stream))
     assert response.status_code == status
-    told = response.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
+    error_object = response.json()["error"]
+    assert set(error_object) == {"message", "type", "param", "code"}
     assert "secret" not in response.text
     retry_after = {429: "3", 503: "1"}.get(status)
     assert response.headers.get("retry-after") == retry_after
@@ -200,7 +200,7 @@ def test_error_after_the_first_token_is_an_event(
     assert counted in metrics
 
 
-def test_model_that_computes_nan_is_an_error(model: ServedModel) -> None:
+def test_nan_logits_are_an_error(model: ServedModel) -> None:
     def break_second(request: GenerationRequest) -> list[TokenEvent]:
         first, second, *_ = counted_events(request)
         return [first, replace(second, finish_reason=FinishReason.ERROR, token_id=-1, text="")]
@@ -212,7 +212,7 @@ def test_model_that_computes_nan_is_an_error(model: ServedModel) -> None:
     assert "finite" in last["error"]["message"]
 
 
-def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
+def test_requests_above_the_limit_are_refused_at_once(model: ServedModel) -> None:
     source = CountingSource(gate=asyncio.Semaphore(0))
 
     async def ask(client: httpx.AsyncClient, ingress: Ingress) -> None:
@@ -230,8 +230,8 @@ def test_too_many_at_once_are_refused_at_once(model: ServedModel) -> None:
     run(ask, source, model, max_ongoing_requests=2)
 
 
-def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None:
-    source = CountingSource(probe_error=UnavailableError("no router is there"))
+def test_ready_probes_the_source_at_most_once_a_second(model: ServedModel) -> None:
+    source = CountingSource(probe_error=UnavailableError("no router is available"))
 
     async def ask(client: httpx.AsyncClient, ingress: Ingress) -> list[httpx.Response]:
         assert (await client.get("/health")).status_code == 200
@@ -239,7 +239,7 @@ def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None
 
     answers = run(ask, source, model)
     assert {answer.status_code for answer in answers} == {503}
-    assert "no router is there" in answers[0].json()["error"]["message"]
+    assert "no router is available" in answers[0].json()["error"]["message"]
     assert answers[0].headers["retry-after"] == "1"
     assert source.num_probes == 1
     source = CountingSource()
@@ -250,7 +250,7 @@ def test_ready_asks_the_source_once_a_second_at_most(model: ServedModel) -> None
     ("given", "kept"),
     [("abc-1", "abc-1"), ("a b\tc", "abc"), ("x" * 500, "x" * 128), ("é", None)],
 )
-def test_request_id_is_echoed_as_far_as_it_is_fit(
+def test_request_id_is_echoed_without_unfit_characters(
     model: ServedModel, given: str, kept: str | None
 ) -> None:
     headers = {"x-request-id": given.encode("latin-1")}
@@ -279,16 +279,16 @@ def test_metrics_count_requests_and_tokens(model: ServedModel) -> None:
     assert "milliways_time_per_output_token_seconds_count 2.0" in lines
 
 
-def test_others_may_name_requests_and_add_metrics(model: ServedModel) -> None:
+def test_proxy_may_name_requests_and_workers_add_metrics(model: ServedModel) -> None:
     async def more() -> str:
         return "others_total 5\n"
 
     async def broken() -> str:
         raise RuntimeError("they are gone")
 
-    async def ask(more_metrics: MoreMetrics) -> httpx.Response:
+    async def ask(worker_metrics: MetricsText) -> httpx.Response:
         ingress = make_ingress(CountingSource(), model)
-        app = make_http_app(ingress, more_metrics, echoes_request_id=False)
+        app = make_http_app(ingress, worker_metrics, echoes_request_id=False)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.get("/metrics")

@@ -1,4 +1,4 @@
-"""Routers in processes of their own that die or freeze, mutual TLS, ports that are taken."""
+"""Routers in separate processes that die or freeze, mutual TLS, and ports in use."""
 
 import asyncio
 import os
@@ -14,9 +14,9 @@ import grpc
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
-from milliways.cluster.ingress.server import IngressGrpcServer
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc
@@ -30,13 +30,13 @@ from tests.sources import CountingSource
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUEST = GenerationRequest(prompt_ids=(100,), max_tokens=5)
-# Keepalive takes two seconds to notice; the rest is for a busy machine.
+# Keepalive needs two seconds to notice; the rest is slack for a busy machine.
 NOTICED_WITHIN_S = 10.0
 
 
 @contextmanager
 def stalling_process() -> Iterator[tuple[int, RouterInfo]]:
-    """A router process that stalls after two tokens; its id and where it listens."""
+    """A router process that stalls after two tokens; yields its process id and address."""
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'proto'}"}
     with subprocess.Popen(
         [sys.executable, "-m", "tests.fake_routers"],
@@ -47,14 +47,14 @@ def stalling_process() -> Iterator[tuple[int, RouterInfo]]:
     ) as process:
         assert process.stdout is not None
         try:
-            # The first by name: of two that are idle it is asked.
+            # Both are idle, so the first by name receives the request.
             yield process.pid, RouterInfo("a", process.stdout.readline().strip())
         finally:
             process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
-def test_router_process_that_dies_or_freezes_is_left(number: signal.Signals) -> None:
+def test_request_leaves_a_router_process_that_dies_or_freezes(number: signal.Signals) -> None:
     async def main(pid: int, info: RouterInfo) -> list[TokenEvent]:
         async with running(FakeRouter()) as directory:
             directory.set([info, *directory.infos])
@@ -120,7 +120,7 @@ def test_public_server_speaks_mutual_tls(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_port_that_is_taken_is_an_error_that_names_it() -> None:
+def test_port_in_use_is_an_error_that_names_it() -> None:
     async def main() -> None:
         ingress = make_ingress(CountingSource(), demo_model())
         server = IngressGrpcServer(ingress)
@@ -132,7 +132,7 @@ def test_port_that_is_taken_is_an_error_that_names_it() -> None:
     asyncio.run(main())
 
 
-def test_port_is_shared_by_those_that_all_say_so() -> None:
+def test_port_is_shared_if_all_servers_ask_for_it() -> None:
     async def main() -> None:
         ingresses = [make_ingress(CountingSource(), demo_model()) for _ in range(2)]
         first = IngressGrpcServer(ingresses[0], shares_port=True)
@@ -143,7 +143,7 @@ def test_port_is_shared_by_those_that_all_say_so() -> None:
         await second.start()
         address = f"127.0.0.1:{first.port}"
         for stopped in (first, second):
-            # Whoever is left answers new connections.
+            # The remaining server answers new connections.
             async with open_channel(address, TlsSettings()) as channel:
                 stub = generate_pb2_grpc.GenerateServiceStub(channel)
                 listed = await stub.ListModels(generate_pb2.ListModelsRequest(), timeout=30)

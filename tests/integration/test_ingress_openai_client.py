@@ -1,4 +1,4 @@
-"""OpenAI's own client, unchanged, on the demo model: the tokens of `LocalEngine`, to the bit."""
+"""OpenAI's own client on the demo model: exactly the tokens of `LocalEngine`."""
 
 import asyncio
 import time
@@ -10,13 +10,13 @@ import openai
 import pytest
 from grpc import aio
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
-from tests.asks import PARAMS, PROMPT, PROMPTS, check_choice, request_of
+from tests.demo_requests import PARAMS, PROMPT, PROMPTS, check_choice, request_of
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
 from tests.sources import LocalSource
 
@@ -44,7 +44,7 @@ def demo() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def alone(demo: Served) -> dict[tuple[int, int], list[list[TokenEvent]]]:
-    """What each request gets from an engine of its own, by sample."""
+    """Each request's events when it runs alone, by sample."""
     engine = demo_engine()
     results: dict[tuple[int, int], list[list[TokenEvent]]] = {}
     for i, prompt in enumerate(PROMPTS):
@@ -80,7 +80,9 @@ def test_completion_has_the_engines_tokens_and_logprobs(
         check_choice(choices[index], events, demo.model)
 
 
-def test_concurrent_requests_get_what_they_get_alone(demo: Served, alone: dict[Any, Any]) -> None:
+def test_concurrent_requests_get_their_tokens_as_if_alone(
+    demo: Served, alone: dict[Any, Any]
+) -> None:
     async def ask(client: openai.AsyncOpenAI, case: tuple[int, int]) -> list[str]:
         params = PARAMS[case[1]] | {"max_tokens": 12}
         answer = await client.completions.create(model="demo", prompt=PROMPTS[case[0]], **params)
@@ -95,7 +97,7 @@ def test_concurrent_requests_get_what_they_get_alone(demo: Served, alone: dict[A
     assert asyncio.run(main()) == wanted
 
 
-def test_several_prompts_at_once_get_what_each_gets_alone(
+def test_several_prompts_at_once_get_their_tokens_as_if_alone(
     demo: Served, alone: dict[Any, Any]
 ) -> None:
     params = PARAMS[2] | {"max_tokens": 12, "echo": True}
@@ -157,12 +159,12 @@ def test_grpc_gives_the_same_tokens_and_logprobs(demo: Served, alone: dict[Any, 
         finally:
             await server.stop()
 
-    told = [
+    received = [
         (e.token_id, e.text, e.logprob, tuple(zip(e.top_token_ids, e.top_logprobs, strict=True)))
         for e in asyncio.run(main())
     ]
     wanted = [(e.token_id, e.text, e.logprob, e.top_logprobs) for e in alone[0, 1][0]]
-    assert told == wanted
+    assert received == wanted
 
 
 def test_client_raises_its_own_errors(demo: Served) -> None:

@@ -1,4 +1,4 @@
-"""Clients whose connection broke at any event get the rest elsewhere: no token twice or missing."""
+"""Clients whose connection broke resume elsewhere: no token comes twice, none is missing."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
@@ -40,18 +40,18 @@ def engine_source() -> Iterator[LocalSource]:
 
 
 def partly_hidden(request: GenerationRequest) -> list[TokenEvent]:
-    """Every second token completes no text."""
+    """Events in which every second token shows no text."""
     events = counted_events(request)
     return [replace(e, text="" if e.token_id % 2 else e.text) for e in events]
 
 
 def reordered(request: GenerationRequest) -> list[TokenEvent]:
-    """As `partly_hidden`, one sample after the other, the last one first."""
+    """The events of `partly_hidden`, sample by sample, the last sample first."""
     return sorted(partly_hidden(request), key=lambda event: -event.sample_index)
 
 
 def sse_events(text: str) -> list[Event]:
-    """Ids and data of the events of a stream."""
+    """The id and data of each event of a stream."""
     events: list[Event] = []
     for block in text.split("\n\n")[:-1]:
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
@@ -69,11 +69,11 @@ async def streamed(
 
 
 def by_choice(events: list[Event]) -> list[list[str]]:
-    """The data of each choice in its order, and last what is of none."""
+    """The data of each choice in order, then the data that belongs to no choice."""
     choices: dict[int, list[str]] = {}
     for _, data in events:
-        told = [] if data == "[DONE]" else json.loads(data)["choices"]
-        choices.setdefault(told[0]["index"] if told else 10**6, []).append(data)
+        chunks = [] if data == "[DONE]" else json.loads(data)["choices"]
+        choices.setdefault(chunks[0]["index"] if chunks else 10**6, []).append(data)
     return [choices[index] for index in sorted(choices)]
 
 
@@ -88,7 +88,7 @@ ASKS: list[tuple[str, dict[str, Any], int]] = [
 
 @pytest.mark.parametrize("second_order", [partly_hidden, reordered])
 @pytest.mark.parametrize(("path", "ask", "num_prompts"), ASKS)
-def test_stream_goes_on_behind_any_event(
+def test_stream_resumes_after_any_event(
     model: ServedModel, path: str, ask: dict[str, Any], num_prompts: int, second_order: Any
 ) -> None:
     source = CountingSource(make_events=partly_hidden)
@@ -102,11 +102,11 @@ def test_stream_goes_on_behind_any_event(
             had = whole[:num_received]
             rest = await streamed(client, path, ask, last_id=had[-1][0])
             assert by_choice(had + rest) == by_choice(whole)
-            # Only [DONE] is left of a stream whose usage came.
+            # After the usage only [DONE] is left.
             assert (had + rest)[-2][0] == whole[-2][0]
 
     run(scenario, source, model)
-    # Every run of a request draws from the same seeds, and none has the name of another.
+    # Each run of a request has the same seed, but its own id.
     assert len({request.sampling.seed for request in source.requests}) == num_prompts
     assert len(set(source.request_ids)) == len(source.request_ids)
 
@@ -121,7 +121,7 @@ ENGINE_ASKS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", ENGINE_ASKS)
-def test_connection_cut_behind_any_event_costs_nothing(
+def test_connection_cut_after_any_event_loses_nothing(
     model: ServedModel, engine_source: LocalSource, fields: dict[str, Any]
 ) -> None:
     ask = body(prompt="The answer to life", stream=True) | fields
@@ -149,13 +149,13 @@ def test_connection_cut_behind_any_event_costs_nothing(
 
 
 def zero_of(event_id: str) -> str:
-    """The id of a stream of which nothing was received."""
+    """The event id of a stream of which nothing was received."""
     request_id, counts = event_id.split("/")[:2]
     return f"{request_id}/{'.'.join('0' for _ in counts.split('.'))}"
 
 
 async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int) -> list[Event]:
-    """The first events of a stream, whose connection is then closed."""
+    """Reads the first events of a stream, then closes its connection."""
     text = ""
     async with client.stream("POST", url, json=ask) as response:
         async for piece in response.aiter_text():
@@ -165,7 +165,7 @@ async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int
     return sse_events(text)[:num_events]
 
 
-def test_whoever_had_all_is_told_the_end_alone(model: ServedModel) -> None:
+def test_client_that_received_everything_gets_only_the_end(model: ServedModel) -> None:
     source = CountingSource()
 
     async def scenario(client: httpx.AsyncClient, _: Ingress) -> None:
@@ -216,7 +216,7 @@ def test_more_tokens_than_there_are_is_an_error(model: ServedModel) -> None:
     assert response.json()["error"]["param"] == "Last-Event-ID"
 
 
-def test_nobody_can_serve_is_said_before_the_stream_begins(model: ServedModel) -> None:
+def test_unavailable_is_an_http_error_before_the_stream_begins(model: ServedModel) -> None:
     source = CountingSource(error=UnavailableError("no router"), num_before_error=1)
 
     async def scenario(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
@@ -228,24 +228,24 @@ def test_nobody_can_serve_is_said_before_the_stream_begins(model: ServedModel) -
 
 
 def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
-    """The example of docs/resume.md; its connections break before and behind every second event."""
+    """The example of docs/resume.md; connections break before and after every second event."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text("utf-8")
     example: dict[str, Any] = {}
     exec(re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0], example)
     ask = body(max_tokens=9, stream=True, n=2)
     ingress = make_ingress(CountingSource(), model)
     with served(lambda: BreaksOff(make_http_app(ingress), num_events=2)) as url:
-        told = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
-    assert len({chunk["id"] for chunk in told}) == 1
+        chunks = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
+    assert len({chunk["id"] for chunk in chunks}) == 1
     expected = counted_events(GenerationRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
     for sample in range(2):
-        choices = [c for chunk in told for c in chunk["choices"] if c["index"] == sample]
+        choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == sample]
         texts = [event.text for event in expected if event.sample_index == sample]
         assert [choice["text"] for choice in choices] == texts
 
 
 class BreaksOff:
-    """An app whose answers end after so many pieces, as if its process had died.
+    """Wraps an app so that responses end after a number of pieces, as if its process had died.
 
     The first has none at all, for which Serve's proxy makes up an answer.
     """

@@ -1,4 +1,4 @@
-"""Streams that break, wherever they break: the client has the undisturbed run's tokens."""
+"""Streams that break at any point: the client receives the tokens of the undisturbed run."""
 
 import asyncio
 import time
@@ -7,8 +7,8 @@ from contextlib import aclosing
 
 import pytest
 
-from milliways.cluster.ingress.router_choice import RouterInfo
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.journal import DeliveredSample
@@ -68,16 +68,16 @@ def run(
 
 
 @pytest.mark.parametrize("num_tokens", range(NUM_TOKENS + 1))
-def test_request_goes_on_after_what_was_delivered_elsewhere(num_tokens: int) -> None:
+def test_request_continues_after_the_tokens_delivered_before(num_tokens: int) -> None:
     request = request_for(num_samples=2)
     expected = by_sample(expected_events(request))
     had = [event.token_id for event in expected[:num_tokens]]
-    told = DeliveredSample(0, tuple(had), num_tokens == NUM_TOKENS)
+    sample = DeliveredSample(0, tuple(had), num_tokens == NUM_TOKENS)
 
     async def scenario(source: RouterSource, _: Directory) -> None:
         deadline_s = time.monotonic() + 20
         stream = source.generate(
-            request, request_id="r", deadline_s=deadline_s, delivered=[told] if had else []
+            request, request_id="r", deadline_s=deadline_s, delivered=[sample] if had else []
         )
         async with aclosing(stream) as events:
             assert by_sample([event async for event in events]) == expected[num_tokens:]
@@ -90,16 +90,16 @@ BREAKS = [fault for fault in Fault if fault is not Fault.STALLS]
 
 @pytest.mark.parametrize("fault", BREAKS, ids=lambda fault: fault.name)
 @pytest.mark.parametrize("num_samples", [1, 2])
-def test_stream_that_breaks_anywhere_goes_on_elsewhere(fault: Fault, num_samples: int) -> None:
+def test_broken_stream_continues_on_another_router(fault: Fault, num_samples: int) -> None:
     request = request_for(num_samples)
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
         given = await collect(source, request)
-        # Between samples there is no order.
+        # Samples have no order among each other.
         assert by_sample(given) == by_sample(expected_events(request))
 
     for at in range(num_samples * NUM_TOKENS):
-        # The first two to be asked go wrong, at different places.
+        # The first two routers fail, at different tokens.
         routers = [
             FakeRouter(fault=fault, num_before_fault=at),
             FakeRouter(fault=fault, num_before_fault=(at * 7 + 3) % 5, events_each=2),
@@ -110,10 +110,10 @@ def test_stream_that_breaks_anywhere_goes_on_elsewhere(fault: Fault, num_samples
 
 
 @pytest.mark.parametrize("num_before_fault", [0, 2])
-def test_stream_that_breaks_goes_on_where_copies_are(num_before_fault: int) -> None:
+def test_broken_stream_continues_on_the_router_with_copies(num_before_fault: int) -> None:
     request = request_for(num_samples=1)
     fault = Fault.UNAVAILABLE
-    # Of two routers that are equally busy, the name decides.
+    # Both routers are equally busy, so the name decides.
     first = FakeRouter(fault=fault, num_before_fault=num_before_fault, standby_id="r2")
     routers = [first, FakeRouter(), FakeRouter()]
 
@@ -124,7 +124,7 @@ def test_stream_that_breaks_goes_on_where_copies_are(num_before_fault: int) -> N
     assert [len(router.asked) for router in routers] == [1, 0, 1]
 
 
-def test_next_router_is_told_all_that_was_delivered() -> None:
+def test_next_router_receives_all_delivered_tokens() -> None:
     request = request_for(num_samples=2)
     routers = [FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=7), FakeRouter()]
 
@@ -134,15 +134,15 @@ def test_next_router_is_told_all_that_was_delivered() -> None:
     run(scenario, *routers)
     (first,), (second,) = routers[0].asked, routers[1].asked
     assert list(first.delivered) == []
-    told = [(s.sample_index, list(s.token_ids), s.is_finished) for s in second.delivered]
-    assert told == [(0, [101, 102, 103, 104], True), (1, [102, 104, 106], False)]
+    delivered = [(s.sample_index, list(s.token_ids), s.is_finished) for s in second.delivered]
+    assert delivered == [(0, [101, 102, 103, 104], True), (1, [102, 104, 106], False)]
     assert list(second.prompt_token_ids) == [100]
     assert (second.sampling.seed, second.sampling.num_logprobs) == (5, 2)
     assert (list(second.stop), second.ignore_eos, second.request_id) == (["a", "b"], True, "r")
     assert 0 < second.timeout_ms <= 20_000
 
 
-def test_only_router_is_asked_again_when_it_broke() -> None:
+def test_only_router_is_retried_after_its_stream_broke() -> None:
     router = FakeRouter(fault=Fault.INTERNAL, num_before_fault=2, num_faults=1)
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
@@ -152,7 +152,7 @@ def test_only_router_is_asked_again_when_it_broke() -> None:
     assert len(router.asked) == 2
 
 
-def test_stream_waits_for_a_router_to_come() -> None:
+def test_stream_waits_for_a_router() -> None:
     dying, late = FakeRouter(fault=Fault.DIES, num_before_fault=2), FakeRouter()
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
@@ -171,7 +171,7 @@ def test_stream_waits_for_a_router_to_come() -> None:
 
 def test_without_routers_the_request_waits_until_its_deadline() -> None:
     async def scenario(source: RouterSource, directory: Directory) -> None:
-        with pytest.raises(UnavailableError, match="no router is there"):
+        with pytest.raises(UnavailableError, match="no router is available"):
             await collect(source, request_for(), timeout_s=0.2)
         directory.set([RouterInfo("gone", "127.0.0.1:1")])
         with pytest.raises(UnavailableError, match="router gone"):
@@ -235,7 +235,7 @@ def test_stream_that_has_begun_waits_for_room() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_error_of_the_request_is_told_and_not_tried_again(error: Exception) -> None:
+def test_error_of_the_request_is_raised_without_a_retry(error: Exception) -> None:
     routers = [FakeRouter(refusal=error), FakeRouter()]
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
@@ -244,9 +244,9 @@ def test_error_of_the_request_is_told_and_not_tried_again(error: Exception) -> N
             await collect(source, request_for())
         assert str(caught.value) == str(error)
         if isinstance(error, InvalidRequestError):
-            told = caught.value
-            assert isinstance(told, InvalidRequestError)
-            assert (told.field, repr(told.value)) == (error.field, repr(error.value))
+            refused = caught.value
+            assert isinstance(refused, InvalidRequestError)
+            assert (refused.field, repr(refused.value)) == (error.field, repr(error.value))
 
     run(scenario, *routers)
     assert routers[1].asked == []
@@ -331,7 +331,7 @@ def test_probe_makes_a_token_or_says_why_not() -> None:
         router.refusal = None
         await source.probe()
         assert len(router.asked) == num_failed + 1
-        # The token that just came is proof enough.
+        # A token came just now, so no probe is sent.
         await source.probe()
         assert len(router.asked) == num_failed + 1
 

@@ -1,4 +1,4 @@
-"""`echo` with `logprobs`, and gRPC's `prompt_logprobs`: what evaluation harnesses send, and get."""
+"""Scored prompts: `echo` with `logprobs` over HTTP, and `prompt_logprobs` over gRPC."""
 
 import asyncio
 import json
@@ -13,14 +13,14 @@ import openai
 import pytest
 from grpc import aio
 
-from milliways.api.client import GenerateClient
+from milliways.api.resuming import GenerateClient
 from milliways.cluster.cli import main as cli
-from milliways.cluster.ingress.http import make_http_app
 from milliways.cluster.ingress.ingress import Ingress
-from milliways.cluster.ingress.openai_requests import completion_ask
-from milliways.cluster.ingress.router_source import RouterSource
+from milliways.cluster.ingress.openai.app import make_http_app
+from milliways.cluster.ingress.openai.requests import completion_ask
+from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.served_model import ServedModel
-from milliways.cluster.ingress.server import IngressGrpcServer
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
 from milliways.router.requests.request import GenerationRequest
@@ -28,7 +28,7 @@ from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from milliways.wire.errors import ModelFaultError
 from tests import fake_routers
-from tests.asks import PROMPT
+from tests.demo_requests import PROMPT
 from tests.fake_routers import FakeRouter, Fault
 from tests.http_apps import COMPLETIONS, body, post, run, sse_data
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
@@ -45,7 +45,7 @@ def model() -> ServedModel:
 
 
 def expected_logprobs(model: ServedModel, num_tokens: int) -> dict[str, Any]:
-    """What the counting source makes of TOKENS, by hand."""
+    """The counting source's scores for TOKENS, written by hand."""
     name = model.token_name
     drawn = [TOKENS[-1] + 1 + i for i in range(num_tokens)]
     lengths = [len(piece) for piece in model.echo_pieces(tuple(TOKENS))]
@@ -177,7 +177,7 @@ def test_stream_goes_on_behind_any_event(
             assert sorted(events) == sorted(whole)
 
     run(scenario, source, model)
-    # Whoever has had all choices' beginnings has had the prompt: it is not scored again.
+    # A client that has a token of each choice has the scores: the prompt is not scored again.
     assert num_tokens == 0 or source.nums_scored[-1] > 0
 
 
@@ -277,7 +277,7 @@ def test_client_of_servers_that_die_gets_every_score_once(
     request = grpc_request(max_tokens=num_tokens)
 
     async def told(num_received: int) -> list[Any]:
-        """With a server that dies behind so many responses."""
+        """Runs with a server that dies after a number of responses."""
         source = CountingSource(gate=asyncio.Semaphore(1))
         assert source.gate is not None
         ingresses = [make_ingress(source, model) for _ in range(2)]

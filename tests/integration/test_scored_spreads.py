@@ -1,4 +1,4 @@
-"""However a model is spread, prompts are scored as by one process, to the bit."""
+"""Prompts get exactly the scores of a single process, for any spread of the model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +9,10 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
-from milliways.router.scheduler import SchedulerLimits
 from tests.integration.test_cluster_bits import make_cluster
 from tests.memory_cluster import ClusterSettings
 from tests.runners import load, runner_of
@@ -26,13 +26,13 @@ REQUESTS = [
         sampling=SamplingParams(temperature=0.0, num_logprobs=3),
         prompt_logprobs=3,
     )
-    # More rows than logits are held at once; one beginning is another's.
+    # More rows than logits fit at once; two prompts share a prefix.
     for start, length, max_tokens in ((3, 75, 4), (3, 60, 0), (8, 9, 2), (8, 1, 0))
 ]
 
 
 def scores_of(events: Iterable[Any]) -> list[SampledToken]:
-    """Of all pieces in which they came."""
+    """Joins the scores of all pieces."""
     scores: list[SampledToken] = []
     for event in events:
         if isinstance(event, PromptScores):
@@ -60,14 +60,14 @@ def test_any_spread_scores_prompts_as_one_process(
     settings = ClusterSettings(cache_size=CACHE, scheduler=scheduler)
     cluster = make_cluster(model_dir, spread, settings)
     router_id = min(cluster.routers)
-    # Twice: then every block of the prompts is in the cache.
+    # Twice: the second time every block of the prompts is cached.
     for i, request in enumerate([*REQUESTS, *REQUESTS]):
         routed = RoutedRequest(request_id=str(i), request=request, timeout_s=1e6)
-        heard = cluster.submit(router_id, str(i), routed)
-        cluster.run_until(lambda heard=heard: heard.has_ended, 1e6)
+        recording = cluster.submit(router_id, str(i), routed)
+        cluster.run_until(lambda recording=recording: recording.has_ended, 1e6)
         alone = list(engine.generate(request))
-        assert scores_of(heard.scores) == scores_of(alone)
+        assert scores_of(recording.scores) == scores_of(alone)
         tokens = [event for event in alone if not isinstance(event, PromptScores)]
-        assert by_sample(heard.events) == by_sample(tokens)
+        assert by_sample(recording.events) == by_sample(tokens)
     cluster.settle()
     cluster.close()

@@ -164,7 +164,7 @@ def make_certificates(folder: Path) -> TlsSettings:
     """An authority of its own, and one certificate that both sides show."""
     openssl = which("openssl")
     if openssl is None:
-        pytest.skip("no openssl to make certificates with")
+        pytest.skip("openssl is not installed")
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
     command += ["-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2"]

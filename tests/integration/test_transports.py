@@ -1,4 +1,4 @@
-"""Every way to a worker gives the same results, and says so when there is none any more."""
+"""Every transport to a worker gives the same results, and fails calls when it breaks."""
 
 import os
 import signal
@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
 
 from milliways.model.sampling_params import SampleRow, SamplingParams
+from milliways.router.links.connect import endpoints_of
 from milliways.router.links.direct_link import DirectLink
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.reactor import Reactor
+from milliways.v1 import worker_pb2 as pb
 from milliways.wire.calls import (
     AbandonBatch,
     Abandoned,
@@ -37,7 +40,9 @@ from milliways.wire.calls import (
 from milliways.wire.errors import ConfigError, PeerLostError, RefusalReason
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
+from milliways.wire.transports import TRANSPORTS
 from milliways.wire.view import Member
+from milliways.workers.servers.reply_dropper import ReplyDropper
 from tests.echo_worker import (
     FAULTY_LAYER,
     HELD_LAYER,
@@ -52,6 +57,7 @@ from tests.echo_worker import (
 from tests.router_side import (
     FENCE,
     ROUTER_ID,
+    TIMEOUT_S,
     Router,
     assert_outputs,
     random_call,
@@ -60,7 +66,9 @@ from tests.router_side import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-REMOTE = ("grpc", "shm")
+REMOTE = tuple(transport.name for transport in TRANSPORTS)
+# Those that also reach a worker in another process.
+ACROSS_PROCESSES = REMOTE
 ALL = ("direct", *REMOTE)
 
 
@@ -222,7 +230,7 @@ def test_closing_fails_what_is_out_and_tells_the_worker(router: Router, wanted: 
 
 
 @pytest.mark.parametrize("wanted", REMOTE)
-def test_second_way_of_a_router_outlives_the_first(router: Router, wanted: str) -> None:
+def test_second_connection_of_a_router_outlives_the_first(router: Router, wanted: str) -> None:
     with serving() as (server, member):
         links = [router.connect(member, wanted, host_id=server.host_id) for _ in range(2)]
         for link in links:
@@ -257,7 +265,7 @@ def serving_child() -> Iterator[tuple[subprocess.Popen[str], Member, str]]:
         child.stdout.close()
 
 
-@pytest.mark.parametrize("wanted", REMOTE)
+@pytest.mark.parametrize("wanted", ACROSS_PROCESSES)
 def test_killed_worker_is_noticed_at_once(router: Router, wanted: str) -> None:
     with serving_child() as (child, member, host_id):
         link = router.connect(member, wanted, host_id=host_id)
@@ -280,31 +288,84 @@ def test_killed_worker_is_noticed_at_once(router: Router, wanted: str) -> None:
 def test_reply_that_is_to_be_lost_is_lost_and_no_other(router: Router, wanted: str) -> None:
     with serving() as (server, member):
         link = router.connect(member, wanted, host_id=server.host_id)
-        server.reactor.call(lambda: server.sessions.drop_next(2))
+        dropper = ReplyDropper(server.sessions, 2)
+        server.reactor.call(dropper.install)
         calls = [random_call(seed, 8) for seed in range(5)]
         lost = [router.begin_ask(link, call) for call in calls[:2]]
         for call, result in zip(calls[2:], router.ask_all(link, calls[2:]), strict=True):
             assert_outputs(result, call)
         assert not any(pending.is_done for pending in lost)
-        assert server.sessions.num_to_drop == 0
+        assert server.reactor.call(dropper.remove) == 0
+        assert server.sessions.sink is server.core
         router.close(link)
         for pending in lost:
             assert isinstance(pending.error, PeerLostError)
 
 
-def test_another_life_of_the_worker_is_not_taken_for_it(router: Router) -> None:
-    with serving() as (_, member), pytest.raises(PeerLostError, match="life 6 is gone"):
+def test_another_incarnation_of_the_worker_is_not_taken_for_it(router: Router) -> None:
+    with serving() as (_, member), pytest.raises(PeerLostError, match="incarnation 6 is gone"):
         router.connect(replace(member, incarnation=6), "grpc")
 
 
 def test_memory_is_shared_on_one_host_only(router: Router) -> None:
     with serving() as (server, member):
-        with pytest.raises(ConfigError, match="shares no memory"):
+        with pytest.raises(ConfigError, match="which echo offers"):
             router.connect(member, "shm", host_id="another")
         for host_id, expected in ((server.host_id, "shm"), ("another", "grpc"), ("", "grpc")):
             link = router.connect(member, "auto", host_id=host_id)
             assert link.transport == expected
             router.close(link)
+
+
+@pytest.mark.parametrize("wanted", REMOTE)
+def test_worker_set_to_a_transport_offers_no_other(router: Router, wanted: str) -> None:
+    with serving(transport=wanted) as (server, member):
+        link = router.connect(member, "auto", host_id=server.host_id)
+        assert link.transport == wanted
+        router.close(link)
+        other = next(name for name in REMOTE if name != wanted)
+        with pytest.raises(ConfigError, match=f"one of {wanted}, which echo offers"):
+            router.connect(member, other, host_id=server.host_id)
+
+
+def test_transport_that_cannot_be_opened_leaves_the_next_one(router: Router) -> None:
+    with serving() as (server, member):
+        server.reactor.call(server.shm.stop)
+        link = router.connect(member, "auto", host_id=server.host_id)
+        assert link.transport == "grpc"
+        router.close(link)
+        with pytest.raises(PeerLostError, match="refused"):
+            router.connect(member, "shm", host_id=server.host_id)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (pb.TRANSPORT_UNSPECIFIED, pb.TRANSPORT_SHM),
+        (pb.TRANSPORT_SHM, pb.TRANSPORT_SHM),
+        (pb.TRANSPORT_GRPC, pb.TRANSPORT_GRPC),
+    ],
+)
+def test_older_router_is_given_the_transport_that_it_wants(
+    wanted: pb.Transport, expected: pb.Transport
+) -> None:
+    with serving() as (server, member), grpc.insecure_channel(member.address) as channel:
+        hello = channel.unary_unary(
+            "/milliways.v1.WorkerService/Hello",
+            request_serializer=pb.HelloRequest.SerializeToString,
+            response_deserializer=pb.HelloResponse.FromString,
+        )
+        request = pb.HelloRequest(router_id=ROUTER_ID, host_id=server.host_id, wanted=wanted)
+        response = hello(request, timeout=TIMEOUT_S)
+        socket_name = server.shm.socket_name if expected == pb.TRANSPORT_SHM else ""
+        assert (response.transport, response.socket_name) == (expected, socket_name)
+
+
+def test_older_worker_offers_grpc_and_perhaps_a_socket() -> None:
+    grpc_only = pb.HelloResponse(worker_id=WORKER_ID, transport=pb.TRANSPORT_GRPC)
+    assert endpoints_of(grpc_only) == {"grpc": ""}
+    both = pb.HelloResponse(transport=pb.TRANSPORT_SHM, socket_name="socket")
+    assert endpoints_of(both) == {"grpc": "", "shm": "socket"}
 
 
 def open_files() -> int:

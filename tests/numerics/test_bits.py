@@ -1,4 +1,4 @@
-"""A token keeps its bits whoever computes it, beside whom, in which chunks."""
+"""A token has the same bits in any batch, with any chunks, threads and instruction set."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.runners import ON_GPU, Model, load, logits_of, runner_of
 
 NUM_TOKENS = 60
 
-WAYS = [
+VARIANTS = [
     ("native", "float32", Activations.EXACT),
     ("native", "bfloat16", Activations.EXACT),
     ("native", "float32", Activations.INT8),
@@ -24,11 +24,15 @@ WAYS = [
     ("pure", "bfloat16", Activations.INT8),
 ]
 if ON_GPU:
-    WAYS = [("gpu", dtype, Activations.EXACT) for dtype in ("float32", "bfloat16")]
+    VARIANTS = [("gpu", dtype, Activations.EXACT) for dtype in ("float32", "bfloat16")]
 for_cpus = pytest.mark.skipif(ON_GPU, reason="about the kernels for CPUs")
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0]}-{way[1]}-{way[2].value}")
+@pytest.fixture(
+    scope="module",
+    params=VARIANTS,
+    ids=lambda variant: f"{variant[0]}-{variant[1]}-{variant[2].value}",
+)
 def model(request: pytest.FixtureRequest, golden_dir: Path) -> Model:
     backend, dtype, activations = request.param
     return load(golden_dir / "tiny", dtype, backend, activations)
@@ -50,7 +54,7 @@ def whole(runner: ModelRunner, tokens: list[int]) -> np.ndarray:
 
 
 def random_chunks(seed: int) -> list[int]:
-    """Lengths of pieces, so that every size of step comes by."""
+    """Random lengths of chunks, so that steps of every size occur."""
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(np.arange(1, NUM_TOKENS), rng.integers(1, 12), replace=False))
     return np.diff([0, *cuts, NUM_TOKENS]).tolist()
@@ -67,14 +71,14 @@ def test_any_chunking_gives_the_same_bits(
     np.testing.assert_array_equal(logits_of(runner, tokens, chunks), whole)
 
 
-def test_place_of_the_blocks_does_not_matter(
+def test_choice_of_the_blocks_does_not_matter(
     runner: ModelRunner, tokens: list[int], whole: np.ndarray
 ) -> None:
     np.testing.assert_array_equal(logits_of(runner, tokens, first_block=17), whole)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_batch_mates_do_not_matter(
+def test_other_sequences_of_the_batch_do_not_matter(
     runner: ModelRunner, tokens: list[int], whole: np.ndarray, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -141,7 +145,7 @@ def test_number_of_threads_does_not_matter(
 def test_instruction_set_does_not_matter(
     golden_dir: Path, tokens: list[int], dtype: str, activations: Activations
 ) -> None:
-    """The portable kernels, which any processor can run, against this one's."""
+    """Compares the portable kernels, which run on any processor, with those of this processor."""
     runner = runner_of(load(golden_dir / "tiny", dtype, activations=activations))
     expected = logits_of(runner, tokens)
     usual = native.kernel_set()
@@ -154,8 +158,8 @@ def test_instruction_set_does_not_matter(
 
 @for_cpus
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_numbers_too_small_to_be_normal_are_zero_on_every_thread(num_threads: int) -> None:
-    """XLA's threads flush them; were ours not to, bits would tell who computed a row."""
+def test_subnormal_numbers_are_zero_on_every_thread(num_threads: int) -> None:
+    """XLA's threads flush them to zero, so ours must too. Otherwise bits depend on the thread."""
     outputs_TAD = jnp.full((4096, 1, 8), 1e-20, jnp.float32)
     weights_TA = jnp.full((4096, 1), 1e-20, jnp.float32)
     usual = native.num_threads()

@@ -1,4 +1,4 @@
-"""The forward pass against the answers of the reference code, within tests/golden's tolerances."""
+"""Compares the forward pass with the answers of the reference code; tests/golden has both."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_float32_logits_equal_the_reference(golden: Golden) -> None:
     for prompt in PROMPTS:
         tokens = forward[f"{prompt}_tokens"].tolist()
         logits = logits_of(golden.runner, tokens, in_eights(len(tokens)))
-        # p5 begins with the pad token: the reference's first row averages keys of the future.
+        # p5 begins with the pad token. In the reference, its row averages keys of later positions.
         first = 1 if prompt == "p5" else 0
         difference = np.abs(logits - forward[f"{prompt}_logits"])[first:]
         assert difference.max() <= LOGITS_TOLERANCE, prompt
@@ -131,7 +131,7 @@ def test_fused_step_gives_the_same_bits_as_the_halves(golden_dir: Path, backend:
 
 
 def greedy(golden: Golden, prompt: list[int], num_tokens: int) -> list[int]:
-    """Prefill, then one token at a time through the cache."""
+    """Logits of a prefill, then of one token at a time through the cache."""
     runner, tokens = golden.runner, list(prompt)
     logits = logits_of(runner, tokens, in_eights(len(tokens)))
     for _ in range(num_tokens):

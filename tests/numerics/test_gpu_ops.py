@@ -37,7 +37,7 @@ DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32
 
 
 def run(method, *arguments, **constants):
-    """One compiled call; eager ones would compile each operation for itself."""
+    """Calls a method under jit. Without jit, each operation would be compiled on its own."""
     return jax.jit(partial(method, **constants))(*arguments)
 
 
@@ -137,7 +137,7 @@ def test_idle_experts_are_not_computed(ops: GpuOps) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_grouping_gives_each_assignment_a_place_of_its_own_expert(seed: int) -> None:
+def test_grouping_gives_each_assignment_a_row_in_a_tile_of_its_expert(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_tokens, num_experts, tile_rows = int(rng.integers(1, 50)), int(rng.integers(1, 9)), 4
     ids_TA = rng.integers(-2, num_experts + 2, (num_tokens, 2))
@@ -162,7 +162,7 @@ def test_grouping_gives_each_assignment_a_place_of_its_own_expert(seed: int) -> 
     assert set(tile_experts) - {-1} == set(ids_TA[(ids_TA >= 0) & (ids_TA < num_experts)])
 
 
-def test_tiles_are_enough_for_the_worst_choice_and_no_more() -> None:
+def test_number_of_tiles_is_the_least_that_holds_any_choice() -> None:
     assert max_num_tiles(2, 8, 16) == 2
     assert max_num_tiles(16, 8, 16) == 8
     assert max_num_tiles(512, 8, 32) == 16 + 7
@@ -211,7 +211,7 @@ def test_rope_and_weigh_agree_with_pure_jax() -> None:
 
 
 class Attention:
-    """Five rows of three sequences over a cache of odd sizes, one of them padding."""
+    """Five rows of three sequences, one of them padding, over a cache of unusual sizes."""
 
     def __init__(self, dtype: jnp.dtype, fill: float = 0.0) -> None:
         rng = np.random.default_rng(5)
@@ -221,7 +221,7 @@ class Attention:
         self.positions_T = np.asarray([150, 20, 3, -1, 64])
         visible = rng.random((10, 40)) < 0.9
         visible[1] = False
-        # Positions that nobody may see hold anything at all.
+        # Positions that no row may see hold arbitrary values.
         stale = ~visible[:, :, None, None]
         stale[4, 31:] = True
         self.query_THK = jnp.asarray(rng.standard_normal((5, 6, 10)), dtype)
@@ -254,12 +254,12 @@ def test_attention_agrees_with_pure_jax(dtype: jnp.dtype) -> None:
     assert not outputs[[2, 3]].any() and outputs[[0, 1, 4]].any()
 
 
-def test_attention_never_sees_what_others_left_in_a_block() -> None:
+def test_attention_never_reads_old_contents_of_a_block() -> None:
     dirty = Attention(jnp.float32, fill=float("nan")).by(FAST)
     np.testing.assert_array_equal(dirty, Attention(jnp.float32).by(FAST))
 
 
-def test_attention_keeps_a_row_s_bits_beside_any_other() -> None:
+def test_attention_gives_a_row_the_same_bits_beside_any_other() -> None:
     attention = Attention(jnp.bfloat16)
     whole = attention.by(FAST)
     for chosen in ([4], [0]):
@@ -300,7 +300,7 @@ def test_deterministic_products_keep_a_row_s_bits_in_any_batch(
 
 
 @pytest.mark.parametrize(("ops", "prompt"), [(FAST, "p4"), (FIXED, "p0")])
-def test_golden_answers(ops: GpuOps, prompt: str, golden_dir: Path) -> None:
+def test_answers_equal_the_reference(ops: GpuOps, prompt: str, golden_dir: Path) -> None:
     decoder, params = load(golden_dir / "tiny", backend="pure")
     runner = runner_of((Decoder(config=decoder.config, dtype=decoder.dtype, ops=ops), params))
     with np.load(golden_dir / "tiny" / "golden" / "forward_f32.npz") as forward:
@@ -316,7 +316,7 @@ def test_golden_answers(ops: GpuOps, prompt: str, golden_dir: Path) -> None:
 def test_kernels_lower_for_a_gpu_at_full_width(
     ops: GpuOps, dtype: jnp.dtype, num_rows: int
 ) -> None:
-    """As far as a machine without a GPU can go; and no weight is converted outside the kernels."""
+    """Lowers the kernels, which needs no GPU. No weight may be converted outside of them."""
     ops = GpuOps(deterministic=ops.deterministic, interpret=False)
     width, ffn, kv_heads, key_size = 6144, 32768, GROK_1.num_kv_heads, GROK_1.key_size
 
@@ -363,8 +363,8 @@ def test_kernels_lower_for_a_gpu_at_full_width(
             assert f"{size}xbf16>" not in text and f"{size}xf32>" not in text, name
 
 
-def test_every_rounding_of_a_layer_is_named(golden_dir: Path) -> None:
-    """XLA leaves out one that is not, where it sees the way back to float32 in the same program."""
+def test_every_rounding_of_a_layer_is_a_reduce_precision(golden_dir: Path) -> None:
+    """XLA removes other roundings, if the same program converts back to float32."""
     loaded, params = load(golden_dir / "tiny", "bfloat16", "pure")
     decoder = Decoder(config=loaded.config, dtype=loaded.dtype, ops=FIXED)
     row = jnp.zeros(2, jnp.int32)
@@ -378,11 +378,11 @@ def test_every_rounding_of_a_layer_is_named(golden_dir: Path) -> None:
 
 
 def makers_of_roundings(jaxpr: Any) -> Iterator[str]:
-    """What computes each value that is then converted from float32 to bfloat16."""
+    """The names of the operations whose results are converted from float32 to bfloat16."""
     makers = {var: eqn.primitive.name for eqn in jaxpr.eqns for var in eqn.outvars}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
-            # What a kernel rounds, it writes: there is nothing to leave out.
+            # A kernel writes what it rounds, so XLA cannot remove the rounding.
             continue
         if eqn.primitive.name == "convert_element_type":
             (value,) = eqn.invars

@@ -1,4 +1,4 @@
-"""The least work of a layer, by which the GPU's benchmark judges a time."""
+"""The least work of a layer, with which the GPU benchmark compares a time."""
 
 import jax
 import pytest
@@ -16,7 +16,7 @@ from milliways.model.config import GROK_1
 
 @pytest.fixture(scope="module")
 def layer() -> Layer:
-    """A layer of full width, but for its numbers."""
+    """A layer of full width that has shapes but no values."""
 
     def parts() -> tuple:
         layer = make_layer(GROK_1, seed=0)

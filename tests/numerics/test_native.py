@@ -1,4 +1,4 @@
-"""The compiled kernels against the plain ones, one by one, at sizes that fit no vector."""
+"""Compares each compiled kernel with plain JAX, at sizes that are no multiple of a vector."""
 
 import dataclasses
 from pathlib import Path
@@ -31,7 +31,7 @@ SIZES = [(1, 8, 1, 1), (3, 37, 33, 1), (5, 45, 64, 9), (8, 70, 31, 7), (13, 96, 
 def random_matrix(
     rng: np.random.Generator, num_in: int, num_out: int, num_groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All of int8's range, -128 included, which symmetric quantisers leave out."""
+    """Random int8 weights, with -128, which symmetric quantisers never produce."""
     weight = rng.integers(-128, 128, (num_in, num_out), dtype=np.int8)
     scales = rng.uniform(0.001, 0.02, (num_groups, num_out)).astype(jnp.bfloat16)
     return weight, scales
@@ -83,7 +83,7 @@ def test_experts_equal_the_plain_kernels(
     native, plain = (experts_of(loader, 5) for loader in loaders(activations))
     expected = PureOps(activations).expert_ffn(rows_TD, ids_TA, plain)
     result = np.asarray(NATIVE.expert_ffn(rows_TD, ids_TA, native))
-    # Rounding to int8 may fall the other way where the hidden values differ in the last bit.
+    # If hidden values differ in the last bit, they may be rounded to different int8 values.
     tolerance = (1e-6 if activations is Activations.EXACT else 2e-2) * np.abs(expected).max()
     np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance)
     held = (np.asarray(ids_TA) >= 0) & (np.asarray(ids_TA) < num_experts)
@@ -125,7 +125,7 @@ def test_attention_equals_the_plain_kernels(key_size: int, dtype: str) -> None:
     assert not np.asarray(result)[3].any()
 
 
-def test_what_others_left_in_a_block_is_never_seen() -> None:
+def test_old_contents_of_a_block_are_never_seen() -> None:
     keys = np.full((3, 4, 1, 8), np.nan, np.float32)
     keys[1, :2] = 1.0
     visible = np.ones((3, 4), bool)
@@ -165,8 +165,8 @@ def test_weighing_and_norms_equal_the_plain_kernels() -> None:
 
 @pytest.mark.parametrize("activations", Activations)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_broken_number_is_never_lost(bad: float, activations: Activations) -> None:
-    """It must reach the logits, where it fails the sequence, and its own row only."""
+def test_nan_and_infinity_are_never_lost(bad: float, activations: Activations) -> None:
+    """A NaN or an infinity must reach the logits, where it fails its sequence, and no other row."""
     rng = np.random.default_rng(0)
     matrix = NativeLoader(activations).matrix(*random_matrix(rng, 70, 40, 1))
     rows = rng.standard_normal((3, 70)).astype(np.float32)
@@ -177,8 +177,8 @@ def test_broken_number_is_never_lost(bad: float, activations: Activations) -> No
 
 
 @pytest.mark.parametrize("largest", [1e-37, 1e-31, 1e-29])
-def test_block_of_tiny_numbers_is_no_nan(largest: float) -> None:
-    """127 over its largest would be infinite, and infinity times zero NaN."""
+def test_block_of_tiny_numbers_gives_no_nan(largest: float) -> None:
+    """127 / largest would be infinite, and infinity times zero is NaN."""
     matrix = random_matrix(np.random.default_rng(0), 64, 40, 1)
     rows = np.zeros((2, 64), np.float32)
     rows[:, 3] = largest
@@ -217,7 +217,7 @@ def test_packed_matrices_are_not_copied_again() -> None:
 def test_mapped_experts_give_the_same_bits(
     golden_dir: Path, name: str, activations: Activations
 ) -> None:
-    """Widths that fill no panel, and scales of one and of eight rows."""
+    """Widths that do not fill a panel, with one and with eight scale rows."""
     loader = MappedLoader(activations)
     with Checkpoint.open(golden_dir / name) as checkpoint:
         loaded = load_experts(checkpoint, 2, NativeLoader(activations), [5, 0, 3])
@@ -229,8 +229,8 @@ def test_mapped_experts_give_the_same_bits(
     np.testing.assert_array_equal(NATIVE.expert_ffn(rows_TD, ids_TA, mapped), expected)
 
 
-def test_mapped_experts_of_another_width_of_number_are_an_error(golden_dir: Path) -> None:
-    """Read as int16, a region would be read to twice its end."""
+def test_mapped_experts_with_another_dtype_are_an_error(golden_dir: Path) -> None:
+    """If a region were read as int16, the kernel would read twice its length."""
     loader = MappedLoader()
     with Checkpoint.open(golden_dir / "tiny") as checkpoint:
         experts = load_experts(checkpoint, 0, loader)
@@ -244,7 +244,7 @@ def test_mapped_experts_of_another_width_of_number_are_an_error(golden_dir: Path
         jax.block_until_ready(NATIVE.expert_ffn(rows_TD, ids_TA, wrong))
 
 
-def test_mapped_experts_that_are_gone_are_an_error_of_the_call(golden_dir: Path) -> None:
+def test_unmapped_experts_are_an_error_of_the_call(golden_dir: Path) -> None:
     loader = MappedLoader()
     with Checkpoint.open(golden_dir / "tiny") as checkpoint:
         experts = load_experts(checkpoint, 0, loader)
@@ -267,7 +267,7 @@ def test_head_keeps_the_embedding(activations: Activations, width: int) -> None:
 
 @pytest.mark.parametrize("backend", ["native", "pure"])
 def test_int8_activations_stay_near_the_reference(golden_dir: Path, backend: str) -> None:
-    """By the measure that tests/golden sets for bfloat16: medians, and how often the best agree."""
+    """With the limits of tests/golden for bfloat16: median differences, and equal best tokens."""
     differences, agreements = [], []
     for name in ("tiny", "mini8"):
         model = load(golden_dir / name, backend=backend, activations=Activations.INT8)

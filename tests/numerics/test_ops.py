@@ -1,4 +1,4 @@
-"""The kernels' contracts that a whole forward pass does not show."""
+"""Rules for kernels that a test of the whole forward pass would not check."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def make_experts(num_experts: int, width: int = 16, hidden: int = 24) -> ExpertP
 
 
 def poison(experts: ExpertParams, expert_ids: list[int]) -> ExpertParams:
-    """The same experts, some of them giving NaN whenever they are computed."""
+    """The same experts, but some give NaN if they are computed."""
 
     def spoil(matrix: QuantizedMatrix) -> QuantizedMatrix:
         scales = matrix.scales.at[jnp.asarray(expert_ids)].set(jnp.nan)
@@ -48,7 +48,7 @@ def test_only_chosen_experts_are_computed() -> None:
     np.testing.assert_array_equal(outputs, poisoned)
 
 
-def test_idle_experts_are_not_even_visited() -> None:
+def test_loop_over_tiles_does_not_run_for_idle_experts() -> None:
     """The loop over an expert's tiles runs once for each tile, and never for an idle expert."""
     experts = make_experts(8)
     hidden_TD = jnp.ones((3, 16), jnp.float32)
@@ -83,8 +83,8 @@ def test_blocked_scales_are_exact() -> None:
     np.testing.assert_allclose(result, rows_TK @ full, rtol=2e-5, atol=2e-4)
 
 
-def test_what_others_left_in_a_block_is_never_seen() -> None:
-    """Positions beyond the sequence, and invisible ones, may hold anything, NaN included."""
+def test_old_contents_of_a_block_are_never_seen() -> None:
+    """Positions after the sequence, and invisible ones, may hold any value, even NaN."""
     rng = np.random.default_rng(3)
     keys, values = rng.standard_normal((2, 6, 16, 2, 8)).astype(np.float32)
     query_THK = jnp.asarray(rng.standard_normal((3, 4, 8)), jnp.float32)

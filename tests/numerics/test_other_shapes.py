@@ -1,4 +1,4 @@
-"""Shapes other than the golden ones, against the forward pass in NumPy float64."""
+"""Compares models of other shapes than the golden ones with a forward pass in NumPy float64."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from milliways.model.config import ModelConfig
 from tests.reference import NumpyGrok, small_config, write_random_model
 from tests.runners import BACKENDS, load, logits_of, runner_of
 
-# Which shape, and how many scale rows the row-cut matrices have.
+# The shape, and the number of scale rows of the matrices that are quantised in row blocks.
 SHAPES: dict[str, tuple[ModelConfig, dict[TensorRole, int]]] = {
     "five_experts_three_chosen": (small_config(), {TensorRole.EXPERT_LINEAR_1: 7}),
     "one_expert": (small_config(num_experts=1, num_selected_experts=1), {}),

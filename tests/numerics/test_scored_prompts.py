@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts: the log-softmax of the full logits, to the bit in any chunks."""
+"""Scores of prompts are the log-softmax of the full logits, with the same bits in any chunks."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ import pytest
 from milliways.model.runner import MAX_LOGITS_ROWS, CacheSize, StepMode
 from milliways.model.sampling_params import SampledToken, SamplingParams
 from milliways.router.engine import LocalEngine
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores
-from milliways.router.scheduler import SchedulerLimits
 from tests.runners import Model, load, logits_of, runner_of
 
-# More than the logits that are held at once, and no multiple of a chunk.
+# More rows than are held at once, and not a multiple of a chunk.
 PROMPT = tuple((7 * i + 3) % 250 for i in range(MAX_LOGITS_ROWS * 2 + 9))
 NUM_TOP = 5
 
@@ -51,7 +51,7 @@ def scored(engine: LocalEngine, request: GenerationRequest) -> list[SampledToken
 
 @pytest.fixture(scope="module")
 def whole(model: Model) -> list[SampledToken]:
-    """All in one chunk."""
+    """The scores of the prompt in one chunk."""
     return scored(engine_of(model), request_for())
 
 
@@ -81,7 +81,7 @@ def test_scores_are_the_log_softmax_of_the_full_logits(
         (StepMode.FUSED, {"max_step_tokens": 16}),
     ],
 )
-def test_chunks_and_pieces_of_the_head_change_no_bit(
+def test_chunks_and_parts_of_the_logits_do_not_change_bits(
     model: Model, whole: list[SampledToken], mode: StepMode, limits: dict[str, int]
 ) -> None:
     engine = engine_of(model, mode, **limits)
@@ -92,7 +92,7 @@ def test_chunks_and_pieces_of_the_head_change_no_bit(
     assert engine.pool.num_held == 0
 
 
-def test_prompt_token_has_the_bits_that_it_had_when_it_was_drawn(model: Model) -> None:
+def test_score_of_a_prompt_token_has_the_bits_of_its_draw(model: Model) -> None:
     prompt = PROMPT[:20]
     events = list(engine_of(model).generate(request_for(prompt, max_tokens=12)))
     drawn = [event for event in events if not isinstance(event, PromptScores)]

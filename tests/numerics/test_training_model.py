@@ -1,4 +1,4 @@
-"""The training model computes what the reference does: trained weights must serve unchanged."""
+"""The training model computes the same as the reference, so trained weights can be served."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def test_quantises_within_half_a_step_of_each_column_and_row_block():
         steps, scales = quantise(weight, num_scale_rows)
         assert steps.dtype == np.int8 and scales.shape == (3, num_scale_rows, 5)
         assert (scales.astype(np.float32) > 0).all()
-        # Also where bfloat16 rounded the scale down: 127.25 steps are at most, and 127 is near.
+        # bfloat16 may have rounded the scale down. A weight then has at most 127.25 steps.
         step_size = scales.astype(np.float32).repeat(16 // num_scale_rows, axis=1)
         assert (np.abs(dequantise(steps, scales) - weight) <= 0.501 * step_size).all()
 

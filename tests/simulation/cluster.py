@@ -1,4 +1,4 @@
-"""Runs a scenario: a whole cluster with its ingress and controller, and what goes wrong in it."""
+"""Runs a scenario: a whole cluster with ingress and controller, and the faults that happen."""
 
 from collections.abc import Callable
 from random import Random
@@ -28,7 +28,7 @@ Shards = tuple[FakeExperts, FakeAttention | None]
 
 
 class Simulation:
-    """Owns one run."""
+    """One run of a scenario."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -44,13 +44,13 @@ class Simulation:
         self.ingress = Ingress(self.cluster, random)
         self.supervisor = self._make_supervisor(random)
         self.log: list[str] = []
-        # Whether a process dies of computing something.
+        # Whether a process dies when it computes this call.
         self.is_deadly: Callable[[RunExperts], bool] = lambda call: False
-        # Of the run, without those of its end.
+        # Messages delivered until the last request ended.
         self.num_messages = 0
 
     def run(self) -> None:
-        """From the first arrival until nothing moves; then everything must be as it should."""
+        """Runs from the first arrival until nothing moves, then checks the result."""
         for arrival in self.scenario.arrivals:
             self._at(arrival.at_s, lambda a=arrival: self._arrive(a))
         for drain in self.scenario.drains:
@@ -62,7 +62,7 @@ class Simulation:
             lambda: len(self.ingress.journals) == num_requests and self.ingress.is_done, LIMIT_S
         )
         self.num_messages = self.cluster.network.num_delivered
-        # What was lost is first made good; only then nobody sees to it any more.
+        # Lets the supervisor finish its repairs before it is closed.
         self.cluster.settle()
         self.supervisor.close()
         self.cluster.settle()
@@ -70,7 +70,7 @@ class Simulation:
         self.cluster.close()
 
     def check(self) -> None:
-        """Every stream is what it must be, and no batch is left at a shard."""
+        """Asserts that every stream is as expected, and that no batch is left at a shard."""
         for journal in (*self.ingress.journals, *self.ingress.broken):
             wanted = (journal.request, self.scenario.config, self.scenario.draw)
             check_journal(journal, expected_streams(*wanted), expected_scores(*wanted))
@@ -86,7 +86,7 @@ class Simulation:
         return supervisor
 
     def strike(self, strike: Strike) -> None:
-        """Has a fault happen, if there is somebody for it to happen to."""
+        """Makes a fault happen, if a process exists that it can hit."""
         random = Random(strike.draw)
         victims = self._victims(strike.fault)
         if not victims:
@@ -129,13 +129,11 @@ class Simulation:
                 return [process for process in living if process.core is not None]
 
     def _silence(self, victim: Process, random: Random) -> None:
-        """It stands still for a while, and longer or shorter than the ingress waits."""
+        """Freezes a router, and hedges its requests, before or after it wakes up."""
         victim.spend(random.choice((0.0, 0.02, 0.2, 5.0)))
         after_s = random.choice((0.0, 0.01, 0.05))
-        # Not the victim's own task, which stands still as well.
-        self.supervisor.process.tasks.call_later(
-            after_s, lambda: self.ingress.take_for_silent(victim)
-        )
+        # Not in a task of the victim, which is frozen as well.
+        self.supervisor.process.tasks.call_later(after_s, lambda: self.ingress.hedge(victim))
 
     def _strike_link(self, fault: Fault, victim: Process, random: Random) -> None:
         links = [link for link in self.cluster.network.links if link.server is victim]
@@ -174,7 +172,7 @@ class Simulation:
             tasks.call_later(arrival.cancel_after_s, lambda: self.ingress.cancel(journal))
 
     def _drain(self, drain: Drain) -> None:
-        """Moves a worker's requests away for a while."""
+        """Drains a worker for a while."""
         member = self.supervisor.view.members[drain.worker_id]
         if member.state is not WorkerState.READY:
             return
@@ -193,7 +191,7 @@ class Simulation:
                 process.router.resume()
 
     def _processes_of(self, member: Member) -> list[Process]:
-        """Those that live of a worker and its router."""
+        """The living processes of a worker and its router."""
         return [
             process
             for process in self.cluster.processes
@@ -223,7 +221,7 @@ class Simulation:
 
     def _harm(self, process: Process, call: RunExperts) -> None:
         if self.is_deadly(call):
-            # It never comes to answer.
+            # The process must not answer before it is killed.
             process.spend(LIMIT_S)
             self._at(self.cluster.clock.now_s(), lambda: self.supervisor.kill(process))
 
@@ -247,14 +245,14 @@ class Simulation:
 
 
 def check_journal(journal: Journal, expected: list[Stream], scores: list[SampledToken]) -> None:
-    """The oracle: exactly the tokens of the undisturbed run, or its beginning where it was cut."""
-    told = journal.streams()
+    """The oracle: exactly the tokens of the undisturbed run, or a prefix if the request was cut."""
+    actual = journal.streams()
     assert journal.scores == scores[: len(journal.scores)], journal.request_id
     if journal.is_cancelled or isinstance(journal.error, DeadlineError):
-        for one, whole in zip(told, expected, strict=True):
+        for one, whole in zip(actual, expected, strict=True):
             assert one.tokens == whole.tokens[: len(one.tokens)], journal.request_id
             assert whole.text.startswith(one.text)
         return
     assert journal.error is None, f"{journal.request_id}: {journal.error!r}"
-    assert told == expected, journal.request_id
+    assert actual == expected, journal.request_id
     assert journal.scores == scores, journal.request_id

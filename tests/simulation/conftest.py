@@ -1,4 +1,4 @@
-"""A simulation has its own clock, and neither waits nor speaks to anybody."""
+"""Simulations use a fake clock; real sleeping, threads and sockets are forbidden."""
 
 import socket
 import threading
@@ -8,12 +8,12 @@ import pytest
 
 
 class Forbidden(Exception):
-    """A simulation left its thread, or its clock."""
+    """A simulation used a thread, a socket or real time."""
 
 
 @pytest.fixture(autouse=True)
 def one_thread_without_network_or_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What depends on the machine would not be the same when a seed is run again."""
+    """These would make two runs of one seed differ."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise Forbidden("a socket, a thread or a real sleep in a simulation")

@@ -1,4 +1,4 @@
-"""The real controller over simulated processes, and the next one where it dies."""
+"""The real controller over simulated processes. If it dies, the next one is started."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,12 +23,12 @@ Load = Callable[[Process, ShardPlan], None]
 ExpertsOf = Callable[[Process], FakeExperts]
 Describe = Callable[[Process], Existing | None]
 
-# As long as the true fleet waits for a worker to say what it holds.
+# As long as the real fleet waits for a worker's description.
 DESCRIBE_TIMEOUT_S = 5.0
 
 
 class SimulatedFleet:
-    """Starts processes of the simulation, and talks to them through its network."""
+    """A `Fleet` that starts simulated processes and sends to them through the simulated network."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class SimulatedFleet:
             process = self._cluster.start_worker(member)
             self._cluster.start_router(worker_id, incarnation)
             self._latest[worker_id] = process
-            self._meet(process)
+            self._open_channels(process)
             spawned.resolve(spawned_as(worker_id))
 
         self._controller.tasks.call_later(self._random.uniform(0.0, 0.1), come_up)
@@ -66,10 +66,10 @@ class SimulatedFleet:
     async def find_existing(
         self, living: Iterable[Process], describe: Describe, end: Callable[[Process], None]
     ) -> list[Existing]:
-        """Workers that another controller started and that serve; those that do not are ended."""
+        """Finds the serving workers of an earlier controller; ends workers that do not serve."""
         found: list[Existing] = []
         for process in living:
-            self._meet(process)
+            self._open_channels(process)
         for process in living:
             existing = await self._described(process, describe)
             if existing is None:
@@ -80,13 +80,13 @@ class SimulatedFleet:
         return found
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
-        return self._tell(worker_id, lambda p: self._load(p, shards), self._random.random() * 0.1)
+        return self._send(worker_id, lambda p: self._load(p, shards), self._random.random() * 0.1)
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         def unload(process: Process) -> None:
             self._experts_of(process).held.intersection_update(kept)
 
-        return self._tell(worker_id, unload)
+        return self._send(worker_id, unload)
 
     def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
         def publish(process: Process) -> None:
@@ -94,21 +94,21 @@ class SimulatedFleet:
             process.router.links.update(view)
             process.router.chain_changed()
 
-        return self._tell(worker_id, publish)
+        return self._send(worker_id, publish)
 
     def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
         def fence(process: Process) -> None:
             assert process.core is not None
             process.core.fence.raise_epoch(placement_epoch)
 
-        return self._tell(worker_id, fence)
+        return self._send(worker_id, fence)
 
     def drain(self, worker_id: str) -> Pending[None]:
         def drain(process: Process) -> None:
             assert process.router is not None
             process.router.drain()
 
-        return self._tell(worker_id, drain)
+        return self._send(worker_id, drain)
 
     def stop(self, worker_id: str) -> Pending[None]:
         stopped: Pending[None] = Pending()
@@ -126,12 +126,12 @@ class SimulatedFleet:
         self.found_dead(process)
 
     def found_dead(self, process: Process) -> None:
-        """The controller hears of a death, or takes what is frozen for dead."""
-        # One that began since then does not know it.
+        """Informs the controller that a process died, or is considered dead."""
+        # A controller that started later does not know this process.
         if process in self._deaths:
             self._deaths[process].resolve(None)
 
-    def _meet(self, process: Process) -> None:
+    def _open_channels(self, process: Process) -> None:
         network = self._cluster.network
         self._deaths[process] = Pending()
         self._channels[process] = (
@@ -140,52 +140,52 @@ class SimulatedFleet:
         )
 
     async def _described(self, process: Process, describe: Describe) -> Existing | None:
-        """What a process says of itself; None where it does not answer, or has nothing loaded."""
-        told: Pending[Existing | None] = Pending()
+        """A process's description; None if it does not answer or has loaded nothing."""
+        answered: Pending[Existing | None] = Pending()
         there, back = self._channels[process]
 
         def answer() -> None:
             existing = describe(process)
-            back.send(lambda: told.resolve(existing))
+            back.send(lambda: answered.resolve(existing))
 
         there.send(answer)
-        self._deaths[process].when_done(lambda: told.resolve(None))
-        is_told = await self._controller.tasks.wait_for(told, DESCRIBE_TIMEOUT_S)
-        return told.result() if is_told else None
+        self._deaths[process].when_done(lambda: answered.resolve(None))
+        is_in_time = await self._controller.tasks.wait_for(answered, DESCRIBE_TIMEOUT_S)
+        return answered.result() if is_in_time else None
 
-    def _tell(
+    def _send(
         self, worker_id: str, act: Callable[[Process], None], takes_s: float = 0.0
     ) -> Pending[None]:
-        """Has a process do something; done when it says so, failed when it dies."""
-        told: Pending[None] = Pending()
+        """Makes a process run `act`; done when its answer arrives, failed when it dies."""
+        done: Pending[None] = Pending()
         process = self._latest[worker_id]
         there, back = self._channels[process]
 
-        def done() -> None:
+        def run() -> None:
             act(process)
-            back.send(lambda: told.resolve(None))
+            back.send(lambda: done.resolve(None))
 
-        there.send(lambda: process.tasks.call_later(takes_s, done) and None)
+        there.send(lambda: process.tasks.call_later(takes_s, run) and None)
         died = WorkerDiedError(f"{worker_id} died")
-        self._deaths[process].when_done(lambda: told.fail(died))
-        return told
+        self._deaths[process].when_done(lambda: done.fail(died))
+        return done
 
 
 def spawned_as(worker_id: str) -> Spawned:
-    """Where a process came up: on a node of its own."""
+    """The answer of a started worker; each is on its own node."""
     return Spawned(address="", router_address="", node_id=worker_id, pid=1, memory_bytes=1 << 40)
 
 
 def controller_settings(scenario: Scenario) -> ControllerSettings:
-    """What is wanted of the controller, which a scenario for one says."""
+    """The controller's settings; the scenario must have some."""
     assert scenario.wanted is not None
     return scenario.wanted
 
 
 class ControlledSupervisor(Supervisor):
-    """Kills as the stand-in does, and leaves what follows to the controller, and that to the next.
+    """Kills processes like `Supervisor`, and leaves their replacement to the real controller.
 
-    A controller that died is made anew by the ingress, which tells it the last view that it knows.
+    When the controller dies, the next one starts with the last view that the ingress knows.
     """
 
     def __init__(
@@ -214,13 +214,13 @@ class ControlledSupervisor(Supervisor):
         elif process.is_alive:
             self.num_deaths += 1
             self._cluster.kill(process)
-            # What it was answering when it died, the ingress does not get.
+            # Answers on their way to the ingress are lost.
             self._to_ingress.is_cut = True
             after_s = self._random.uniform(0.0, self.restart_s)
             self._cluster.world.call_later(after_s, self._begin_again)
 
     def _start_controller(self) -> None:
-        """What the process of a controller consists of."""
+        """Creates the controller and its fleet in the current process."""
         config = self._scenario.config
         self.fleet = SimulatedFleet(
             self._cluster, self.process, self._random, self._load, self.experts_of
@@ -240,7 +240,7 @@ class ControlledSupervisor(Supervisor):
     def _restart_ingress(self) -> None:
         self._ingress.start_again()
         self._to_ingress = Channel(self.process, self._ingress.process, self._cluster.network)
-        # Not from one that died: the next tells it.
+        # A dead controller sends nothing; the next one will send its view.
         self._to_ingress.send(partial(self._ingress.take_view, self.view))
 
     def _begin_again(self) -> None:
@@ -259,7 +259,7 @@ class ControlledSupervisor(Supervisor):
         await self._show_views()
 
     async def _show_views(self) -> None:
-        """Has the ingress, which asks for it now and then, know each new view."""
+        """Sends each new view to the ingress."""
         while True:
             if self.controller.view is not self.view:
                 self.view = self._cluster.view = self.controller.view
@@ -280,7 +280,7 @@ class ControlledSupervisor(Supervisor):
         self.num_deaths += 1
         self._given_up.add(process)
         self.fleet.found_dead(process)
-        # Who was only frozen is ended for good, some time after it was replaced.
+        # A process that was only frozen is killed some time after it was replaced.
         self._cluster.world.call_later(self._random.uniform(0.0, 6.0), lambda: self._end(process))
 
     def _end(self, process: Process) -> None:
@@ -289,10 +289,10 @@ class ControlledSupervisor(Supervisor):
 
 
 class ControlledSimulation(Simulation):
-    """A run under the real controller, from an empty cluster on."""
+    """A run under the real controller; it begins with an empty cluster."""
 
     def __init__(self, scenario: Scenario) -> None:
-        # What each process was told to load last.
+        # The shards that each process loaded last.
         self.plans: dict[Process, ShardPlan] = {}
         super().__init__(scenario)
 
@@ -302,7 +302,7 @@ class ControlledSimulation(Simulation):
         super().run()
 
     def check(self) -> None:
-        """As every simulation; and whoever died is back, and everybody knows the last view."""
+        """Checks also that all workers are back, and that all processes know the last view."""
         super().check()
         assert isinstance(self.supervisor, ControlledSupervisor)
         controller = self.supervisor.controller
@@ -314,7 +314,7 @@ class ControlledSimulation(Simulation):
             assert states == [WorkerState.READY] * controller_settings(self.scenario).num_workers
 
     def _scale(self, num_workers: int) -> None:
-        """Grows or shrinks; where that cannot be, everything stays as it is."""
+        """Scales the cluster; a scaling that is impossible changes nothing."""
         assert isinstance(self.supervisor, ControlledSupervisor)
         if not self.supervisor.process.is_alive:
             return

@@ -1,15 +1,15 @@
-"""A model that can be computed by hand: whole numbers modulo a prime, two columns a row.
+"""A model that can be computed by hand: whole numbers modulo a prime, two columns in a row.
 
-Any misrouting shows in the tokens. Expert e of layer l maps x to (e+1)x + l. Attention keeps what
-it reads in blocks, as keys and values are kept, so that a wrong block table, a block reused too
-early, a replay left out or a stale write reads other numbers; what was never written is NaN, and
-no token can be drawn from it.
+A misrouted row changes the tokens. Expert e of layer l maps x to (e+1)x + l. Attention stores its
+inputs in blocks, like keys and values. So a wrong block table, a block that is reused too early, a
+missing replay or a stale write changes the numbers read. Unwritten positions are NaN, and no token
+can be drawn from NaN.
 
     embed     x = (7 token + position + 1, token + 3 position + 2)
     attend    keep x of this position; a = x + the sum over positions q <= p of (q+1) kept[q]
     gate      best = (a0 + l) mod E, second = (best + 1 + a1 mod (E-1)) mod E
     combine   x = a + 2 (output of best) + (output of second)
-    draw      (x0 + 3 x1) mod V, and what sampling parameters add; see `draw`
+    draw      (x0 + 3 x1) mod V, plus terms of the sampling parameters; see `draw`
     score     a drawn token has log-probability -x0 / prime, a given one that minus its id
 
 An example with 4 experts, 1 layer, vocabulary 64, prompt (5, 3):
@@ -62,7 +62,7 @@ Draw = Callable[[Sequence[float], SampleRow], SampledToken]
 
 
 def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -> ModelConfig:
-    """The shape of the model that can be computed by hand."""
+    """The config of the model."""
     return ModelConfig(
         emb_size=2,
         key_size=2,
@@ -81,7 +81,7 @@ def fake_config(num_layers: int, num_experts: int = 4, sequence_len: int = 64) -
 
 
 def draw(row: Sequence[float], sample: SampleRow) -> SampledToken:
-    """The next token of a sequence: a function of all that a true draw depends on."""
+    """The next token of a sequence. It depends on everything that a real draw depends on."""
     if np.isnan(row).any():
         return SampledToken(token_id=-1, logprob=0.0, top_logprobs=(), is_valid=False)
     params, token_ids, given_id = sample.params, sample.token_ids, sample.given_id
@@ -103,7 +103,7 @@ def letter(token_id: int) -> str:
 
 
 class Letters:
-    """A letter for each token."""
+    """A detokenizer that makes one letter of each token."""
 
     def push(self, token_id: int) -> str:
         return letter(token_id)
@@ -114,7 +114,7 @@ class Letters:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Everything that the client of one sample gets."""
+    """Everything that a client receives for one sample."""
 
     tokens: tuple[SampledToken, ...]
     text: str
@@ -124,14 +124,14 @@ class Stream:
 def expected_streams(
     request: GenerationRequest, config: ModelConfig, by: Draw = draw
 ) -> list[Stream]:
-    """What each sample of a request must come to, whatever happens to the cluster."""
+    """The stream that each sample of a request must give, whatever happens to the cluster."""
     return [_expected_stream(request, config, index, by) for index in range(request.num_samples)]
 
 
 def expected_scores(
     request: GenerationRequest, config: ModelConfig, by: Draw = draw
 ) -> list[SampledToken]:
-    """What the prompt of a request must be scored."""
+    """The scores that a request's prompt must get."""
     if request.prompt_logprobs is None:
         return []
     rows = _Rows(config)
@@ -178,7 +178,7 @@ def _expected_stream(
 
 
 class _Rows:
-    """The last row of a growing sequence, in plain numbers."""
+    """The last row of a growing sequence, computed with plain numbers."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -209,14 +209,14 @@ def _no_harm(call: RunExperts) -> None:
 
 
 class FakeExperts:
-    """Experts that multiply. `refusals` are given out before anything is computed again."""
+    """Experts that multiply. They answer with all `refusals` before they compute again."""
 
     def __init__(self, config: ModelConfig, held: Iterable[ExpertId]) -> None:
         self.held = set(held)
         self.refusals: deque[RefusalReason] = deque()
         self.compute_s = 0.0
         self.spend: Callable[[float], None] = _no_time
-        # Told of each call before it is computed.
+        # Called before each call is computed.
         self.harm: Callable[[RunExperts], None] = _no_harm
         self._config = config
 
@@ -225,7 +225,7 @@ class FakeExperts:
 
     def fault_of(self, call: RunExperts) -> Refusal | None:
         if self.refusals:
-            return Refusal(self.refusals.popleft(), "as the test has it")
+            return Refusal(self.refusals.popleft(), "the test wants a refusal")
         wanted = {ExpertId(call.layer, int(e)) for e in np.unique(call.expert_ids_TA) if e >= 0}
         if wanted <= self.held:
             return None
@@ -237,7 +237,7 @@ class FakeExperts:
         rows, columns = np.nonzero(call.expert_ids_TA >= 0)
         ids_N = call.expert_ids_TA[rows, columns]
         if not all(ExpertId(call.layer, int(e)) in self.held for e in ids_N):
-            raise RuntimeError("computed without having been asked whether it can be")
+            raise RuntimeError("run without a call of fault_of before")
         return call.rows_TD[rows] * (ids_N + 1)[:, None].astype(np.float32) + np.float32(call.layer)
 
 
@@ -249,7 +249,7 @@ class _Batch:
 
 
 class FakeAttention:
-    """Layers that add up what their blocks hold; the blocks are one router's at a time."""
+    """Layers that add up the rows in their blocks; the blocks belong to one router at a time."""
 
     def __init__(
         self,
@@ -288,7 +288,7 @@ class FakeAttention:
         return len(self._layers) * self._size.block_size * 2 * 8
 
     def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """What is kept, as keys; values are none."""
+        """The stored rows as keys; the values are empty."""
         kept = np.stack([self._kept[layer][list(block_ids)] for layer in self._layers], axis=1)
         keys_CLPRK = kept[:, :, :, None, :]
         return keys_CLPRK, keys_CLPRK[..., :0]
@@ -301,7 +301,7 @@ class FakeAttention:
         values_LPRK: np.ndarray,
     ) -> None:
         for layer, keys_PRK in zip(self._layers, keys_LPRK, strict=True):
-            assert not np.isnan(keys_PRK).any(), "a copy of what was never computed"
+            assert not np.isnan(keys_PRK).any(), "a copy of rows that were never computed"
             self._kept[layer][block_id] = keys_PRK[:, 0]
 
     def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
@@ -318,7 +318,7 @@ class FakeAttention:
 
     def advance(self, owner: Owner, call: AdvanceBatch) -> Turn | Refusal:
         if self.refusals:
-            return Refusal(self.refusals.popleft(), "as the test has it")
+            return Refusal(self.refusals.popleft(), "the test wants a refusal")
         batch = self._batches.get(call.batch_id)
         if owner != self._tenancy.tenant or batch is None or batch.layer != call.layer:
             return Refusal(RefusalReason.UNKNOWN_BATCH, f"{call.batch_id} at layer {call.layer}")
@@ -337,7 +337,7 @@ class FakeAttention:
 
     def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
         if self.refusals:
-            return Refusal(self.refusals.popleft(), "as the test has it")
+            return Refusal(self.refusals.popleft(), "the test wants a refusal")
         before = self._tenancy.tenant
         refusal = self._tenancy.enter(owner)
         if self._tenancy.tenant != before:

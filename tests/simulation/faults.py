@@ -1,29 +1,29 @@
-"""The catalogue of what can go wrong."""
+"""The kinds of faults in random simulations."""
 
 from enum import Enum
 
 
 class Fault(Enum):
-    """One thing that goes wrong, once, at a time, to somebody that a seed picks."""
+    """One kind of fault. It happens once, at a given time, to a process that a seed picks."""
 
-    # A process ends: one without a router, one of a router's chain, one with a router.
+    # A process dies: one without a router, one of a router's chain, or one with a router.
     KILL_EXPERTS = "kill-experts"
     KILL_ATTENTION = "kill-attention"
     KILL_ROUTER = "kill-router"
-    # A process stands still and wakes up: unnoticed, or after it was replaced.
+    # A process freezes and wakes up: unnoticed, or after it was replaced.
     FREEZE = "freeze"
     REPLACE_FROZEN = "replace-frozen"
-    # From now on everything that a worker computes takes long.
+    # From now on a worker computes slowly.
     SLOW = "slow"
-    # A reply is lost although the stream stands; a stream breaks; a stream stands still.
+    # A reply is lost although the stream stays open; a stream breaks; a stream stalls.
     DROP_REPLY = "drop-reply"
     CUT_LINK = "cut-link"
     STALL_LINK = "stall-link"
-    # Workers know of a new epoch long before the routers do.
+    # A worker knows a new epoch long before the routers do.
     STALE_EPOCH = "stale-epoch"
-    # A worker refuses, or fails to compute, for a while.
+    # A worker refuses calls for a while, or fails to compute one.
     REFUSE_OVERLOADED = "refuse-overloaded"
     REFUSE_EXPIRED = "refuse-expired"
     FAIL_ONCE = "fail-once"
-    # The ingress takes a router for silent, rightly or not, and has another one do the same.
+    # The ingress considers a router silent, rightly or not, and hedges its requests.
     SILENCE = "silence"

@@ -1,12 +1,12 @@
-"""An ingress: it keeps what was delivered and carries requests on elsewhere.
+"""A simulated ingress: it records what was delivered, and retries requests on other routers.
 
-The life of a request here: it is sent to a router; tokens that come back are written down; when the
-router dies, drains, refuses or is lost to the view, the request goes with all that was delivered to
-another. Where a router is taken for silent, another is asked as well: whoever has the next token
-goes on alone. Nobody but the journal knows what the client has.
+Steps of a request: it is sent to a router, and the tokens that come back are recorded in a journal.
+If the router dies, drains, refuses, or is LOST in the view, another router receives the request and
+the journal. If a router is considered silent, a second router receives the request as well. The
+first to send the next token continues alone.
 
-When the ingress dies, its clients send their requests again to the next, under the same ids, and it
-has them computed from the start: what a client has already must come once more.
+When the ingress dies, its clients send their requests again with the same ids to the next ingress,
+which has them computed from the start. The same tokens must come again.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ RETRY_S_MAX = 1.0
 
 @dataclass(slots=True)
 class Journal:
-    """A request, and everything that its client was told."""
+    """A request, and everything that was delivered to its client."""
 
     request_id: str
     request: GenerationRequest
@@ -39,22 +39,22 @@ class Journal:
     is_cancelled: bool = False
     error: Exception | None = None
     num_attempts: int = 0
-    # Who has copies of its keys and values, as it was told.
+    # The router that holds copies of its KV blocks, as last reported.
     standby_id: str = ""
 
-    def tell_scores(self, scores: PromptScores) -> bool:
-        """Whether any was new."""
-        num_had = len(self.scores) + 1 - scores.position
-        assert num_had >= 0, "a score left out"
-        assert tuple(self.scores[scores.position - 1 :]) == scores.tokens[:num_had]
-        self.scores += scores.tokens[num_had:]
-        return len(scores.tokens) > num_had
+    def try_score(self, scores: PromptScores) -> bool:
+        """Records scores; returns whether any was new."""
+        num_known = len(self.scores) + 1 - scores.position
+        assert num_known >= 0, "a score left out"
+        assert tuple(self.scores[scores.position - 1 :]) == scores.tokens[:num_known]
+        self.scores += scores.tokens[num_known:]
+        return len(scores.tokens) > num_known
 
-    def tell(self, event: TokenEvent, index: int) -> bool:
-        """Whether it was new: of two routers that race, both may have it."""
+    def try_deliver(self, event: TokenEvent, index: int) -> bool:
+        """Records a token; returns whether it was new. Two routers may both send it."""
         events = self.delivered.setdefault(event.sample_index, [])
         if index < len(events):
-            assert event == events[index], "a token unlike the one before"
+            assert event == events[index], "a repeated token that differs"
             return False
         assert index == len(events), "a token left out"
         assert not events or events[-1].finish_reason is None, "a token after the last"
@@ -66,7 +66,7 @@ class Journal:
         return [stream_of(self.delivered.get(i, [])) for i in range(self.request.num_samples)]
 
     def routed(self, now_s: float) -> RoutedRequest:
-        """The request as it is carried on."""
+        """The request with its journal, for the next router."""
         return RoutedRequest(
             request_id=self.request_id,
             request=self.request,
@@ -103,14 +103,14 @@ def stream_of(events: Sequence[TokenEvent]) -> Stream:
 
 
 class RequestStream:
-    """One attempt: a listener in the router's process, whose words come to the ingress in order."""
+    """One attempt: a listener in the router's process that sends everything to the ingress."""
 
     def __init__(self, ingress: "Ingress", journal: Journal, router: Process) -> None:
         self.router = router
         self.journal = journal
         self.is_over = False
-        # Tokens of each sample that it gave, or was told of when it began.
-        self.num_given = {i: len(events) for i, events in journal.delivered.items()}
+        # For each sample, the tokens delivered before this attempt and the tokens it sent.
+        self.num_sent = {i: len(events) for i, events in journal.delivered.items()}
         self._ingress = ingress
         network = ingress.cluster.network
         self.there = Channel(ingress.process, router, network)
@@ -120,7 +120,7 @@ class RequestStream:
         self.there.send(lambda: self._submit(routed))
 
     def close(self) -> None:
-        """The client is gone, or listens elsewhere."""
+        """The client has left, or another router continues."""
         self.is_over = True
         self.there.send(self._cancel)
 
@@ -135,24 +135,24 @@ class RequestStream:
         self._back.send(lambda: self._if_not_over(lambda: self._ingress.scored(self, scores)))
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
-        self._tell_standby()
-        self._back.send(lambda: self._if_not_over(lambda: self._ingress.heard(self, events)))
+        self._send_standby()
+        self._back.send(lambda: self._if_not_over(lambda: self._ingress.received(self, events)))
 
     def ended(self, error: ClusterError | None) -> None:
         self._back.send(lambda: self._if_not_over(lambda: self._ingress.ended(self, error)))
 
     def moved(self) -> None:
-        self._back.send(lambda: self._if_not_over(lambda: self._ingress.carry_on(self)))
+        self._back.send(lambda: self._if_not_over(lambda: self._ingress.retry(self)))
 
     def _submit(self, routed: RoutedRequest) -> None:
         assert self.router.router is not None
         try:
             self.router.router.submit(routed, self)
-            self._tell_standby()
+            self._send_standby()
         except ClusterError as error:
             self.ended(error)
 
-    def _tell_standby(self) -> None:
+    def _send_standby(self) -> None:
         assert self.router.router is not None
         standby_id = self.router.router.standby_id
         if standby_id:
@@ -171,20 +171,23 @@ class RequestStream:
 
 
 class Ingress:
-    """Owns the journals."""
+    """Owns the journals.
+
+    *Invariant:* each request that is not done has a stream, or a timer that will send it.
+    """
 
     def __init__(self, cluster: MemoryCluster, random: Random) -> None:
         self.cluster = cluster
         self.process = cluster.start_process("ingress")
         self.journals: list[Journal] = []
-        # Of earlier lives: as far as their clients got.
+        # Journals of earlier incarnations: what their clients received.
         self.broken: list[Journal] = []
         self.view: ClusterView = cluster.view
-        # Of each request the streams that run, the first to be asked first.
+        # For each request its open streams, oldest first.
         self._streams: dict[str, list[RequestStream]] = {}
-        # Requests that a second router was asked for, and those whose second one was first.
-        self.num_raced = 0
-        self.num_overtaken = 0
+        # Hedges, and hedges whose second router sent the next token first.
+        self.num_hedges = 0
+        self.num_hedges_won = 0
         self._random = random
 
     @property
@@ -199,7 +202,7 @@ class Ingress:
         return journal
 
     def die(self) -> None:
-        """Its clients have what they have."""
+        """Kills the ingress; its clients keep what they received."""
         self.cluster.kill(self.process)
         for stream in self._all_streams():
             stream.break_off()
@@ -212,19 +215,19 @@ class Ingress:
                 self.journals[i] = Journal(journal.request_id, journal.request, journal.deadline_s)
 
     def start_again(self) -> None:
-        """Its clients find it, and it has still to hear of the view."""
+        """Starts the next ingress. Its clients send again; it does not know the view yet."""
         self.process = self.cluster.start_process(self.process.name)
         for journal in self.journals:
             self._send(journal)
 
     def cancel(self, journal: Journal) -> None:
-        """The client goes away."""
+        """The client leaves."""
         if not journal.is_done:
             journal.is_cancelled = journal.is_done = True
             self._keep_only(None, journal)
 
     def take_view(self, view: ClusterView) -> None:
-        """Leaves routers that are lost to the view, although their streams still stand."""
+        """Retries the requests of routers no longer listed, though their streams may stand."""
         if view.placement_epoch < self.view.placement_epoch:
             return
         self.view = view
@@ -238,45 +241,45 @@ class Ingress:
                 and member.incarnation > router.links.incarnation
             )
             if member is None or not member.can_compute or is_later:
-                self.carry_on(stream)
+                self.retry(stream)
 
     def died(self, process: Process) -> None:
-        """Streams to a process break."""
+        """The streams of a dead process break."""
         for stream in [s for s in self._all_streams() if s.router is process]:
             after_s = self.cluster.network.detection_s()
-            self.process.tasks.call_later(after_s, lambda s=stream: self.carry_on(s))
+            self.process.tasks.call_later(after_s, lambda s=stream: self.retry(s))
 
-    def take_for_silent(self, router: Process) -> None:
-        """Asks another router as well for all that one has, whether it lives or not."""
+    def hedge(self, router: Process) -> None:
+        """Treats a router as silent: sends all its requests to another router as well."""
         for stream in self._all_streams():
             others = [process for process in self._routers() if process is not router]
             is_alone = len(self._streams[stream.journal.request_id]) == 1
             if stream.router is router and is_alone and others:
-                self.num_raced += 1
+                self.num_hedges += 1
                 self._open(stream.journal, self._random.choice(others))
 
     def scored(self, stream: RequestStream, scores: PromptScores) -> None:
-        if stream.journal.tell_scores(scores):
+        if stream.journal.try_score(scores):
             self._keep_only(stream, stream.journal)
 
-    def heard(self, stream: RequestStream, events: Sequence[TokenEvent]) -> None:
+    def received(self, stream: RequestStream, events: Sequence[TokenEvent]) -> None:
         for event in events:
-            index = stream.num_given.get(event.sample_index, 0)
-            stream.num_given[event.sample_index] = index + 1
-            if stream.journal.tell(event, index):
+            index = stream.num_sent.get(event.sample_index, 0)
+            stream.num_sent[event.sample_index] = index + 1
+            if stream.journal.try_deliver(event, index):
                 self._keep_only(stream, stream.journal)
 
     def ended(self, stream: RequestStream, error: ClusterError | None) -> None:
         if isinstance(error, RetryLaterError):
-            self.carry_on(stream)
+            self.retry(stream)
             return
         stream.is_over = True
         self._streams[stream.journal.request_id].remove(stream)
         self._keep_only(None, stream.journal)
         stream.journal.error, stream.journal.is_done = error, True
 
-    def carry_on(self, stream: RequestStream) -> None:
-        """Goes on at another router, or at the same, later; where another runs, with that."""
+    def retry(self, stream: RequestStream) -> None:
+        """Gives up a stream, and sends its request again later, unless another stream runs."""
         if stream.is_over:
             return
         stream.close()
@@ -288,9 +291,9 @@ class Ingress:
         return [stream for streams in self._streams.values() for stream in streams]
 
     def _keep_only(self, winner: RequestStream | None, journal: Journal) -> None:
-        """Closes all others of a request."""
+        """Closes all other streams of a request."""
         streams = self._streams.get(journal.request_id, [])
-        self.num_overtaken += winner is not None and streams.index(winner) > 0
+        self.num_hedges_won += winner is not None and streams.index(winner) > 0
         for stream in list(streams):
             if stream is not winner:
                 stream.close()
@@ -321,15 +324,15 @@ class Ingress:
         self._open(journal, self._random.choice(best or routers))
 
     def _routers(self) -> list[Process]:
-        """Those of the view whose process can be reached."""
-        lives = {(m.worker_id, m.incarnation) for m in self.view.routers()}
-        names = {worker_id for worker_id, _ in lives}
+        """The routers of the view whose processes live."""
+        listed = {(m.worker_id, m.incarnation) for m in self.view.routers()}
+        names = {worker_id for worker_id, _ in listed}
         has_own_process = not self.cluster.settings.has_direct_links
         found: list[Process] = []
         for process in self.cluster.processes:
             if process.router is not None and process.is_alive:
                 links = process.router.links
-                life = (links.router_id, links.incarnation)
-                if life in lives or (has_own_process and links.router_id in names):
+                key = (links.router_id, links.incarnation)
+                if key in listed or (has_own_process and links.router_id in names):
                     found.append(process)
         return found

@@ -1,8 +1,8 @@
-"""The kill matrix: which clusters, under which sampling modes, lose whom at which message.
+"""The kill matrix: clusters, sampling modes, and the message before which a process is hit.
 
-A cell is a shape of cluster and a mode. Its run is the same every time up to the first blow, so the
-n-th message that arrives is a moment that can be named: a blow falls right before it. A schedule is
-a list of such blows, and runs again by one command, which a failure tells:
+A cell is a shape of cluster and a sampling mode. Its run is deterministic up to the first blow, so
+the number of the next message names a moment: a blow falls just before that message. A schedule is
+a list of blows. When a schedule fails, its error names the command that repeats it:
 
     python -m tests.simulation.replay --matrix 3w-2r-replicated-in --mode top-p --kill 17:w1,40:w0
 """
@@ -17,9 +17,8 @@ from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
 from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits, SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.calls import AdvanceBatch, BeginBatch, RunExperts
 from milliways.wire.view import EMPTY_VIEW
 from tests.memory_cluster import ClusterSettings, Process
@@ -32,7 +31,7 @@ from tests.simulation.true_sampler import TrueSampler
 NUM_LAYERS = 2
 CONFIG = fake_config(NUM_LAYERS)
 CONTROLLER, INGRESS = "controller", "ingress"
-# By then a cluster that the controller brings up is there.
+# By this time the controller has brought its cluster up.
 LED_ARRIVAL_S = 0.5
 PROMPT = (5, 3, 17, 60)
 GREEDY = SamplingParams(temperature=0.0)
@@ -45,23 +44,23 @@ PENALIZED = SamplingParams(
     seed=11,
 )
 
-# Who is hit right before which message, in order.
+# (message, process): each process is hit just before its message. In the order of messages.
 Blows = tuple[tuple[int, str], ...]
 
 
 class Blow(Enum):
-    """What becomes of the victim."""
+    """What happens to the victim."""
 
     KILL = "killed"
-    # It is replaced while it stands still, and then wakes up.
+    # It freezes, is replaced, and then wakes up.
     REPLACE_FROZEN = "replaced"
-    # It is taken for silent, and another router asked as well: wrongly, or while it stands still.
+    # It is considered silent, and its requests are hedged: without reason, or while it is frozen.
     RACE = "raced"
     RACE_FROZEN = "raced-frozen"
 
 
 class Kind(Enum):
-    """What a victim is to the requests that run."""
+    """The part that a victim plays for the running requests."""
 
     EXPERTS = "a worker without attention"
     SHARD = "an attention shard whose router is elsewhere"
@@ -72,9 +71,9 @@ class Kind(Enum):
 
 
 ROUTERS = frozenset({Kind.ROUTER_WITH_SHARD, Kind.ROUTER})
-# Nobody starts another one of the rest while they live.
+# Only these are replaced while they still live.
 REPLACED = frozenset({Kind.EXPERTS, Kind.SHARD, Kind.ROUTER_WITH_SHARD})
-# Whom a blow can hit.
+# The kinds of process that a blow can hit.
 VICTIMS = {
     Blow.KILL: frozenset(Kind),
     Blow.REPLACE_FROZEN: REPLACED,
@@ -84,7 +83,7 @@ VICTIMS = {
 
 
 class Phase(Enum):
-    """How far the client's stream is."""
+    """Progress of the client's stream."""
 
     PREFILL = "no token yet"
     EARLY = "less than half of the tokens"
@@ -94,7 +93,7 @@ class Phase(Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A small cluster; with `is_led` the real controller brings it up."""
+    """A small cluster. With `is_led` it is under the real controller."""
 
     num_workers: int
     replicas: int
@@ -131,13 +130,13 @@ LED_SHAPES = (
 def request(
     sampling: SamplingParams, prompt_ids: tuple[int, ...] = PROMPT, **others: object
 ) -> GenerationRequest:
-    """A request of four tokens, unless told otherwise."""
+    """A request, by default for four tokens."""
     wanted = {"max_tokens": 4, "ignore_eos": True} | others
     return GenerationRequest(prompt_ids=prompt_ids, sampling=sampling, **wanted)  # pyright: ignore
 
 
 def stopped_request() -> GenerationRequest:
-    """A stop string of its third and fourth letter: the text is held back before it is complete."""
+    """A request that stops at its third and fourth letter, so that text is held back before."""
     whole = request(GREEDY, max_tokens=8)
     (stream,) = expected_streams(whole, CONFIG, TrueSampler())
     return dataclasses.replace(
@@ -145,7 +144,7 @@ def stopped_request() -> GenerationRequest:
     )
 
 
-# A seed with which every layer of every step asks some worker without attention.
+# With this seed every layer of every step calls a worker without attention.
 SEEDED = SamplingParams(temperature=0.7, seed=1)
 MODES: dict[str, tuple[GenerationRequest, ...]] = {
     "greedy": (request(GREEDY),),
@@ -154,12 +153,12 @@ MODES: dict[str, tuple[GenerationRequest, ...]] = {
     "logprobs": (request(dataclasses.replace(SEEDED, num_logprobs=3)),),
     "n-3": (request(SEEDED, num_samples=3),),
     "stop": (stopped_request(),),
-    # The second has the same beginning, and nothing is drawn for it.
+    # The second shares the first one's prefix, and draws nothing.
     "scored": (
         request(SEEDED, prompt_logprobs=2),
         request(GREEDY, (*PROMPT[:3], 1), max_tokens=0, prompt_logprobs=0),
     ),
-    # In one batch.
+    # Both run in one batch.
     "together": (
         request(GREEDY, (5, 3, 17), max_tokens=3, stop=("zz",), ignore_eos=False),
         request(dataclasses.replace(PENALIZED, num_logprobs=2), max_tokens=2, num_samples=2),
@@ -168,7 +167,7 @@ MODES: dict[str, tuple[GenerationRequest, ...]] = {
 
 
 def scenario(shape: Shape, mode: str) -> Scenario:
-    """The undisturbed run of a cell."""
+    """The scenario of a cell, without blows."""
     made = Scenario(
         seed=3,
         config=CONFIG,
@@ -204,13 +203,13 @@ def scenario(shape: Shape, mode: str) -> Scenario:
         policy=PlacementPolicy(attention=shape.cut, kv_tokens=1),
         experts_only=shape.num_workers - shape.num_routers if shape.cut is WHOLE else 0,
     )
-    # The next controller is there while streams run.
+    # The next controller starts while streams still run.
     return dataclasses.replace(made, wanted=wanted, restart_s=0.02)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Moment:
-    """What the run is about when a message arrives; None for what is not part of a step."""
+    """The state of a run when a message arrives; fields are None if it belongs to no step."""
 
     phase: Phase | None
     layer: int | None
@@ -218,7 +217,7 @@ class Moment:
 
 
 class Cell:
-    """A shape under a mode: its undisturbed run, and its runs with blows."""
+    """A shape with a mode: its undisturbed run, and its runs with blows."""
 
     def __init__(self, shape: Shape, mode: str) -> None:
         self.shape = shape
@@ -229,14 +228,14 @@ class Cell:
             for r in MODES[mode]
         ]
         simulation = self._simulation()
-        # One for each message: the first is that before which blow 1 falls.
+        # One for each message; moments[n - 1] is the state just before message n.
         self.moments: list[Moment] = []
         simulation.cluster.network.on_delivery = lambda receiver: self.moments.append(
             self._moment(simulation)
         )
         simulation.run()
         del self.moments[simulation.num_messages :]
-        # As the cluster comes up.
+        # Messages before the first request, while the cluster comes up.
         self.num_before_requests = sum(moment.is_before_requests for moment in self.moments)
         self.kinds = kinds_of(simulation)
 
@@ -245,17 +244,17 @@ class Cell:
         return len(self.moments)
 
     def run(self, blows: Blows, blow: Blow = Blow.KILL) -> Simulation:
-        """Runs it with these blows; what fails says how to see it again."""
+        """Runs the cell with these blows; an error gets the command that repeats the run."""
         simulation = self.struck(blows, blow)
         try:
             simulation.run()
         except BaseException as error:
-            error.add_note(f"again: {self.command(blows, blow)}")
+            error.add_note(f"to repeat: {self.command(blows, blow)}")
             raise
         return simulation
 
     def struck(self, blows: Blows, blow: Blow) -> Simulation:
-        """A run, about to begin, in which these are hit, as far as they are there at the time."""
+        """A prepared run in which these processes are hit, if they live at that moment."""
         simulation = self._simulation()
         network = simulation.cluster.network
         left = deque(blows)
@@ -269,7 +268,7 @@ class Cell:
         return simulation
 
     def command(self, blows: Blows, blow: Blow = Blow.KILL) -> str:
-        """What runs one schedule of this cell again, and tells what happened."""
+        """The command that repeats one schedule of this cell and prints what happened."""
         words = ["python", "-m", "tests.simulation.replay"]
         words += ["--matrix", str(self.shape), "--mode", self.mode]
         words += ["--kill", ",".join(f"{n}:{name}" for n, name in blows)]
@@ -288,23 +287,23 @@ class Cell:
         return Moment(self._phase(simulation), layer, not simulation.ingress.journals)
 
     def _phase(self, simulation: Simulation) -> Phase | None:
-        """Of the stream that is furthest behind, among those that are not over."""
+        """The phase of the open stream that has made least progress."""
         behind: list[tuple[int, int]] = []
         for journal, lengths in zip(simulation.ingress.journals, self.lengths, strict=False):
-            told = [len(journal.delivered.get(i, ())) for i in range(len(lengths))]
-            behind += [(n, of) for n, of in zip(told, lengths, strict=True) if n < of]
+            counts = [len(journal.delivered.get(i, ())) for i in range(len(lengths))]
+            behind += [(n, of) for n, of in zip(counts, lengths, strict=True) if n < of]
         if not behind:
             return None
-        num_told, length = min(behind)
-        if num_told == 0:
+        num_delivered, length = min(behind)
+        if num_delivered == 0:
             return Phase.PREFILL
-        if num_told == length - 1:
+        if num_delivered == length - 1:
             return Phase.LAST
-        return Phase.EARLY if 2 * num_told < length else Phase.MIDDLE
+        return Phase.EARLY if 2 * num_delivered < length else Phase.MIDDLE
 
 
 def kinds_of(simulation: Simulation) -> dict[str, Kind]:
-    """Whom there is to hit, by name."""
+    """The processes that can be hit, by name."""
     in_chains = {name for chain in simulation.supervisor.view.chains.values() for name in chain}
     kinds = {INGRESS: Kind.INGRESS}
     for process in simulation.cluster.processes:
@@ -321,7 +320,7 @@ def kinds_of(simulation: Simulation) -> dict[str, Kind]:
 
 
 def hit(simulation: Simulation, name: str, blow: Blow) -> None:
-    """Does it to the life that there is of this process, if there is one."""
+    """Hits the living incarnation of this process, if there is one."""
     for process in simulation.cluster.processes:
         if process.name != name or not process.is_alive:
             continue
@@ -335,10 +334,10 @@ def hit(simulation: Simulation, name: str, blow: Blow) -> None:
                 process.spend(0.1)
                 simulation.supervisor.suspect(process)
             case Blow.RACE:
-                simulation.ingress.take_for_silent(process)
+                simulation.ingress.hedge(process)
             case Blow.RACE_FROZEN:
                 process.spend(0.1)
-                simulation.ingress.take_for_silent(process)
+                simulation.ingress.hedge(process)
         return
 
 
@@ -348,7 +347,7 @@ def single_blows(
     stride: int = 1,
     of: frozenset[Kind] = frozenset(Kind),
 ) -> Iterator[Blows]:
-    """Every process before every message; with a stride, each begins at another one."""
+    """One blow for each process and message; with a stride, they start at different messages."""
     offset = [*MODES].index(cell.mode)
     for i, (name, kind) in enumerate(cell.kinds.items()):
         if kind not in of & VICTIMS[blow]:
@@ -358,11 +357,11 @@ def single_blows(
 
 
 def cell_of(shape_name: str, mode: str) -> Cell:
-    """The cell of these names."""
+    """The cell with these names."""
     return Cell(next(s for s in (*SHAPES, *LED_SHAPES) if str(s) == shape_name), mode)
 
 
 def blows_of(words: str) -> Blows:
-    """Of 17:w1,40:w0."""
+    """Parses text like 17:w1,40:w0."""
     pairs: Sequence[tuple[str, ...]] = [tuple(word.split(":", 1)) for word in words.split(",")]
     return tuple((int(n), name) for n, name in pairs)

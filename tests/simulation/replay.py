@@ -1,4 +1,4 @@
-"""Runs one seed, or one schedule of the kill matrix, again, and says what happened.
+"""Repeats the run of one seed, or one schedule of the kill matrix, and prints what happened.
 
 python -m tests.simulation.replay --seed 17 --faults 4
 python -m tests.simulation.replay --matrix 2w-1r-layers-out --mode top-p --kill 17:w1,40:w0
@@ -36,13 +36,18 @@ def read_arguments() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--seed", type=int)
     what.add_argument("--matrix", choices=[str(shape) for shape in (*SHAPES, *LED_SHAPES)])
-    parser.add_argument("--faults", type=int, default=0, help="at most so many faults")
-    parser.add_argument("--controlled", action="store_true", help="under the real controller")
-    parser.add_argument("--standby", action="store_true", help="routers copy their blocks")
+    parser.add_argument("--faults", type=int, default=0, help="largest number of faults")
+    parser.add_argument("--controlled", action="store_true", help="run under the real controller")
+    parser.add_argument("--standby", action="store_true", help="let routers copy their KV blocks")
     parser.add_argument("--mode", choices=list(MODES), default="greedy")
-    parser.add_argument("--kill", type=blows_of, default=(), help="whom before which message")
+    parser.add_argument(
+        "--kill",
+        type=blows_of,
+        default=(),
+        help="message:victim pairs",
+    )
     parser.add_argument("--blow", choices=[b.value for b in Blow], default=Blow.KILL.value)
-    parser.add_argument("--verbose", action="store_true", help="log what routers and workers log")
+    parser.add_argument("--verbose", action="store_true", help="print logs of routers and workers")
     return parser.parse_args()
 
 

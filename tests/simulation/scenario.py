@@ -1,4 +1,4 @@
-"""What happens in one simulated run: everything is drawn from its seed, and from nothing else."""
+"""The description of one simulated run. A random scenario depends on its seed only."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.config import ModelConfig
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits, SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from milliways.wire.placement import ModelBytes
 from milliways.wire.view import EMPTY_VIEW, ClusterView
 from milliways.workers.core import CoreLimits
@@ -25,7 +24,7 @@ FOR_EVER_S = 1e5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """A request, when it comes, how long it may take, and when its client goes away."""
+    """A request, its arrival, its time limit, and when its client leaves."""
 
     at_s: float
     request: GenerationRequest
@@ -35,7 +34,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
-    """A worker that is drained for a while."""
+    """A worker is drained for a while."""
 
     at_s: float
     worker_id: str
@@ -44,7 +43,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """A fault, when it comes, and a number that decides whom it hits, and how."""
+    """A fault, its time, and a number that decides which process it hits and how."""
 
     at_s: float
     fault: Fault
@@ -53,7 +52,7 @@ class Strike:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One run, from its beginning to its end."""
+    """One run."""
 
     seed: int
     config: ModelConfig
@@ -67,7 +66,7 @@ class Scenario:
     strikes: tuple[Strike, ...] = ()
     restart_s: float = 0.2
     has_takeover: bool = True
-    # For the real controller, which has its own ways; and how it is to be scaled, and when.
+    # Settings of the real controller; and its scalings, as (time, number of workers).
     wanted: ControllerSettings | None = None
     scalings: tuple[tuple[float, int], ...] = ()
 
@@ -76,7 +75,7 @@ class Scenario:
 
 
 def random_scenario(seed: int, num_faults: int = 0) -> Scenario:
-    """A run with up to `num_faults` faults."""
+    """A random run with up to `num_faults` faults."""
     random = Random(seed)
     config = fake_config(
         num_layers=random.randint(1, 4), num_experts=random.choice((2, 4, 8)), sequence_len=48
@@ -110,7 +109,7 @@ def random_scenario(seed: int, num_faults: int = 0) -> Scenario:
 
 
 def random_controlled_scenario(seed: int, num_faults: int = 0) -> Scenario:
-    """A run under the real controller."""
+    """A random run under the real controller."""
     scenario = random_scenario(seed, num_faults)
     random = Random(seed)
     num_workers = random.randint(1, 4)
@@ -142,13 +141,13 @@ def random_controlled_scenario(seed: int, num_faults: int = 0) -> Scenario:
 
 
 def with_standby(scenario: Scenario) -> Scenario:
-    """The same run, with routers that copy their blocks to one another."""
+    """The same run, with routers that copy their KV blocks to one another."""
     settings = dataclasses.replace(scenario.settings, kv_standby=True, has_direct_links=True)
     return dataclasses.replace(scenario, settings=settings)
 
 
 def random_strikes(random: Random, num_max: int, end_s: float) -> tuple[Strike, ...]:
-    """Up to so many faults; few that fail a step, for a router gives one up after the third."""
+    """Up to `num_max` faults; at most two fail a step, as routers give up a step after three."""
     faults = [random.choice(list(Fault)) for _ in range(random.randint(min(1, num_max), num_max))]
     failures = [i for i, fault in enumerate(faults) if fault is Fault.FAIL_ONCE]
     for i in failures[2:]:
@@ -159,7 +158,7 @@ def random_strikes(random: Random, num_max: int, end_s: float) -> tuple[Strike, 
 
 
 def random_view(random: Random, config: ModelConfig) -> ClusterView:
-    """A placement by the planner; some workers are left without attention."""
+    """A placement by the planner; some workers may have no attention."""
     num_workers = random.randint(1, 5)
     cut = random.choice((AttentionCut.REPLICATED, AttentionCut.LAYERS))
     return make_view(
@@ -174,7 +173,7 @@ def random_view(random: Random, config: ModelConfig) -> ClusterView:
 def make_view(
     config: ModelConfig, *, num_workers: int, replicas: int, cut: AttentionCut, num_routers: int = 9
 ) -> ClusterView:
-    """Where attention is replicated, only the first `num_routers` workers have it."""
+    """A placement; replicated attention is on the first `num_routers` workers only."""
     sizes = ModelBytes(
         num_layers=config.num_layers,
         num_experts=config.num_experts,
@@ -199,7 +198,7 @@ def make_view(
 
 def random_settings(random: Random, seed: int) -> ClusterSettings:
     block_size = random.choice((1, 2, 4))
-    # One sequence of full length always fits; two of them often do not.
+    # One sequence of full length always fits; two often do not.
     num_blocks = random.randint(1, 3) * -(-48 // block_size)
     return ClusterSettings(
         cache_size=CacheSize(num_blocks=num_blocks, block_size=block_size, max_slots=16),
@@ -219,7 +218,7 @@ def random_settings(random: Random, seed: int) -> ClusterSettings:
 
 
 def random_arrivals(random: Random) -> tuple[Arrival, ...]:
-    """Requests, some with equal beginnings, some that nobody waits for to the end."""
+    """Requests; some share a prefix, some are cancelled or time out."""
     shared = random_tokens(random, random.randint(1, 14))
     within_s = random.choice((0.0, 0.05, 0.3))
     arrivals: list[Arrival] = []
@@ -247,7 +246,7 @@ def random_request(random: Random, shared: tuple[int, ...]) -> GenerationRequest
     stop = "".join(letter(token) for token in random_tokens(random, random.randint(1, 2)))
     prompt_ids = shared + own if random.random() < 0.6 else own
     max_tokens = random.choice((1, 4, 12, 40))
-    # No draw of their own, so that runs without them stay what they were.
+    # Derived from the seed, not drawn, so that the other draws of a run stay the same.
     is_scored, is_only_scored = sampling.seed % 4 == 0, sampling.seed % 12 == 0
     return GenerationRequest(
         prompt_ids=prompt_ids,

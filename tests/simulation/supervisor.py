@@ -1,8 +1,8 @@
-"""Stands in for the controller: notices deaths, brings workers back, and tells everybody.
+"""Stands in for the controller: notices deaths, restarts workers, and publishes views.
 
-A worker that dies is LOST in a new view, and comes back after a while with a later incarnation and
-the same shards. Where nobody is left who has an expert, survivors may take it over meanwhile. A
-view takes its own time to each process.
+A worker that dies is LOST in a new view. After a while it restarts with the next incarnation and
+the same shards. Meanwhile survivors may take over experts that no worker holds. Each process
+receives a view after its own delay.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from tests.simulation.ingress import Ingress
 
 
 class Supervisor:
-    """Owns the view."""
+    """Owns the view.
+
+    *Invariant:* each published view has a higher epoch than the one before.
+    """
 
     def __init__(self, cluster: MemoryCluster, ingress: Ingress, random: Random) -> None:
         self.process = cluster.start_process("controller")
@@ -32,10 +35,10 @@ class Supervisor:
         self._channels: dict[Process, Channel] = {}
 
     def close(self) -> None:
-        """Nothing more is started."""
+        """Starts nothing from now on."""
 
     def kill(self, process: Process) -> None:
-        """A process dies; somebody notices."""
+        """Kills a process; its death is noticed later."""
         if not process.is_alive:
             return
         if process is self._ingress.process:
@@ -50,11 +53,11 @@ class Supervisor:
         self.process.tasks.call_later(after_s, lambda: self._noticed(process))
 
     def suspect(self, process: Process) -> None:
-        """Takes a process for dead that may only be frozen; both lives then exist for a while."""
+        """Treats a process as dead that may only be frozen: two incarnations may then run."""
         self._noticed(process)
 
     def publish(self, members: dict[str, Member]) -> None:
-        """Tells everybody, each in its time."""
+        """Publishes a view with these members; it reaches each process after a delay."""
         self.view = dataclasses.replace(
             self.view, placement_epoch=self.view.placement_epoch + 1, members=members
         )
@@ -64,11 +67,11 @@ class Supervisor:
                 self._tell(process, self.view)
 
     def bump(self) -> None:
-        """A new epoch in which nothing else is new."""
+        """Publishes the same members with a new epoch."""
         self.publish(dict(self.view.members))
 
     def move(self, worker_id: str, to: WorkerState) -> None:
-        """Another state of a worker, and what goes with it at its router."""
+        """Publishes another state of a worker."""
         member = self.view.members[worker_id]
         self.publish({**self.view.members, worker_id: dataclasses.replace(member, state=to)})
 
@@ -87,8 +90,8 @@ class Supervisor:
         if core is None:
             assert process.router is not None
             links = process.router.links
-            life = links.incarnation + 1
-            self._later(lambda: self._restart_router(links.router_id, life))
+            incarnation = links.incarnation + 1
+            self._later(lambda: self._restart_router(links.router_id, incarnation))
             return
         member = self.view.members[core.worker_id]
         if member.incarnation != core.incarnation or member.state is WorkerState.LOST:
@@ -120,7 +123,7 @@ class Supervisor:
         self.publish({**self.view.members, worker_id: member})
 
     def _take_over(self) -> None:
-        """Has somebody load each expert that nobody has."""
+        """Gives each expert that no worker holds to a living worker."""
         members = dict(self.view.members)
         living = sorted(name for name, member in members.items() if member.can_compute)
         wanted = {expert for member in members.values() for expert in member.experts}

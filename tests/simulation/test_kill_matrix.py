@@ -1,9 +1,8 @@
 """Each process of a small cluster is killed at every message of a small run: same tokens.
 
-The rows are shapes of clusters, the columns sampling modes; `kill_matrix` says what they are. The
-n-th message that arrives is the boundary: a process dies in the moment before. What the other ends
-make of it, and when they notice, is as in every simulation. A schedule that fails tells the command
-that runs it again.
+The rows of the matrix are shapes of clusters, the columns are sampling modes (`kill_matrix.py`). A
+process dies just before its message arrives. The other processes notice later, as in every
+simulation. If a schedule fails, its error names the command that repeats it.
 """
 
 import dataclasses
@@ -31,8 +30,7 @@ from tests.simulation.kill_matrix import (
 )
 from tests.simulation.true_sampler import TrueSampler
 
-# What would take long by default has every n-th moment only; each victim begins at another one, and
-# so does each mode.
+# Long tests take only every n-th moment by default. Victims and modes start at different moments.
 MANY_MESSAGES = 90
 REPLACED_STRIDE = 5
 LED_STRIDE = 7
@@ -40,26 +38,24 @@ EVERY = pytest.param(1, marks=pytest.mark.slow, id="every")
 
 
 def thinned(cell: Cell) -> int:
-    """The stride in a cell of many messages."""
+    """The stride; it is larger in a cell of many messages."""
     return 1 + cell.num_messages // MANY_MESSAGES
 
 
 @pytest.mark.parametrize("stride", [pytest.param(None, id="some"), EVERY])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_death_at_any_message_costs_a_token(shape: Shape, mode: str, stride: int | None) -> None:
+def test_a_death_at_any_message_costs_no_token(shape: Shape, mode: str, stride: int | None) -> None:
     cell = Cell(shape, mode)
     for blows in single_blows(cell, stride=stride or thinned(cell)):
         simulation = cell.run(blows)
-        assert simulation.supervisor.num_deaths == 1, f"nobody died: {cell.command(blows)}"
+        assert simulation.supervisor.num_deaths == 1, f"no process died: {cell.command(blows)}"
 
 
 @pytest.mark.parametrize("stride", [pytest.param(REPLACED_STRIDE, id="some"), EVERY])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_nobody_who_is_replaced_while_frozen_costs_a_token(
-    shape: Shape, mode: str, stride: int
-) -> None:
+def test_replacing_a_frozen_process_costs_no_token(shape: Shape, mode: str, stride: int) -> None:
     cell = Cell(shape, mode)
     for blows in single_blows(cell, Blow.REPLACE_FROZEN, stride):
         cell.run(blows, Blow.REPLACE_FROZEN)
@@ -68,36 +64,36 @@ def test_nobody_who_is_replaced_while_frozen_costs_a_token(
 @pytest.mark.parametrize("blow", [Blow.RACE, Blow.RACE_FROZEN], ids=lambda blow: blow.value)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s.num_routers > 1], ids=str)
-def test_no_race_of_two_routers_costs_a_token(shape: Shape, mode: str, blow: Blow) -> None:
+def test_hedging_costs_no_token(shape: Shape, mode: str, blow: Blow) -> None:
     cell = Cell(shape, mode)
-    num_raced = num_overtaken = 0
+    num_hedges = num_won = 0
     for blows in single_blows(cell, blow):
         simulation = cell.run(blows, blow)
-        num_raced += simulation.ingress.num_raced
-        num_overtaken += simulation.ingress.num_overtaken
-    assert num_raced > 0
+        num_hedges += simulation.ingress.num_hedges
+        num_won += simulation.ingress.num_hedges_won
+    assert num_hedges > 0
     if blow is Blow.RACE_FROZEN:
-        # Who stands still loses, as a rule.
-        assert 2 * num_overtaken > num_raced
+        # A frozen router usually loses.
+        assert 2 * num_won > num_hedges
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
-def test_no_death_of_the_controller_is_noticed_by_a_stream(shape: Shape, mode: str) -> None:
+def test_a_death_of_the_controller_disturbs_no_stream(shape: Shape, mode: str) -> None:
     cell = Cell(shape, mode)
     for blows in single_blows(cell, of=frozenset({Kind.CONTROLLER})):
         simulation = cell.run(blows)
         (before, _), *_ = blows
         if before > cell.num_before_requests:
             attempts = {journal.num_attempts for journal in simulation.ingress.journals}
-            lives = {m.incarnation for m in simulation.supervisor.view.members.values()}
-            assert (attempts, lives) == ({1}, {1}), cell.command(blows)
+            incarnations = {m.incarnation for m in simulation.supervisor.view.members.values()}
+            assert (attempts, incarnations) == ({1}, {1}), cell.command(blows)
 
 
 @pytest.mark.parametrize("stride", [pytest.param(LED_STRIDE, id="some"), EVERY])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
-def test_no_death_of_a_worker_under_the_controller_costs_a_token(
+def test_a_death_of_a_worker_under_the_controller_costs_no_token(
     shape: Shape, mode: str, stride: int
 ) -> None:
     cell = Cell(shape, mode)
@@ -108,7 +104,7 @@ def test_no_death_of_a_worker_under_the_controller_costs_a_token(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_kind_of_process_dies_in_every_layer_of_every_phase(mode: str) -> None:
-    # A run is the same up to the blow, so its undisturbed moments are those of the deaths.
+    # A run is deterministic up to the blow, so the undisturbed run gives the moments of deaths.
     hit: set[tuple[Kind, Moment]] = set()
     for shape in (*SHAPES, *LED_SHAPES):
         cell = Cell(shape, mode)
@@ -125,7 +121,7 @@ def test_every_kind_of_process_dies_in_every_layer_of_every_phase(mode: str) -> 
     assert wanted - hit == set()
 
 
-# Of streams of two and three tokens.
+# Phases of streams with two or three tokens.
 SHORT_PHASES = (Phase.PREFILL, Phase.LAST)
 
 
@@ -137,7 +133,7 @@ def test_the_stop_string_ends_a_stream_that_would_go_on() -> None:
     assert stream.finish_reason is FinishReason.STOP
 
 
-def test_modes_draw_other_tokens() -> None:
+def test_modes_draw_different_tokens() -> None:
     drawn = {
         mode: tuple(
             tuple(token.token_id for token in stream.tokens)
@@ -146,7 +142,7 @@ def test_modes_draw_other_tokens() -> None:
         )
         for mode, requests in MODES.items()
     }
-    # With log-probabilities, and under a stop string, the tokens are those that come without.
+    # Log-probabilities and stop strings do not change the tokens.
     alike = {"logprobs": "temperature", "stop": "greedy"}
     assert all(drawn[mode] == drawn[other] for mode, other in alike.items())
     others = [tokens for mode, tokens in drawn.items() if mode not in alike]

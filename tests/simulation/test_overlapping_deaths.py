@@ -1,7 +1,7 @@
-"""Two and three deaths, the next before the last was made good: same tokens.
+"""Two or three deaths, each before the last one was repaired: same tokens.
 
-By default a sample of fixed seeds in each cell of the kill matrix, and the controller together with
-a worker; all pairs of moments near one another take minutes.
+By default: schedules of fixed seeds in each cell of the kill matrix, and deaths of the controller
+with a worker. The slow tests try all pairs of moments that are close together.
 """
 
 from random import Random
@@ -21,13 +21,13 @@ from tests.simulation.kill_matrix import (
 
 NUM_PAIRS = 8
 NUM_TRIPLES = 6
-# So many messages lie between two deaths at most: those who die come back within about as many.
+# At most this many messages lie between two deaths. A process restarts within about that many.
 WITHIN = 30
 STRIDE = 4
 
 
 def sample(cell: Cell, num_deaths: int, count: int) -> list[Blows]:
-    """Deaths in a row, of anybody, some at one moment."""
+    """Random schedules of deaths close together, some at the same moment."""
     random = Random(f"{cell.shape} {cell.mode} {num_deaths}")
     schedules: list[Blows] = []
     for _ in range(count):
@@ -42,7 +42,7 @@ def sample(cell: Cell, num_deaths: int, count: int) -> list[Blows]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", (*SHAPES, *LED_SHAPES), ids=str)
-def test_no_two_and_no_three_deaths_cost_a_token(shape: Shape, mode: str) -> None:
+def test_two_or_three_deaths_cost_no_token(shape: Shape, mode: str) -> None:
     cell = Cell(shape, mode)
     for blows in (*sample(cell, 2, NUM_PAIRS), *sample(cell, 3, NUM_TRIPLES)):
         cell.run(blows)
@@ -50,25 +50,25 @@ def test_no_two_and_no_three_deaths_cost_a_token(shape: Shape, mode: str) -> Non
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", LED_SHAPES, ids=str)
-def test_no_death_of_the_controller_with_a_worker_costs_a_token(shape: Shape, mode: str) -> None:
+def test_deaths_of_controller_and_worker_together_cost_no_token(shape: Shape, mode: str) -> None:
     cell = Cell(shape, mode)
     workers = [name for name in cell.kinds if name != CONTROLLER]
     offset = [*MODES].index(mode) % STRIDE
     for n in range(1 + offset, cell.num_messages + 1, STRIDE):
         name = workers[n // STRIDE % len(workers)]
-        # At once, and each before the other.
+        # Both at once, and each before the other.
         later = n + 1 + n % WITHIN
         cell.run(((n, CONTROLLER), (n, name)))
         cell.run(((n, CONTROLLER), (later, name)))
         cell.run(((n, name), (later, CONTROLLER)))
-        # Only the workers know the last view then.
+        # Now only the workers know the last view.
         cell.run(((n, CONTROLLER), (n, INGRESS), (later, name)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", (*SHAPES, *LED_SHAPES), ids=str)
-def test_no_pair_of_deaths_near_one_another_costs_a_token(shape: Shape, mode: str) -> None:
+def test_any_two_deaths_close_together_cost_no_token(shape: Shape, mode: str) -> None:
     cell = Cell(shape, mode)
     names = [*cell.kinds]
     for first in range(1, cell.num_messages + 1, 5):

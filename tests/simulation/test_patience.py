@@ -1,4 +1,4 @@
-"""How a router waits: for ever where it has to, no longer than that, and never in vain."""
+"""How long a router waits: as long as it must, and no longer."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.wire.errors import RefusalReason
@@ -50,7 +50,7 @@ def worker(simulation: Simulation, name: str) -> Process:
     return next(p for p in simulation.cluster.processes if p.name == name and p.core is not None)
 
 
-def test_a_step_waits_for_a_lost_expert_as_long_as_it_takes() -> None:
+def test_a_step_waits_for_a_lost_expert_until_it_returns() -> None:
     simulation = Simulation(scenario())
     simulation.supervisor.has_takeover = False
     simulation.supervisor.restart_s = 600.0
@@ -74,8 +74,8 @@ def test_a_worker_that_is_overloaded_for_long_is_asked_again_without_a_replay(ki
     assert _num_replays(simulation) == 0
 
 
-def test_a_router_that_hears_late_of_a_new_placement_does_not_start_over() -> None:
-    # Everybody has all experts, so that only the attention of the chain crosses processes.
+def test_a_router_that_learns_late_of_a_new_placement_does_not_start_over() -> None:
+    # Each worker has all experts, so only the chain's attention crosses processes.
     simulation = Simulation(scenario(cut=AttentionCut.LAYERS, replicas=2))
     core = worker(simulation, "w1").core
     assert core is not None
@@ -86,7 +86,7 @@ def test_a_router_that_hears_late_of_a_new_placement_does_not_start_over() -> No
 
 
 @pytest.mark.parametrize("kind", ["experts", "attention", "both"])
-def test_a_worker_slower_than_the_time_limit_is_waited_for_in_the_end(kind: str) -> None:
+def test_a_worker_slower_than_the_time_limit_is_waited_for_eventually(kind: str) -> None:
     simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
     experts, attention = simulation.shards[worker(simulation, "w1")]
     assert attention is not None
@@ -96,7 +96,7 @@ def test_a_worker_slower_than_the_time_limit_is_waited_for_in_the_end(kind: str)
 
 
 def test_a_router_waits_while_its_chain_has_not_all_layers() -> None:
-    """As a cluster comes up; without a turn of time the test would not end otherwise."""
+    """As while a cluster comes up. A router that does not wait would block the simulated clock."""
     simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
     cluster = simulation.cluster
     view = cluster.view
@@ -111,9 +111,10 @@ def test_a_router_waits_while_its_chain_has_not_all_layers() -> None:
 def test_requests_leave_a_router_that_has_no_chain_any_more() -> None:
     simulation = Simulation(scenario(num_workers=2, replicas=2))
     cluster = simulation.cluster
-    heard = cluster.submit("w0", "r", RoutedRequest(request_id="r", request=REQUEST, timeout_s=9.0))
+    routed = RoutedRequest(request_id="r", request=REQUEST, timeout_s=9.0)
+    recording = cluster.submit("w0", "r", routed)
     cluster.publish(ClusterView(placement_epoch=2, members=cluster.view.members, chains={}))
-    assert heard.has_moved
+    assert recording.has_moved
     assert cluster.routers["w0"].num_active == 0
     cluster.close()
 
@@ -131,7 +132,7 @@ def test_a_chain_that_changes_in_mid_step_is_taken_up_by_the_next(at_s: float) -
     assert _num_replays(simulation) >= 2
 
 
-def test_a_step_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> None:
+def test_a_cancelled_step_does_not_block_the_next() -> None:
     one_layer = fake_config(num_layers=1)
     whole = scenario()
     simulation = Simulation(
@@ -152,14 +153,14 @@ def test_a_step_that_nobody_waits_for_any_more_does_not_hold_up_the_next() -> No
     # Tokens 1 and 3 go to experts 0 and 1, and to 0 and 2.
     for name, token in (("lost", 1), ("held", 3)):
         request = GenerationRequest(prompt_ids=(token,), max_tokens=1, sampling=REQUEST.sampling)
-        heard = cluster.submit(
+        recording = cluster.submit(
             "w0", name, RoutedRequest(request_id=name, request=request, timeout_s=900.0)
         )
         if name == "lost":
             cluster.run_until(lambda: cluster.clock.now_s() > 1.0)
             cluster.routers["w0"].cancel(name)
         else:
-            cluster.run_until(lambda heard=heard: heard.has_ended)
+            cluster.run_until(lambda recording=recording: recording.has_ended)
     assert cluster.clock.now_s() < 10.0
     cluster.settle()
     simulation.supervisor.close()

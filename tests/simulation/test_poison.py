@@ -1,4 +1,4 @@
-"""A request that workers die of is failed; it takes few of them with it, and no other request."""
+"""A request that kills workers fails; it kills few of them, and no other request fails."""
 
 import numpy as np
 import pytest
@@ -6,20 +6,20 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
-from milliways.router.dispatch import DispatchLimits
+from milliways.router.limits import DispatchLimits
 from milliways.router.requests.admission import RoutedRequest
 from milliways.router.requests.request import GenerationRequest
 from milliways.wire.calls import RunExperts
 from milliways.wire.errors import PoisonedRequestError
-from tests.heard import Heard
 from tests.memory_cluster import ClusterSettings
+from tests.recording import Recording
 from tests.simulation.cluster import Simulation
 from tests.simulation.fake_model import expected_streams, fake_config
 from tests.simulation.scenario import Scenario, make_view
 
 CONFIG = fake_config(num_layers=3)
 POISON = 13
-# Its row before the experts of layer 0, at position 0: twice what it is embedded as.
+# The row of POISON at position 0, before the experts of layer 0: twice its embedding.
 POISON_ROW = (2 * (7 * POISON + 1), 2 * (POISON + 2))
 
 
@@ -33,8 +33,8 @@ def run(
     num_routers: int = 1,
     seed: int = 1,
     compute_s: float = 0.0,
-) -> tuple[Simulation, list[Heard]]:
-    """Spread over the routers, which are processes of their own."""
+) -> tuple[Simulation, list[Recording]]:
+    """Runs requests spread over routers, each in a process of its own."""
     view = make_view(
         CONFIG,
         num_workers=8,
@@ -56,7 +56,7 @@ def run(
         )
     )
     simulation.is_deadly = is_deadly
-    heard = [
+    recordings = [
         simulation.cluster.submit(
             f"w{i % num_routers}",
             f"r{i}",
@@ -64,8 +64,8 @@ def run(
         )
         for i, request in enumerate(requests)
     ]
-    simulation.cluster.run_until(lambda: all(one.has_ended for one in heard), 900.0)
-    return simulation, heard
+    simulation.cluster.run_until(lambda: all(one.has_ended for one in recordings), 900.0)
+    return simulation, recordings
 
 
 def request(*prompt_ids: int, max_tokens: int = 8) -> GenerationRequest:
@@ -83,33 +83,34 @@ def finish(simulation: Simulation) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("num_others", [0, 1, 5])
-def test_the_guilty_request_alone_is_failed(num_others: int, replicas: int) -> None:
+def test_only_the_poisoned_request_fails(num_others: int, replicas: int) -> None:
     others = [request(20 + i, 3, 7 + i) for i in range(num_others)]
-    simulation, heard = run([*others, request(POISON, 5)], replicas)
-    assert isinstance(heard[-1].error, PoisonedRequestError)
-    for one, its_request in zip(heard[:-1], others, strict=True):
-        assert one.error is None
+    simulation, recordings = run([*others, request(POISON, 5)], replicas)
+    assert isinstance(recordings[-1].error, PoisonedRequestError)
+    for recording, its_request in zip(recordings[:-1], others, strict=True):
+        assert recording.error is None
         (expected,) = expected_streams(its_request, CONFIG)
-        assert [e.token_id for e in one.events] == [t.token_id for t in expected.tokens]
-    # Few in company, where a layer goes to several at a time, and one for each time alone.
+        assert [e.token_id for e in recording.events] == [t.token_id for t in expected.tokens]
+    # Some die while the request runs in a batch, since a layer goes to several workers at once.
+    # After that the request runs alone, and each attempt costs one.
     assert simulation.supervisor.num_deaths <= 6
     finish(simulation)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_who_has_rows_at_the_same_workers_by_another_router_is_not_failed(
+def test_request_of_another_router_at_the_same_workers_does_not_fail(
     replicas: int, seed: int
 ) -> None:
     others = [request(20 + i, 3, 7 + i, max_tokens=40) for i in range(8)]
-    simulation, heard = run(
+    simulation, recordings = run(
         [*others, request(POISON, 5)], replicas, num_routers=3, seed=seed, compute_s=0.02
     )
-    assert isinstance(heard[-1].error, PoisonedRequestError)
-    for one, its_request in zip(heard[:-1], others, strict=True):
-        assert one.error is None
+    assert isinstance(recordings[-1].error, PoisonedRequestError)
+    for recording, its_request in zip(recordings[:-1], others, strict=True):
+        assert recording.error is None
         (expected,) = expected_streams(its_request, CONFIG)
-        assert [e.token_id for e in one.events] == [t.token_id for t in expected.tokens]
+        assert [e.token_id for e in recording.events] == [t.token_id for t in expected.tokens]
     finish(simulation)
 
 
@@ -126,10 +127,10 @@ def test_workers_that_die_with_the_same_rows_by_chance_fail_nothing() -> None:
     simulation.is_deadly = is_bad_luck
     unlucky = request(POISON, 5)
     routed = RoutedRequest(request_id="r", request=unlucky, timeout_s=900.0)
-    heard = simulation.cluster.submit("w0", "r", routed)
-    simulation.cluster.run_until(lambda: heard.has_ended, 900.0)
+    recording = simulation.cluster.submit("w0", "r", routed)
+    simulation.cluster.run_until(lambda: recording.has_ended, 900.0)
     assert num_left == 0
-    assert heard.error is None
+    assert recording.error is None
     (expected,) = expected_streams(unlucky, CONFIG)
-    assert [e.token_id for e in heard.events] == [t.token_id for t in expected.tokens]
+    assert [e.token_id for e in recording.events] == [t.token_id for t in expected.tokens]
     finish(simulation)

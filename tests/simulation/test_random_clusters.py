@@ -1,7 +1,7 @@
-"""Random clusters without faults: whatever the placement, the load and the timing, same tokens.
+"""Random clusters without faults: same tokens for any placement, load and timing.
 
-A seed that fails is run again with `pytest tests/simulation -k seed-17-`, or with
-`python -m tests.simulation.replay --seed 17`, which tells what happened.
+To repeat a failing seed: `pytest tests/simulation -k seed-17-`, or
+`python -m tests.simulation.replay --seed 17`, which prints what happened.
 """
 
 import pytest

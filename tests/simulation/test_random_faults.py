@@ -1,7 +1,7 @@
-"""Random clusters in which things go wrong, one and several at a time: same tokens.
+"""Random clusters with one or several faults: same tokens.
 
-A seed that fails is run again with `pytest tests/simulation -k seed-17-struck`, or with
-`python -m tests.simulation.replay --seed 17 --faults 4`, which tells what happened.
+To repeat a failing seed: `pytest tests/simulation -k seed-17-struck`, or
+`python -m tests.simulation.replay --seed 17 --faults 4`, which prints what happened.
 """
 
 import pytest
@@ -13,13 +13,13 @@ MAX_FAULTS = 4
 
 
 @pytest.mark.parametrize("seed", range(200), ids=lambda seed: f"seed-{seed}-struck")
-def test_no_fault_costs_a_token(seed: int) -> None:
+def test_faults_cost_no_token(seed: int) -> None:
     Simulation(random_scenario(seed, MAX_FAULTS)).run()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hundred", range(100, 150), ids=lambda hundred: f"seeds-{hundred}00")
-def test_no_storm_of_faults_costs_a_token(hundred: int) -> None:
+def test_many_faults_cost_no_token(hundred: int) -> None:
     for seed in range(100 * hundred, 100 * hundred + 100):
         try:
             Simulation(random_scenario(seed, 3 * MAX_FAULTS)).run()

@@ -1,7 +1,7 @@
-"""Copies of KV blocks at a buddy: the same tokens, few positions computed again, nothing leaked.
+"""Copies of KV blocks at a standby: same tokens, few positions computed again, nothing leaked.
 
-A seed that fails is run again with `python -m tests.simulation.replay --standby --seed 1017
---faults 4`, and `--controlled` where its name says so.
+To repeat a failing seed: `python -m tests.simulation.replay --standby --seed 1017 --faults 4`, with
+`--controlled` if the test's name says so.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import pytest
 from milliways.cluster.control.planner import AttentionCut
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.scheduler import SchedulerLimits
 from milliways.router.standby import StandbyFigures
 from tests.memory_cluster import ClusterSettings, Process
 from tests.simulation.cluster import Simulation
@@ -49,7 +49,7 @@ def scenario(
     max_running: int = 8,
     cut: AttentionCut = AttentionCut.REPLICATED,
 ) -> Scenario:
-    """One long request on a cluster of three, each with a router."""
+    """One long request on three workers, each with a router."""
     return Scenario(
         seed=1,
         config=CONFIG,
@@ -64,13 +64,13 @@ def scenario(
     )
 
 
-def kill_its_router_when(simulation: Simulation, num_told: int) -> list[Process]:
-    """Has the request's router die when its client has so many tokens; who died, once it did."""
+def kill_router_at(simulation: Simulation, num_tokens: int) -> list[Process]:
+    """Kills the request's router once the client has `num_tokens`; returns its process then."""
     died: list[Process] = []
 
     def look(receiver: Process) -> None:
         journals = simulation.ingress.journals
-        if died or not journals or len(journals[0].delivered.get(0, ())) < num_told:
+        if died or not journals or len(journals[0].delivered.get(0, ())) < num_tokens:
             return
         (victim,) = [
             p for p in simulation.cluster.processes if p.router is not None and p.router.num_active
@@ -82,32 +82,34 @@ def kill_its_router_when(simulation: Simulation, num_told: int) -> list[Process]
     return died
 
 
-def positions_after(made: Scenario, num_told: int) -> tuple[int, Process, Simulation]:
-    """Positions that others computed after the death, the dead one, and the run."""
+def positions_after(made: Scenario, num_tokens: int) -> tuple[int, Process, Simulation]:
+    """Positions computed by other routers after the death, the dead process, and the run."""
     simulation = Simulation(made)
-    died = kill_its_router_when(simulation, num_told)
+    died = kill_router_at(simulation, num_tokens)
     simulation.run()
     (victim,) = died
     others = [p for p in simulation.cluster.processes if p.router and p is not victim]
     return sum(p.router.figures.num_positions for p in others if p.router), victim, simulation
 
 
-@pytest.mark.parametrize("num_told", [1, 40, 90])
-def test_what_was_copied_is_not_computed_again(num_told: int) -> None:
-    num_positions, victim, _ = positions_after(scenario(), num_told)
+@pytest.mark.parametrize("num_tokens", [1, 40, 90])
+def test_what_was_copied_is_not_computed_again(num_tokens: int) -> None:
+    num_positions, victim, _ = positions_after(scenario(), num_tokens)
     assert victim.router is not None and victim.router.copies is not None
-    left = MAX_TOKENS - num_told
-    # A block that was not full, one that was on its way, and the tokens since.
+    left = MAX_TOKENS - num_tokens
+    # The tokens left, a block that was not full, and one that was on its way.
     assert num_positions <= left + 2 * BLOCK
-    assert victim.router.copies.standby.figures.num_copied >= (len(PROMPT) + num_told) // BLOCK - 2
+    assert (
+        victim.router.copies.standby.figures.num_copied >= (len(PROMPT) + num_tokens) // BLOCK - 2
+    )
 
 
-def test_without_copies_all_of_it_is_computed_again() -> None:
+def test_without_copies_the_whole_prefix_is_computed_again() -> None:
     num_positions, _, _ = positions_after(scenario(kv_standby=False), 90)
     assert num_positions >= len(PROMPT) + 90
 
 
-def test_where_attention_is_cut_by_layers_nothing_is_copied() -> None:
+def test_nothing_is_copied_if_attention_is_split_by_layers() -> None:
     simulation = Simulation(scenario(cut=AttentionCut.LAYERS))
     simulation.run()
     for router in simulation.cluster.routers.values():
@@ -116,7 +118,7 @@ def test_where_attention_is_cut_by_layers_nothing_is_copied() -> None:
         assert router.copies.standby.figures == StandbyFigures()
 
 
-def test_a_router_that_dies_in_prefill_leaves_what_it_had() -> None:
+def test_the_copies_of_a_router_that_dies_in_prefill_are_used() -> None:
     made = scenario()
     simulation = Simulation(made)
     victims: list[Process] = []
@@ -133,11 +135,11 @@ def test_a_router_that_dies_in_prefill_leaves_what_it_had() -> None:
     others = [p.router for p in simulation.cluster.processes if p.router and p not in victims]
     num_positions = sum(router.figures.num_positions for router in others)
     whole = len(PROMPT) + MAX_TOKENS - 1
-    # Of 80 computed, a chunk may have been under way, another not yet told.
+    # Of 80 positions, a chunk may not have been copied, and the last may not have been reported.
     assert num_positions <= whole - 80 + 3 * 16
 
 
-def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
+def test_the_next_standby_receives_all_blocks_when_the_first_dies() -> None:
     made = scenario()
     simulation = Simulation(made)
     kills: list[str] = []
@@ -146,15 +148,15 @@ def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
         journals = simulation.ingress.journals
         if not journals:
             return
-        num_told = len(journals[0].delivered.get(0, ()))
+        num_tokens = len(journals[0].delivered.get(0, ()))
         serving = [p for p in simulation.cluster.processes if p.router and p.router.num_active]
         if not serving or serving[0].router is None:
             return
-        if num_told > 20 and not kills:
+        if num_tokens > 20 and not kills:
             kills.append(serving[0].router.standby_id)
-            buddy = next(p for p in simulation.cluster.processes if p.name == kills[0])
-            simulation.supervisor.kill(buddy)
-        elif num_told > 80 and len(kills) == 1:
+            standby = next(p for p in simulation.cluster.processes if p.name == kills[0])
+            simulation.supervisor.kill(standby)
+        elif num_tokens > 80 and len(kills) == 1:
             kills.append(serving[0].name)
             simulation.supervisor.kill(serving[0])
 
@@ -165,8 +167,8 @@ def test_the_next_buddy_is_sent_everything_when_the_first_one_dies() -> None:
     assert last.figures.num_positions <= MAX_TOKENS - 80 + 2 * BLOCK
 
 
-def test_a_buddy_that_is_full_takes_nothing_from_those_it_runs() -> None:
-    """Each router has room for one such request: nobody can take in another's."""
+def test_a_full_standby_takes_no_blocks_from_its_own_requests() -> None:
+    """Each router has room for one such request, so none has room for copies."""
     made = scenario(num_blocks=-(-(len(PROMPT) + MAX_TOKENS) // BLOCK), max_running=1)
     arrivals = tuple(
         Arrival(
@@ -184,18 +186,18 @@ def test_a_buddy_that_is_full_takes_nothing_from_those_it_runs() -> None:
 
 
 @pytest.mark.parametrize("seed", range(1000, 1120), ids=lambda seed: f"seed-{seed}-struck")
-def test_no_fault_costs_a_token_while_blocks_are_copied(seed: int) -> None:
+def test_faults_cost_no_token_while_blocks_are_copied(seed: int) -> None:
     Simulation(with_standby(random_scenario(seed, MAX_FAULTS))).run()
 
 
 @pytest.mark.parametrize("seed", range(2000, 2040), ids=lambda seed: f"seed-{seed}-controlled")
-def test_no_fault_costs_a_token_under_the_controller(seed: int) -> None:
+def test_faults_cost_no_token_under_the_controller(seed: int) -> None:
     ControlledSimulation(with_standby(random_controlled_scenario(seed, MAX_FAULTS))).run()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hundred", range(200, 220), ids=lambda hundred: f"seeds-{hundred}00")
-def test_no_storm_of_faults_costs_a_token_while_blocks_are_copied(hundred: int) -> None:
+def test_many_faults_cost_no_token_while_blocks_are_copied(hundred: int) -> None:
     for seed in range(100 * hundred, 100 * hundred + 100):
         try:
             Simulation(with_standby(random_scenario(seed, 3 * MAX_FAULTS))).run()

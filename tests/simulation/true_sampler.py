@@ -1,7 +1,7 @@
-"""The sampler that the workers have, over logits made of a row of the fake model.
+"""The real sampler of the workers, over logits made from a row of the fake model.
 
-What a sampling parameter does is then what it does to a client. A draw is a function of what it is
-given, and many schedules of one scenario ask for the same: each is computed once.
+So sampling parameters have their real effect. A draw is a function of its arguments, and many
+schedules of one scenario repeat the same draws, so each draw is computed once and remembered.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _STEP = 97
 
 
 class TrueSampler:
-    """A `Draw` by the real sampler; remembers what it drew."""
+    """A `Draw` by the real sampler; remembers its draws."""
 
     def __init__(self) -> None:
         self._ops = PureOps()
         self._drawn: dict[str, SampledToken] = {}
 
     def __call__(self, row: Sequence[float], sample: SampleRow) -> SampledToken:
-        # All that a draw may depend on: nothing of it is hashable as it is.
+        # Everything that a draw depends on; the parts themselves cannot be hashed.
         key = repr((tuple(row), sample))
         if key not in self._drawn:
             logits_WV = jnp.asarray(logits_of(row)[None])
@@ -34,7 +34,7 @@ class TrueSampler:
 
 
 def logits_of(row: Sequence[float]) -> np.ndarray:
-    """Logits in 0..6, of which any other row makes others; NaN of NaN."""
+    """Logits in 0..6. Different rows give different logits; NaN gives NaN."""
     x, y = row
     ids_V = np.arange(VOCAB_SIZE)
     return (np.fmod(x * (2 * ids_V + 1) + y * (ids_V + 3), _STEP) / 16).astype(np.float32)

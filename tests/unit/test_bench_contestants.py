@@ -1,4 +1,4 @@
-"""Contestants' processes, with small programs in the place of engines."""
+"""Contestants' processes, with small programs instead of engines."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ def test_waiting_program_is_stopped(tmp_path: Path) -> None:
         contestant.close()
 
 
-def test_program_that_dies_says_its_last_words(tmp_path: Path) -> None:
+def test_error_of_a_program_that_dies_has_its_last_output(tmp_path: Path) -> None:
     with pytest.raises(ContestantError, match="ModuleNotFoundError: No module named 'no_engine'"):
         program("import no_engine", tmp_path)
 
@@ -76,7 +76,7 @@ def test_program_that_cannot_be_started_is_an_error(tmp_path: Path) -> None:
         ProgramContestant("fake", ["/no/such/python"], os.environ, tmp_path / "log")
 
 
-def test_absent_peers_are_noted_with_what_would_bring_them(
+def test_note_on_a_missing_engine_names_the_option_that_adds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -104,7 +104,7 @@ def test_absent_peers_are_noted_with_what_would_bring_them(
         (DECODE_4, 70.25, "llama-batched-bench -m x.gguf -t 2 -npp 64 -ntg 16 -npl 4 -c 320"),
     ],
 )
-def test_llama_cpp_is_asked_by_its_own_benchmarks(
+def test_llama_cpp_is_measured_by_its_own_programs(
     tmp_path: Path, workload: Workload, speed: float, expected_options: str
 ) -> None:
     replies = {
@@ -122,7 +122,7 @@ def test_llama_cpp_is_asked_by_its_own_benchmarks(
     assert (tmp_path / "asked").read_text().startswith(expected_options)
 
 
-def test_llama_cpp_that_fails_says_why(tmp_path: Path) -> None:
+def test_error_of_llama_cpp_says_why_it_failed(tmp_path: Path) -> None:
     (tmp_path / "llama-bench").write_text("#!/bin/sh\necho no such model >&2\nexit 3\n")
     (tmp_path / "llama-bench").chmod(0o755)
     with pytest.raises(ContestantError, match="exited with 3: no such model"):

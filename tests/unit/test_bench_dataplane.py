@@ -1,24 +1,24 @@
-"""Figures of the data plane's hops, from seconds that are known."""
+"""The figures of the data plane's hops, calculated from given times."""
 
 from milliways.benchmarks.speed.dataplane import CONTESTANTS, format_hops, hops_to_json, take_turns
 
 MICROSECONDS = {"uds": 100.0, "aio": 1000.0, "shm": 150.0, "grpc": 1300.0}
 
 
-def test_hops_are_held_against_their_floors_round_by_round() -> None:
-    asked: list[str] = []
+def test_hops_are_compared_with_their_floors_round_by_round() -> None:
+    measured: list[str] = []
 
-    def ask(contestant: str, num_tokens: int, num_calls: int) -> list[float]:
-        asked.append(contestant)
-        # All are slower with every turn, as on a machine whose neighbours wake.
-        weather = 1 + asked.count("uds")
-        return [MICROSECONDS[contestant] * num_tokens * weather * 1e-6] * num_calls
+    def time_calls(contestant: str, num_tokens: int, num_calls: int) -> list[float]:
+        measured.append(contestant)
+        # All get slower in every round, as on a machine whose other load grows.
+        slowdown = 1 + measured.count("uds")
+        return [MICROSECONDS[contestant] * num_tokens * slowdown * 1e-6] * num_calls
 
-    figures = take_turns(ask, 4, 3, (1, 8))
+    figures = take_turns(time_calls, 4, 3, (1, 8))
     assert len(figures.find("uds", 8).seconds) == 12
-    assert asked[: len(CONTESTANTS)] == list(CONTESTANTS)
-    # Each round begins with another one.
-    assert asked[4:12] == ["uds", "aio", "shm", "grpc", "aio", "shm", "grpc", "uds"]
+    assert measured[: len(CONTESTANTS)] == list(CONTESTANTS)
+    # Each round begins with another contestant.
+    assert measured[4:12] == ["uds", "aio", "shm", "grpc", "aio", "shm", "grpc", "uds"]
     ratios = {(ratio.contestant, ratio.num_tokens): ratio for ratio in figures.ratios}
     assert ratios["shm", 8].is_reached and 1.0 < ratios["shm", 8].ratio < 2.0
     lines = format_hops(figures).splitlines()

@@ -1,4 +1,4 @@
-"""The figures of `milliways bench cluster` and `bench serve`, from times that are known."""
+"""The figures of `milliways bench cluster` and `bench serve`, calculated from given times."""
 
 import argparse
 from dataclasses import replace
@@ -33,7 +33,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return cli.build_parser(chosen="bench").parse_args(["bench", *arguments])
 
 
-def test_parts_of_bench_have_options_of_their_own() -> None:
+def test_parts_of_bench_have_their_own_options() -> None:
     assert parsed("dataplane", "--tokens", "1").tokens == "1"
     assert parsed("cluster").batch == "1,8,32"
     assert parsed("serve", "--max-tokens", "9").max_tokens == 9
@@ -57,7 +57,7 @@ def test_parts_of_bench_have_options_of_their_own() -> None:
         (["serve", "--rounds", "0"], "rounds = 0"),
     ],
 )
-def test_bad_request_gets_one_clear_line(
+def test_bad_option_gives_a_one_line_error(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert cli.main(["bench", *arguments]) == 2
@@ -66,14 +66,14 @@ def test_bad_request_gets_one_clear_line(
     assert captured.out == ""
 
 
-def test_lists_are_read_or_refused_by_name() -> None:
+def test_list_is_parsed_or_refused_with_its_name() -> None:
     assert counts_of("n", "1,32") == (1, 32) and counts_of("n", "") == ()
     assert names_of("n", "a,b", ("a", "b")) == ("a", "b")
     with pytest.raises(InvalidRequestError, match="n = 'c'"):
         names_of("n", "a,c", ("a", "b"))
 
 
-def test_ratio_of_a_cluster_is_taken_round_by_round() -> None:
+def test_ratio_of_a_cluster_is_the_median_of_the_rounds_ratios() -> None:
     results = Results()
     for ours, alone in ((30, 40), (5, 10), (28, 35)):
         results.add("cluster", DECODE_1, ours)
@@ -88,8 +88,8 @@ def test_ratio_of_a_cluster_is_taken_round_by_round() -> None:
     ]
 
 
-def test_speed_of_a_cluster_is_that_of_its_routers_while_all_sequences_decode() -> None:
-    # Two sequences, a token each 0.1 s; one that starts later, a token each 0.2 s.
+def test_speed_of_a_cluster_adds_its_routers_speeds_while_all_sequences_decode() -> None:
+    # Two sequences have a token every 0.1 s; one that starts later has one every 0.2 s.
     quick = [[i / 10 for i in range(12)], [i / 10 for i in range(12)]]
     slow = [[0.25 + i / 5 for i in range(4)]]
     num_tokens, seconds = decode_speed([quick, slow])
@@ -101,17 +101,17 @@ def test_routers_that_never_decode_together_count_from_beginning_to_end() -> Non
     assert (num_tokens, seconds) == (4, 6.0)
 
 
-def test_doors_take_turns_and_their_first_request_does_not_count() -> None:
-    asked: list[str] = []
+def test_endpoints_take_turns_and_their_first_request_does_not_count() -> None:
+    used: list[str] = []
 
-    def door(name: str, first_s: float) -> Timeline:
-        asked.append(name)
-        return Timeline(first_s if asked.count(name) > 1 else 9.0, first_s + 1.0, 101)
+    def send(name: str, first_s: float) -> Timeline:
+        used.append(name)
+        return Timeline(first_s if used.count(name) > 1 else 9.0, first_s + 1.0, 101)
 
     figures = measure_endpoints(
-        {"router": lambda: door("router", 0.002), "http": lambda: door("http", 0.012)}, 2
+        {"router": lambda: send("router", 0.002), "http": lambda: send("http", 0.012)}, 2
     )
-    assert asked == ["router", "http", "http", "router", "router", "http"]
+    assert used == ["router", "http", "http", "router", "router", "http"]
     assert cells(format_endpoints(figures))[2:] == [
         ["router's own stream: floor", "2.00 (2.00)", "", "10.00 (10.00)", ""],
         ["HTTP, through Serve and the ingress", "12.00 (12.00)", "10.00", "10.00 (10.00)", "0.000"],
@@ -119,6 +119,6 @@ def test_doors_take_turns_and_their_first_request_does_not_count() -> None:
     assert endpoints_to_json(figures)["http"]["first_token_s"] == [0.012, 0.012]
 
 
-def test_routers_are_the_workers_that_take_requests() -> None:
+def test_routers_are_the_workers_with_a_router_address() -> None:
     workers = tuple(replace(SILENT, router_address=address) for address in ("a:1", ""))
     assert routers_of(replace(CLUSTER, workers=workers)) == ("a:1",)

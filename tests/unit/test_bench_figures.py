@@ -29,7 +29,7 @@ LIMITS = MachineLimits(
 
 
 class FakeContestant:
-    """Gives the speeds it was made with, one after another, then fails."""
+    """Returns the given speeds one after another, then fails."""
 
     about = "fake"
 
@@ -60,12 +60,12 @@ def test_every_round_begins_with_another_contestant() -> None:
     assert [name for name, _ in asked] == ["a", "b", "b", "a"]
 
 
-def test_all_contestants_have_a_workload_before_the_next_one_comes() -> None:
+def test_all_contestants_run_a_workload_before_the_next_one_begins() -> None:
     _, asked = run({"a": [1, 2], "b": [3, 4]}, (DECODE_1, PREFILL_512), 1)
     assert [workload for _, workload in asked] == [DECODE_1, DECODE_1, PREFILL_512, PREFILL_512]
 
 
-def test_contestant_that_fails_is_noted_and_asked_no_more() -> None:
+def test_contestant_that_fails_is_noted_and_not_measured_again() -> None:
     results, asked = run({"a": [1, 2, 3], "b": [4]}, (DECODE_1,), 3)
     assert results.find("b", DECODE_1) == Speeds((4,))
     assert results.find("a", DECODE_1) == Speeds((1, 2, 3))
@@ -90,7 +90,7 @@ def test_rotating_nothing_gives_nothing() -> None:
     assert rotated([1, 2, 3], 4) == [2, 3, 1]
 
 
-def test_bench_model_needs_the_bytes_that_the_goal_was_set_for() -> None:
+def test_step_of_the_bench_model_reads_346_megabytes() -> None:
     work = work_of(BENCH_CONFIG, DECODE_1)
     assert work.read_bytes == pytest.approx(346e6, rel=1e-3)
     assert work.flops == pytest.approx(0.692e9, rel=1e-3)

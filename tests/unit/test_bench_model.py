@@ -1,4 +1,4 @@
-"""The bench model's weights, and its copy in llama.cpp's format."""
+"""The weights of the bench model, and its copy in llama.cpp's format."""
 
 import dataclasses
 import struct
@@ -51,7 +51,7 @@ def test_random_matrices_keep_the_variance_of_their_inputs() -> None:
 
 
 def test_gguf_holds_what_its_header_says(tmp_path: Path) -> None:
-    """Read by hand, as the format is written down."""
+    """The test parses the file byte by byte, according to the specification of the format."""
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     tensor = GgufTensor("t", (2, 3), GgufType.F32, (rows[:1], rows[1:]))
     path = tmp_path / "x.gguf"
@@ -119,6 +119,8 @@ def test_metadata_names_the_sizes() -> None:
     ("changes", "message"),
     [({"num_q_heads": 8}, "query heads"), ({"ffn_size": 688}, "ffn_size")],
 )
-def test_shape_that_llama_cpp_cannot_hold_is_named(changes: dict[str, int], message: str) -> None:
+def test_shape_that_llama_cpp_cannot_represent_is_named(
+    changes: dict[str, int], message: str
+) -> None:
     with pytest.raises(NotConvertibleError, match=message):
         check_convertible(dataclasses.replace(SMALL, **changes), GgufType.Q8_0)

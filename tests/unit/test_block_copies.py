@@ -6,8 +6,9 @@ import numpy as np
 
 from milliways.model.block_pool import BlockPool, chain_digest
 from milliways.router.block_copies import BlockCopies
+from milliways.router.limits import SchedulerLimits
 from milliways.router.links.link_table import LinkTable
-from milliways.router.scheduler import Scheduler, SchedulerLimits
+from milliways.router.scheduler import Scheduler
 from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.calls import BlocksStored, Refusal, StoreBlocks

@@ -65,10 +65,10 @@ def test_later_blocks_of_a_prefix_are_evicted_before_earlier_ones() -> None:
     assert pool.match_prefix([1, 1, 1, 1, 2, 2, 2, 2, 3]) == blocks[:1]
 
 
-def test_failed_allocation_takes_nothing_and_says_both_numbers() -> None:
+def test_failed_allocation_takes_nothing_and_names_both_numbers() -> None:
     pool = BlockPool(3, BLOCK)
     pool.allocate(2)
-    with pytest.raises(OutOfBlocksError, match="needs 2 KV blocks, 1 are free"):
+    with pytest.raises(OutOfBlocksError, match="2 KV blocks are needed, but only 1"):
         pool.allocate(2)
     assert pool.num_available == 1
 
@@ -94,15 +94,15 @@ def test_block_published_by_its_digest_is_found_by_its_tokens() -> None:
     assert pool.match_prefix([*tokens, 9]) == blocks
 
 
-def test_a_chain_is_held_whole_or_not_at_all() -> None:
+def test_chain_is_held_completely_or_not_at_all() -> None:
     pool = BlockPool(3, BLOCK)
     blocks = published(pool, [1, 1, 1, 1, 2, 2, 2, 2])
     first, second = digests_of([1, 1, 1, 1, 2, 2, 2, 2])
     assert pool.hold_chain(second) == blocks and pool.num_held == 2
     pool.free(blocks)
     assert pool.hold_chain(b"") == []
-    assert pool.hold_chain(b"nobody knows it.") is None
-    # The later block is evicted first; the earlier one after it makes a chain of its own.
+    assert pool.hold_chain(b"an unknown hash") is None
+    # The later block is evicted first. The earlier one is then a chain by itself.
     pool.allocate(2)
     assert pool.hold_chain(second) is None and pool.num_held == 2
     assert pool.hold_chain(first) == blocks[:1]
@@ -113,7 +113,7 @@ def test_a_chain_is_held_whole_or_not_at_all() -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random sequences come, grow, share and go; the pool's books always balance."""
+    """Random sequences begin, grow, share blocks and end; the invariants always hold."""
 
     def __init__(self) -> None:
         super().__init__()

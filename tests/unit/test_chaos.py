@@ -1,4 +1,4 @@
-"""The pure part of `milliways chaos`: what it asks, whom it hits, what it finds, what it draws."""
+"""The pure part of `milliways chaos`: its requests, victims, comparisons, report and picture."""
 
 import subprocess
 import sys
@@ -12,39 +12,43 @@ from typing import Any
 
 import pytest
 
-from milliways.benchmarks.chaos.answers import Answer, Choice, Heard, difference
-from milliways.benchmarks.chaos.asks import MODES, Surface, draw_asks
+from milliways.benchmarks.chaos.answers import Answer, Choice, Outcome, difference
 from milliways.benchmarks.chaos.faults import (
-    NOT_FROM_OUTSIDE,
+    IMPOSSIBLE,
     POSSIBLE,
     Fault,
     parse_faults,
-    strikes,
+    plan_faults,
 )
 from milliways.benchmarks.chaos.histogram import BOUNDS_S, counts, draw_histogram
-from milliways.benchmarks.chaos.report import Struck, format_report, make_report, percentile
-from milliways.benchmarks.chaos.victims import Place, Wholeness, WorkerFacts, choose
-from milliways.benchmarks.chaos.vitals import Sample, format_growth, growth, take_sample
+from milliways.benchmarks.chaos.report import FaultRecord, format_report, make_report, percentile
+from milliways.benchmarks.chaos.requests import MODES, Surface, draw_requests
+from milliways.benchmarks.chaos.resource_usage import Sample, format_growth, growth, take_sample
+from milliways.benchmarks.chaos.victims import Place, Replication, WorkerFacts, choose
 from milliways.v1 import router_pb2
 from milliways.wire.errors import ConfigError
 from milliways.wire.placement import ExpertId
 from milliways.wire.view import ClusterView, Member, WorkerState
 from tests.simulation.faults import Fault as SimulatedFault
 
-ASKS = draw_asks(28, max_tokens=8, seed=1)
+REQUESTS = draw_requests(28, max_tokens=8, seed=1)
 
 
-def test_asks_are_of_all_modes_over_both_surfaces() -> None:
-    kinds = Counter((ask.mode, ask.surface) for ask in ASKS)
+def test_requests_are_of_all_modes_over_both_protocols() -> None:
+    kinds = Counter((request.mode, request.surface) for request in REQUESTS)
     assert kinds == {(mode, surface): 2 for mode in MODES for surface in Surface}
-    assert ASKS == draw_asks(28, max_tokens=8, seed=1) != draw_asks(28, max_tokens=8, seed=2)
+    assert (
+        REQUESTS
+        == draw_requests(28, max_tokens=8, seed=1)
+        != draw_requests(28, max_tokens=8, seed=2)
+    )
 
 
-@pytest.mark.parametrize("ask", ASKS[:14], ids=str)
-def test_both_surfaces_are_asked_the_same(ask: Any) -> None:
-    body, message = ask.http_body("demo"), ask.grpc_message()
+@pytest.mark.parametrize("sent", REQUESTS[:14], ids=str)
+def test_both_protocols_send_the_same_request(sent: Any) -> None:
+    body, message = sent.http_body("demo"), sent.grpc_message()
     assert (body["prompt"], body["seed"]) == (message.text, message.sampling.seed)
-    assert body.get("n", 1) == max(1, message.num_samples) == ask.num_samples
+    assert body.get("n", 1) == max(1, message.num_samples) == sent.num_samples
     assert body.get("stop", []) == list(message.stop)
     assert body.get("logprobs", 0) == message.sampling.num_logprobs
     assert body.get("echo", False) == message.echo == message.HasField("prompt_logprobs")
@@ -58,29 +62,29 @@ def test_faults_are_read_from_their_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "earthquake", "freeze,earthquake"])
-def test_fault_that_is_none_is_refused(text: str) -> None:
+def test_unknown_fault_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--faults"):
         parse_faults(text)
 
 
-@pytest.mark.parametrize("fault", NOT_FROM_OUTSIDE)
-def test_fault_that_cannot_be_done_from_outside_is_refused_with_the_reason(fault: Fault) -> None:
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_fault_that_cannot_be_injected_is_refused_with_the_reason(fault: Fault) -> None:
     with pytest.raises(ConfigError, match="from outside"):
         parse_faults(f"freeze,{fault.value}")
 
 
-def test_what_a_signal_cannot_do_is_done_in_simulation() -> None:
+def test_fault_that_no_signal_can_inject_is_tested_in_simulation() -> None:
     assert SimulatedFault(Fault.DROP_REPLY.value)
-    assert set(POSSIBLE) | set(NOT_FROM_OUTSIDE) == set(Fault)
+    assert set(POSSIBLE) | set(IMPOSSIBLE) == set(Fault)
 
 
-def test_every_fault_has_its_turn_before_one_comes_again() -> None:
-    made = list(islice(strikes(POSSIBLE, 7), 3 * len(POSSIBLE)))
+def test_every_fault_comes_once_before_one_is_repeated() -> None:
+    made = list(islice(plan_faults(POSSIBLE, 7), 3 * len(POSSIBLE)))
     for turn in range(3):
         faults = [s.fault for s in made[turn * len(POSSIBLE) : (turn + 1) * len(POSSIBLE)]]
         assert sorted(faults, key=POSSIBLE.index) == list(POSSIBLE)
-    assert made == list(islice(strikes(POSSIBLE, 7), len(made)))
-    assert made != list(islice(strikes(POSSIBLE, 8), len(made)))
+    assert made == list(islice(plan_faults(POSSIBLE, 7), len(made)))
+    assert made != list(islice(plan_faults(POSSIBLE, 8), len(made)))
 
 
 def facts(name: str, **more: Any) -> WorkerFacts:
@@ -107,7 +111,7 @@ ALIKE = [facts("idle"), facts("busy", num_active_requests=2, num_kv_blocks_used=
         (Fault.KILL_ROUTER, ALIKE, "busy"),
     ],
 )
-def test_victim_is_who_does_most_of_what_the_fault_names(
+def test_victim_is_a_worker_that_fits_the_fault_best(
     fault: Fault, workers: list[WorkerFacts], victim: str
 ) -> None:
     for draw in range(3):
@@ -120,7 +124,7 @@ def test_any_worker_can_be_frozen() -> None:
     assert {place.name for place in places if place} == {"begins", "ends", "only experts"}
 
 
-def test_nobody_is_hit_where_nobody_suits() -> None:
+def test_there_is_no_victim_if_no_worker_fits() -> None:
     assert choose(Fault.KILL_ROUTER, [CUT[0], CUT[2]], 0) is None
     assert choose(Fault.FREEZE, [], 0) is None
 
@@ -142,12 +146,12 @@ def view_of(*states: WorkerState) -> ClusterView:
     return ClusterView(placement_epoch=1, members=members, chains=chains)
 
 
-def test_cluster_is_whole_when_all_is_replicated_as_before() -> None:
+def test_cluster_is_restored_when_everything_is_replicated_as_before() -> None:
     ready = WorkerState.READY
-    whole = Wholeness.of(view_of(ready, ready, ready))
-    assert whole.is_in(view_of(ready, ready, ready))
+    baseline = Replication.of(view_of(ready, ready, ready))
+    assert baseline.holds_in(view_of(ready, ready, ready))
     for state in (WorkerState.LOST, WorkerState.LOADING, WorkerState.DRAINING):
-        assert not whole.is_in(view_of(ready, ready, state))
+        assert not baseline.holds_in(view_of(ready, ready, state))
 
 
 def answer(*token_ids: int, logprob: float = -1.0, reason: str = "stop") -> Answer:
@@ -157,7 +161,7 @@ def answer(*token_ids: int, logprob: float = -1.0, reason: str = "stop") -> Answ
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "expected"),
     [
         (answer(1, 2, 3), ""),
         (answer(1, 7, 3), "token_ids[1]: [7, 3], was [2, 3]"),
@@ -166,22 +170,22 @@ def answer(*token_ids: int, logprob: float = -1.0, reason: str = "stop") -> Answ
         (answer(1, 2, 3, reason="length"), "finish_reason: 'length', was 'stop'"),
     ],
 )
-def test_answers_are_compared_to_the_bit(other: Answer, told: str) -> None:
+def test_answers_are_compared_bit_for_bit(other: Answer, expected: str) -> None:
     found = difference(answer(1, 2, 3), other)
-    assert told in found and bool(told) == bool(found)
+    assert expected in found and bool(expected) == bool(found)
 
 
-def test_token_that_comes_twice_is_no_answer() -> None:
-    got = Answer.of(ASKS[0])
+def test_token_that_comes_twice_is_an_error() -> None:
+    got = Answer.of(REQUESTS[0])
     event = router_pb2.TokenEvent(token_id=5, index=0)
     got.add_event(event, 0.0)
     with pytest.raises(ValueError, match="token 0 came after 1"):
         got.add_event(event, 0.0)
 
 
-def test_scores_of_a_prompt_are_compared_and_come_once() -> None:
+def test_scores_of_a_prompt_are_compared_and_may_come_only_once() -> None:
     scores = [router_pb2.PromptLogprob(position=i, token_id=5, logprob=-i) for i in (1, 2)]
-    wanted, got = Answer.of(ASKS[0]), Answer.of(ASKS[0])
+    wanted, got = Answer.of(REQUESTS[0]), Answer.of(REQUESTS[0])
     wanted.add_scores(scores)
     got.add_scores(scores[:1])
     assert "prompt_logprobs[1]" in difference(wanted, got)
@@ -191,8 +195,8 @@ def test_scores_of_a_prompt_are_compared_and_come_once() -> None:
     assert difference(wanted, got) == ""
 
 
-def test_pieces_of_http_make_the_same_answer_as_events_of_grpc() -> None:
-    by_http, by_grpc = Answer.of(ASKS[0]), Answer.of(ASKS[0])
+def test_http_chunks_make_the_same_answer_as_grpc_events() -> None:
+    by_http, by_grpc = Answer.of(REQUESTS[0]), Answer.of(REQUESTS[0])
     last = router_pb2.FINISH_REASON_LENGTH
     by_grpc.add_event(router_pb2.TokenEvent(token_id=5, text="a"), 1.0)
     by_grpc.add_event(router_pb2.TokenEvent(token_id=6, index=1, text="b", finish_reason=last), 2.0)
@@ -205,37 +209,41 @@ def test_pieces_of_http_make_the_same_answer_as_events_of_grpc() -> None:
     assert by_http.is_complete and by_http.token_times_s == by_grpc.token_times_s
 
 
-def heard(index: int, started_s: float, got: Answer, error: str = "") -> Heard:
+def outcome(index: int, started_s: float, got: Answer, error: str = "") -> Outcome:
     ended_s = started_s + 3.0
-    return Heard(ask_index=index, started_s=started_s, ended_s=ended_s, answer=got, error=error)
+    return Outcome(
+        request_index=index, started_s=started_s, ended_s=ended_s, answer=got, error=error
+    )
 
 
-def test_stall_is_the_longest_wait_between_two_tokens_of_a_time() -> None:
+def test_stall_is_the_longest_wait_between_two_tokens_in_a_period() -> None:
     got = answer(1, 2, 3)
     got.token_times_s = [10.5, 10.6, 11.0]
-    one = heard(0, 10.0, got)
+    one = outcome(0, 10.0, got)
     assert one.first_token_s == pytest.approx(0.5)
     assert one.stall_s() == pytest.approx(0.4)
     assert one.stall_s(since_s=10.0, until_s=10.55) == pytest.approx(0.1)
     assert one.stall_s(since_s=10.55, until_s=10.7) == pytest.approx(0.4)
     assert one.stall_s(since_s=11.5) == 0.0
-    assert heard(0, 10.0, got, error="broke").stall_s() == pytest.approx(2.0)
-    assert heard(0, 10.0, Answer.of(ASKS[0])).first_token_s is None
+    assert outcome(0, 10.0, got, error="broke").stall_s() == pytest.approx(2.0)
+    assert outcome(0, 10.0, Answer.of(REQUESTS[0])).first_token_s is None
 
 
 def test_report_counts_what_ran_during_each_fault() -> None:
-    struck = [
-        Struck(fault=Fault.FREEZE, victim="w0", began_s=10.0, ended_s=11.0, whole_s=11.0),
-        Struck(fault=Fault.KILL_ROUTER, victim="w1", began_s=20.0, ended_s=20.0, whole_s=28.0),
+    records = [
+        FaultRecord(fault=Fault.FREEZE, victim="w0", began_s=10.0, ended_s=11.0, restored_s=11.0),
+        FaultRecord(
+            fault=Fault.KILL_ROUTER, victim="w1", began_s=20.0, ended_s=20.0, restored_s=28.0
+        ),
     ]
-    undisturbed = [heard(0, 0.0, answer(1, 2)), heard(1, 0.0, answer(3))]
+    undisturbed = [outcome(0, 0.0, answer(1, 2)), outcome(1, 0.0, answer(3))]
     disturbed = [
-        heard(0, 9.0, answer(1, 2)),
-        heard(1, 10.5, answer(4)),
-        heard(0, 25.0, answer(1, 2), error="UNAVAILABLE"),
-        heard(1, 50.0, answer(3)),
+        outcome(0, 9.0, answer(1, 2)),
+        outcome(1, 10.5, answer(4)),
+        outcome(0, 25.0, answer(1, 2), error="UNAVAILABLE"),
+        outcome(1, 50.0, answer(3)),
     ]
-    report = make_report(ASKS, undisturbed, disturbed, struck)
+    report = make_report(REQUESTS, undisturbed, disturbed, records)
     rows = {row.name: row for row in report.rows}
     assert list(rows) == ["none (undisturbed)", "kill-router", "freeze", "all"]
     freeze, kill, total = rows["freeze"], rows["kill-router"], rows["all"]
@@ -248,51 +256,53 @@ def test_report_counts_what_ran_during_each_fault() -> None:
     assert "UNAVAILABLE" in table and "BROKEN" in table and "token_ids[0]" in table
 
 
-def test_promise_holds_where_all_is_as_it_was() -> None:
-    struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=2.0)]
-    run = [heard(0, 0.0, answer(1, 2))]
-    report = make_report(ASKS, run, run, struck)
+def test_promise_holds_if_no_answer_changed() -> None:
+    records = [FaultRecord(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, restored_s=2.0)]
+    run = [outcome(0, 0.0, answer(1, 2))]
+    report = make_report(REQUESTS, run, run, records)
     assert report.holds and "the promise holds" in format_report(report)
 
 
-def test_connection_may_break_of_who_was_killed_at_its_other_end_and_of_nobody_else() -> None:
-    def broken(at_s: float) -> Heard:
+def test_connection_may_break_only_if_its_own_server_was_killed() -> None:
+    def broken(at_s: float) -> Outcome:
         got = answer(1, 2)
         got.note_break(at_s, OSError("reset"))
-        return heard(0, at_s - 1.0, got)
+        return outcome(0, at_s - 1.0, got)
 
-    def struck(fault: Fault) -> Struck:
-        return Struck(fault=fault, victim="it", began_s=10.0, ended_s=10.0, whole_s=15.0)
+    def record(fault: Fault) -> FaultRecord:
+        return FaultRecord(fault=fault, victim="it", began_s=10.0, ended_s=10.0, restored_s=15.0)
 
-    undisturbed = [heard(0, 0.0, answer(1, 2))]
+    undisturbed = [outcome(0, 0.0, answer(1, 2))]
     for fault in POSSIBLE:
-        report = make_report(ASKS, undisturbed, [broken(10.5), broken(16.0)], [struck(fault)])
+        report = make_report(REQUESTS, undisturbed, [broken(10.5), broken(16.0)], [record(fault)])
         assert report.holds == (fault in (Fault.KILL_INGRESS, Fault.KILL_PROXY))
         assert report.rows[-1].num_resumed == 2
-    late = make_report(ASKS, undisturbed, [broken(30.0)], [struck(Fault.KILL_INGRESS)])
-    assert not late.holds and "nobody had broken it: OSError: reset" in format_report(late)
-    (kept,) = broken(10.5).judged({0: answer(1, 2)}).answer.breaks
+    late = make_report(REQUESTS, undisturbed, [broken(30.0)], [record(Fault.KILL_INGRESS)])
+    assert not late.holds and "no fault explains: OSError: reset" in format_report(late)
+    (kept,) = broken(10.5).compared({0: answer(1, 2)}).answer.breaks
     assert kept.at_s == 10.5
 
 
-def test_cluster_that_stays_broken_is_a_broken_promise() -> None:
-    struck = [Struck(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, whole_s=None)]
-    run = [heard(0, 0.0, answer(1, 2))]
-    assert not make_report(ASKS, run, run, struck).holds
+def test_cluster_that_does_not_recover_breaks_the_promise() -> None:
+    records = [
+        FaultRecord(fault=Fault.SLOW, victim="w0", began_s=1.0, ended_s=2.0, restored_s=None)
+    ]
+    run = [outcome(0, 0.0, answer(1, 2))]
+    assert not make_report(REQUESTS, run, run, records).holds
 
 
-def test_what_was_compared_as_it_came_counts_the_same_without_its_tokens() -> None:
+def test_outcome_that_dropped_its_tokens_after_comparison_counts_the_same() -> None:
     wanted = {0: answer(1, 2), 1: answer(3)}
     same, other = (
-        heard(0, 9.0, answer(1, 2)).judged(wanted),
-        heard(1, 9.0, answer(4)).judged(wanted),
+        outcome(0, 9.0, answer(1, 2)).compared(wanted),
+        outcome(1, 9.0, answer(4)).compared(wanted),
     )
     assert same.difference == "" and "token_ids[0]" in (other.difference or "")
-    assert same.answer.choices == [] and same.judged({}) is same
-    failed = heard(1, 9.0, answer(4), error="UNAVAILABLE").judged(wanted)
+    assert same.answer.choices == [] and same.compared({}) is same
+    failed = outcome(1, 9.0, answer(4), error="UNAVAILABLE").compared(wanted)
     assert failed.difference == "" and failed.error
-    undisturbed = [heard(0, 0.0, answer(1, 2)), heard(1, 0.0, answer(3))]
-    total = make_report(ASKS, undisturbed, [same, other, failed], []).rows[-1]
+    undisturbed = [outcome(0, 0.0, answer(1, 2)), outcome(1, 0.0, answer(3))]
+    total = make_report(REQUESTS, undisturbed, [same, other, failed], []).rows[-1]
     assert (total.num_requests, total.num_failed, total.num_differing) == (3, 1, 1)
 
 
@@ -305,7 +315,7 @@ def sample(at_s: float, memory_bytes: int, num_descriptors: int) -> Sample:
     )
 
 
-def test_growth_is_told_from_the_first_samples_to_the_last() -> None:
+def test_growth_compares_the_first_samples_with_the_last() -> None:
     samples = [sample(10.0 * i, 10**6 * (100 + i), 50) for i in range(10)]
     assert growth(samples)["memory, MB"] == (100.5, 108.5)
     assert growth(samples)["descriptors"] == (50, 50)
@@ -313,7 +323,7 @@ def test_growth_is_told_from_the_first_samples_to_the_last() -> None:
     assert format_growth(samples[:4]) == ""
 
 
-def test_sample_is_of_a_process_and_its_children() -> None:
+def test_sample_covers_a_process_and_its_children() -> None:
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         wait_until(lambda: (s := take_sample(process.pid, 0.0)) is not None and s.num_processes > 1)
@@ -321,7 +331,7 @@ def test_sample_is_of_a_process_and_its_children() -> None:
     assert take_sample(process.pid, 0.0) is None
 
 
-def test_what_rays_log_monitor_holds_is_counted_apart(tmp_path: Path) -> None:
+def test_descriptors_of_rays_log_monitor_are_counted_apart(tmp_path: Path) -> None:
     script = tmp_path / "log_monitor.py"
     script.write_text("files = [open('/dev/null') for _ in range(50)]\nprint(flush=True)\ninput()")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -356,7 +366,7 @@ def test_histogram_counts_every_stall_once() -> None:
     assert len(counts([])) == len(BOUNDS_S) + 1
 
 
-def test_histogram_is_a_picture() -> None:
+def test_histogram_is_valid_svg_with_its_texts() -> None:
     root = ElementTree.fromstring(draw_histogram("5 < 6", [0.02, 0.03], [0.5]))
     assert root.tag.endswith("svg")
     texts = [element.text for element in root.iter() if element.text]

@@ -1,4 +1,4 @@
-"""A run of `milliways chaos` from its beginning to its end, against a cluster of one hand."""
+"""A whole run of `milliways chaos`, against a fake cluster."""
 
 import signal
 from collections.abc import Mapping, Sequence
@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from milliways.benchmarks.chaos import injectors, trial
-from milliways.benchmarks.chaos.answers import Answer, Heard
-from milliways.benchmarks.chaos.asks import draw_asks
+from milliways.benchmarks.chaos.answers import Answer, Outcome
 from milliways.benchmarks.chaos.faults import Fault
 from milliways.benchmarks.chaos.report import Report
+from milliways.benchmarks.chaos.requests import draw_requests
 from milliways.benchmarks.chaos.trial import Plan, Trial
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.wire.view import ClusterView, Member, WorkerState
 
-ASKS = draw_asks(1, max_tokens=2, seed=1)
+REQUESTS = draw_requests(1, max_tokens=2, seed=1)
 PLACE = Place(name="w0", node_id="n", pid=7)
 
 
 class Time:
-    """Passes only by sleeping."""
+    """A clock that moves only when the code sleeps."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -32,8 +32,8 @@ class Time:
         self._now_s += seconds
 
 
-class Actuator:
-    """One of each; who is killed is away for a while, or for ever after the last healing."""
+class FakeActuator:
+    """One process of each kind. A killed one comes back after a while, `num_healed` times."""
 
     def __init__(self, heals_after_s: float, num_healed: int = 1000) -> None:
         self.kills: list[float] = []
@@ -49,10 +49,10 @@ class Actuator:
         return PLACE
 
     def ingress(self) -> Sequence[Place]:
-        return self._doors("ingress")
+        return self._endpoints("ingress")
 
     def proxies(self) -> Sequence[Place]:
-        return self._doors("proxy")
+        return self._endpoints("proxy")
 
     def view(self) -> ClusterView:
         member = Member(
@@ -74,8 +74,8 @@ class Actuator:
     def drop_replies(self, place: Place, count: int) -> int:
         raise AssertionError
 
-    def _doors(self, name: str) -> Sequence[Place]:
-        # One that is there again is another one.
+    def _endpoints(self, name: str) -> Sequence[Place]:
+        # A process that comes back has another process id.
         place = Place(name=name, node_id="n", pid=100 + len(self.kills))
         return [] if self._is_away(name) else [place]
 
@@ -87,73 +87,73 @@ class Actuator:
 
 
 class Load:
-    """One answer undisturbed, and the same again."""
+    """One answer without faults, and the same answer under faults."""
 
-    def run_once(self) -> list[Heard]:
-        return [Heard(ask_index=0, started_s=0.0, ended_s=1.0, answer=Answer.of(ASKS[0]))]
+    def run_once(self) -> list[Outcome]:
+        return [Outcome(request_index=0, started_s=0.0, ended_s=1.0, answer=Answer.of(REQUESTS[0]))]
 
     def start(self, wanted: Mapping[int, Answer]) -> None:
         assert list(wanted) == [0]
 
-    def stop(self) -> list[Heard]:
+    def stop(self) -> list[Outcome]:
         return self.run_once()
 
 
 def run(
-    hands: Actuator,
+    actuator: FakeActuator,
     monkeypatch: pytest.MonkeyPatch,
     fault: Fault = Fault.KILL_ROUTER,
     **plan: Any,
 ) -> Report:
     for module in (trial, injectors):
-        monkeypatch.setattr(module, "time", hands.time)
+        monkeypatch.setattr(module, "time", actuator.time)
     load: Any = Load()
     said: list[str] = []
-    one = Trial(ASKS, load, hands, said.append)
+    one = Trial(REQUESTS, load, actuator, said.append)
     return one.run(Plan(faults=(fault,), seed=1, **plan))
 
 
-def test_faults_come_when_it_is_time_whether_or_not_all_is_well(
+def test_scheduled_faults_do_not_wait_for_recovery(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hands = Actuator(heals_after_s=12.0)
-    report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
-    assert len(hands.kills) == 4
-    # Nothing was well between them: all of them are made good at the end, by the same.
+    actuator = FakeActuator(heals_after_s=12.0)
+    report = run(actuator, monkeypatch, duration_s=21.0, every_s=5.0)
+    assert len(actuator.kills) == 4
+    # The cluster did not recover in between: the same recovery at the end counts for all.
     recoveries_s = sorted(report.rows[-1].recoveries_s)
     assert len(recoveries_s) == 4 and report.holds
     assert recoveries_s == pytest.approx([12.0, 17.0, 22.0, 27.0], abs=0.2)
 
 
-def test_each_fault_is_made_good_where_there_is_time_for_it(
+def test_each_fault_has_its_own_recovery_if_there_is_time_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report = run(Actuator(heals_after_s=2.0), monkeypatch, duration_s=21.0, every_s=5.0)
+    report = run(FakeActuator(heals_after_s=2.0), monkeypatch, duration_s=21.0, every_s=5.0)
     assert len(report.rows[-1].recoveries_s) == 4
     assert report.rows[-1].recoveries_s == pytest.approx([2.0] * 4, abs=0.2)
 
 
-def test_what_is_never_made_good_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    hands = Actuator(heals_after_s=2.0, num_healed=3)
-    report = run(hands, monkeypatch, duration_s=21.0, every_s=5.0)
+def test_fault_without_recovery_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    actuator = FakeActuator(heals_after_s=2.0, num_healed=3)
+    report = run(actuator, monkeypatch, duration_s=21.0, every_s=5.0)
     assert report.rows[-1].num_not_recovered == 1
     assert not report.holds
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL_INGRESS, Fault.KILL_PROXY])
 @pytest.mark.parametrize("every_s", [None, 5.0])
-def test_all_is_well_again_when_as_many_serve_clients(
+def test_cluster_is_restored_when_as_many_processes_serve_clients(
     monkeypatch: pytest.MonkeyPatch, fault: Fault, every_s: float | None
 ) -> None:
-    hands = Actuator(heals_after_s=3.0)
-    report = run(hands, monkeypatch, fault, duration_s=16.0, every_s=every_s)
+    actuator = FakeActuator(heals_after_s=3.0)
+    report = run(actuator, monkeypatch, fault, duration_s=16.0, every_s=every_s)
     assert report.holds and report.rows[-1].name == "all"
-    assert report.rows[-1].recoveries_s == pytest.approx([3.0] * len(hands.kills), abs=0.2)
+    assert report.rows[-1].recoveries_s == pytest.approx([3.0] * len(actuator.kills), abs=0.2)
 
 
 @pytest.mark.parametrize("fault", [Fault.KILL_INGRESS, Fault.KILL_PROXY])
-def test_nobody_who_serves_clients_comes_back(
+def test_missing_ingress_or_proxy_breaks_the_promise(
     monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    hands = Actuator(heals_after_s=3.0, num_healed=0)
-    assert not run(hands, monkeypatch, fault, duration_s=5.0).holds
+    actuator = FakeActuator(heals_after_s=3.0, num_healed=0)
+    assert not run(actuator, monkeypatch, fault, duration_s=5.0).holds

@@ -1,4 +1,4 @@
-"""Conversations as prompts: plain, or as a model directory declares."""
+"""Chats become prompts: plainly, or by the model directory's template."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_plain_joins_contents_by_newlines() -> None:
 
 
 @pytest.mark.parametrize("setting", ["auto", "declared"])
-def test_declared_template_dresses_every_turn(tmp_path: Path, setting: str) -> None:
+def test_declared_template_wraps_every_message(tmp_path: Path, setting: str) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(json.dumps(DECLARED))
     template = load_chat_template(tmp_path, setting)
     assert template.render(TURNS) == "Be brief.\n\nHuman: Hi\nAssistant:"
@@ -38,13 +38,13 @@ def test_declared_template_dresses_every_turn(tmp_path: Path, setting: str) -> N
         template.render([ChatMessage("assistant", "x")])
 
 
-def test_directory_without_a_template_is_plain_unless_one_is_wanted(tmp_path: Path) -> None:
+def test_directory_without_a_template_is_plain_unless_one_is_required(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) == ChatTemplate()
     with pytest.raises(ConfigError, match=TEMPLATE_FILE):
         load_chat_template(tmp_path, "declared")
 
 
-def test_plain_stays_plain_whatever_is_declared(tmp_path: Path) -> None:
+def test_plain_ignores_a_declared_template(tmp_path: Path) -> None:
     (tmp_path / TEMPLATE_FILE).write_text(json.dumps(DECLARED))
     assert load_chat_template(tmp_path, "plain") == ChatTemplate()
 

@@ -1,4 +1,4 @@
-"""Whatever bytes a file holds: the scan ends, in a record or in a CheckpointError."""
+"""With any bytes in a file, the scan ends with a record or with a CheckpointError."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# Edits near the opcodes matter, those inside a payload do not.
+# Edits are made near the opcodes; an edit inside a payload changes nothing.
 POSITIONS = st.one_of(st.integers(0, 300), st.integers(-300, -1), st.integers(0, 20_000))
 GLOBALS = (
     b"\x8c\x15numpy.core.multiarray\x8c\x0c_reconstruct\x93",
@@ -31,7 +31,7 @@ GLOBALS = (
     b"\x8c\x08__main__\x8c\x13QuantizedWeight8bit\x93",
     b"cnumpy\ndtype\n",
 )
-# What a released file is made of, so that random sequences get past the first check.
+# Parts of a released file, so that random sequences of them pass the first check.
 FRAGMENTS = st.one_of(
     st.sampled_from([bytes([op]) for op in Op]),
     st.sampled_from(GLOBALS),
@@ -135,7 +135,7 @@ def test_truncated_files_are_always_refused(tmp_path: Path, seed: bytes, length:
 
 
 class Touch:
-    """Makes the file it is unpickled with."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path

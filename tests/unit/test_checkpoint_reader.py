@@ -1,4 +1,4 @@
-"""Checkpoints read in place: what is handed out, what is counted, what is refused."""
+"""Reading checkpoints in place: the views, the counted bytes, and what is refused."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TINY, MINI8 = GOLDEN / "tiny", GOLDEN / "mini8"
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    """The first two layers of mini8, to damage."""
+    """A copy of the first two layers of mini8, for tests to damage."""
     model_dir = tmp_path / "model"
     with Checkpoint.open(MINI8) as mini8:
         config = replace(mini8.config, num_layers=2)
@@ -114,7 +114,7 @@ def test_one_expert_is_a_slice_of_the_whole() -> None:
             assert np.array_equal(its_scales, scales[expert_id])
 
 
-def test_bytes_read_counts_what_was_handed_out_and_no_more() -> None:
+def test_bytes_read_counts_the_returned_views_only() -> None:
     with Checkpoint.open(TINY) as checkpoint:
         assert checkpoint.bytes_read == 0
         checkpoint.expert(2, TensorRole.EXPERT_LINEAR, 7)
@@ -142,7 +142,7 @@ def num_maps_of(path: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_map_is_made_on_first_use_and_goes_with_its_last_view(model_dir: Path) -> None:
+def test_file_is_mapped_on_first_use_and_unmapped_with_its_last_view(model_dir: Path) -> None:
     checkpoint = Checkpoint.open(model_dir)
     path = checkpoint.records[1].path
     assert num_maps_of(path) == 0
@@ -156,7 +156,7 @@ def test_map_is_made_on_first_use_and_goes_with_its_last_view(model_dir: Path) -
     assert num_maps_of(path) == 0
 
 
-def test_closed_checkpoint_hands_nothing_out() -> None:
+def test_closed_checkpoint_returns_no_view() -> None:
     checkpoint = Checkpoint.open(TINY)
     checkpoint.close()
     with pytest.raises(AssertionError, match="closed"):
@@ -166,7 +166,7 @@ def test_closed_checkpoint_hands_nothing_out() -> None:
 def test_file_that_changed_size_after_the_scan_is_not_mapped(model_dir: Path) -> None:
     with Checkpoint.open(model_dir) as checkpoint:
         os.truncate(checkpoint.records[0].path, 100)
-        with pytest.raises(CorruptTensorError, match=r"tensor00000_000.*is now 100"):
+        with pytest.raises(CorruptTensorError, match=r"tensor00000_000.*now 100"):
             checkpoint.plain("language_model/in_out_embed/embeddings")
 
 
@@ -201,9 +201,9 @@ def test_damaged_file_is_named(
 
 
 @pytest.mark.parametrize("name", ["tensor00026_000", "tensor00003_001", "tensor00003_000.old"])
-def test_superfluous_tensor_file_is_named(model_dir: Path, name: str) -> None:
+def test_extra_tensor_file_is_named(model_dir: Path, name: str) -> None:
     shutil.copyfile(model_dir / "ckpt-0" / "tensor00003_000", model_dir / "ckpt-0" / name)
-    with pytest.raises(TensorLayoutError, match=f"{name}: superfluous"):
+    with pytest.raises(TensorLayoutError, match=f"{name}: does not belong to the model"):
         Checkpoint.open(model_dir)
 
 
@@ -275,7 +275,7 @@ def test_swapped_files_of_different_shape_are_found(model_dir: Path) -> None:
 
 def test_missing_config_is_said_to_be_the_likely_cause(model_dir: Path) -> None:
     (model_dir / "config.json").unlink()
-    with pytest.raises(TensorLayoutError, match="as many as 2 layers have") as caught:
+    with pytest.raises(TensorLayoutError, match="right for 2 layers") as caught:
         Checkpoint.open(model_dir)
     assert "no config.json" in caught.value.reason and "Grok-1" in caught.value.reason
 
@@ -286,8 +286,8 @@ def test_broken_config_is_a_config_error(model_dir: Path) -> None:
         Checkpoint.open(model_dir)
 
 
-def test_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: not a directory"):
+def test_path_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere: is not a directory"):
         Checkpoint.open(tmp_path / "nowhere")
     with pytest.raises(TensorLayoutError, match=r"holds no tensor\* file"):
         Checkpoint.open(tmp_path)
@@ -301,7 +301,7 @@ def test_verify_reads_every_array_of_a_sound_checkpoint(path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_verify_names_a_plain_tensor_with_a_value_that_is_none(
+def test_verify_names_a_plain_tensor_with_a_value_that_is_not_finite(
     model_dir: Path, value: float
 ) -> None:
     values = np.ones(32, np.float32)
@@ -309,7 +309,7 @@ def test_verify_names_a_plain_tensor_with_a_value_that_is_none(
     write_plain(model_dir / "ckpt-0" / "tensor00001_000", values)
     with (
         Checkpoint.open(model_dir) as checkpoint,
-        pytest.raises(TensorValueError, match="tensor00001_000: holds a NaN"),
+        pytest.raises(TensorValueError, match="tensor00001_000: holds a value that is NaN"),
     ):
         checkpoint.verify()
 
@@ -339,7 +339,7 @@ def test_verify_finds_a_bad_value_in_any_chunk(
         checkpoint.verify()
 
 
-def test_verify_names_a_file_cut_off_since_the_scan(model_dir: Path) -> None:
+def test_verify_names_a_file_that_was_truncated_after_the_scan(model_dir: Path) -> None:
     with Checkpoint.open(model_dir) as checkpoint:
         os.truncate(checkpoint.records[-1].path, 300)
         with pytest.raises(CorruptTensorError, match=checkpoint.specs[-1].file_name):

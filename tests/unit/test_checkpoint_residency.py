@@ -1,4 +1,4 @@
-"""The kernel's own word on which bytes of a file were read."""
+"""Which pages of a file were read, according to the kernel."""
 
 import ctypes
 import mmap
@@ -14,7 +14,7 @@ from milliways.model.checkpoint.records import BFLOAT16
 from milliways.model.config import ModelConfig, config_from_dict
 
 PAGE = mmap.PAGESIZE
-# One expert matrix is half a MiB: many pages, and many of them not at an edge.
+# One expert matrix has half a MiB: many pages, most of them not shared with another matrix.
 CONFIG = {
     "emb_size": 512,
     "key_size": 8,
@@ -58,7 +58,7 @@ def resident_pages(path: Path) -> set[int]:
         failed = libc.mincore(address, length, pages)
         del anchor
     if failed:
-        pytest.skip("mincore is not to be had here")
+        pytest.skip("this kernel has no mincore")
     return {index for index, state in enumerate(pages) if state & 1}
 
 

@@ -4,6 +4,8 @@ import builtins
 import os
 import pickle
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from milliways.model.errors import CheckpointError, CorruptTensorError, UnsafePi
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "golden" / "tiny" / "ckpt-0"
 FRAME_HEADER_END = 11
+NOBODY = 65534
 VALUES = np.arange(15, dtype=np.float32).reshape(3, 5)
 
 
@@ -63,7 +66,7 @@ def test_plain_array_is_found_where_its_bytes_lie() -> None:
     assert record.array.num_bytes == 512
     assert record.num_file_bytes == path.stat().st_size
     data = path.read_bytes()[record.array.offset :][:512]
-    # Reference norms lie around one; any other place in the file would not.
+    # The values of a reference norm are near 1. Bytes from another place would not be.
     assert np.abs(np.frombuffer(data, np.float32)).min() > 0
     assert np.abs(np.frombuffer(data, np.float32)).max() < 100
 
@@ -76,7 +79,7 @@ def test_quantized_array_has_weight_and_bfloat16_scales() -> None:
     assert record.weight.offset + record.weight.num_bytes < record.scales.offset
 
 
-def test_large_payload_is_passed_over() -> None:
+def test_large_payload_is_skipped() -> None:
     record = scan(TINY / "tensor00002_000")
     assert record.num_file_bytes > 700_000
     assert record.num_scanned_bytes < 2048
@@ -91,7 +94,7 @@ def test_protocol_three_without_frames_is_read(tmp_path: Path) -> None:
 
 
 class Attack:
-    """Pickles into a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = (function, arguments)
@@ -135,7 +138,7 @@ def test_foreign_global_inside_a_released_tensor_is_refused(
         scan_bytes(tmp_path, data)
 
 
-def test_numpy_two_module_name_is_not_one_of_the_five(tmp_path: Path) -> None:
+def test_module_name_of_numpy_two_is_not_an_allowed_global(tmp_path: Path) -> None:
     with pytest.raises(UnsafePickleError, match="not allowed"):
         scan_bytes(tmp_path, pickle.dumps(VALUES, protocol=4))
 
@@ -171,7 +174,7 @@ RECONSTRUCT = b"\x8c\x15numpy.core.multiarray\x8c\x0c_reconstruct\x93"
         b"\x96\x01\x00\x00\x00\x00\x00\x00\x00a.",
     ],
 )
-def test_permitted_global_put_to_another_use_is_refused(tmp_path: Path, opcodes: bytes) -> None:
+def test_allowed_global_in_another_use_is_refused(tmp_path: Path, opcodes: bytes) -> None:
     with pytest.raises(UnsafePickleError):
         scan_bytes(tmp_path, framed(opcodes))
 
@@ -204,7 +207,7 @@ def test_protocol_five_is_refused(tmp_path: Path, plain_opcodes: bytes) -> None:
         (b"h\x03", b"h\x63", "never stored"),
         (b"h\x03", b"j\xff\xff\xff\xff", "never stored"),
         (b"\x85\x94", b"\x85r\xff\xff\xff\xff", "memo index"),
-        (b"\x8c\x02f4", b"X\xff\xff\xff\x7f", "a string of"),
+        (b"\x8c\x02f4", b"X\xff\xff\xff\x7f", "a string has"),
         (b"\x8c\x02f4", b"\x8c\x02\xff\xfe", "UTF-8"),
     ],
 )
@@ -236,7 +239,7 @@ def test_malformed_quantized_weight_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["plain_opcodes", "quantized_opcodes"])
-def test_file_cut_off_anywhere_is_refused(
+def test_truncated_file_is_refused(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
     whole = framed(request.getfixturevalue(kind))
@@ -307,14 +310,14 @@ SHARED_PARTS = b"hZ"
         b"}" + SHARED_PARTS * 2 + b"s",
     ],
 )
-def test_tuples_that_share_their_parts_take_no_time(tmp_path: Path, use: bytes) -> None:
-    # Each level holds the one before twice: compared or printed, it would be 2^90 items.
+def test_tuples_that_share_their_parts_are_scanned_quickly(tmp_path: Path, use: bytes) -> None:
+    # Each level holds the level before twice: a comparison would visit 2^90 items.
     levels = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(90))
     with pytest.raises(CheckpointError):
         scan_bytes(tmp_path, b"\x80\x04)q\x00" + levels + use + b".")
 
 
-def test_unopenable_path_is_named(tmp_path: Path) -> None:
+def test_path_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "directory").mkdir()
@@ -323,13 +326,28 @@ def test_unopenable_path_is_named(tmp_path: Path) -> None:
             scan(tmp_path / name)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="everything is permitted to root")
-def test_forbidden_file_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "tensor00000_000"
-    path.write_bytes(b"")
-    path.chmod(0)
-    with pytest.raises(CheckpointError, match="Permission"):
-        scan(path)
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Root may read every file, so root becomes another user for a while."""
+    user = os.geteuid()
+    os.seteuid(NOBODY if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_forbidden_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("readable", "forbidden"):
+        write_plain(tmp_path / name, VALUES)
+    (tmp_path / "forbidden").chmod(0)
+    # The other user may not enter the folders above, which a relative path does not pass through.
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with ordinary_user():
+        scan(Path("readable"))
+        with pytest.raises(CheckpointError, match=r"forbidden.*Permission"):
+            scan(Path("forbidden"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What inspect says, of small checkpoints and of one as large as the release."""
+"""The output of `milliways inspect` for small checkpoints and for one of Grok-1's size."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from milliways.model.config import GROK_1
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-# Measured on the real ckpt-0: file sizes of the eight classes, and how many files each has.
+# The file sizes of the real ckpt-0, and how many files have each size.
 RELEASED_FILE_BYTES = {
     TensorRole.EMBEDDING: 3_221_225_637,
     TensorRole.FINAL_NORM: 24_727,
@@ -40,7 +40,7 @@ RELEASED_FILE_BYTES = {
 
 @pytest.fixture(scope="module")
 def grok_1(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """All 318 GB of it, as holes."""
+    """A checkpoint of Grok-1's size: 318 GB of holes in sparse files."""
     model_dir = tmp_path_factory.mktemp("grok-1")
     write_sparse_checkpoint(model_dir / "ckpt-0", GROK_1)
     return Checkpoint.open(model_dir)
@@ -112,7 +112,7 @@ def test_kv_bytes_count_keys_and_values_of_all_layers() -> None:
     assert kv_bytes_per_token(GROK_1) == 2 * 64 * 8 * 128 * 2
 
 
-def test_summary_survives_json() -> None:
+def test_summary_in_json_has_all_figures() -> None:
     with Checkpoint.open(GOLDEN / "tiny") as checkpoint:
         summary = summarize(checkpoint, num_workers=2)
     values = json.loads(json.dumps(to_json(summary)))

@@ -1,4 +1,4 @@
-"""What we write is what Python's pickler would have written, and what the reference can load."""
+"""Written files equal those of Python's pickler, and the reference can load them."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ from milliways.model.errors import CheckpointError, TensorLayoutError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-# Loads our files the way the reference does, with the class planted in __main__, holds them
-# against what was meant, and pickles them again as numpy 1.26 would: the bytes must be ours.
+# Loads our files as the reference does, with the class defined in __main__, compares them with the
+# expected arrays, and pickles them again as numpy 1.26 would. The bytes must be equal.
 REFERENCE_LOADER = """
 import dataclasses, pathlib, pickle, sys
 import ml_dtypes, numpy as np
@@ -77,7 +77,7 @@ QUANTIZED_SHAPES = [
     ((3, 40000), (3, 40000)),
     ((3, 32000), (1, 32000)),
 ]
-# A frame that fills up at each of the objects between the weights and the scales.
+# Sizes with which the frame becomes full at each of the objects between weights and scales.
 QUANTIZED_SHAPES += [((1, size), (1, size)) for size in range(65280, 65350, 3)]
 QUANTIZED_SHAPES += [((size, 1), (1, 1)) for size in range(65230, 65350, 7)]
 
@@ -96,7 +96,7 @@ def test_reference_loader_reads_our_files_and_would_write_the_same_bytes(tmp_pat
         meant[f"tensor{index}.weight"] = weight
         meant[f"tensor{index}.scales"] = scales.view(np.uint16)
     np.savez(tmp_path / "meant.npz", **meant)
-    # numpy 2 warns of the module name that the release, and so we, must use.
+    # numpy 2 warns of the module name. The release uses it, so we must use it too.
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", REFERENCE_LOADER]
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False)
     assert done.stderr == ""
@@ -104,7 +104,7 @@ def test_reference_loader_reads_our_files_and_would_write_the_same_bytes(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["tiny", "mini8"])
-def test_rewritten_checkpoint_is_the_same_to_the_byte(tmp_path: Path, name: str) -> None:
+def test_rewritten_checkpoint_has_the_same_bytes(tmp_path: Path, name: str) -> None:
     with Checkpoint.open(GOLDEN / name) as checkpoint:
         num_bytes = write_checkpoint(
             tmp_path / "ckpt-0",
@@ -168,7 +168,7 @@ def test_scales_that_do_not_fit_are_not_written(
 def test_tensor_that_does_not_fit_its_place_is_not_written(tmp_path: Path) -> None:
     with Checkpoint.open(GOLDEN / "mini8") as checkpoint:
         config = checkpoint.config
-    with pytest.raises(TensorLayoutError, match=r"in_out_embed.*\[256, 32\].*given float32 \[3\]"):
+    with pytest.raises(TensorLayoutError, match=r"in_out_embed.*\[256, 32\].*got float32 \[3\]"):
         write_checkpoint(tmp_path, config, lambda spec: np.ones(3, np.float32))
     plain = {0: np.ones((256, 32), np.float32), 1: np.ones(32, np.float32)}
     with pytest.raises(TensorLayoutError, match="expected quantised"):
@@ -179,11 +179,13 @@ def test_tensor_that_does_not_fit_its_place_is_not_written(tmp_path: Path) -> No
         )
 
 
-def test_directory_with_tensors_of_a_larger_model_is_left_alone(tmp_path: Path) -> None:
+def test_directory_with_tensors_of_a_larger_model_is_refused(tmp_path: Path) -> None:
     with Checkpoint.open(GOLDEN / "mini8") as mini8:
         config = replace(mini8.config, num_layers=1)
         (tmp_path / "tensor00014_000").write_bytes(b"of the second layer")
-        with pytest.raises(TensorLayoutError, match="tensor00014_000: superfluous"):
+        with pytest.raises(
+            TensorLayoutError, match="tensor00014_000: does not belong to the model"
+        ):
             write_checkpoint(
                 tmp_path,
                 config,
@@ -209,7 +211,7 @@ def test_cut_off_writer_leaves_no_file_and_the_old_one_intact(
     assert os.listdir(tmp_path) == ["tensor"]
 
 
-def test_unwritable_place_is_named(tmp_path: Path) -> None:
+def test_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_plain(tmp_path / "file" / "tensor", np.ones(3, np.float32))
@@ -227,7 +229,7 @@ def test_payload_over_four_gibibytes_gets_a_long_length(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 < 1 << 20
 
 
-def test_tensor_spec_is_given_for_each_file_in_order(tmp_path: Path) -> None:
+def test_tensors_are_asked_for_in_the_order_of_the_files(tmp_path: Path) -> None:
     given: list[TensorSpec] = []
     with Checkpoint.open(GOLDEN / "tiny") as tiny:
 

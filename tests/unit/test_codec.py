@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from milliways.model.sampling import pack_rows
-from milliways.model.sampling_params import SampledToken, SampleRow, SamplingParams
+from milliways.model.sampling_params import PARAMETERS, SampledToken, SampleRow, SamplingParams
 from milliways.v1 import tensor_pb2
 from milliways.v1 import worker_pb2 as pb
 from milliways.wire import codec
@@ -63,23 +63,19 @@ def array_of(draw: st.DrawFn, dtype: Any, *shape: int) -> np.ndarray:
 
 @st.composite
 def all_params(draw: st.DrawFn) -> SamplingParams:
-    def number(low: float, high: float, usual: float) -> float:
-        return draw(st.one_of(st.just(usual), st.floats(low, high)))
-
-    return SamplingParams(
-        temperature=number(0, 100, 1),
-        top_p=number(1e-37, 1, 1),
-        top_k=draw(st.integers(0, 2**31 - 1)),
-        min_p=number(0, 1, 0),
-        repetition_penalty=number(0.01, 100, 1),
-        presence_penalty=number(-2, 2, 0),
-        frequency_penalty=number(-2, 2, 0),
-        logit_bias=draw(
-            st.dictionaries(st.integers(0, VOCAB_SIZE - 1), st.floats(-100, 100), max_size=4)
-        ),
-        num_logprobs=draw(st.integers(0, 20)),
-        seed=draw(st.integers(0, 2**63 - 1)),
-    )
+    fields: dict[str, Any] = {}
+    for parameter in PARAMETERS:
+        least, most = parameter.least, parameter.most
+        if parameter.kind is int:
+            fields[parameter.name] = draw(st.integers(int(least), int(most)))
+        elif parameter.kind is float:
+            usual = st.just(parameter.default)
+            fields[parameter.name] = draw(st.one_of(usual, st.floats(least, most)))
+        else:
+            token_ids = st.integers(0, VOCAB_SIZE - 1)
+            biases = st.dictionaries(token_ids, st.floats(least, most), max_size=4)
+            fields[parameter.name] = draw(biases)
+    return SamplingParams(**fields)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The demo language: what the grammar writes its checker accepts, and nothing near it."""
+"""The demo language: the checker accepts what the grammar writes, and refuses small changes."""
 
 import random
 
@@ -42,7 +42,7 @@ def test_refuses_a_text_cut_short():
         assert not check_text(text.rsplit(" ", 1)[0]).in_language, text
 
 
-def test_refuses_word_salad():
+def test_refuses_words_in_random_order():
     rng = random.Random(3)
     for text in texts(40, "story"):
         words = text.split(" ")
@@ -82,7 +82,7 @@ def test_refuses_a_broken_order(right, wrong):
     assert not check_text(ORDER.replace(right, wrong)).in_language
 
 
-def test_refuses_an_order_that_is_not_the_one_asked_for():
+def test_refuses_an_order_that_differs_from_its_sentence():
     asked = "Table 4, Otto: the comet soup.\n"
     order = '{"table": 4, "guest": "Otto", "dishes": [{"name": "comet soup", "price": 4}]'
     assert check_text(f'{asked}{order}, "total": 4}}').in_language

@@ -17,8 +17,6 @@ ADDITIONS = (DEPLOY / "cuda-requirements.txt", DEPLOY / "ray-up" / "requirements
 def lint(recipe: str) -> str:
     """What hadolint has to say."""
     hadolint = Path(sys.executable).with_name("hadolint")
-    if not hadolint.exists():
-        pytest.skip("hadolint is not installed")
     done = subprocess.run(
         [hadolint, "--no-color", "-"], input=recipe, capture_output=True, text=True, check=False
     )

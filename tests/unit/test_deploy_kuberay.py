@@ -8,10 +8,10 @@ import yaml
 
 from tests.deploy_checks import (
     DEPLOY,
-    KUBERAY_SCHEMAS,
     REPOSITORY,
     KeyPath,
     misspell,
+    needs_schemas,
     offered_resources,
     ray_service_problems,
     read_documents,
@@ -25,10 +25,6 @@ GROUPS = {group["groupName"]: group for group in CLUSTER["workerGroupSpecs"]}
 ALL_GROUPS = [CLUSTER["headGroupSpec"], *GROUPS.values()]
 SERVE = yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"])
 SETTINGS = SERVE["applications"][0]["args"]
-
-needs_schemas = pytest.mark.skipif(
-    not KUBERAY_SCHEMAS.is_dir(), reason="KubeRay's schemas are not beside the repository"
-)
 
 
 def container(group: dict[str, Any]) -> dict[str, Any]:

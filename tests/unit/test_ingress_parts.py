@@ -1,4 +1,4 @@
-"""Parts of the ingress by themselves: readiness, metrics, merging, and what bodies may say."""
+"""Single parts of the ingress: readiness, metrics, merged streams, and fields of bodies."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -8,8 +8,8 @@ import pytest
 
 from milliways.cluster.ingress.ingress import ChoiceEvent, merged
 from milliways.cluster.ingress.metrics import IngressMetrics
-from milliways.cluster.ingress.openai_fields import IGNORED, REFUSED, drop_foreign_fields
-from milliways.cluster.ingress.openai_requests import (
+from milliways.cluster.ingress.openai.fields import IGNORED, REFUSED, drop_foreign_fields
+from milliways.cluster.ingress.openai.requests import (
     ChatBody,
     CompletionBody,
     parse_content,
@@ -47,7 +47,7 @@ async def failing(error: Exception) -> AsyncGenerator[ChoiceEvent]:
     yield
 
 
-def test_merged_streams_lose_nothing_and_keep_each_ones_order() -> None:
+def test_merged_streams_lose_nothing_and_keep_the_order_of_each() -> None:
     async def main() -> None:
         closed: list[int] = []
         streams = [streamed(events_of(n), closed) for n in (1, 100, 300)]
@@ -74,7 +74,7 @@ def test_first_error_ends_all_merged_streams() -> None:
     asyncio.run(main())
 
 
-def test_readiness_asks_once_for_all_and_again_a_second_later() -> None:
+def test_readiness_probes_once_for_all_callers_and_again_a_second_later() -> None:
     async def main() -> None:
         now_s = 0.0
         source = CountingSource()
@@ -114,20 +114,20 @@ def test_probe_that_hangs_means_not_ready() -> None:
     asyncio.run(main())
 
 
-def test_times_are_of_each_request_and_each_sample() -> None:
+def test_times_are_measured_for_each_request_and_sample() -> None:
     now_s = 10.0
     metrics = IngressMetrics(clock=lambda: now_s)
     watch = metrics.watch(num_prompt_tokens=3)
     for event in events_of(3, num_samples=2):
         now_s += 0.5
-        watch.note(event.choice_index, event.event)
+        watch.record(event.choice_index, event.event)
 
     def value(name: str) -> float | None:
         return metrics.registry.get_sample_value(f"milliways_{name}")
 
     assert value("time_to_first_token_seconds_sum") == 0.5
     assert value("time_per_output_token_seconds_count") == 2
-    # Two tokens after the first, a second apart, for both samples.
+    # Each sample has two tokens after its first, one second apart.
     assert value("time_per_output_token_seconds_sum") == 2.0
     assert metrics.registry.get_sample_value("milliways_tokens_total", {"kind": "prompt"}) == 3
     assert metrics.registry.get_sample_value("milliways_tokens_total", {"kind": "completion"}) == 6
@@ -164,7 +164,7 @@ def test_stop_and_content_come_in_two_forms() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "-1", "1.0", " 1", "٣", "9" * 11])
-def test_bias_is_keyed_by_token_ids_alone(key: str) -> None:
+def test_bias_is_keyed_by_token_ids_only(key: str) -> None:
     assert parse_logit_bias({"7": 1.5}) == {7: 1.5}
     with pytest.raises(InvalidRequestError, match="logit_bias"):
         parse_logit_bias({key: 1.0})

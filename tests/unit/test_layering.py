@@ -27,7 +27,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "router": ("v1", "runtime", "model", "wire", "router.requests", "router.links"),
     "workers.servers": ("v1", "runtime", "wire"),
     "workers": ("runtime", "model", "wire", "workers.servers"),
-    "cluster.settings": ("wire",),
+    # The settings take defaults from the limits that they set.
+    "cluster.settings": ("wire", "router"),
     "cluster.control": ("runtime", "wire"),
     "cluster.ingress": ("v1", "model", "wire", "router.requests", "cluster.settings"),
     "cluster.host": (
@@ -212,9 +213,9 @@ def test_no_room_holds_most_of_the_house() -> None:
         ("cluster.control.controller", "import ray"),
         ("cluster.control.controller", "import asyncio"),
         ("cluster.host.worker_process", "import ray"),
-        ("cluster.ingress.http", "from milliways.router.engine import LocalEngine"),
-        ("cluster.ingress.http", "from milliways.cluster.control.fleet import Fleet"),
-        ("cluster.ingress.http", "from ray import serve"),
+        ("cluster.ingress.openai.app", "from milliways.router.engine import LocalEngine"),
+        ("cluster.ingress.openai.app", "from milliways.cluster.control.fleet import Fleet"),
+        ("cluster.ingress.openai.app", "from ray import serve"),
         ("workers.core", "from milliways.router.requests.sequence import Sequence"),
         ("workers.core", "import milliways.cluster.control.controller"),
         ("workers.core", "from grpc import aio"),
@@ -244,7 +245,7 @@ def test_import_against_the_direction_is_caught(importer: str, statement: str) -
         ("cluster.cli.main", "from milliways.benchmarks.chaos.trial import Trial"),
         ("cluster.host.worker_process", "import jax, milliways.workers.core, milliways.router"),
         (
-            "cluster.ingress.source",
+            "cluster.ingress.token_source",
             "from milliways.router.requests.request import GenerationRequest",
         ),
         ("workers.servers.grpc_server", "from milliways.v1 import worker_pb2"),

@@ -1,4 +1,4 @@
-"""A router's ways to workers: none is left open, none is waited for in vain."""
+"""A router's links to workers: none is left open, none is waited for in vain."""
 
 from collections.abc import Iterator
 
@@ -17,9 +17,10 @@ VIEW = ClusterView(placement_epoch=1, members={"w": MEMBER})
 
 
 class FakeLink:
-    """A way that answers when the test says so."""
+    """A link that answers when the test says so."""
 
     transport = "fake"
+    is_local = False
 
     def __init__(self) -> None:
         self.asked: list[Pending[Result]] = []
@@ -36,7 +37,7 @@ class FakeLink:
 
 
 class Bench:
-    """A table whose ways open when the test says so."""
+    """A table whose links open when the test says so."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
@@ -80,13 +81,13 @@ def bench() -> Iterator[Bench]:
     made.tasks.close()
 
 
-def test_a_way_that_opens_when_nobody_wants_it_any_more_is_closed(bench: Bench) -> None:
+def test_link_that_opens_when_its_worker_is_gone_is_closed(bench: Bench) -> None:
     bench.table.update(ClusterView(placement_epoch=2, members={}))
     bench.tasks.run_ready()
     assert bench.open().is_closed
 
 
-def test_a_way_that_opened_in_the_moment_it_was_let_go_is_closed(bench: Bench) -> None:
+def test_link_that_opens_as_the_table_closes_is_closed(bench: Bench) -> None:
     link = FakeLink()
     bench.opening[-1].resolve(link)
     bench.table.close()
@@ -95,7 +96,7 @@ def test_a_way_that_opened_in_the_moment_it_was_let_go_is_closed(bench: Bench) -
     assert bench.tasks.num_alive == 0
 
 
-def test_a_way_whose_answer_never_comes_is_given_up_although_nobody_waits(bench: Bench) -> None:
+def test_link_whose_answer_never_comes_is_given_up_although_nobody_waits(bench: Bench) -> None:
     link = bench.open()
     pending = bench.ask(num_rows=3)
     bench.table.abandon("w", pending, within_s=2.0)
@@ -105,7 +106,7 @@ def test_a_way_whose_answer_never_comes_is_given_up_although_nobody_waits(bench:
     assert link.is_closed and bench.table.num_rows_out("w") == 0
 
 
-def test_a_way_whose_answer_comes_late_stays(bench: Bench) -> None:
+def test_link_whose_answer_comes_late_stays(bench: Bench) -> None:
     link = bench.open()
     pending = bench.ask()
     bench.table.abandon("w", pending, within_s=2.0)
@@ -115,7 +116,7 @@ def test_a_way_whose_answer_comes_late_stays(bench: Bench) -> None:
     assert bench.tasks.next_timer_s() is None
 
 
-def test_who_was_given_up_gets_twice_the_time_until_that_is_forgotten(bench: Bench) -> None:
+def test_worker_that_was_given_up_gets_twice_the_time_for_a_while(bench: Bench) -> None:
     bench.open()
     assert bench.table.slowness("w") == 1.0
     bench.table.give_up("w")
@@ -128,7 +129,7 @@ def test_who_was_given_up_gets_twice_the_time_until_that_is_forgotten(bench: Ben
     assert bench.table.slowness("w") == 2.0
 
 
-def test_another_life_of_a_worker_starts_with_a_clean_record(bench: Bench) -> None:
+def test_another_incarnation_of_a_worker_starts_with_a_clean_record(bench: Bench) -> None:
     bench.open()
     bench.table.give_up("w")
     later = Member(worker_id="w", incarnation=2, address="", state=WorkerState.READY)
@@ -136,7 +137,7 @@ def test_another_life_of_a_worker_starts_with_a_clean_record(bench: Bench) -> No
     assert bench.table.slowness("w") == 1.0
 
 
-def test_what_nobody_waits_for_says_nothing_of_how_long_others_may_take(bench: Bench) -> None:
+def test_answer_that_is_not_timed_changes_no_latency(bench: Bench) -> None:
     link = bench.open()
     asked, untimed = bench.ask(), bench.ask_untimed()
     bench.advance(0.01)
@@ -163,7 +164,7 @@ def test_worker_that_was_frozen_is_no_slower_than_before(bench: Bench) -> None:
     assert bench.table.latency_s("w") == 0.2
 
 
-def test_way_that_opens_again_to_the_same_life_is_as_quick_as_before(bench: Bench) -> None:
+def test_link_reopened_to_the_same_incarnation_keeps_its_latency(bench: Bench) -> None:
     link = bench.open()
     bench.ask()
     bench.advance(0.01)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from milliways.router.dispatch import Dispatcher, DispatchLimits
+from milliways.router.dispatch import Dispatcher
+from milliways.router.limits import DispatchLimits
 from milliways.router.links.link_table import LinkTable
 from milliways.router.pipeline import Pipeline, ShardLostError
 from milliways.runtime.clock import FakeClock

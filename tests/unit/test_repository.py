@@ -3,12 +3,14 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("model", "workers", "router", "cluster", "milliways", "benchmarks")
+LOCKS = ("requirements.txt", "bootstrap.txt", "ci.txt")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70
 
@@ -19,10 +21,16 @@ def python_files(*folders: str) -> list[Path]:
     return [path for path in paths if "_pb2" not in path.name]
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Every syntax node of a file. Several tests ask, and parsing takes seconds."""
+    return list(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
 def nodes(*folders: str) -> Iterator[tuple[str, ast.AST]]:
     """Every syntax node, with the place to name in a complaint."""
     for path in python_files(*folders):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes_of(path):
             yield f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)}", node
 
 
@@ -77,7 +85,7 @@ def test_no_assertion_is_of_a_constant() -> None:
     assert [place for place, node in nodes(*PACKAGES, "tests") if asserts_a_constant(node)] == []
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "bootstrap.txt"])
+@pytest.mark.parametrize("name", LOCKS)
 def test_lock_says_what_and_not_from_where(name: str) -> None:
     text = (REPOSITORY / "locks" / name).read_text("utf-8")
     assert "://" not in text
@@ -85,7 +93,7 @@ def test_lock_says_what_and_not_from_where(name: str) -> None:
     assert str(REPOSITORY) not in text
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "bootstrap.txt"])
+@pytest.mark.parametrize("name", LOCKS)
 def test_every_locked_package_is_exact_and_hashed(name: str) -> None:
     text = (REPOSITORY / "locks" / name).read_text("utf-8")
     entries = re.split(r"\n(?=\S)", text.strip())

@@ -1,4 +1,4 @@
-"""Request ids and event ids: all that a client has to keep to go on with a stream."""
+"""Request ids and event ids, with which a client resumes a stream."""
 
 import pytest
 from hypothesis import given
@@ -17,14 +17,14 @@ from milliways.router.requests.request import GenerationRequest
 ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
 
 
-def test_request_ids_are_many_and_say_when() -> None:
+def test_request_ids_are_unique_and_hold_their_time() -> None:
     ids = {new_request_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(map(is_request_id, ids))
     assert 1_700_000_000 < created_s_of(ids.pop()) < 10_000_000_000
 
 
-def test_seed_is_a_function_of_id_and_prompt_for_ever() -> None:
+def test_seed_of_an_id_and_prompt_never_changes() -> None:
     assert seed_of(ID) == 5931965612091260968
     seeds = {seed_of(ID, prompt_index) for prompt_index in range(64)}
     assert len(seeds) == 64
@@ -60,14 +60,14 @@ def test_event_id_says_what_was_received(counts: list[int], has_usage: bool) -> 
         "0" * 100_000,
     ],
 )
-def test_what_is_no_event_id_is_refused(text: str) -> None:
+def test_malformed_event_id_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse_event_id(text)
     assert caught.value.field == LAST_EVENT_ID
 
 
 @pytest.mark.parametrize("counts", [[0], [3], [1, 1, 1], [1, 4]])
-def test_counts_that_the_request_cannot_have_are_refused(counts: list[int]) -> None:
+def test_impossible_counts_are_refused(counts: list[int]) -> None:
     request = GenerationRequest(prompt_ids=(1,), max_tokens=3, num_samples=2)
     with pytest.raises(InvalidRequestError) as caught:
         parse_event_id(event_id(ID, counts)).check_fits([request])

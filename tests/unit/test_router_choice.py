@@ -1,9 +1,9 @@
-"""Which router gets a request, and what becomes of one whose stream ended."""
+"""Which router gets a request, and when a broken request is retried."""
 
 import pytest
 
-from milliways.cluster.ingress.retries import DIES_WITHIN_S, Retries
-from milliways.cluster.ingress.router_choice import RouterChoice, RouterInfo
+from milliways.cluster.ingress.routing.retries import DIES_WITHIN_S, Retries
+from milliways.cluster.ingress.routing.router_choice import RouterChoice, RouterInfo
 from milliways.wire.errors import OverloadedError, PoisonedRequestError
 
 A, B, C = (RouterInfo(name, f"{name}:1") for name in "abc")
@@ -15,12 +15,12 @@ def picked(choice: RouterChoice, *routers: RouterInfo, now_s: float = 0.0) -> st
     return router.worker_id if router else None
 
 
-def test_there_may_be_none_or_one() -> None:
+def test_pick_from_no_router_or_one() -> None:
     assert picked(RouterChoice()) is None
     assert picked(RouterChoice(), B) == "b"
 
 
-def test_least_busy_is_picked_by_what_runs_here_and_elsewhere() -> None:
+def test_least_busy_counts_requests_of_all_ingresses() -> None:
     choice = RouterChoice()
     choice.begin("a", PROMPT)
     assert picked(choice, A, B) == "b"
@@ -47,7 +47,7 @@ def test_router_whose_stream_broke_comes_last_for_a_while() -> None:
     assert picked(choice, A, B, now_s=5.0) == "a"
 
 
-def test_who_has_copies_is_picked_however_busy_unless_its_streams_break() -> None:
+def test_router_with_copies_is_picked_unless_its_stream_broke() -> None:
     choice = RouterChoice()
     choice.begin("b", (1,))
     assert choice.try_pick((A, B, C), PROMPT, 0.0, standby_id="b") == B
@@ -56,14 +56,14 @@ def test_who_has_copies_is_picked_however_busy_unless_its_streams_break() -> Non
     assert choice.try_pick((A, B, C), PROMPT, 0.0, standby_id="b") == A
 
 
-def test_silent_router_comes_last_however_idle_and_whatever_it_has() -> None:
+def test_silent_router_comes_last_even_if_it_is_idle_or_has_copies() -> None:
     choice = RouterChoice()
     choice.begin("b", PROMPT)
     assert choice.try_pick((A, B), PROMPT, 0.0, standby_id="a", silent={"a"}) == B
     assert choice.try_pick((A,), PROMPT, 0.0, silent={"a"}) == A
 
 
-def test_memory_of_prefixes_is_bounded() -> None:
+def test_remembered_prefixes_are_bounded() -> None:
     choice = RouterChoice()
     for i in range(100):
         choice.begin("a", tuple(range(i, i + 8192)))
@@ -90,7 +90,7 @@ def test_router_that_never_had_the_request_does_not_count() -> None:
     assert retries.avoided == {"a"}
 
 
-def test_router_that_had_the_request_for_long_died_of_something_else() -> None:
+def test_router_that_dies_long_after_it_received_the_request_does_not_count() -> None:
     retries = Retries(2)
     for _ in range(100):
         retries.broke("a", "died", was_accepted=True, lasted_s=DIES_WITHIN_S)
@@ -99,7 +99,7 @@ def test_router_that_had_the_request_for_long_died_of_something_else() -> None:
         retries.broke("b", "died", was_accepted=True, lasted_s=0.1)
 
 
-def test_rounds_are_farther_and_farther_apart_until_a_token_comes() -> None:
+def test_backoff_grows_until_a_token_comes() -> None:
     retries = Retries(2)
     retries.was_full("a", OverloadedError("full"))
     assert retries.full is not None

@@ -7,9 +7,10 @@ import pytest
 from milliways.model.block_pool import BlockPool
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import SampledToken
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import NoText, Sequence, SequenceStatus
-from milliways.router.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
+from milliways.router.scheduler import ScheduledSequence, Scheduler
 
 BLOCK = 4
 EOS = 2

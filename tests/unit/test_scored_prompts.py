@@ -12,6 +12,7 @@ from milliways.model.config import GROK_1
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling import SampledTokens, pack_rows, sample
 from milliways.model.sampling_params import INVALID_TOKEN, SampledToken, SampleRow, SamplingParams
+from milliways.router.limits import SchedulerLimits
 from milliways.router.requests.admission import RoutedRequest, make_sequences
 from milliways.router.requests.journal import DeliveredSample, Journal, OutOfOrderError
 from milliways.router.requests.request import GenerationRequest
@@ -23,7 +24,7 @@ from milliways.router.requests.sequence import (
     SequenceStatus,
 )
 from milliways.router.rows import pack, take_events
-from milliways.router.scheduler import Scheduler, SchedulerLimits
+from milliways.router.scheduler import Scheduler
 from milliways.wire.calls import TokenRows
 
 V = 300

@@ -4,25 +4,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milliways.cluster.ingress.silence import HedgeLimits, SilenceDetector
+from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetector
 
 LIMITS = HedgeLimits(after_s_min=0.1, after_s_max=10.0)
 
 
-def heard_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
-    """A router that was heard of so often, and the time of the last sign."""
-    signs = SilenceDetector(LIMITS)
-    signs.begin(0.0)
+def received_every(gap_s: float, count: int) -> tuple[SilenceDetector, float]:
+    """A router that sent messages at this interval, and the time of the last one."""
+    detector = SilenceDetector(LIMITS)
+    detector.begin(0.0)
     for i in range(count):
-        signs.heard((i + 1) * gap_s)
-    return signs, count * gap_s
+        detector.received((i + 1) * gap_s)
+    return detector, count * gap_s
 
 
-def silent_after_s(signs: SilenceDetector, now_s: float) -> float:
-    """How long after a time it is taken for silent, in steps of 10 ms."""
+def silent_after_s(detector: SilenceDetector, now_s: float) -> float:
+    """How long after a time it is called silent, in steps of 10 ms."""
     for i in range(10_000):
-        signs.look(now_s + i / 100)
-        if signs.is_silent:
+        detector.look(now_s + i / 100)
+        if detector.is_silent:
             return i / 100
     raise AssertionError("never")
 
@@ -33,88 +33,88 @@ def silent_after_s(signs: SilenceDetector, now_s: float) -> float:
 def test_patience_is_a_multiple_of_the_longest_silence_within_limits(
     gap_s: float, expected_s: float
 ) -> None:
-    signs, now_s = heard_every(gap_s, 20)
-    assert silent_after_s(signs, now_s) == pytest.approx(expected_s, abs=0.011)
+    detector, now_s = received_every(gap_s, 20)
+    assert silent_after_s(detector, now_s) == pytest.approx(expected_s, abs=0.011)
 
 
-def test_router_not_heard_of_yet_has_a_second() -> None:
-    signs = SilenceDetector(LIMITS)
-    signs.begin(5.0)
-    assert silent_after_s(signs, 5.0) == 1.0
+def test_router_that_has_not_sent_anything_has_a_second() -> None:
+    detector = SilenceDetector(LIMITS)
+    detector.begin(5.0)
+    assert silent_after_s(detector, 5.0) == 1.0
 
 
 def test_one_long_silence_is_forgotten() -> None:
-    signs, now_s = heard_every(0.1, 5)
-    signs.heard(now_s + 0.2)
-    assert signs.patience_s == pytest.approx(0.4)
+    detector, now_s = received_every(0.1, 5)
+    detector.received(now_s + 0.2)
+    assert detector.patience_s == pytest.approx(0.4)
     for i in range(100):
-        signs.heard(now_s + 0.2 + 0.1 * (i + 1))
-    assert signs.patience_s == pytest.approx(0.2)
+        detector.received(now_s + 0.2 + 0.1 * (i + 1))
+    assert detector.patience_s == pytest.approx(0.2)
 
 
 def test_router_that_was_frozen_is_no_slower_than_before() -> None:
-    signs, now_s = heard_every(0.05, 5)
-    assert silent_after_s(signs, now_s) == pytest.approx(0.1, abs=0.011)
-    signs.heard(now_s + 30.0)
-    assert not signs.is_silent
-    assert signs.patience_s == 0.1
-    signs.hedged_too_early()
-    assert signs.patience_s == 0.2
+    detector, now_s = received_every(0.05, 5)
+    assert silent_after_s(detector, now_s) == pytest.approx(0.1, abs=0.011)
+    detector.received(now_s + 30.0)
+    assert not detector.is_silent
+    assert detector.patience_s == 0.1
+    detector.hedged_too_early()
+    assert detector.patience_s == 0.2
 
 
 def test_router_that_is_always_slow_is_soon_waited_for() -> None:
-    signs, now_s = heard_every(0.01, 5)
+    detector, now_s = received_every(0.01, 5)
     num_silences = 0
     for _ in range(20):
-        signs.look(now_s + 1.9)
-        was_silent = signs.is_silent
+        detector.look(now_s + 1.9)
+        was_silent = detector.is_silent
         num_silences += was_silent
         now_s += 2.0
-        signs.heard(now_s)
+        detector.received(now_s)
         if was_silent:
-            signs.hedged_too_early()
+            detector.hedged_too_early()
     assert num_silences == 7
 
 
 def test_listener_that_had_no_processor_blames_nobody() -> None:
-    signs, now_s = heard_every(0.05, 5)
-    signs.overslept(0.5, now_s + 0.55)
-    signs.look(now_s + 0.55)
-    assert not signs.is_silent
-    assert silent_after_s(signs, now_s + 0.5) == pytest.approx(0.1, abs=0.011)
+    detector, now_s = received_every(0.05, 5)
+    detector.slept(0.5, now_s + 0.55)
+    detector.look(now_s + 0.55)
+    assert not detector.is_silent
+    assert silent_after_s(detector, now_s + 0.5) == pytest.approx(0.1, abs=0.011)
 
 
 def test_ping_comes_before_the_verdict() -> None:
-    signs, now_s = heard_every(0.1, 5)
-    assert not signs.wants_ping(now_s + 0.05)
-    assert signs.wants_ping(now_s + 0.11)
-    signs.look(now_s + 0.11)
-    assert not signs.is_silent
+    detector, now_s = received_every(0.1, 5)
+    assert not detector.wants_ping(now_s + 0.05)
+    assert detector.wants_ping(now_s + 0.11)
+    detector.look(now_s + 0.11)
+    assert not detector.is_silent
 
 
 @given(st.lists(st.floats(0.0, 100.0), max_size=50))
 def test_patience_stays_within_limits(gaps_s: list[float]) -> None:
-    signs, now_s = SilenceDetector(LIMITS), 0.0
-    signs.begin(now_s)
+    detector, now_s = SilenceDetector(LIMITS), 0.0
+    detector.begin(now_s)
     for gap_s in gaps_s:
         now_s += gap_s
-        signs.look(now_s)
-        signs.heard(now_s)
-        assert LIMITS.after_s_min <= signs.patience_s <= LIMITS.after_s_max
-        assert 0 < signs.look_after_s < signs.patience_s
-        assert not signs.is_silent
+        detector.look(now_s)
+        detector.received(now_s)
+        assert LIMITS.after_s_min <= detector.patience_s <= LIMITS.after_s_max
+        assert 0 < detector.look_after_s < detector.patience_s
+        assert not detector.is_silent
 
 
-def test_sign_that_came_after_the_sleep_counts_from_when_it_came() -> None:
-    signs, now_s = heard_every(0.05, 5)
-    signs.heard(now_s + 0.5)
-    signs.overslept(0.5, now_s + 0.5)
-    assert silent_after_s(signs, now_s + 0.5) == pytest.approx(signs.patience_s, abs=0.011)
+def test_message_after_the_sleep_counts_from_when_it_came() -> None:
+    detector, now_s = received_every(0.05, 5)
+    detector.received(now_s + 0.5)
+    detector.slept(0.5, now_s + 0.5)
+    assert silent_after_s(detector, now_s + 0.5) == pytest.approx(detector.patience_s, abs=0.011)
 
 
-def test_router_whose_first_sign_was_late_still_has_a_second() -> None:
-    signs = SilenceDetector(LIMITS)
-    signs.begin(0.0)
-    signs.look(2.0)
-    signs.heard(2.0)
-    assert signs.patience_s == 1.0
+def test_router_whose_first_message_was_late_still_has_a_second() -> None:
+    detector = SilenceDetector(LIMITS)
+    detector.begin(0.0)
+    detector.look(2.0)
+    detector.received(2.0)
+    assert detector.patience_s == 1.0

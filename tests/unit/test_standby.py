@@ -1,4 +1,4 @@
-"""What of a router's blocks its buddy is sent: each once, within bounds, and nothing for later."""
+"""Which blocks a standby is sent: each once, within limits, and nothing is kept for later."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from milliways.router.standby import Run, Standby, StandbyLimits
 BLOCK = 4
 BLOCK_BYTES = 100
 LIMITS = StandbyLimits(max_calls=2, max_bytes=400, max_call_bytes=200, pause_s=1.0)
-BUDDY = ("b", 1)
+PEER = ("b", 1)
 
 
 def running(prompt: tuple[int, ...], num_computed: int, first_block: int = 0) -> Sequence:
@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, *sequences: Sequence, limits: StandbyLimits = LIMITS) -> None:
         self.sequences = list(sequences)
         self.standby = Standby(BLOCK, limits)
-        self.standby.follow(BUDDY)
+        self.standby.follow(PEER)
         self.now_s = 0.0
 
     def next(self) -> Run | None:
@@ -103,7 +103,7 @@ def test_the_sequence_that_would_lose_most_comes_first() -> None:
     assert Bench(short, long).must_next().sequence is long
 
 
-def test_a_buddy_without_room_is_left_alone_for_a_while_and_then_sent_the_rest() -> None:
+def test_standby_without_room_is_left_alone_for_a_while_and_then_sent_the_rest() -> None:
     bench = Bench(running(tuple(range(16)), 16))
     run = bench.must_next()
     bench.standby.stored(run, 1, now_s=5.0)
@@ -121,7 +121,7 @@ def test_what_follows_on_a_run_that_failed_is_sent_again_after_it() -> None:
     bench.standby.failed(first, 0.0)
     bench.standby.stored(second, 2, 0.0)
     bench.now_s = 1.0
-    # The buddy has the second run already.
+    # The standby has the second run already.
     assert bench.send_all() == [(0, 1)]
 
 
@@ -134,7 +134,7 @@ def test_a_gap_has_the_whole_sequence_sent_anew() -> None:
     assert bench.send_all() == [(0, 1), (2, 3)]
 
 
-def test_another_buddy_is_sent_what_runs_then_and_nothing_else() -> None:
+def test_another_standby_is_sent_what_runs_then_and_nothing_else() -> None:
     ended, live = running((7,) * 8, 8, first_block=20), running(tuple(range(8)), 8)
     bench = Bench(ended, live)
     bench.send_all()
@@ -149,7 +149,7 @@ def test_another_buddy_is_sent_what_runs_then_and_nothing_else() -> None:
     assert sorted(bench.send_all()) == [(0, 1), (30, 31)]
 
 
-def test_without_a_buddy_nothing_is_sent() -> None:
+def test_without_a_standby_nothing_is_sent() -> None:
     bench = Bench(running(tuple(range(8)), 8))
     bench.standby.follow(None)
     assert bench.next() is None
@@ -186,7 +186,7 @@ def test_bounds_hold_and_what_is_there_is_whole_whatever_happens(
     prompts = [tuple(range(40)), (*range(20), *range(60, 80)), tuple(range(80, 120))]
     bench = Bench(*(running(prompt, 0, 100 * i) for i, prompt in enumerate(prompts)))
     flying: list[Run] = []
-    # The buddy's blocks, by digest: what it was sent must follow on what it has.
+    # The standby's blocks, by digest: what it was sent must follow on what it has.
     there: set[bytes] = {b""}
     for what, which in happenings:
         bench.now_s += 0.4

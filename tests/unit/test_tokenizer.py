@@ -1,4 +1,4 @@
-"""The tokenizer and its incremental inverse: on a small model and, where present, larger ones."""
+"""The tokenizer and the detokenizer, with a small model and, if present, with larger ones."""
 
 import io
 import json
@@ -17,6 +17,7 @@ from milliways.model.tokenizer import Tokenizer
 REPO = Path(__file__).parents[2]
 DEMO_FILE = REPO / "model" / "demo" / "tokenizer.model"
 GROK_1_DIR = REPO.parent / "shared" / "grok1-tokenizer"
+NO_GROK_1 = "Grok-1's tokenizer is not beside the repository"
 
 PAD, BOS, EOS, UNK = range(4)
 USER_DEFINED = ["\n", "\n\n", "\t", "  ", "    ", "<|separator|>", "<|control1|>"]
@@ -89,8 +90,8 @@ def tokenizer_file(request: pytest.FixtureRequest, small_file: Path) -> Path:
         "grok-1": GROK_1_DIR / "tokenizer.model",
     }
     path = files[request.param]
-    if not path.is_file():
-        pytest.skip(f"{request.param} tokenizer is not here")
+    if request.param == "grok-1" and not path.is_file():
+        pytest.skip(NO_GROK_1)
     return path
 
 
@@ -108,7 +109,7 @@ def processor(tokenizer_file: Path) -> SentencePieceProcessor:
 def golden() -> dict[str, Any]:
     path = GROK_1_DIR / "golden.json"
     if not path.is_file():
-        pytest.skip("Grok-1's tokenizer is not here")
+        pytest.skip(NO_GROK_1)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -202,13 +203,13 @@ def test_negative_id_is_an_invalid_request(tokenizer: Tokenizer):
         tokenizer.decode([-1])
 
 
-def test_control_ids_are_invisible_and_unknown_is_not(tokenizer: Tokenizer):
+def test_control_ids_have_no_text_and_the_unknown_id_has(tokenizer: Tokenizer):
     assert tokenizer.decode([PAD, BOS, EOS]) == ""
     assert tokenizer.decode([BOS, *tokenizer.encode("mill"), EOS]) == "mill"
     assert tokenizer.decode([UNK]) == tokenizer.text_of(UNK) != ""
 
 
-def test_names_tell_tokens_apart_that_decode_alike(tokenizer: Tokenizer):
+def test_names_distinguish_tokens_with_equal_text(tokenizer: Tokenizer):
     assert tokenizer.decode([EOS]) == tokenizer.decode([BOS]) == ""
     assert tokenizer.name_of(EOS) != tokenizer.name_of(BOS)
     spaced = tokenizer.encode("mill")[0]
@@ -265,7 +266,7 @@ def test_grok_1_pieces_are_as_recorded(golden: dict[str, Any]):
 
 
 def stream(tokenizer: Tokenizer, prompt_ids: list[int], completion_ids: list[int]) -> list[str]:
-    """What each push returned, then what the flush returned."""
+    """The text of each push, then the text of the flush."""
     detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
     return [*map(detokenizer.push, completion_ids), detokenizer.flush()]
 
@@ -286,7 +287,7 @@ def token_id_lists(vocab_size: int) -> st.SearchStrategy[list[int]]:
 
 
 def unfinished_size(tokenizer: Tokenizer, token_ids: list[int]) -> int:
-    """How many bytes at the end begin a character: found in a list of all such beginnings."""
+    """How many bytes at the end begin a character, found in a list of all such beginnings."""
     content = b""
     for token_id in reversed(token_ids):
         byte = tokenizer.byte_of(token_id)
@@ -342,7 +343,7 @@ def test_bytes_of_any_kind_join_to_the_whole_text(
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_new_detokenizer_goes_on_from_the_tokens_delivered(
+def test_new_detokenizer_continues_after_the_delivered_tokens(
     tokenizer: Tokenizer, data: st.DataObject
 ):
     prompt_ids = data.draw(token_id_lists(tokenizer.vocab_size))
@@ -380,7 +381,7 @@ def test_completion_keeps_its_leading_space_after_a_prompt(tokenizer: Tokenizer)
     assert join_pieces(tokenizer, token_ids, token_ids) == " the"
 
 
-def test_completion_of_an_invisible_prompt_loses_its_leading_space(tokenizer: Tokenizer):
+def test_completion_of_a_prompt_without_text_loses_its_leading_space(tokenizer: Tokenizer):
     token_ids = tokenizer.encode("the")
     assert join_pieces(tokenizer, [], token_ids) == "the"
     assert join_pieces(tokenizer, [BOS, PAD], token_ids) == "the"
@@ -396,7 +397,7 @@ def is_space_mark(tokenizer: Tokenizer, token_id: int) -> bool:
     return tokenizer.byte_of(token_id) is None and tokenizer.text_of(token_id) == " "
 
 
-def test_id_outside_the_vocabulary_leaves_the_stream_as_it_was(tokenizer: Tokenizer):
+def test_id_outside_the_vocabulary_does_not_change_the_stream(tokenizer: Tokenizer):
     first, *rest = byte_ids(tokenizer, "€".encode())
     detokenizer = IncrementalDetokenizer(tokenizer, [first])
     with pytest.raises(InvalidRequestError):

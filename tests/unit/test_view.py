@@ -41,29 +41,29 @@ def view_of(nodes: dict[str, str], **states: WorkerState) -> ClusterView:
     return ClusterView(placement_epoch=1, members=members, chains=chains)
 
 
-def buddy(view: ClusterView, name: str) -> str:
-    return next((member.worker_id for member in view.buddies(name)), "")
+def standby_of(view: ClusterView, name: str) -> str:
+    return next((member.worker_id for member in view.standbys(name)), "")
 
 
-def test_each_router_has_another_one_for_its_buddy() -> None:
+def test_each_router_has_another_one_for_its_standby() -> None:
     view = view_of(dict.fromkeys("abcd", "n"))
-    assert [buddy(view, name) for name in "abcd"] == ["b", "c", "d", "a"]
-    assert [member.worker_id for member in view.buddies("b")] == ["c", "d", "a"]
+    assert [standby_of(view, name) for name in "abcd"] == ["b", "c", "d", "a"]
+    assert [member.worker_id for member in view.standbys("b")] == ["c", "d", "a"]
 
 
-def test_a_buddy_is_on_another_node_where_there_is_one() -> None:
+def test_a_standby_is_on_another_node_if_there_is_one() -> None:
     view = view_of({"a": "m", "b": "m", "c": "n", "d": "n"})
-    assert [buddy(view, name) for name in "abcd"] == ["c", "d", "a", "b"]
+    assert [standby_of(view, name) for name in "abcd"] == ["c", "d", "a", "b"]
 
 
 @pytest.mark.parametrize("state", [s for s in WorkerState if s is not WorkerState.READY])
-def test_who_takes_no_requests_is_nobodys_buddy(state: WorkerState) -> None:
+def test_worker_that_takes_no_requests_is_no_standby(state: WorkerState) -> None:
     view = view_of(dict.fromkeys("abc", "n"), b=state)
-    assert (buddy(view, "a"), buddy(view, "c")) == ("c", "a")
-    assert buddy(view_of({"a": "n", "b": "n"}, b=state), "a") == ""
+    assert (standby_of(view, "a"), standby_of(view, "c")) == ("c", "a")
+    assert standby_of(view_of({"a": "n", "b": "n"}, b=state), "a") == ""
 
 
-def test_a_router_of_a_chain_has_no_buddy_and_is_none() -> None:
+def test_router_of_a_chain_has_no_standby_and_is_none() -> None:
     view = view_of(dict.fromkeys("ab", "n"))
     chained = ClusterView(placement_epoch=1, members=view.members, chains={"a": ("a", "b")})
-    assert [buddy(chained, name) for name in "ab"] == ["", ""]
+    assert [standby_of(chained, name) for name in "ab"] == ["", ""]

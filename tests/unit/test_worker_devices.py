@@ -29,7 +29,7 @@ def test_settings_take_parts_of_a_gpu_and_whole_ones(gpus_each: float) -> None:
 
 
 def test_a_gpu_and_a_half_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gpus_each = 1.5: must be a whole number where above 1"):
+    with pytest.raises(ConfigError, match=r"gpus_each = 1.5: must be a whole number if above 1"):
         WorkerSettings(gpus_each=1.5)
 
 

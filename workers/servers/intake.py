@@ -1,4 +1,4 @@
-"""What the transports of a worker share: from a message that came in to the core, and back."""
+"""What the servers of all transports share: from a message to the core, and back."""
 
 import logging
 from collections import Counter
@@ -15,44 +15,34 @@ logger = logging.getLogger(__name__)
 
 
 class RouterSessions:
-    """Which routers have a way to this worker; one that comes again may overlap with itself."""
+    """Which routers are connected to this worker, and the core that takes their calls.
+
+    A router that reconnects may have two connections for a while.
+
+    Invariant: `_num_connections` has only routers with a connection, and each count is positive.
+    """
 
     def __init__(self, sink: CallSink) -> None:
         self.sink = sink
-        # Answers that are to be lost on their way, for whoever tries what comes of it.
-        self.num_to_drop = 0
-        self._num_ways: Counter[str] = Counter()
+        self._num_connections: Counter[str] = Counter()
 
-    def arrived(self, router_id: str) -> None:
-        """A way from a router was opened."""
-        self._num_ways[router_id] += 1
+    def connected(self, router_id: str) -> None:
+        """A router opened a connection."""
+        self._num_connections[router_id] += 1
 
-    def try_drop(self) -> bool:
-        """Whether the next answer is one that is to be lost."""
-        if not self.num_to_drop:
-            return False
-        self.num_to_drop -= 1
-        return True
-
-    def drop_next(self, count: int) -> None:
-        """Loses the next answers."""
-        self.num_to_drop = count
-
-    def keep_all(self) -> int:
-        """Loses no more answers; how many it should have lost yet."""
-        num_left, self.num_to_drop = self.num_to_drop, 0
-        return num_left
-
-    def left(self, router_id: str) -> None:
-        """A way from a router broke; the core hears of it with the last one."""
-        self._num_ways[router_id] -= 1
-        if self._num_ways[router_id] <= 0:
-            del self._num_ways[router_id]
+    def disconnected(self, router_id: str) -> None:
+        """A connection of a router broke; the core is informed when it was the last one."""
+        self._num_connections[router_id] -= 1
+        if self._num_connections[router_id] <= 0:
+            del self._num_connections[router_id]
             self.sink.router_gone(router_id)
 
 
 class Intake:
-    """The calls of one connection: decoded, submitted or refused, answered once each."""
+    """The calls of one connection: decoded, submitted or refused, and answered once each.
+
+    Invariant: `num_open` counts the calls that were taken and not answered.
+    """
 
     def __init__(self, sessions: RouterSessions, send: Callable[[int, Result], None]) -> None:
         self.num_open = 0
@@ -62,12 +52,12 @@ class Intake:
         self._is_closed = False
 
     def greet(self, router_id: str) -> None:
-        """Says whose connection it is, before its first call."""
+        """Says which router this connection belongs to, before its first call."""
         self._router_id = router_id
-        self._sessions.arrived(router_id)
+        self._sessions.connected(router_id)
 
     def take(self, fields: Fields, payload: PayloadReader) -> None:
-        """Submits a call; what cannot be read, or comes in another's name, is refused."""
+        """Submits a call. Refuses one that is malformed, or names another router."""
         reply = _Reply(self, fields.call_id)
         self.num_open += 1
         try:
@@ -88,22 +78,22 @@ class Intake:
             reply(Refusal(RefusalReason.FAULT, repr(error)))
 
     def close(self) -> None:
-        """The connection broke: replies still to come go nowhere."""
+        """The connection broke: later replies are dropped."""
         if self._is_closed:
             return
         self._is_closed = True
         if self._router_id is not None:
-            self._sessions.left(self._router_id)
+            self._sessions.disconnected(self._router_id)
 
     def answer(self, call_id: int, result: Result) -> None:
         """Sends the one answer to a call."""
         self.num_open -= 1
-        if not self._is_closed and not self._sessions.try_drop():
+        if not self._is_closed:
             self._send(call_id, result)
 
 
 class _Reply:
-    """The way back of one call; only the first answer goes it."""
+    """Answers one call; a second answer is ignored."""
 
     __slots__ = ("_call_id", "_intake")
 

@@ -1,11 +1,9 @@
-"""A worker's shared memory: rings at an abstract Unix socket, payload in the routers' segments.
+"""The server of shared memory: a Unix socket for the messages, payload in the routers' segments.
 
-Runs in the compute thread's reactor, so a call goes from the doorbell into the core and its result
-into the caller's memory without a change of threads. A router that sends nonsense loses its
-connection; the worker goes on.
+It runs in the compute thread's reactor: a call goes from the socket into the core, and its result
+into the caller's memory, without a change of threads.
 """
 
-import logging
 import os
 import secrets
 import socket
@@ -13,7 +11,7 @@ import struct
 from selectors import EVENT_READ
 from typing import Any, NamedTuple
 
-from milliways.runtime.reactor import Reactor
+from milliways.v1 import worker_pb2 as pb
 from milliways.wire import codec
 from milliways.wire.calls import Refusal, Result
 from milliways.wire.errors import RefusalReason
@@ -28,98 +26,91 @@ from milliways.wire.frames import (
     SegmentFrame,
     WelcomeFrame,
 )
-from milliways.wire.limits import LinkLimits
-from milliways.wire.shm import Segment, attach_segment
+from milliways.wire.shm import Segment, attach_segment, local_host_id
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
-from milliways.workers.servers.intake import Intake, RouterSessions
-
-logger = logging.getLogger(__name__)
+from milliways.workers.servers.intake import Intake
+from milliways.workers.servers.transport import ServedWorker, TransportServer
 
 _CREDENTIALS = struct.Struct("3i")
 _BACKLOG = 128
 _MAX_SEGMENTS = 64
 
 
-class ShmServer:
-    """Listens for routers of this host and user. Used from its reactor's thread."""
+class ShmServer(TransportServer):
+    """Listens for routers of this host and user.
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        sessions: RouterSessions,
-        *,
-        worker_id: str,
-        incarnation: int,
-        limits: LinkLimits | None = None,
-    ) -> None:
-        # Random: who knows it was told by the worker.
-        self.socket_name = f"milliways-{worker_id}-{incarnation}-{secrets.token_hex(8)}"[:100]
-        self._reactor = reactor
-        self._sessions = sessions
-        self._welcome = WelcomeFrame(PROTOCOL_VERSION, incarnation, worker_id)
-        self._limits = limits or LinkLimits()
+    Invariant: `_connections` has exactly the connections that are open.
+    """
+
+    def __init__(self, worker: ServedWorker) -> None:
+        super().__init__(worker)
+        # Random, so that only those know it to whom the worker said it.
+        name = f"milliways-{worker.worker_id}-{worker.incarnation}-{secrets.token_hex(8)}"
+        self.socket_name = name[:100]
+        self._host_id = local_host_id()
         self._listener: socket.socket | None = None
         self._connections: set[_Connection] = set()
 
     def start(self) -> None:
-        """Listens."""
+        """Listens at an abstract Unix socket."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
         self._listener.bind(f"\0{self.socket_name}")
         self._listener.listen(_BACKLOG)
-        self._reactor.register(self._listener.fileno(), EVENT_READ, self._on_ready)
-        self._reactor.add_closer(self.stop)
+        reactor = self._worker.reactor
+        reactor.register(self._listener.fileno(), EVENT_READ, self._on_ready)
+        reactor.add_closer(self.stop)
 
     def stop(self) -> None:
-        """Takes nobody any more and breaks all connections."""
+        """Accepts no more routers and breaks all connections."""
         if self._listener is None:
             return
-        self._reactor.remove_closer(self.stop)
-        self._reactor.unregister(self._listener.fileno())
+        reactor = self._worker.reactor
+        reactor.remove_closer(self.stop)
+        reactor.unregister(self._listener.fileno())
         self._listener.close()
         self._listener = None
         for connection in tuple(self._connections):
             connection.close()
+
+    def endpoint_for(self, caller: pb.HelloRequest) -> str | None:
+        """The socket's name, for callers that can share memory with this process."""
+        can_share = self._host_id and caller.host_id == self._host_id
+        return self.socket_name if can_share else None
 
     def _on_ready(self, events: int) -> None:
         assert self._listener is not None
         try:
             accepted, _ = self._listener.accept()
         except OSError:
-            # It has hung up already, or there are no files left: not ours to die of.
+            # The router hung up already, or no file is left: no reason for the worker to fail.
             return
         if _peer_uid(accepted) != os.getuid():
             accepted.close()
             return
-        connection = _Connection(
-            self._reactor, accepted, self._sessions, self._welcome, self._limits
-        )
+        connection = _Connection(self._worker, accepted)
         self._connections.add(connection)
         connection.when_closed = lambda: self._connections.discard(connection)
 
 
 class _Connection:
-    """One router: its segments, and where each of its open calls wants the response."""
+    """One router: its segments, and for each of its open calls where the response goes.
 
-    def __init__(
-        self,
-        reactor: Reactor,
-        accepted: socket.socket,
-        sessions: RouterSessions,
-        welcome: WelcomeFrame,
-        limits: LinkLimits,
-    ) -> None:
+    Invariant: `_targets` has exactly the calls that were taken and not answered, while it is open.
+    """
+
+    def __init__(self, worker: ServedWorker, accepted: socket.socket) -> None:
         self.when_closed = _nothing
-        self._welcome = welcome
-        self._limits = limits
-        self._intake = Intake(sessions, self._send)
+        self._welcome = WelcomeFrame(PROTOCOL_VERSION, worker.incarnation, worker.worker_id)
+        self._limits = worker.limits
+        self._intake = Intake(worker.sessions, self._send)
         self._segments: dict[int, Segment] = {}
-        self._rooms: dict[int, _Room] = {}
+        self._targets: dict[int, _Target] = {}
         self._is_greeted = False
         self._frames = FrameSocket(
-            reactor,
+            worker.reactor,
             accepted,
-            max_frame_bytes=limits.max_message_bytes,
+            max_frame_bytes=worker.limits.max_message_bytes,
             on_frame=self._on_frame,
             on_lost=self._on_lost,
         )
@@ -131,7 +122,7 @@ class _Connection:
     def _on_lost(self, reason: str) -> None:
         self._intake.close()
         self._segments.clear()
-        self._rooms.clear()
+        self._targets.clear()
         self.when_closed()
 
     def _on_frame(self, kind: int, body: bytes) -> None:
@@ -142,17 +133,17 @@ class _Connection:
         elif kind == FrameKind.CALL_INLINE:
             fields = codec.split_request(body)
             payload = PayloadReader(body, fields.payload_start, fields.num_payload_bytes)
-            self._submit(fields, payload, _NO_ROOM)
+            self._submit(fields, payload, _NO_TARGET)
         elif kind == FrameKind.SEGMENT:
             self._attach(SegmentFrame.unpack(body))
         else:
-            raise MalformedMessageError(f"a frame of kind {kind}")
+            raise MalformedMessageError(f"a frame of unexpected kind {kind}")
 
     def _greet(self, kind: int, body: bytes) -> None:
         if kind != FrameKind.HELLO:
-            raise MalformedMessageError("no greeting")
+            raise MalformedMessageError("the first frame is no HELLO")
         hello = HelloFrame.unpack(body)
-        # Said before the connection is closed, so that the other side knows why.
+        # Sent even if the connection is closed next, so that the router can see why.
         self._frames.send(FrameKind.WELCOME, self._welcome.pack())
         if hello.version != PROTOCOL_VERSION:
             raise MalformedMessageError(f"protocol {hello.version}, not {PROTOCOL_VERSION}")
@@ -170,7 +161,7 @@ class _Connection:
                 or len(self._segments) >= _MAX_SEGMENTS
                 or shared_bytes + frame.num_bytes > self._limits.max_shared_bytes
             ):
-                raise MalformedMessageError(f"a segment more: {frame}")
+                raise MalformedMessageError(f"one segment too many, or twice the same: {frame}")
             self._segments[frame.segment_id] = attach_segment(file, frame.num_bytes)
         finally:
             os.close(file)
@@ -178,38 +169,38 @@ class _Connection:
     def _take_call(self, frame: CallFrame) -> None:
         segment = self._segments.get(frame.segment_id)
         if segment is None:
-            raise MalformedMessageError(f"segment {frame.segment_id} is not there")
+            raise MalformedMessageError(f"there is no segment {frame.segment_id}")
         segment.check(frame.offset, frame.num_request_bytes)
         segment.check(frame.response_offset, frame.num_response_bytes)
         payload = PayloadReader(
             segment.buffer, frame.offset, frame.num_request_bytes, is_shared=True
         )
-        room = _Room(segment.buffer, frame.response_offset, frame.num_response_bytes)
-        self._submit(codec.split_request(frame.header), payload, room)
+        target = _Target(segment.buffer, frame.response_offset, frame.num_response_bytes)
+        self._submit(codec.split_request(frame.header), payload, target)
 
-    def _submit(self, fields: Fields, payload: PayloadReader, room: "_Room") -> None:
+    def _submit(self, fields: Fields, payload: PayloadReader, target: "_Target") -> None:
         call_id = fields.call_id
-        if call_id in self._rooms:
-            raise MalformedMessageError(f"call {call_id} is open already")
-        self._rooms[call_id] = room
-        if len(self._rooms) > self._limits.max_calls_in_flight:
-            text = f"more than {self._limits.max_calls_in_flight} calls"
+        if call_id in self._targets:
+            raise MalformedMessageError(f"call {call_id} is in flight already")
+        self._targets[call_id] = target
+        if len(self._targets) > self._limits.max_calls_in_flight:
+            text = f"more than {self._limits.max_calls_in_flight} calls in flight"
             self._send(call_id, Refusal(RefusalReason.OVERLOADED, text))
             return
         self._intake.take(fields, payload)
 
     def _send(self, call_id: int, result: Result) -> None:
-        room = self._rooms.pop(call_id)
+        target = self._targets.pop(call_id)
         parts = codec.encode_response(call_id, result)
         num_bytes = parts.payload.num_bytes
-        if num_bytes > room.num_bytes:
+        if num_bytes > target.num_bytes:
             self._frames.send(FrameKind.RESULT_INLINE, codec.join(parts))
             return
-        parts.payload.write_to(room.buffer, room.offset)
+        parts.payload.write_to(target.buffer, target.offset)
         self._frames.send(FrameKind.RESULT, ResultFrame(num_bytes, parts.header).pack())
 
 
-class _Room(NamedTuple):
+class _Target(NamedTuple):
     """Where a router wants a response's payload."""
 
     buffer: Any
@@ -217,7 +208,7 @@ class _Room(NamedTuple):
     num_bytes: int
 
 
-_NO_ROOM = _Room(b"", 0, 0)
+_NO_TARGET = _Target(b"", 0, 0)
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -1,1 +1,1 @@
-"""The demo model's language: an engine, the facts of its universe, and six kinds of text."""
+"""The rules of the demo model's language: an engine, facts, and six kinds of text."""

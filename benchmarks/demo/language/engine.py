@@ -1,18 +1,18 @@
-"""A grammar that writes and reads: the same rules generate a text and recognise it.
+"""A grammar whose rules both generate a text and recognise it.
 
-Rules are strings in a small notation, kept as data by the modules beside this one:
+Rules are strings in a small notation. The modules beside this one hold them as data:
 
-    (a|b|)          one of the alternatives, here also nothing
-    <dish>          some text of the rule `dish`
-    <dish:d>        the same, and remember it as `d`
-    <=d>            what is remembered as `d`, once more
-    <!price d>      what the function `price` says of it
-    <?differ a b>   no text; only holds where the function `differ` says so
+    (a|b|)          one of the alternatives; the last one here is empty
+    <dish>          a text of the rule `dish`
+    <dish:d>        the same; the text is remembered as `d`
+    <=d>            the text that was remembered as `d`
+    <!price d>      the result of the function `price` for `d`
+    <?differ a b>   no text; a condition: the function `differ` must return true
 
-Life of a text: `Grammar.generate` walks a rule and draws every choice from the given generator;
-`Grammar.match` walks the same tree over a given text and backtracks over the choices. Both visit
-the parts in the same order with the same memory, so neither can know a text that the other does
-not. Only the memory (`<=d>`, `<!...>`) makes the language more than context-free.
+`Grammar.generate` walks a rule, and draws every choice from the given generator. `Grammar.match`
+walks the same tree over a given text, and backtracks over the choices. Both visit the parts in the
+same order with the same memory, so both accept the same texts. The memory (`<=d>`, `<!...>`) makes
+the language more than context-free.
 """
 
 import random
@@ -66,19 +66,19 @@ Node = Literal | Series | Choice | Reference | Repeated | Computed | Condition
 
 
 class GrammarError(ValueError):
-    """A rule that cannot be read; our own mistake, found when the grammar is built."""
+    """A rule is invalid. That is a bug of ours, found when the grammar is built."""
 
 
 class ConditionFailed(Exception):
-    """The drawn choices do not fit each other; the text is drawn again."""
+    """The drawn choices break a condition; the text is drawn again."""
 
 
-# The checks that tests put around every call would cost more than a match itself, which makes
-# thousands of calls and knows no shapes: hence `no_type_check` here and below.
+# Tests check types and shapes in every call. A match makes thousands of calls and has no shapes, so
+# these checks would take longer than the match: hence `no_type_check` here and below.
 @no_type_check
 @dataclass(slots=True)
 class Trace:
-    """How far a failed match came: the only honest answer to "why not"."""
+    """How far a failed match came, and what was expected there: the reason of the failure."""
 
     furthest: int = 0
     expected: set[str] = field(default_factory=set)
@@ -151,7 +151,7 @@ def _parse_tag(tag: str) -> Node:
 
 @no_type_check
 class Grammar:
-    """Rules by name (several strings are alternatives) and the functions that they may ask."""
+    """Rules by name (several strings are alternatives), and the functions that they may call."""
 
     def __init__(
         self, rules: Mapping[str, Sequence[str]], functions: Mapping[str, Function]
@@ -165,16 +165,18 @@ class Grammar:
             self._check_names(node)
 
     def generate(self, rule: str, rng: random.Random, attempts_max: int = 1000) -> str:
-        """A text of the rule; drawn again as long as its conditions do not hold."""
+        """A text of the rule. It is drawn again until its conditions hold."""
         for _ in range(attempts_max):
             try:
                 return self._write(self._rules[rule], rng, {})
             except ConditionFailed:
                 continue
-        raise GrammarError(f"no text of {rule!r} fits its conditions in {attempts_max} attempts")
+        raise GrammarError(
+            f"{attempts_max} texts of rule {rule!r} were drawn; none fits its conditions"
+        )
 
     def match(self, rule: str, text: str, trace: Trace | None = None) -> bool:
-        """Whether the whole text is one of the rule."""
+        """Whether the rule can generate the whole text."""
         trace = trace if trace is not None else Trace()
         for end, _ in self._read(self._rules[rule], text, 0, {}, trace):
             if end == len(text):
@@ -207,7 +209,7 @@ class Grammar:
     def _read(
         self, node: Node, text: str, start: int, memory: Memory, trace: Trace
     ) -> Iterator[tuple[int, Memory]]:
-        """Every (end, memory) at which the node can leave the text that it entered at `start`."""
+        """Every (end, memory) with which the node can match the text from `start` on."""
         match node:
             case Literal(expected):
                 yield from _read_exactly(expected, text, start, memory, trace)
@@ -250,9 +252,9 @@ class Grammar:
                 for part in parts:
                     self._check_names(part)
             case Reference(rule, _) if rule not in self._rules:
-                raise GrammarError(f"no rule {rule!r}")
+                raise GrammarError(f"a rule refers to {rule!r}, which does not exist")
             case Computed(function, _) | Condition(function, _) if function not in self._functions:
-                raise GrammarError(f"no function {function!r}")
+                raise GrammarError(f"a rule calls {function!r}, which does not exist")
 
 
 @no_type_check

@@ -1,7 +1,7 @@
-"""What is true in the demo model's universe: worlds, guests, dishes and their prices.
+"""The facts of the demo model's universe: worlds, guests, dishes and their prices.
 
-Every kind of text draws on these, so that a price in a menu is the price in an order, and a guest
-is "she" in a story as in a sum.
+Every kind of text uses them. So a dish has the same price in a menu and in an order, and a guest
+has the same pronoun in a story and in a sum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ WORLDS: Mapping[str, World] = {
     "Nimbus": World("Drizzle", "three moons", "foggy", "cloud pudding", "steam tea"),
 }
 
-# name -> how the stories speak of its bearer
+# The pronouns of each guest.
 GUESTS: Mapping[str, tuple[str, str]] = {
     "Arla": ("she", "her"),
     "Bram": ("he", "his"),

@@ -1,4 +1,4 @@
-"""Orders in JSON, half of them after the sentence that they write down."""
+"""Orders in JSON. Some follow a sentence with the same contents."""
 
 from collections.abc import Mapping, Sequence
 

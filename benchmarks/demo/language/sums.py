@@ -1,4 +1,4 @@
-"""Small sums, bare and dressed; every one of them is right."""
+"""Small sums, as formulas, sentences and stories. All of them are right."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,1 +1,1 @@
-"""Trains the demo model; nothing here is imported when serving."""
+"""Trains the demo model. Nothing here is imported when serving."""

@@ -1,8 +1,8 @@
-"""Turns the demo language into a tokenizer and into training rows.
+"""Makes a tokenizer and training rows from the demo language.
 
-A row begins with a text at position 0, as a prompt does when serving (no BOS), then comes EOS and
-the next text, until the window is full. A batch follows from the seed and the number of its step
-alone: nothing is stored, no text is repeated on purpose, and a resumed run draws the same rows.
+A row begins with a text at position 0, without BOS, like a prompt when serving. EOS and the next
+text follow, until the window is full. A batch depends only on the seed and the number of its step.
+So nothing is stored, and a resumed run draws the same rows.
 """
 
 import io
@@ -22,7 +22,7 @@ def train_tokenizer(seed: int, vocab_size: int) -> bytes:
     rng = random.Random(f"tokenizer/{seed}")
     serialised = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        # Newlines are pieces of their own, and the trainer wants lines.
+        # The trainer needs lines. A newline is a piece of its own.
         sentence_iterator=_lines(rng),
         model_writer=serialised,
         model_type="bpe",
@@ -62,7 +62,7 @@ class Corpus:
         self._seed = seed
 
     def batch(self, step: int, num_rows: int, window: int) -> np.ndarray:
-        """Token ids [num_rows, window + 1]: inputs and, one to the right, what to predict."""
+        """Token ids [num_rows, window + 1]: the inputs and, shifted by one, the targets."""
         rng = random.Random(f"rows/{self._seed}/{step}")
         return np.array([self._row(rng, window + 1) for _ in range(num_rows)], dtype=np.int32)
 

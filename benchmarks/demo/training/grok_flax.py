@@ -1,12 +1,12 @@
-"""Grok-1's forward pass in Flax, float32, for training only.
+"""Grok-1's forward pass in Flax, in float32, for training only.
 
-Every parameter carries the names of its logical axes (vocab, embed, q_heads, kv_heads, experts,
-ffn) as sharding metadata, and the modules are named as in the released checkpoint. The arithmetic
-is the reference's: sandwich norms, halved rotary embedding, tanh-capped attention logits, gates
-taken from a softmax over all experts and not renormalised, tied embedding.
+Every parameter has the names of its logical axes (vocab, embed, q_heads, kv_heads, experts, ffn) as
+sharding metadata. The modules have the names of the released checkpoint. The arithmetic is that of
+the reference: norms before and after each half, rotary embedding of two halves, attention logits
+capped by tanh, gate weights from a softmax over all experts without renormalising, tied embedding.
 
-Only here may an expert refuse a token: the dispatch has a capacity per expert, so that each step
-is a few matrices of a fixed size. A balance loss keeps the refusals rare; serving has none at all.
+Only in training may an expert drop a token: each expert has a capacity, so that a step consists of
+a few matrices of fixed size. A balance loss keeps dropped tokens rare. Serving never drops one.
 """
 
 import math
@@ -23,12 +23,12 @@ ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 ATTENTION_LOGIT_CAP = 30.0
 MASKED_LOGIT = -1e30
-# A small start keeps the sandwich's sums close to the embedding until the layers have learned.
+# A small initial scale keeps the residual stream close to the embedding until the layers learn.
 POST_NORM_INIT = 0.5
 
 
 class GateLoad(NamedTuple):
-    """What a layer's gate did: chosen share and mean probability per expert, and refusals."""
+    """The choices of a layer's gate: share and mean probability of each expert, dropped share."""
 
     chosen_share_E: Float[Array, " E"]
     mean_probability_E: Float[Array, " E"]
@@ -36,13 +36,13 @@ class GateLoad(NamedTuple):
 
 
 def _matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """Normal with variance 1 / fan-in; the fan-in is the axis before the last."""
+    """A normal matrix with variance 1 / fan-in. The fan-in is the second-last axis."""
     weight = jax.random.normal(rngs.params(), shape) / math.sqrt(shape[-2])
     return nnx.Param(weight, out_sharding=axes, eager_sharding=False)
 
 
 class RMSNorm(nnx.Module):
-    """Plain scale (not 1 + scale)."""
+    """RMS norm that multiplies with the scale (not with 1 + scale)."""
 
     def __init__(self, size: int, init: float = 1.0) -> None:
         scale = jnp.full((size,), init)
@@ -55,7 +55,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention of grouped query heads over one window."""
+    """Causal attention over one window; groups of query heads share a key/value head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -75,8 +75,7 @@ class Attention(nnx.Module):
         queries_BHSK = rotate((hidden_BSD @ self.query[...]).reshape(heads)).swapaxes(1, 2)
         keys_BRSK = rotate((hidden_BSD @ self.key[...]).reshape(heads)).swapaxes(1, 2)
         values_BRSK = (hidden_BSD @ self.value[...]).reshape(heads).swapaxes(1, 2)
-        # Query heads are grouped contiguously: one matrix product per key/value head does all of
-        # its group.
+        # The query heads of a group are contiguous, so one matrix product computes a whole group.
         grouped = (batch, num_kv_heads, -1, config.key_size)
         logits = queries_BHSK.reshape(grouped) @ keys_BRSK.swapaxes(2, 3)
         logits_BHSS = logits.reshape(batch, config.num_q_heads, length, length)
@@ -91,7 +90,7 @@ class Attention(nnx.Module):
 
 
 def rotate(heads_BSHK: Float[Array, "B S H K"]) -> Float[Array, "B S H K"]:
-    """Rotary embedding in the halves layout; a window's positions count from 0."""
+    """Rotary embedding of two halves. The positions of a window are counted from 0."""
     length, width = heads_BSHK.shape[1], heads_BSHK.shape[3]
     frequencies = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     phases = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
@@ -102,7 +101,7 @@ def rotate(heads_BSHK: Float[Array, "B S H K"]) -> Float[Array, "B S H K"]:
 
 
 class MixtureOfExperts(nnx.Module):
-    """Eight experts, two a token, each with room for `capacity` tokens of the step."""
+    """The experts of a layer. Each takes at most `capacity` assignments of a step."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -122,7 +121,7 @@ class MixtureOfExperts(nnx.Module):
         )
         places_TA = assign_places(expert_ids_TA, num_experts, capacity)
         num_choices = expert_ids_TA.size
-        # The inverse of the places: which choice (token and rank) each place holds, if any.
+        # The inverse of the places: the choice (token and rank) at each place, if there is one.
         choice_of_place = jnp.full((num_experts * capacity,), num_choices)
         choice_of_place = choice_of_place.at[places_TA.reshape(-1)].set(
             jnp.arange(num_choices), mode="drop"
@@ -139,7 +138,7 @@ class MixtureOfExperts(nnx.Module):
         return mixed_TD, load
 
     def _experts(self, queued_ECD: Float[Array, "E C D"]) -> Float[Array, "EC D"]:
-        """One matrix product per expert: a batched one is several times slower on a CPU."""
+        """One matrix product for each expert. A batched one is several times slower on a CPU."""
         answers = []
         for expert in range(self.config.num_experts):
             rows_CD = queued_ECD[expert]
@@ -152,7 +151,7 @@ class MixtureOfExperts(nnx.Module):
 def assign_places(
     expert_ids_TA: Int[Array, "T A"], num_experts: int, capacity: int
 ) -> Int[Array, "T A"]:
-    """Where each choice goes among all experts' queues; one past the end where refused."""
+    """The place of each choice in the queues of all experts; one after the end if dropped."""
     flat = expert_ids_TA.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     group_sizes_E = jnp.bincount(flat, length=num_experts)
@@ -169,8 +168,8 @@ def _rows_or_zeros(rows_ND: Array, indices: Array) -> Array:
     return rows_ND.at[indices].get(mode="fill", fill_value=0.0)
 
 
-# Dispatch and combine are gathers; their gradients are written as gathers too (each the other's),
-# for the scatter-add that they would otherwise become is slow on a CPU.
+# Dispatch and combine are gathers, and the gradient of each has the form of the other. Without
+# these definitions the gradients would be scatter-adds, which are slow on a CPU.
 
 
 @jax.custom_vjp
@@ -179,7 +178,7 @@ def dispatch(
     places_TA: Int[Array, "T A"],
     choice_of_place: Int[Array, " N"],
 ) -> Float[Array, "N D"]:
-    """Copies each token to the places of its choices; empty places stay zero."""
+    """Copies each token to the places of its choices. Empty places are zero."""
     return _rows_or_zeros(hidden_TD, choice_of_place // places_TA.shape[1])
 
 
@@ -189,7 +188,7 @@ def combine(
     places_TA: Int[Array, "T A"],
     choice_of_place: Int[Array, " N"],
 ) -> Float[Array, "T A D"]:
-    """The row at the place of each choice; zeros for a refused one."""
+    """The row at the place of each choice; zeros for a dropped one."""
     del choice_of_place
     return _rows_or_zeros(rows_ND, places_TA)
 
@@ -216,7 +215,7 @@ combine.defvjp(_combine_forward, _combine_backward)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and experts, each between two norms."""
+    """Attention and experts, each with a norm before and a norm after it."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.rms_norm = RMSNorm(config.emb_size)
@@ -240,12 +239,12 @@ class DecoderLayer(nnx.Module):
 
 
 class Grok(nnx.Module):
-    """The whole model over windows that each begin at position 0."""
+    """The whole model, for windows that begin at position 0."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         shape = (config.vocab_size, config.emb_size)
-        # Scaled so that the multiplied embedding enters the first layer with unit size.
+        # Scaled so that the embedding times its multiplier has variance 1.
         embeddings = jax.random.normal(rngs.params(), shape) / config.embedding_multiplier_scale
         self.in_out_embed = nnx.Param(
             embeddings, out_sharding=("vocab", "embed"), eager_sharding=False
@@ -256,9 +255,9 @@ class Grok(nnx.Module):
     def __call__(
         self, tokens_BS: Int[Array, "B S"], capacity_factor: float | None = None
     ) -> tuple[Float[Array, "B S V"], GateLoad]:
-        """Logits of every position and the gates' load by layer.
+        """The logits of every position, and the gates' load by layer.
 
-        Without a capacity factor no expert refuses a token.
+        Without a capacity factor no token is dropped.
         """
         config = self.config
         visible_BSS = _visible(tokens_BS, config.pad_token)
@@ -284,7 +283,7 @@ def _visible(tokens_BS: Int[Array, "B S"], pad_token: int) -> Bool[Array, "B S S
 
 
 def expert_capacity(config: ModelConfig, num_tokens: int, capacity_factor: float | None) -> int:
-    """Places per expert: the fair share times the factor, or room for every token."""
+    """The places of an expert: its even share times the factor, or one for each token."""
     if capacity_factor is None:
         return num_tokens
     fair_share = num_tokens * config.num_selected_experts / config.num_experts
@@ -292,7 +291,7 @@ def expert_capacity(config: ModelConfig, num_tokens: int, capacity_factor: float
 
 
 def balance_loss(load: GateLoad) -> Float[Array, ""]:
-    """Switch-style: 1 at perfect balance, more the more the gates favour few experts."""
+    """The balance loss of Switch Transformers: 1 if balanced, more if few experts dominate."""
     num_experts = load.chosen_share_E.shape[-1]
     per_layer = jnp.sum(load.chosen_share_E * load.mean_probability_E, axis=-1) * num_experts
     return jnp.mean(per_layer)

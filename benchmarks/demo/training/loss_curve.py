@@ -1,4 +1,4 @@
-"""The loss of a run: collected while it trains, kept as CSV, drawn as a plot."""
+"""The loss of a training run: collects it, saves it as CSV, and plots it."""
 
 import csv
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-# One line of the file is the mean of this many steps: small, and smooth enough to look at.
+# A line of the file is the mean of this many steps. So the file is small, and the curve smooth.
 STEPS_PER_POINT = 25
 _COLUMNS = ("step", "tokens", "loss")
 
 
 class LossCurve:
-    """Adding keeps the array of a loss unread, so that no step waits for the one before."""
+    """The loss by step. `add` does not read the array of a loss, so that no step waits for it.
+
+    Invariant: `_pending` has the losses after the last point, fewer than `STEPS_PER_POINT`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +41,7 @@ class LossCurve:
             writer.writerows((step, tokens, f"{loss:.4f}") for step, tokens, loss in self._points)
 
     def restore(self, step: int) -> None:
-        """Takes up a saved curve as far as the state that training resumes from."""
+        """Loads a saved curve, up to the step from which training resumes."""
         self._points = [point for point in read_points(self._path) if point[0] <= step]
         self.num_tokens = self._points[-1][1] if self._points else 0
 
@@ -50,15 +53,15 @@ def read_points(path: Path) -> list[tuple[int, int, float]]:
 
 
 def plot_loss(csv_path: Path, plot_path: Path) -> None:
-    """Draws the curve, and keeps its data beside the plot."""
-    # Imported here: drawing is the last thing a run does, and loading it takes seconds.
+    """Plots the curve, and copies its data to the folder of the plot."""
+    # Imported here: only the end of a run plots, and the import takes seconds.
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     points = read_points(csv_path)
-    # Without a date and with fixed ids the same curve is the same file.
+    # Without a date and with fixed ids, the same curve gives the same file.
     pyplot.rcParams["svg.hashsalt"] = "milliways"
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     axes.plot([tokens / 1e6 for _, tokens, _ in points], [loss for _, _, loss in points], lw=1)

@@ -1,6 +1,6 @@
-"""Between the training model's parameters and the released form on disk.
+"""Converts between the parameters of the training model and the released form on disk.
 
-Parameters are a flat mapping from the released name of a tensor to a float32 array.
+Parameters are a mapping from the released name of a tensor to a float32 array.
 """
 
 import json
@@ -25,7 +25,7 @@ from milliways.model.quantise import dequantise, quantise
 from milliways.model.tokenizer import TOKENIZER_FILE
 
 Parameters = dict[str, np.ndarray]
-# The released matrices that are cut by rows have one scale row per cut.
+# The number of scale rows of the matrices that the release quantised in row blocks.
 NUM_ROW_BLOCKS = 8
 
 
@@ -38,7 +38,7 @@ def parameters_of(model: Grok) -> Parameters:
 
 
 def model_of(config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> Grok:
-    """A training model that holds the given parameters."""
+    """A training model with the given parameters."""
     model = Grok(config, nnx.Rngs(0))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for spec in tensor_specs(config):
@@ -51,7 +51,7 @@ def model_of(config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> Grok:
 def write_release(
     model_dir: Path, config: ModelConfig, parameters: Mapping[str, np.ndarray], tokenizer: bytes
 ) -> int:
-    """Quantises and writes a model directory; returns the bytes of everything in it."""
+    """Quantises the parameters and writes a model directory; returns the bytes of all its files."""
     model_dir.mkdir(parents=True, exist_ok=True)
 
     def tensor_of(spec: TensorSpec) -> np.ndarray | tuple[np.ndarray, np.ndarray]:

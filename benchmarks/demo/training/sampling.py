@@ -1,4 +1,4 @@
-"""The training model made to speak, plainly: the whole window again for every token."""
+"""Samples texts from the training model. It computes the whole window for every token."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from milliways.benchmarks.demo.training.release import model_of, read_release
 from milliways.model.config import ModelConfig
 from milliways.model.tokenizer import TOKENIZER_FILE
 
-# One compilation each; the last is the longest text that is waited for.
+# The window sizes, each compiled once. A text longer than the last one counts as unfinished.
 WINDOWS = (32, 64, 128, 192)
 LOAD_WINDOW = 128
 
 
 class TrainingSpeaker:
-    """Samples many prompts at a time; a `Speaker` of `milliways.benchmarks.demo.sample_check`."""
+    """A `Speaker` of `milliways.benchmarks.demo.sample_check`; samples many prompts at a time."""
 
     def __init__(
         self,
@@ -33,12 +33,12 @@ class TrainingSpeaker:
 
     @classmethod
     def load(cls, model_dir: Path) -> "TrainingSpeaker":
-        """Speaks with the dequantised weights of a model directory."""
+        """A speaker with the dequantised weights of a model directory."""
         tokenizer = SentencePieceProcessor(model_file=str(model_dir / TOKENIZER_FILE))
         return cls(*read_release(model_dir), tokenizer)
 
     def sample(self, prompts: Sequence[str], *, temperature: float, seed: int) -> list[str | None]:
-        """Each prompt with its completion; None where the model had not finished in time."""
+        """Each prompt with its completion; None if the completion did not end in the window."""
         tokens_BS, lengths_B = self._pad(prompts)
         finished_B = np.zeros(len(prompts), dtype=bool)
         key = jax.random.key(seed)
@@ -59,7 +59,7 @@ class TrainingSpeaker:
         ]
 
     def expert_load(self, texts: Sequence[str]) -> np.ndarray:
-        """Share of the texts' tokens that chose each expert, by layer."""
+        """The share of the texts' tokens that chose each expert, by layer."""
         eos = self._tokenizer.eos_id()
         stream = [token for text in texts for token in [*self._tokenizer.encode(text), eos]]
         window = min(LOAD_WINDOW, len(stream))

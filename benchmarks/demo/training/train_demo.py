@@ -1,15 +1,16 @@
-"""Trains the demo model and writes it in the released form.
+"""Trains the demo model, and writes it in the released form.
 
     python -m milliways.benchmarks.demo.training.train_demo --seed 0 --steps 8000 --out build/demo
 
-Life of a run:
-1. Train the tokenizer on the demo language, unless --out holds it already.
-2. Take the state from --out/state.npz where a run was cut off; else start from the seed.
-3. Each step draws its rows from (seed, step). The learning rate warms up, stays, and falls in the
-   last part of the run; so does the share of short windows. Both depend on the step only, and up
-   to the fall not even on --steps: a run may be prolonged or shortened until then.
-4. Every few minutes save the state and the loss curve.
-5. Quantise and write --release (the package's own demo folder unless told otherwise), and plot.
+A run has these steps:
+
+1. Train the tokenizer on the demo language, if --out does not have one.
+2. Load the state from --out/state.npz if there is one; otherwise start from the seed.
+3. Draw the rows of each step from (seed, step). The learning rate warms up, stays, and falls in the
+   last part of the run. At the end, windows are longer. Both depend on the step, and on --steps
+   only from the beginning of the fall: until then --steps may still be changed.
+4. Save the state and the loss curve every few minutes.
+5. Quantise, write --release (by default the package's own demo folder), and plot the loss.
 """
 
 import argparse
@@ -60,14 +61,14 @@ DEMO_CONFIG = ModelConfig(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the outcome, besides the seed and the number of steps."""
+    """Everything that decides the result, except the seed and the number of steps."""
 
     learning_rate_max: float = 3e-3
     learning_rate_end: float = 1e-4
     num_warmup_steps: int = 200
-    # The last part of the run, in which the learning rate falls along a cosine.
+    # The share of the run, at its end, in which the learning rate falls along a cosine.
     fall_share: float = 0.5
-    # Texts fit a short window; longer ones, late, teach the positions after it.
+    # Most texts fit into a short window. Long windows at the end teach the positions after it.
     num_rows: int = 16
     window: int = 128
     num_long_rows: int = 8
@@ -79,7 +80,7 @@ class Recipe:
     gradient_norm_max: float = 1.0
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
-        """Warm-up, plateau, fall."""
+        """The learning rate by step: it rises, stays, and falls."""
         num_fall_steps = int(num_steps * self.fall_share)
         peak = self.learning_rate_max
         return optax.join_schedules(
@@ -93,14 +94,17 @@ class Recipe:
         )
 
     def rows(self, step: int, num_steps: int) -> tuple[int, int]:
-        """How many rows of which window the step has."""
+        """The number of rows of a step, and their window."""
         if step >= num_steps * (1 - self.long_share):
             return self.num_long_rows, self.long_window
         return self.num_rows, self.window
 
 
 class Trainer:
-    """The model's parameters, the optimiser's state, and the number of the next step."""
+    """The parameters of the model, the state of the optimiser, and the number of the next step.
+
+    Invariant: `_params` and `_optimiser_state` are those after `step` updates.
+    """
 
     def __init__(self, config: ModelConfig, recipe: Recipe, seed: int, num_steps: int) -> None:
         self.config = config
@@ -124,7 +128,7 @@ class Trainer:
         return sum(leaf.size for leaf in jax.tree.leaves(self._params))
 
     def train_on(self, rows: np.ndarray) -> tuple[jax.Array, GateLoad]:
-        """One step; loss in nats per token. Returns at once, the arrays follow."""
+        """Runs one step; returns the loss in nats per token. The arrays may still be computing."""
         self._params, self._optimiser_state, loss, load = self._update(
             self._params, self._optimiser_state, rows
         )
@@ -162,7 +166,7 @@ class Trainer:
 
 
 def _is_matrix(params: Any) -> Any:
-    """Weight decay is for matrices; a norm's scale has no reason to be small."""
+    """Which parameters have weight decay: matrices, but not the scales of norms."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
@@ -208,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _batches(corpus: Corpus, recipe: Recipe, first: int, num_steps: int) -> Iterator[np.ndarray]:
-    """Written while the step before still computes, for steps are dispatched, not awaited."""
+    """The rows of each step. They are made while the device computes the step before."""
     for step in range(first, num_steps):
         yield corpus.batch(step, *recipe.rows(step, num_steps))
 
@@ -233,19 +237,30 @@ def _log_samples(trainer: Trainer, tokenizer: spm.SentencePieceProcessor) -> Non
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options; without any, the run is the one that made the model we ship."""
-    parser = argparse.ArgumentParser(description="Trains the demo model.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/demo-run"), help="state of the run, resumable"
+    """The options. Their defaults are those of the run that made the model we ship."""
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    option = parser.add_argument
+    option("--seed", type=int, default=0, metavar="S", help="seed of the run [%(default)s]")
+    option("--steps", type=int, default=8000, metavar="N", help="number of steps [%(default)s]")
+    option(
+        "--out",
+        type=Path,
+        default=Path("build/demo-run"),
+        metavar="DIR",
+        help="folder for the state of the run, to resume it [%(default)s]",
     )
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long")
-    parser.add_argument("--release", type=Path, default=DEMO_DIR, help="model directory to write")
-    parser.add_argument("--plot", type=Path, default=Path("docs/demo-loss.svg"))
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--sample-every", type=int, default=1500)
+    option("--minutes", type=float, default=1e6, metavar="M", help="minutes after which to stop")
+    option("--release", type=Path, default=DEMO_DIR, metavar="DIR", help="model directory to write")
+    option(
+        "--plot",
+        type=Path,
+        default=Path("docs/demo-loss.svg"),
+        metavar="FILE",
+        help="plot of the loss to write [%(default)s]",
+    )
+    option("--log-every", type=int, default=50, metavar="N", help="steps between log lines")
+    option("--save-every", type=int, default=250, metavar="N", help="steps between saved states")
+    option("--sample-every", type=int, default=1500, metavar="N", help="steps between samples")
     return parser
 
 

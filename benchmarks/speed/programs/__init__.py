@@ -1,5 +1,5 @@
-"""What runs in a contestant's process: one program each, all speaking `line_protocol`.
+"""The programs that run in contestants' processes.
 
-Those of other engines run under those engines' own Python, by path, and import nothing of ours but
-their neighbour.
+Most speak `line_protocol`. `run_transformers` and `run_vllm` run by path under another engine's
+Python interpreter, and import nothing of Milliways but `line_protocol`.
 """

@@ -1,4 +1,4 @@
-"""Clients of a served cluster, one for each door: they note when tokens come, and no more."""
+"""Clients of a served cluster, one for each endpoint. They record when tokens arrive."""
 
 import http.client
 import json
@@ -19,18 +19,18 @@ _GENERATE = "/milliways.v1.GenerateService/Generate"
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """The request that goes through all doors."""
+class BenchRequest:
+    """The request that is sent to all endpoints."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
 
 
 class RouterBenchClient:
-    """The stream that the ingress has."""
+    """Reads a router's own stream, as the ingress does."""
 
-    def __init__(self, address: str, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, address: str, request: BenchRequest) -> None:
+        self._request = request
         self._numbers = count()
         self._call: Any = grpc.insecure_channel(address).unary_stream(
             _ROUTE,
@@ -41,19 +41,19 @@ class RouterBenchClient:
     def __call__(self) -> Timeline:
         request = router_pb2.RouteRequest(
             request_id=f"bench-{next(self._numbers)}",
-            prompt_token_ids=self._ask.prompt_ids,
-            max_tokens=self._ask.max_tokens,
+            prompt_token_ids=self._request.prompt_ids,
+            max_tokens=self._request.max_tokens,
             sampling=_greedy(),
             ignore_eos=True,
         )
-        return _timed(self._ask, _with_events(self._call, request))
+        return _timed(self._request, _with_events(self._call, request))
 
 
 class GrpcBenchClient:
-    """The public service."""
+    """Calls the public gRPC service."""
 
-    def __init__(self, address: str, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, address: str, request: BenchRequest) -> None:
+        self._request = request
         self._call: Any = grpc.insecure_channel(address).unary_stream(
             _GENERATE,
             request_serializer=generate_pb2.GenerateRequest.SerializeToString,
@@ -62,24 +62,24 @@ class GrpcBenchClient:
 
     def __call__(self) -> Timeline:
         request = generate_pb2.GenerateRequest(
-            tokens=generate_pb2.TokenIds(token_ids=self._ask.prompt_ids),
-            max_tokens=self._ask.max_tokens,
+            tokens=generate_pb2.TokenIds(token_ids=self._request.prompt_ids),
+            max_tokens=self._request.max_tokens,
             sampling=_greedy(),
             ignore_eos=True,
         )
-        return _timed(self._ask, _with_events(self._call, request))
+        return _timed(self._request, _with_events(self._call, request))
 
 
 class HttpBenchClient:
-    """`/v1/completions`, streaming, over a connection that is kept."""
+    """Streams from `/v1/completions`, over one connection for all requests."""
 
-    def __init__(self, address: str, model: str, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, address: str, model: str, request: BenchRequest) -> None:
+        self._request = request
         self._connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
         body = {
             "model": model,
-            "prompt": list(ask.prompt_ids),
-            "max_tokens": ask.max_tokens,
+            "prompt": list(request.prompt_ids),
+            "max_tokens": request.max_tokens,
             "temperature": 0,
             "seed": 0,
             "ignore_eos": True,
@@ -88,7 +88,7 @@ class HttpBenchClient:
         self._body = json.dumps(body)
 
     def __call__(self) -> Timeline:
-        return _timed(self._ask, self._chunks())
+        return _timed(self._request, self._chunks())
 
     def _chunks(self) -> Iterator[None]:
         headers = {"Content-Type": "application/json"}
@@ -101,13 +101,16 @@ class HttpBenchClient:
                 yield None
 
 
-def _timed(ask: Ask, tokens: Iterator[None]) -> Timeline:
-    """The last token is always seen; some between may come together, or show nothing."""
+def _timed(request: BenchRequest, tokens: Iterator[None]) -> Timeline:
+    """The times of the first and the last token.
+
+    Tokens in between may arrive together, or have no text, so their number is not counted here.
+    """
     begin_s = time.perf_counter()
     times = [time.perf_counter() - begin_s for _ in tokens]
     if not times:
-        raise RuntimeError("no token came")
-    return Timeline(times[0], times[-1], ask.max_tokens)
+        raise RuntimeError("the stream had no token")
+    return Timeline(times[0], times[-1], request.max_tokens)
 
 
 def _with_events(call: Any, request: Any) -> Iterator[None]:

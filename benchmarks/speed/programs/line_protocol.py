@@ -1,12 +1,12 @@
-"""The conversation of `milliways bench` with a contestant: one line of JSON each way.
+"""The protocol between `milliways bench` and a contestant: one line of JSON each way.
 
-1. The program loads its model and says {"about": "..."}.
-2. It reads {"kind": "decode", "size": 8, "prompt_tokens": 64, "steps": 16} (of a prefill, `size` is
-   the length of the prompt), and answers {"tokens": 128, "seconds": 1.5}.
-3. It ends when its input does.
+1. The program loads its model and writes {"about": "..."}.
+2. It reads {"kind": "decode", "size": 8, "prompt_tokens": 64, "steps": 16} (for a prefill, `size`
+   is the length of the prompt), and writes {"tokens": 128, "seconds": 1.5}.
+3. It ends when its input ends.
 
-A workload seen for the first time runs once untimed, to compile and to warm up. Whatever the
-program itself prints goes to its standard error. Needs nothing but the standard library.
+A new workload first runs once without being timed, to compile and to warm up. What the program
+prints otherwise goes to standard error. The module needs only the standard library.
 """
 
 import json
@@ -15,12 +15,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# Of one request: how many tokens in how many seconds.
+# Runs one request; returns the number of tokens, and the seconds that they took.
 Measure = Callable[[dict[str, Any]], tuple[int, float]]
 
 
 def serve(load: Callable[[], tuple[str, Measure]]) -> None:
-    """Answers requests until there are no more; `load` returns a description and a function."""
+    """Answers requests until the input ends; `load` returns a description and a function."""
     replies = take_stdout()
     about, measure = load()
     _reply(replies, {"about": about})
@@ -36,7 +36,7 @@ def serve(load: Callable[[], tuple[str, Measure]]) -> None:
 
 
 def take_stdout() -> TextIO:
-    """Keeps standard output for replies; what else is printed goes to standard error."""
+    """Reserves standard output for replies; other prints go to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return replies

@@ -1,8 +1,8 @@
-"""A cluster's side of a measurement: worker processes, each with one share of the experts.
+"""A cluster as a contestant: worker processes, each with a share of the experts.
 
-Every worker has all layers of attention, so sequences are spread evenly over their routers, as the
-ingress would. Workers talk to each other as they do when they serve; Ray, Serve and the ingress
-take no part. Speaks the line protocol, for the decoding workloads.
+Every worker has all attention layers, so sequences are spread evenly over the workers' routers, as
+the ingress would do. Workers are connected as in serving; there is no Ray, Serve or ingress. The
+program speaks the line protocol, for decoding workloads only.
 """
 
 import argparse
@@ -20,43 +20,45 @@ from milliways.model.config import load_config
 
 BLOCK_SIZE = 16
 _SEED = 1
-# Drawn before all sequences decode, and after one has ended: not timed.
+# Tokens of each sequence that are not timed: drawn before all sequences decode, or after one ended.
 _SPARE_TOKENS = 3
 
 
 class Worker:
-    """A worker's process; its pipes carry lines of JSON."""
+    """A worker's process. Its pipes carry lines of JSON."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def tell(self, values: dict[str, Any]) -> None:
+    def send(self, values: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(values) + "\n")
         self._process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("a worker ended")
+            raise RuntimeError("a worker's process ended")
         return json.loads(line)
 
 
 class Cluster:
-    """All workers, and the prompts that they are given."""
+    """All workers, and the prompts for them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._vocab_size = load_config(options.model_dir).vocab_size
         self._workers = [Worker(_command(options, index)) for index in range(options.workers)]
-        started = [worker.hear() for worker in self._workers]
+        started = [worker.receive() for worker in self._workers]
         addresses = [values["address"] for values in started]
         for worker in self._workers:
-            worker.tell({"addresses": addresses})
-        ways = {way for worker in self._workers for way in worker.hear()["transports"].values()}
-        between = ", ".join(sorted(ways - {"direct"})) or "nothing"
+            worker.send({"addresses": addresses})
+        transports = {
+            name for worker in self._workers for name in worker.receive()["transports"].values()
+        }
+        between = ", ".join(sorted(transports - {"direct"})) or "nothing"
         self.about = (
             f"{started[0]['about']}, {options.workers} workers of {options.threads} thread, "
             f"experts split, {between} between them"
@@ -64,7 +66,7 @@ class Cluster:
         self._turn = 0
 
     def measure(self, request: dict[str, Any]) -> tuple[int, float]:
-        """Times one request of the line protocol: tokens while all sequences decode."""
+        """Runs one request of the line protocol; counts tokens while all sequences decode."""
         self._turn += 1
         num_steps = request["steps"]
         shares = [
@@ -75,11 +77,14 @@ class Cluster:
             (worker, share) for worker, share in zip(self._workers, shares, strict=True) if share
         ]
         for worker, share in busy:
-            worker.tell({"prompts": share, "max_tokens": num_steps + _SPARE_TOKENS})
-        return decode_speed([worker.hear()["times"] for worker, _ in busy])
+            worker.send({"prompts": share, "max_tokens": num_steps + _SPARE_TOKENS})
+        return decode_speed([worker.receive()["times"] for worker, _ in busy])
 
     def _prompt(self, index: int, num_tokens: int) -> list[int]:
-        """Begins as ever, so that the prefix cache has most of it; ends otherwise at each turn."""
+        """A prompt whose beginning is always the same, so that the prefix cache has most of it.
+
+        Its last block differs in each measurement.
+        """
         shared = num_tokens - BLOCK_SIZE
         begin = np.random.default_rng([_SEED, index]).integers(3, self._vocab_size, shared)
         end = np.random.default_rng([_SEED, index, self._turn])
@@ -91,10 +96,10 @@ def _shares(size: int, num_workers: int) -> list[range]:
 
 
 def decode_speed(times_by_worker: Sequence[Sequence[Sequence[float]]]) -> tuple[int, float]:
-    """Tokens, and the seconds in which the cluster draws so many while all sequences decode.
+    """Tokens and seconds of the period in which all sequences decode.
 
-    Routers step on their own: each one's speed is that of its steps within the time in which every
-    sequence of all decodes, and the speeds add up.
+    Routers step independently. The speed of each is measured over its own steps in that period, and
+    the speeds are added.
     """
     sequences = [times for worker in times_by_worker for times in worker]
     begin_s = max(times[0] for times in sequences)
@@ -103,7 +108,7 @@ def decode_speed(times_by_worker: Sequence[Sequence[Sequence[float]]]) -> tuple[
     for worker in times_by_worker:
         steps = sorted({t for times in worker for t in times if begin_s <= t <= end_s})
         if len(steps) < 2:
-            # So few that the routers were never at it together: the first, which compile.
+            # The routers hardly ran at the same time, as in the first request, which compiles.
             return _speed_of_all(sequences)
         drawn = sum(steps[0] < t <= steps[-1] for times in worker for t in times)
         num_tokens += drawn
@@ -133,17 +138,17 @@ def _command(options: argparse.Namespace, index: int) -> list[str]:
 
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
-    """Starts the workers, which load the model."""
+    """Starts the workers; each loads its share of the model."""
     cluster = Cluster(options)
     return cluster.about, cluster.measure
 
 
 def parse_options() -> argparse.Namespace:
-    """What `milliways bench cluster` starts this program with; not for people."""
+    """The options that `milliways bench cluster` starts this program with."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--workers", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True, help="of each worker")
+    parser.add_argument("--threads", type=int, required=True, help="threads of each worker")
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--activations", required=True)
     parser.add_argument("--transport", required=True)

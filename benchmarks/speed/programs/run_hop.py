@@ -1,12 +1,12 @@
-"""One hop of the data plane, there and back: a client and a server for each contestant.
+"""One round trip of the data plane: a client and a server for each contestant.
 
-    uds   the floor: a blocking Unix socket, bytes echoed
-    aio   gRPC without us: a grpc.aio stream of bytes, echoed, in an asyncio loop of its own
-    grpc  our link over an Exchange stream; the core hands rows back as expert outputs
-    shm   our link over shared memory; likewise
+    uds   a floor: a blocking Unix socket that echoes bytes
+    aio   a floor: a bare grpc.aio stream that echoes bytes, in its own asyncio loop
+    grpc  our link over an Exchange stream; the core returns the rows as expert outputs
+    shm   our link over shared memory; the core returns the rows likewise
 
-Run as `run_hop client CONTESTANT`: starts its server, says {"about": ...}, then answers each line
-{"tokens": 32, "calls": 10} by {"seconds": [...]} until its input ends.
+`run_hop client CONTESTANT` starts its server and writes {"about": ...}. It then answers each line
+{"tokens": 32, "calls": 10} with {"seconds": [...]} until its input ends.
 """
 
 import asyncio
@@ -37,11 +37,10 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.shm import local_host_id
 from milliways.wire.view import Member, WorkerState
-from milliways.workers.servers.grpc_server import ServerIdentity, WorkerGrpcServer
 from milliways.workers.servers.intake import RouterSessions
-from milliways.workers.servers.shm_server import ShmServer
+from milliways.workers.servers.worker_server import WorkerServer
 
-# Of Grok-1, in bfloat16.
+# A row of Grok-1, in bfloat16.
 WIDTH = 6144
 ROW_BYTES = 2 * WIDTH
 
@@ -57,12 +56,12 @@ _FENCE = Fence(
     router_incarnation=1,
 )
 
-# Seconds of each of so many calls with so many tokens.
+# Takes the number of tokens and of calls; returns the seconds of each call.
 Measure = Callable[[int, int], list[float]]
 
 
 class EchoCore:
-    """Actuator the rows back: as many bytes there as back, and no arithmetic."""
+    """Returns the rows as they are: the same number of bytes each way, and no arithmetic."""
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
         assert isinstance(call, RunExperts)
@@ -73,7 +72,7 @@ class EchoCore:
 
 
 def run_experts(num_tokens: int) -> RunExperts:
-    """A row for each token, and one of its two experts at this worker."""
+    """A call with a row for each token; one of a token's two experts is on this worker."""
     rows_TD = np.zeros((num_tokens, WIDTH), ml_dtypes.bfloat16)
     ids_TA = np.full((num_tokens, 2), -1, np.int32)
     ids_TA[:, 0] = 3
@@ -81,25 +80,17 @@ def run_experts(num_tokens: int) -> RunExperts:
 
 
 def serve_links() -> None:
-    """Both our transports; prints the address."""
+    """Serves both of our transports; prints the address."""
     reactor = Reactor(SystemClock(), make_loop=AsyncioLoop)
     sessions = RouterSessions(EchoCore())
-    shm = ShmServer(reactor, sessions, worker_id="bench", incarnation=1)
-    plate = ServerIdentity(
-        worker_id="bench",
-        incarnation=1,
-        host_id=local_host_id(),
-        socket_name=shm.socket_name,
-    )
-    server = WorkerGrpcServer(reactor, sessions, plate)
+    server = WorkerServer(reactor, sessions, worker_id="bench", incarnation=1)
     reactor.start()
-    reactor.call(shm.start)
     print(reactor.ask(lambda: server.start("127.0.0.1:0"), _TIMEOUT_S), flush=True)
     sys.stdin.read()
 
 
 def link_client(wanted: str, address: str) -> Measure:
-    """Calls one after another, from a task in a router's reactor."""
+    """Makes calls one after another, in a task of a reactor, as a router does."""
     reactor = Reactor(SystemClock(), make_loop=AsyncioLoop)
     reactor.start()
     member = Member(worker_id="bench", incarnation=1, address=address, state=WorkerState.READY)
@@ -127,7 +118,7 @@ async def _ask_in_turn(link: WorkerLink, call: RunExperts, num_calls: int) -> li
 
 
 def serve_uds() -> None:
-    """Echoes whole messages, blocking."""
+    """Echoes whole messages over a blocking socket."""
     with TemporaryDirectory() as folder:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(f"{folder}/echo")
@@ -141,7 +132,7 @@ def serve_uds() -> None:
 
 
 def uds_client(address: str) -> Measure:
-    """Sends and receives whole messages, blocking."""
+    """Sends and receives whole messages over a blocking socket."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(address)
     room = memoryview(bytearray(64 << 20))
@@ -177,7 +168,7 @@ def serve_aio() -> None:
     """Echoes the messages of a stream."""
 
     async def echo(requests: Any, context: Any) -> None:
-        # The quicker of gRPC's two ways to read a stream, here as in the client.
+        # `read` is faster than iterating over the stream; the client uses it too.
         while (data := await context.read()) is not grpc.aio.EOF:  # pyright: ignore
             await context.write(data)
 
@@ -239,7 +230,7 @@ CLIENTS: dict[str, Callable[[str], Measure]] = {
 
 
 def run_client(contestant: str) -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until the input ends."""
     command = [sys.executable, "-m", __spec__.name, "server", contestant]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin is not None and server.stdout is not None
@@ -254,12 +245,12 @@ def run_client(contestant: str) -> None:
         server.kill()
         server.wait()
         sys.stdout.flush()
-        # What gRPC still has open is of no more use, and slow to take leave.
+        # gRPC is slow to close what is still open, and nothing needs it any more.
         os._exit(0)
 
 
 if __name__ == "__main__":
     role, name = sys.argv[1:]
-    # All of them: it is a setting of the process, not of what is compared.
+    # For all contestants: this is a setting of the process, not a part of what is compared.
     keep_freed_blocks()
     run_client(name) if role == "client" else SERVERS[name]()

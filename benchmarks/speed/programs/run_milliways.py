@@ -1,4 +1,4 @@
-"""Our own side of a measurement: the runner that serves, given steps as the engine gives them."""
+"""Milliways in one process as a contestant: runs the steps that its engine would run."""
 
 import argparse
 import time
@@ -16,18 +16,18 @@ from milliways.model.activations import Activations
 from milliways.model.ops.select import KernelChoice
 from milliways.model.runner import CacheSize, ModelRunner, ScheduledTokens
 from milliways.model.sampling_params import SampleRow, SamplingParams
-from milliways.router.scheduler import SchedulerLimits
+from milliways.router.limits import SchedulerLimits
 
 CHUNK_TOKENS = SchedulerLimits().max_step_tokens
 _GREEDY = SamplingParams(temperature=0.0)
 _SEED = 1
-# What serving one request gets.
+# The least number of slots; serving one request has the same number.
 _MIN_SLOTS = 8
 
 
 @dataclass(slots=True)
 class _Sequence:
-    """A sequence with KV blocks of its own. Its tokens are random, as those of the peers are."""
+    """A sequence with its own KV blocks. Its tokens are random, as for the other engines."""
 
     token_ids: list[int]
     blocks: range
@@ -47,7 +47,10 @@ class _Sequence:
 
 
 class Bench:
-    """One batch to decode and one prompt to prefill, in separate blocks of one cache."""
+    """One batch to decode and one prompt to prefill, in separate blocks of one cache.
+
+    Invariant: the first `_num_prefilled` sequences of `_batch` have their prompts in the cache.
+    """
 
     def __init__(self, model: LocalModel, options: argparse.Namespace) -> None:
         batch_tokens, prompt_tokens = options.batch_tokens, options.prompt_tokens
@@ -80,7 +83,7 @@ class Bench:
         return self._decode(request["size"], request["prompt_tokens"], request["steps"])
 
     def _prefill(self, sequence: _Sequence, num_tokens: int) -> tuple[int, float]:
-        """In chunks as the scheduler cuts them; the last one draws a token."""
+        """Prefills in the chunks that the scheduler would use; the last one draws a token."""
         start_s = time.perf_counter()
         for start in range(0, num_tokens, CHUNK_TOKENS):
             end = min(start + CHUNK_TOKENS, num_tokens)
@@ -88,7 +91,7 @@ class Bench:
         return num_tokens, time.perf_counter() - start_s
 
     def _decode(self, batch: int, num_prompt_tokens: int, num_steps: int) -> tuple[int, float]:
-        """Each repeat starts at the end of the prompts and writes over the last one's positions."""
+        """Decodes from the end of the prompts. It overwrites the positions of the last repeat."""
         for sequence in self._batch[self._num_prefilled : batch]:
             self._prefill(sequence, num_prompt_tokens)
         self._num_prefilled = max(self._num_prefilled, batch)
@@ -105,7 +108,7 @@ class Bench:
 
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
-    """Loads the model; its description names what the figures depend on."""
+    """Loads the model. The description names what the figures depend on."""
     wanted = KernelChoice(activations=Activations(options.activations), num_threads=options.threads)
     model = load_local_model(options.model_dir, options.dtype, wanted)
     kernels = type(model.decoder.ops).__name__
@@ -117,7 +120,7 @@ def load(options: argparse.Namespace) -> tuple[str, Measure]:
 
 
 def parse_options() -> argparse.Namespace:
-    """What `milliways bench` starts this program with; not for people."""
+    """The options that `milliways bench` starts this program with."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--dtype", required=True)
@@ -125,7 +128,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-batch", type=int, required=True)
     parser.add_argument("--batch-tokens", type=int, required=True, help="context of each sequence")
     parser.add_argument("--prompt-tokens", type=int, required=True, help="longest prompt")
-    parser.add_argument("--threads", type=int, help="that compute [as many as there are cores]")
+    parser.add_argument("--threads", type=int, help="number of threads [all cores]")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""Hugging Face transformers' side of a measurement: a Mixtral of our sizes, random weights.
+"""Hugging Face transformers as a contestant: a Mixtral of our sizes with random weights.
 
-Not Grok's graph: no second norms, no cap on attention logits, SiLU; slightly less work than ours.
-Run by that engine's own Python: run_transformers.py SIZES_JSON NUM_THREADS DTYPE
+Its graph is not Grok-1's: it has no second norms, no cap on attention logits, and SiLU. It does a
+little less work. Run by that engine's Python: run_transformers.py SIZES_JSON NUM_THREADS DTYPE
 """
 
 import json
@@ -14,7 +14,10 @@ from line_protocol import Measure, serve  # pyright: ignore[reportImplicitRelati
 
 
 class Bench:
-    """The model, and one cache for each batch size, cut back to the prompts before each repeat."""
+    """The model, and a cache for each batch size.
+
+    Invariant: each cache begins with the prompts; what follows is cut off before each repeat.
+    """
 
     def __init__(self, sizes: dict[str, Any], num_threads: int, dtype_name: str) -> None:
         self._torch: Any = import_module("torch")

@@ -1,7 +1,7 @@
-"""vLLM's side of a measurement (its CPU build): a Mixtral of our sizes, dummy weights.
+"""vLLM's CPU build as a contestant: a Mixtral of our sizes with dummy weights.
 
-Not Grok's graph: no second norms, no cap on attention logits, SiLU; slightly less work than ours.
-Run by that engine's own Python: run_vllm.py SIZES_JSON NUM_THREADS DTYPE
+Its graph is not Grok-1's: it has no second norms, no cap on attention logits, and SiLU. It does a
+little less work. Run by that engine's Python: run_vllm.py SIZES_JSON NUM_THREADS DTYPE
 """
 
 import json
@@ -21,7 +21,7 @@ _KV_CACHE_GIB = 1
 
 
 class Bench:
-    """The engine, stepped in this process so that prefill stays out of decode's time."""
+    """The engine. This process steps it, so that prefill is not part of the decoding time."""
 
     def __init__(self, sizes: dict[str, Any], num_threads: int, dtype_name: str) -> None:
         _set_environment(num_threads)
@@ -61,8 +61,8 @@ class Bench:
         return num_tokens, time.perf_counter() - start_s
 
     def _decode(self, batch: int, num_prompt_tokens: int, num_steps: int) -> tuple[int, float]:
-        """Timed from where the last prompt has its first token, until all are done."""
-        # Sequences prefilled early run ahead, so they get more to do than is counted.
+        """Times `num_steps` steps, from the step at which every sequence has its first token."""
+        # A sequence whose prefill ends early runs ahead, so each asks for more than is counted.
         num_tokens = {self._add(num_prompt_tokens, num_steps + batch): 0 for _ in range(batch)}
         while min(num_tokens.values()) < 1:
             self._step(num_tokens)
@@ -95,7 +95,7 @@ class Bench:
 
 
 def _set_environment(num_threads: int) -> None:
-    """vLLM reads these when it is imported."""
+    """Sets the variables that vLLM reads when it is imported."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(_KV_CACHE_GIB)
     cores = sorted(os.sched_getaffinity(0))[:num_threads]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

@@ -1,12 +1,12 @@
-"""One worker of the cluster that `run_cluster` measures: its shards, router and doors, without Ray.
+"""One worker of the cluster that `run_cluster` measures: shards, router and servers, without Ray.
 
-Speaks lines of JSON:
+It reads and writes lines of JSON:
 
-1. It loads its share and says {"address": ..., "router_address": ..., "about": ...}.
-2. It reads {"addresses": [...]}, of all workers in order, and says {"transports": {...}} once its
-   router has a way to each.
-3. It reads {"prompts": [[...]], "max_tokens": 34}, gives the prompts to its router, and answers
-   {"times": [[...]]}: when each token of each prompt came.
+1. It loads its share and writes {"address": ..., "about": ...}.
+2. It reads {"addresses": [...]} of all workers in order. It writes {"transports": {...}} when its
+   router has a link to each of them.
+3. It reads {"prompts": [[...]], "max_tokens": 34}, gives the prompts to its router, and writes
+   {"times": [[...]]}: the arrival time of each token of each prompt.
 """
 
 import argparse
@@ -50,7 +50,10 @@ _GREEDY = SamplingParams(temperature=0.0)
 
 
 class Arrivals:
-    """Notes when the tokens of one request come; called from the router's thread."""
+    """Records when the tokens of one request arrive. The router's thread calls it.
+
+    Invariant: after `has_ended` is set, `times` and `error` do not change.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -58,7 +61,7 @@ class Arrivals:
         self.has_ended = threading.Event()
 
     def scored(self, scores: PromptScores) -> None:
-        """None are asked for."""
+        """Never called: no request asks for scores."""
 
     def tokens(self, events: Sequence[TokenEvent]) -> None:
         now_s = time.perf_counter()
@@ -77,7 +80,7 @@ def worker_name(index: int) -> str:
 
 
 def placed(model_dir: Path, num_workers: int) -> Placement:
-    """Attention on every worker, each expert on one of them."""
+    """A placement with all attention layers on every worker, and each expert on one worker."""
     with Checkpoint.open(model_dir) as checkpoint:
         sizes = checkpoint_bytes(checkpoint, kv_value_bytes=4)
     workers = [
@@ -89,7 +92,7 @@ def placed(model_dir: Path, num_workers: int) -> Placement:
 
 
 def view_of(placement: Placement, addresses: Sequence[str]) -> ClusterView:
-    """Everybody ready, each at its address."""
+    """A view in which all workers are ready at their addresses."""
     members = {
         worker.worker.worker_id: Member(
             worker_id=worker.worker.worker_id,
@@ -115,7 +118,7 @@ def view_of(placement: Placement, addresses: Sequence[str]) -> ClusterView:
 
 
 def settings_of(options: argparse.Namespace) -> ClusterConfig:
-    """What a cluster's file would say."""
+    """The configuration of the cluster."""
     return config_from_tree(
         {
             "model": {
@@ -138,34 +141,36 @@ def settings_of(options: argparse.Namespace) -> ClusterConfig:
 def run_prompts(
     process: WorkerProcess, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> list[list[float]]:
-    """All of them at once; when each token of each came."""
-    heard = [Arrivals() for _ in prompts]
-    for number, (prompt_ids, arrivals) in enumerate(zip(prompts, heard, strict=True)):
+    """Runs all prompts at the same time; returns the arrival time of each token of each."""
+    all_arrivals = [Arrivals() for _ in prompts]
+    for number, (prompt_ids, arrivals) in enumerate(zip(prompts, all_arrivals, strict=True)):
         request = GenerationRequest(
             prompt_ids=tuple(prompt_ids), max_tokens=max_tokens, sampling=_GREEDY, ignore_eos=True
         )
         process.submit(
             RoutedRequest(request_id=str(number), request=request, timeout_s=_TIMEOUT_S), arrivals
         )
-    for arrivals in heard:
+    for arrivals in all_arrivals:
         if not arrivals.has_ended.wait(_TIMEOUT_S) or arrivals.error is not None:
             raise RuntimeError(f"a request failed: {arrivals.error}")
-    return [arrivals.times for arrivals in heard]
+    return [arrivals.times for arrivals in all_arrivals]
 
 
-def wait_for_ways(process: WorkerProcess, num_workers: int) -> dict[str, str]:
-    """What carries the bytes to each worker."""
+def wait_for_links(process: WorkerProcess, num_workers: int) -> dict[str, str]:
+    """Waits until the router has a link to each worker; returns the transport of each link."""
     deadline_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline_s:
-        ways = dict(process.status().router.transports)
-        if len(ways) == num_workers and not any(way.startswith("none") for way in ways.values()):
-            return ways
+        transports = dict(process.status().router.transports)
+        if len(transports) == num_workers and not any(
+            name.startswith("none") for name in transports.values()
+        ):
+            return transports
         time.sleep(_POLL_S)
-    raise TimeoutError("the workers do not find each other")
+    raise TimeoutError(f"the workers are not connected after {_TIMEOUT_S:g} s")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Lives until its input ends."""
+    """Answers requests until the input ends."""
     replies = take_stdout()
 
     def reply(values: dict[str, Any]) -> None:
@@ -184,17 +189,17 @@ def run(options: argparse.Namespace) -> None:
         if "addresses" in request:
             process.publish(view_of(placement, request["addresses"]))
             process.fence(_EPOCH)
-            reply({"transports": wait_for_ways(process, options.workers)})
+            reply({"transports": wait_for_links(process, options.workers)})
         else:
             reply({"times": run_prompts(process, request["prompts"], request["max_tokens"])})
 
 
 def _die(error: BaseException) -> None:
-    raise SystemExit(f"the worker failed: {error}")
+    raise SystemExit(f"the worker process failed: {error}")
 
 
 def parse_options() -> argparse.Namespace:
-    """What `run_cluster` starts this program with; not for people."""
+    """The options that `run_cluster` starts this program with."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--index", type=int, required=True)
@@ -204,7 +209,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--activations", required=True)
     parser.add_argument("--transport", required=True)
     parser.add_argument("--kv-tokens", type=int, required=True)
-    parser.add_argument("--warm-up", action="store_true", help="compile every size of a step")
+    parser.add_argument("--warm-up", action="store_true", help="compile all step sizes at start")
     return parser.parse_args()
 
 

@@ -1,1 +1,1 @@
-"""One module for each command of `milliways`: `add_options` declares, `run` does and prints."""
+"""One module for each command of `milliways`: `add_options` declares options, `run` executes."""

@@ -1,4 +1,4 @@
-"""`milliways bench dataplane`: a hop to a worker and back, beside a bare echo of the same bytes."""
+"""`milliways bench dataplane`: a round trip to a worker, beside an echo of the same bytes."""
 
 import argparse
 from pathlib import Path
@@ -18,15 +18,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="1,32",
         default=",".join(map(str, NUM_TOKENS)),
-        help="of 6144 bfloat16 each, each way [%(default)s]",
+        help="numbers of tokens to send each way; a token has 6144 bfloat16 [%(default)s]",
     )
-    option("--rounds", type=int, default=20, metavar="N", help="[%(default)s]")
-    option("--calls", type=int, default=50, metavar="N", help="in each round [%(default)s]")
+    option("--rounds", type=int, default=20, metavar="N", help="number of rounds [%(default)s]")
+    option(
+        "--calls", type=int, default=50, metavar="N", help="round trips in each round [%(default)s]"
+    )
     option("--json", type=Path, metavar="FILE", help="also write every sample to a file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Has all contestants take turns, and prints the table."""
+    """Measures all contestants in turn, and prints the table."""
     tokens = counts_of("tokens", options.tokens)
     if not tokens or max(tokens) > MAX_TOKENS:
         limit = f"one or more counts of at most {MAX_TOKENS}"

@@ -5,20 +5,11 @@ import tempfile
 from pathlib import Path
 
 from milliways.benchmarks.speed.arguments import check_rounds, find_model, report, write_json
-from milliways.benchmarks.speed.programs.endpoints import (
-    Ask,
-    GrpcBenchClient,
-    HttpBenchClient,
-    RouterBenchClient,
-)
-from milliways.benchmarks.speed.served import serving
-from milliways.benchmarks.speed.serving import (
-    endpoints_to_json,
-    format_endpoints,
-    measure_endpoints,
-)
+from milliways.benchmarks.speed.programs.endpoints import BenchRequest
+from milliways.benchmarks.speed.served import measure_served
+from milliways.benchmarks.speed.serving import endpoints_to_json, format_endpoints
 from milliways.model.config import load_config
-from milliways.model.errors import InvalidRequestError, ModelError
+from milliways.model.errors import InvalidRequestError
 from milliways.model.model_dir import DEMO_NAME
 
 MAX_WORKERS = 8
@@ -29,37 +20,37 @@ _PROMPT_IDS = tuple(range(10, 26))
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     option = parser.add_argument
-    option("--model", metavar=f"{DEMO_NAME}|DIR", default=DEMO_NAME, help="[%(default)s]")
-    option("--workers", type=int, default=2, metavar="N", help="[%(default)s]")
-    option("--max-tokens", type=int, default=64, metavar="N", help="of each request [%(default)s]")
-    option("--rounds", type=int, default=30, metavar="N", help="[%(default)s]")
+    option(
+        "--model",
+        metavar=f"{DEMO_NAME}|DIR",
+        default=DEMO_NAME,
+        help="model to serve [%(default)s]",
+    )
+    option("--workers", type=int, default=2, metavar="N", help="number of workers [%(default)s]")
+    option(
+        "--max-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens to generate for each request [%(default)s]",
+    )
+    option("--rounds", type=int, default=30, metavar="N", help="number of rounds [%(default)s]")
     option("--json", type=Path, metavar="FILE", help="also write every sample to a file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Starts a cluster, sends the same request through each door in turn, prints the table."""
+    """Measures all endpoints of a cluster, and prints the table."""
     check_rounds("rounds", options.rounds)
     if not 1 <= options.workers <= MAX_WORKERS:
         raise InvalidRequestError("workers", options.workers, f"between 1 and {MAX_WORKERS}")
     model_dir = find_model(options.model)
-    room = load_config(model_dir).sequence_len - len(_PROMPT_IDS)
-    if not 2 <= options.max_tokens <= room:
-        raise InvalidRequestError("max-tokens", options.max_tokens, f"between 2 and {room}")
-    ask = Ask(_PROMPT_IDS, options.max_tokens)
-    report("starting a cluster")
-    with (
-        tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True) as work_dir,
-        serving(str(model_dir), options.workers, Path(work_dir)) as served,
-    ):
-        doors = {
-            "router": RouterBenchClient(served.routers[0], ask),
-            "grpc": GrpcBenchClient(served.grpc, ask),
-            "http": HttpBenchClient(served.http, model_dir.name, ask),
-        }
-        report(f"{options.rounds} rounds")
-        try:
-            figures = measure_endpoints(doors, options.rounds)
-        except (RuntimeError, OSError) as error:
-            raise ModelError(f"a request failed: {error}") from error
+    max_tokens = load_config(model_dir).sequence_len - len(_PROMPT_IDS)
+    if not 2 <= options.max_tokens <= max_tokens:
+        raise InvalidRequestError("max-tokens", options.max_tokens, f"between 2 and {max_tokens}")
+    request = BenchRequest(_PROMPT_IDS, options.max_tokens)
+    with tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True) as work_dir:
+        figures = measure_served(
+            model_dir, options.workers, Path(work_dir), request, options.rounds, report
+        )
     print(format_endpoints(figures))
     write_json(options.json, endpoints_to_json(figures))

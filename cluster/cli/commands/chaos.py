@@ -1,48 +1,41 @@
 """`milliways chaos`: breaks a cluster under load, and compares every token."""
 
-# Ray's own types are unknown in part.
-# pyright: basic
-
 import argparse
 import json
-import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from milliways.benchmarks.chaos.asks import draw_asks
-from milliways.benchmarks.chaos.clients import Endpoint, open_clients
 from milliways.benchmarks.chaos.faults import (
-    FROM_WITHIN,
-    NOT_FROM_OUTSIDE,
+    IMPOSSIBLE,
+    INJECTED_BY_WORKER,
     POSSIBLE,
     Fault,
     parse_faults,
 )
 from milliways.benchmarks.chaos.histogram import draw_histogram
-from milliways.benchmarks.chaos.load import Load
-from milliways.benchmarks.chaos.local_cluster import local_cluster
 from milliways.benchmarks.chaos.report import Report, format_report
-from milliways.benchmarks.chaos.trial import Plan, Trial
-from milliways.benchmarks.chaos.vitals import as_records, format_growth, watched
-from milliways.cluster.cli.commands.serve import say
-from milliways.cluster.ray.environment import (
-    RunningCluster,
-    be_quiet,
-    enter,
-    find_running,
-    use_token,
+from milliways.benchmarks.chaos.resource_usage import Sample, as_records, format_growth, watched
+from milliways.benchmarks.chaos.run import (
+    LoadSize,
+    Target,
+    joined_cluster,
+    run_trial,
+    started_cluster,
 )
-from milliways.cluster.settings.config import ClusterConfig
+from milliways.benchmarks.chaos.trial import Plan
+from milliways.cluster.cli.commands.serve import say
+from milliways.cluster.ray.environment import be_quiet
 from milliways.wire.errors import ClusterError, ConfigError
 
 MAX_REQUESTS = 10_000
 MAX_CLIENTS = 256
+DEFAULT = LoadSize()
 
 
 class PromiseBrokenError(ClusterError):
-    """Requests failed, or tokens differed; the table above says which."""
+    """A request failed, an answer differed, or the cluster did not recover; see the table."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,66 +44,104 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--faults",
         metavar="A,B",
-        help=f"of {', '.join(fault.value for fault in Fault)}; not possible from outside:"
-        f" {', '.join(fault.value for fault in NOT_FROM_OUTSIDE)} [all that are possible; with"
-        f" --address without {', '.join(fault.value for fault in FROM_WITHIN)}]",
+        help=f"faults to inject, of {', '.join(fault.value for fault in Fault)};"
+        f" {', '.join(fault.value for fault in IMPOSSIBLE)} is refused, with the reason"
+        f" [all others; with --address all but"
+        f" {', '.join(fault.value for fault in INJECTED_BY_WORKER)}]",
     )
-    option("--requests", type=int, default=48, metavar="N", help="different ones [%(default)s]")
-    option("--clients", type=int, default=8, metavar="C", help="at a time [%(default)s]")
-    option("--tokens", type=int, default=48, metavar="N", help="of each request [%(default)s]")
-    option("--seed", type=int, default=0, metavar="S", help="of requests and faults [%(default)s]")
+    option(
+        "--requests",
+        type=int,
+        default=DEFAULT.num_requests,
+        metavar="N",
+        help="number of different requests [%(default)s]",
+    )
+    option(
+        "--clients",
+        type=int,
+        default=DEFAULT.num_clients,
+        metavar="C",
+        help="number of requests that run at the same time [%(default)s]",
+    )
+    option(
+        "--tokens",
+        type=int,
+        default=DEFAULT.max_tokens,
+        metavar="N",
+        help="tokens to generate for each request [%(default)s]",
+    )
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of the requests and of the order of faults [%(default)s]",
+    )
     option(
         "--duration",
         type=float,
         default=120.0,
         metavar="S",
-        help="of faults, and at least until each had its turn [%(default)s]",
+        help="least seconds to inject faults; each kind is injected at least once [%(default)s]",
     )
     option(
         "--every",
         type=float,
         metavar="S",
-        help="from one fault to the next, whatever became of it [until all is replicated again]",
+        help="seconds between two faults [wait for full replication after each fault]",
     )
-    option("--record", type=Path, metavar="FILE.json", help="write what it found, and the vitals")
-    option("--histogram", type=Path, metavar="FILE.svg", help="write a picture of the stalls")
-    option("--address", metavar="RAY", help="a running cluster to break [starts one of its own]")
-    option("--http", metavar="URL", help="its HTTP endpoint [as it was configured]")
-    option("--grpc", metavar="HOST:PORT", help="its gRPC endpoint [as it was configured]")
+    option(
+        "--record",
+        type=Path,
+        metavar="FILE.json",
+        help="write the report, and the memory and descriptors that the cluster used",
+    )
+    option("--histogram", type=Path, metavar="FILE.svg", help="draw a histogram of the stalls")
+    option(
+        "--address",
+        metavar="RAY",
+        help="Ray address of a running cluster to break [start a cluster for this run]",
+    )
+    option("--http", metavar="URL", help="HTTP endpoint of that cluster [from its configuration]")
+    option(
+        "--grpc",
+        metavar="HOST:PORT",
+        help="gRPC endpoint of that cluster [from its configuration]",
+    )
     option("--yes", action="store_true", help="break the cluster at --address without asking")
     for name in ("--workers", "--expert-replicas", "--attention", "--transport", "--config"):
-        option(name, metavar="…", help="of the cluster it starts; as for `milliways serve`")
+        option(name, metavar="…", help="for the cluster to start, as for `milliways serve`")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs it all, prints the table.
+    """Runs the trial, prints the table, and writes the files.
 
     Raises:
-        ConfigError: an option is wrong, or names what cannot be done from outside.
-        PromiseBrokenError: the promise does not hold.
+        ConfigError: an option is wrong, or names a fault that cannot be injected.
+        PromiseBrokenError: there was a complaint.
     """
     faults = _faults(options)
     _check(options)
+    plan = Plan(
+        faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
+    )
+    size = LoadSize(
+        num_requests=options.requests, num_clients=options.clients, max_tokens=options.tokens
+    )
     be_quiet()
-    with _joined(options, faults) as (endpoint, pid), watched(pid) as samples:
-        report = _run(options, faults, endpoint)
+    with _target(options, faults) as target, watched(target.pid) as samples:
+        report = run_trial(target, plan, size, say)
     print(format_report(report))
     print(format_growth(samples))
-    if options.record is not None:
-        record = {"report": report.as_record(), "vitals": as_records(samples)}
-        options.record.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    if options.histogram is not None:
-        title = f"{sum(row.count for row in report.rows[1:-1])} faults under load"
-        picture = draw_histogram(title, report.rows[0].stalls_s, report.stalls_s)
-        options.histogram.write_text(picture, "utf-8")
+    _write(options, report, samples)
     if not report.holds:
-        raise PromiseBrokenError(f"{len(report.complaints)} times the promise was broken")
+        raise PromiseBrokenError(f"the promise was broken {len(report.complaints)} times")
 
 
 def _faults(options: argparse.Namespace) -> tuple[Fault, ...]:
     if options.faults is not None:
         return parse_faults(options.faults)
-    left_out = FROM_WITHIN if options.address else frozenset[Fault]()
+    left_out = INJECTED_BY_WORKER if options.address else frozenset[Fault]()
     return tuple(fault for fault in POSSIBLE if fault not in left_out)
 
 
@@ -127,15 +158,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _joined(
-    options: argparse.Namespace, faults: tuple[Fault, ...]
-) -> Generator[tuple[Endpoint, int | None]]:
-    """This process in the cluster's Ray; the cluster is ours, and has a process, or was there."""
+def _target(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator[Target]:
+    """The cluster at --address after a confirmation, or one that is started for this run."""
     if options.address:
-        _show_token(options.address)
-        with _ray(options.address):
+        with joined_cluster(options.address, options.http, options.grpc) as target:
             _confirm(options, faults)
-            yield _endpoint(options), None
+            yield target
         return
     arguments: list[str] = []
     for name in ("workers", "expert_replicas", "attention", "transport", "config"):
@@ -143,74 +171,32 @@ def _joined(
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", value]
     say("starting a cluster …")
-    with local_cluster(arguments) as running:
-        enter(running)
-        with _ray(running.address):
-            yield _endpoint_of(running), running.pid
-
-
-def _show_token(address: str) -> None:
-    """That of a cluster which this user started, else what the environment says."""
-    running = find_running()
-    if running is not None and running.address == address:
-        enter(running)
-    else:
-        use_token(os.environ.get("RAY_AUTH_TOKEN", ""))
-
-
-@contextmanager
-def _ray(address: str) -> Generator[None]:
-    # Not before: Ray reads its settings when it is imported.
-    import ray
-
-    from milliways.cluster.ray.cluster import join
-
-    join(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _endpoint_of(running: RunningCluster) -> Endpoint:
-    return Endpoint(http=running.http, grpc=running.grpc)
-
-
-def _endpoint(options: argparse.Namespace) -> Endpoint:
-    from milliways.benchmarks.chaos.ray_actuator import RayActuator
-
-    config: ClusterConfig = RayActuator().config()
-    ingress = config.ingress
-    return Endpoint(
-        http=options.http or f"http://{ingress.host}:{ingress.port}",
-        grpc=options.grpc or f"{ingress.host}:{ingress.grpc_port}",
-    )
+    with started_cluster(arguments) as target:
+        yield target
 
 
 def _confirm(options: argparse.Namespace, faults: tuple[Fault, ...]) -> None:
-    """Asks before somebody's cluster is broken.
+    """Asks the user before it breaks a running cluster.
 
     Raises:
-        ConfigError: it was not confirmed.
+        ConfigError: the user did not confirm.
     """
     if options.yes:
         return
     names = ", ".join(fault.value for fault in faults)
     say(f"This kills and stops processes of the cluster at {options.address}: {names}.")
     if sys.stdin.isatty():
-        say("Go on? Type yes:")
+        say("Continue? Type yes:")
         if sys.stdin.readline().strip() == "yes":
             return
-    raise ConfigError("--yes", "", "given, to break a cluster that serves others")
+    raise ConfigError("--yes", "", "given, to break a running cluster")
 
 
-def _run(options: argparse.Namespace, faults: tuple[Fault, ...], endpoint: Endpoint) -> Report:
-    from milliways.benchmarks.chaos.ray_actuator import RayActuator
-
-    asks = draw_asks(options.requests, options.tokens, options.seed)
-    plan = Plan(
-        faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
-    )
-    with open_clients(endpoint) as clients:
-        load = Load(asks, clients, options.clients)
-        return Trial(asks, load, RayActuator(), say).run(plan)
+def _write(options: argparse.Namespace, report: Report, samples: list[Sample]) -> None:
+    if options.record is not None:
+        record = {"report": report.as_record(), "vitals": as_records(samples)}
+        options.record.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    if options.histogram is not None:
+        title = f"{sum(row.count for row in report.rows[1:-1])} faults under load"
+        picture = draw_histogram(title, report.rows[0].stalls_s, report.stalls_s)
+        options.histogram.write_text(picture, "utf-8")

@@ -1,4 +1,4 @@
-"""`milliways drain`: moves a worker's work away, then stops it or starts it anew."""
+"""`milliways drain`: moves a worker's work away, then stops or restarts the worker."""
 
 import argparse
 
@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Has the controller drain; returns when the worker is stopped, or ready again."""
+    """Makes the controller drain a worker; returns when it is stopped, or ready again."""
     timeout_s = WorkerSettings().load_timeout_s
     ask_controller(options.address, "drain", options.worker, options.restart, timeout_s=timeout_s)
     print(f"{options.worker} was {'restarted' if options.restart else 'stopped'}")

@@ -1,4 +1,4 @@
-"""`milliways generate PROMPT`: continues a prompt in this process, streaming."""
+"""`milliways generate PROMPT`: continues a prompt in this process and streams the text."""
 
 import argparse
 import json
@@ -18,16 +18,21 @@ from milliways.cluster.host.local import (
 from milliways.model.detokenizer import prompt_pieces, text_offsets
 from milliways.model.errors import InvalidRequestError, NonFiniteLogitsError, TokenizerError
 from milliways.model.model_dir import DEMO_NAME, resolve_model_dir
-from milliways.model.sampling_params import SampledToken, SamplingParams
+from milliways.model.sampling_params import PARAMETERS, Parameter, SampledToken, SamplingParams
 from milliways.model.tokenizer import Tokenizer
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
 
+# Defaults of this command that differ from the API's defaults.
+_DEFAULTS = {"temperature": 0.7}
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="text; '-' reads it from stdin")
-    parser.add_argument("--tokens", metavar="1,2,3", help="token ids instead of a text")
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="text to continue; '-' reads it from stdin"
+    )
+    parser.add_argument("--tokens", metavar="1,2,3", help="token ids to continue, instead of text")
     add_model_options(parser, default_model=DEMO_NAME)
     option = parser.add_argument
     option(
@@ -35,27 +40,54 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="at most N; 0 with --echo and --logprobs: score the prompt alone [%(default)s]",
+        help="maximum number of tokens to draw; 0 with --echo and --logprobs only scores the prompt"
+        " [%(default)s]",
     )
-    option("--temperature", type=float, default=0.7, metavar="T", help="0: greedy [%(default)s]")
-    option("--top-p", type=float, default=1.0, metavar="P", help="nucleus [%(default)s]")
-    option("--top-k", type=int, default=0, metavar="K", help="0: off [%(default)s]")
-    option("--min-p", type=float, default=0.0, metavar="P", help="0: off [%(default)s]")
-    option("--repetition-penalty", type=float, default=1.0, metavar="R", help="1: off")
-    option("--presence-penalty", type=float, default=0.0, metavar="R", help="0: off")
-    option("--frequency-penalty", type=float, default=0.0, metavar="R", help="0: off")
-    option("--seed", type=int, default=0, metavar="S", help="of the draws [%(default)s]")
-    option("--stop", action="append", default=[], metavar="S", help="ends the text; repeatable")
-    option("--n", type=int, default=1, metavar="N", help="samples [%(default)s]")
-    option("--logprobs", type=int, metavar="K", help="with the K best tokens at each position")
-    option("--echo", action="store_true", help="begin with the prompt, logprobs as well")
-    option("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    for parameter in PARAMETERS:
+        if parameter.has_own_option:
+            _add_sampling_option(parser, parameter)
+    option(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="S",
+        help="text that ends the completion; may be given several times",
+    )
+    option("--n", type=int, default=1, metavar="N", help="number of samples [%(default)s]")
+    option(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="report log-probabilities and the K most likely tokens of each position, with --json",
+    )
+    option("--echo", action="store_true", help="begin the output with the prompt")
+    option("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
     option("--json", action="store_true", help="print one JSON object at the end")
+
+
+def _add_sampling_option(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
+    flag = f"--{parameter.name.replace('_', '-')}"
+    if parameter.kind in (float, int):
+        parser.add_argument(
+            flag,
+            type=parameter.kind,
+            default=_DEFAULTS.get(parameter.name, parameter.default),
+            metavar=parameter.metavar,
+            help=f"{parameter.meaning} [%(default)s]",
+        )
+    else:
+        parser.add_argument(
+            flag,
+            action="append",
+            default=[],
+            metavar=parameter.metavar,
+            help=f"{parameter.meaning}; may be given several times",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What `--echo` begins each choice with."""
+    """What each choice begins with: the prompt if `--echo` is given, otherwise nothing."""
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
@@ -64,10 +96,14 @@ class Prompt:
 
 @dataclass(slots=True)
 class Choice:
-    """One sample as it grows, behind its prompt where that is wanted."""
+    """One sample while it grows.
+
+    Invariant: `text` is the text of `prompt` and of all `events`. `text_offsets` has the position
+    in `text` at which each event begins.
+    """
 
     prompt: Prompt = field(default_factory=Prompt)
-    # Of the prompt's tokens from the second one on, where they are wanted.
+    # Log-probabilities of the prompt's tokens but the first, if the user wants them.
     scores: list[SampledToken] = field(default_factory=list[SampledToken])
     text: str = ""
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
@@ -88,9 +124,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds of one run, by the wall clock; compiling counts towards the first token.
+    """Wall-clock seconds of one run. `first_token_s` includes compilation.
 
-    Where nothing is drawn, the end of the run is that of its first token.
+    If no token is drawn, `first_token_s` is the time to the end of the run.
     """
 
     load_s: float
@@ -100,7 +136,7 @@ class Timings:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Loads the model, runs one request, and prints what it brings."""
+    """Loads the model, runs one request, and prints its result."""
     started_s = time.perf_counter()
     sampling = sampling_params(options)
     model_dir = resolve_model_dir(options.model)
@@ -140,26 +176,31 @@ def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """The sampling parameters of the command line.
 
     Raises:
-        InvalidRequestError: one is out of range.
+        InvalidRequestError: a parameter is out of range; the error names it, its value and limit.
     """
-    return SamplingParams(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        num_logprobs=options.logprobs or 0,
-        seed=options.seed,
-    )
+    fields: dict[str, Any] = {"num_logprobs": options.logprobs or 0}
+    for parameter in PARAMETERS:
+        if parameter.has_own_option:
+            value = getattr(options, parameter.name)
+            is_list = parameter.kind not in (float, int)
+            fields[parameter.name] = dict(map(_bias, value)) if is_list else value
+    return SamplingParams(**fields)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """A token id and its bias, from "5=-1.5"."""
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise InvalidRequestError("logit_bias", text, "of the form ID=BIAS") from None
 
 
 def prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The prompt's tokens, from text or from ids.
+    """The tokens of the prompt, which is given as text or as ids.
 
     Raises:
-        InvalidRequestError: neither or both are given.
+        InvalidRequestError: neither PROMPT nor `--tokens` is given, or both.
         TokenizerError: there is text, but no tokenizer.
     """
     if (options.prompt is None) == (options.tokens is None):
@@ -175,7 +216,10 @@ def prompt_ids(options: argparse.Namespace, tokenizer: Tokenizer | None) -> tupl
 def collect(
     options: argparse.Namespace, model: LocalModel, request: GenerationRequest, *, stream: bool
 ) -> tuple[list[Choice], list[float]]:
-    """Runs the request to its end; prints text (or ids, without a tokenizer) as it comes."""
+    """Runs the request to its end. Returns its choices and the times of its tokens.
+
+    `stream` prints text while it is generated, or token ids if there is no tokenizer.
+    """
     num_tokens = min(
         len(request.prompt_ids) + request.max_tokens, model.decoder.config.sequence_len + 1
     )
@@ -204,7 +248,7 @@ def _prompt(options: argparse.Namespace, model: LocalModel, request: GenerationR
     pieces = [""] * len(request.prompt_ids)
     if model.tokenizer is not None:
         pieces = prompt_pieces(model.tokenizer, request.prompt_ids)
-    # A text that was given is given back, whatever its tokens make of it.
+    # The user's own text, because its tokens may decode to a slightly different text.
     given: str | None = options.prompt
     text = "".join(pieces) if given is None or given == "-" else given
     offsets = tuple(min(offset, len(text)) for offset in text_offsets(pieces))
@@ -216,14 +260,14 @@ def _shown_prompt(prompt: Prompt) -> str:
 
 
 def _shown(event: TokenEvent, tokenizer: Tokenizer | None) -> str:
-    """What streams for a token: text, or its id where there is no tokenizer."""
+    """The output for one token: its text, or its id if there is no tokenizer."""
     if tokenizer is not None:
         return event.text
     return "" if event.finish_reason is FinishReason.ERROR else f"{event.token_id} "
 
 
 def print_choices(choices: list[Choice]) -> None:
-    """All samples, one after another, each under its number."""
+    """Prints all samples one after another, each with its number."""
     for index, choice in enumerate(choices):
         token_ids = [*choice.prompt.token_ids, *(event.token_id for event in choice.events)]
         shown = choice.text or " ".join(map(str, token_ids))
@@ -236,7 +280,7 @@ def to_json(
     logprobs: list[dict[str, Any]] | None,
     timings: Timings,
 ) -> dict[str, Any]:
-    """The result in the shape of OpenAI's completions, with token ids and timings beside it."""
+    """The result in the form of OpenAI's completions, with token ids and timings added."""
     num_completion_tokens = sum(len(choice.events) for choice in choices)
     return {
         "choices": [
@@ -264,12 +308,13 @@ def to_json(
 
 
 def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Log-probabilities of the raw logits, in the shape of OpenAI's completions.
+    """Log-probabilities of unchanged logits, in the form of OpenAI's completions.
 
-    With the prompt, its tokens come first, and its first one has none.
+    If the prompt is echoed, its tokens come first. The first token of a prompt has no
+    log-probability.
 
-    Tokens go by `Tokenizer.name_of`, or by their ids where there is no tokenizer. Ids stand beside
-    the names, since even so a few tokens look alike.
+    A token's name is `Tokenizer.name_of`, or its id if there is no tokenizer. Different
+    tokens can have the same name, so the ids of the most likely tokens are listed too.
     """
 
     def name(token_id: int) -> str:
@@ -294,6 +339,6 @@ def _logprobs(choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _rate(token_times_s: list[float]) -> float:
-    """Tokens a second after the first; 0 where there is no second."""
+    """Tokens per second after the first token; 0 if there are fewer than two tokens."""
     elapsed_s = token_times_s[-1] - token_times_s[0]
     return (len(token_times_s) - 1) / elapsed_s if elapsed_s > 0 else 0.0

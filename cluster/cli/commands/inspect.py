@@ -1,4 +1,4 @@
-"""`milliways inspect PATH`: what a checkpoint holds, and what its shards need."""
+"""`milliways inspect PATH`: what a checkpoint holds, and the memory that its shards need."""
 
 import argparse
 import json
@@ -12,19 +12,25 @@ MAX_WORKERS = 4096
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("path", metavar="PATH", help="model directory or ckpt-0, or 'demo'")
+    parser.add_argument("path", metavar="PATH", help="model directory, its ckpt-0, or 'demo'")
     parser.add_argument(
-        "--workers", type=int, default=8, metavar="N", help="share out over N workers [%(default)s]"
+        "--workers",
+        type=int,
+        default=8,
+        metavar="N",
+        help="number of workers to divide the weights among [%(default)s]",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every tensor and refuse NaN or scales <= 0"
+        "--verify",
+        action="store_true",
+        help="read every tensor; fail if a value is NaN or infinite, or a scale is not above 0",
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Scans the files (not their payloads) and prints the tables."""
+    """Scans the files without their payloads, and prints the tables."""
     if not 1 <= options.workers <= MAX_WORKERS:
         raise InvalidRequestError("workers", options.workers, f"between 1 and {MAX_WORKERS}")
     path = resolve_model_dir(options.path)
@@ -44,7 +50,10 @@ def run(options: argparse.Namespace) -> None:
             print()
         print(format_summary(summary))
         if num_verified_bytes is not None:
-            print(f"\nverified          {num_verified_bytes:,} bytes: finite, all scales above 0")
+            print(
+                f"\nverified          {num_verified_bytes:,} bytes: all values are finite,"
+                " all scales are above 0"
+            )
 
 
 def _describe(checkpoint: Checkpoint, index: int) -> dict[str, str]:

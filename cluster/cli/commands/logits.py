@@ -1,4 +1,4 @@
-"""`milliways logits`: the logits of every position of given tokens, as float32 [T, V] in a .npz."""
+"""`milliways logits`: writes the logits of given tokens, float32 [T, V], to a .npz file."""
 
 import argparse
 from pathlib import Path
@@ -24,17 +24,22 @@ CHUNK_TOKENS = 128
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
     add_model_options(parser, default_model=None)
-    parser.add_argument("--tokens", required=True, metavar="1,2,3", help="token ids")
-    parser.add_argument("--out", required=True, metavar="FILE.npz", help="array `logits` [T, V]")
+    parser.add_argument("--tokens", required=True, metavar="1,2,3", help="token ids to compute")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.npz",
+        help="file to write; it has one array, `logits` [T, V]",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Computes in chunks through the KV cache, as serving does."""
+    """Computes in chunks through the KV cache, as in serving."""
     out = Path(options.out)
-    # Before minutes of loading and computing, not after.
+    # Checked first, because loading and computing may take minutes.
     if not out.parent.is_dir():
         raise InvalidRequestError("out", str(out), "a file in a folder that exists")
-    # Checked as a request would be, so that bad ids get the same clear answer.
+    # A request checks the ids, so that bad ones give the same errors as in serving.
     request = GenerationRequest(prompt_ids=parse_token_ids(options.tokens), max_tokens=1)
     model_dir = resolve_model_dir(options.model)
     model = load_local_model(model_dir, options.dtype, wanted_kernels(options))
@@ -47,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compute_logits(runner: ModelRunner, token_ids: tuple[int, ...]) -> np.ndarray:
-    """Logits [T, V] of all positions of one sequence, with an empty cache of the right size."""
+    """The logits [T, V] of all positions of one sequence; the cache must be empty."""
     block_size = runner.cache_size.block_size
     block_table = list(range(-(-len(token_ids) // block_size)))
     chunks = [

@@ -1,4 +1,4 @@
-"""Options and parsers that several commands share."""
+"""Options and parsers that several commands use."""
 
 import argparse
 
@@ -11,7 +11,7 @@ RESIDENCE_NAMES = ("loaded", "mapped")
 
 
 def add_model_options(parser: argparse.ArgumentParser, default_model: str | None) -> None:
-    """The model, and how it is computed."""
+    """Declares the options of the model and of its computation."""
     parser.add_argument(
         "--model",
         metavar=f"DIR|{DEMO_NAME}",
@@ -30,31 +30,35 @@ def add_model_options(parser: argparse.ArgumentParser, default_model: str | None
         "--activations",
         choices=ACTIVATION_NAMES,
         default="exact",
-        help="what meets the int8 weights: activations as they are, or rounded to int8 in blocks"
-        " of 32, faster and coarser [%(default)s]",
+        help="what is multiplied with int8 weights: exact activations, or int8 ones, rounded in"
+        " blocks of 32, which are faster and less precise [%(default)s]",
     )
     parser.add_argument(
         "--experts",
         choices=RESIDENCE_NAMES,
         default="loaded",
-        help="copied into memory, or left in their files for models larger than memory"
-        " [%(default)s]",
+        help="where experts are: loaded into memory, or mapped from their files, for models that"
+        " are larger than memory [%(default)s]",
     )
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="on a GPU, keep a token's bits in any batch, at a price; on a CPU they always are",
+        help="on a GPU, give a token the same bits in any batch, which is slower; on a CPU they"
+        " are always the same",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="that compute on a CPU [all that may be used]"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="number of threads that compute on a CPU [one for each usable processor]",
     )
 
 
 def parse_token_ids(text: str) -> tuple[int, ...]:
-    """Token ids from "1,2,3".
+    """Parses token ids such as "1,2,3".
 
     Raises:
-        InvalidRequestError: something between the commas is no whole number.
+        InvalidRequestError: a part between the commas is not a whole number.
     """
     try:
         return tuple(int(part) for part in text.split(","))

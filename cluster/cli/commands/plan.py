@@ -1,4 +1,4 @@
-"""`milliways plan`: which worker would hold what, and what that takes; starts nothing."""
+"""`milliways plan`: what each worker would hold, and the memory it needs. It starts nothing."""
 
 import argparse
 import json
@@ -37,34 +37,47 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar=f"{GROK_1_NAME}|{DEMO_NAME}|DIR",
         default=GROK_1_NAME,
-        help=f"{GROK_1_NAME} needs no files [%(default)s]",
+        help=f"model to place; {GROK_1_NAME} needs no files [%(default)s]",
     )
     option(
         "--workers",
         metavar="NxSIZE[@NODE],…",
         required=True,
-        help="8x80GB, or 4x80GB@a,4x80GB@b where workers share nodes (else each has its own)",
+        help="number of workers and memory of each, such as 8x80GB; workers that share a node have"
+        " its name, as in 4x80GB@a,4x80GB@b, the others have a node each",
     )
-    option("--expert-replicas", type=int, default=1, metavar="R", help="[%(default)s]")
+    option(
+        "--expert-replicas",
+        type=int,
+        default=1,
+        metavar="R",
+        help="number of workers that hold each expert [%(default)s]",
+    )
     option(
         "--attention",
         choices=[cut.value for cut in AttentionCut],
         default=AttentionCut.AUTO.value,
-        help="all layers on every worker, or a run of layers on each [%(default)s]",
+        help="placement of the attention layers: replicated on every worker, or consecutive layers"
+        " on each; auto replicates them if memory allows it [%(default)s]",
     )
     option(
         "--kv-tokens",
         type=int,
         default=DEFAULT_KV_TOKENS,
         metavar="N",
-        help="positions to keep room for on each attention shard [%(default)s]",
+        help="number of KV cache positions to reserve on each attention shard [%(default)s]",
     )
-    option("--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the KV cache [%(default)s]")
-    option("--json", action="store_true", help="print JSON, with every expert's workers")
+    option(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="bfloat16",
+        help="dtype of the KV cache [%(default)s]",
+    )
+    option("--json", action="store_true", help="print JSON, with the workers of every expert")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plans, and prints the placement and its memory."""
+    """Plans a placement, and prints it with the memory of each worker."""
     model = sizes_of(options.model, _KV_VALUE_BYTES[options.dtype])
     policy = PlacementPolicy(
         expert_replicas=options.expert_replicas,
@@ -87,10 +100,10 @@ def sizes_of(name: str, kv_value_bytes: int) -> ModelBytes:
 
 
 def parse_workers(text: str) -> list[WorkerMemory]:
-    """Workers from "8x80GB" or "4x80GB@a,2x40GB@b".
+    """Parses workers such as "8x80GB" or "4x80GB@a,2x40GB@b".
 
     Raises:
-        InvalidRequestError: a group is not of that form, or there are too many.
+        InvalidRequestError: a group has another form, or there are too many workers.
     """
     workers: list[WorkerMemory] = []
     for group in text.split(","):
@@ -111,7 +124,7 @@ def parse_workers(text: str) -> list[WorkerMemory]:
 
 
 def to_json(placement: Placement) -> dict[str, Any]:
-    """Everything, for programs."""
+    """The whole placement as dicts and numbers."""
     return {
         "placement_epoch": placement.placement_epoch,
         "workers": [_worker_json(worker) for worker in placement.workers],
@@ -139,7 +152,7 @@ def _worker_json(worker: WorkerPlan) -> dict[str, Any]:
 
 
 def format_placement(model: ModelBytes, placement: Placement) -> str:
-    """A table for a terminal, one line a worker, sizes in GB."""
+    """A table for a terminal, with a line for each worker; sizes are in GB."""
     columns = ("attention", "kv", "ends", "experts", "used", "of", "free")
     header = f"{'worker':<12} {'node':<10} {'layers':>8} {'experts held':>13}  "
     lines = [header + " ".join(f"{column:>9}" for column in columns)]
@@ -167,7 +180,7 @@ def _worker_line(worker: WorkerPlan) -> str:
 
 
 def _summary(model: ModelBytes, placement: Placement) -> list[str]:
-    """What a reader would count out by hand."""
+    """The totals below the table."""
     held = Counter(expert_id for worker in placement.workers for expert_id in worker.experts)
     fewest = min(held.values())
     nodes = {

@@ -13,8 +13,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Has the controller grow or shrink; returns when the new placement is served."""
-    # The bounds of the setting hold for the command.
+    """Makes the controller add or remove workers; returns when the new placement is served."""
+    # The command has the same bounds as the setting.
     settings = WorkerSettings(count=options.workers)
     ask_controller(options.address, "scale", options.workers, timeout_s=settings.load_timeout_s)
     print(f"{options.workers} workers")

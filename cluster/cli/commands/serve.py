@@ -1,7 +1,7 @@
-"""`milliways serve`: starts a cluster and its endpoint, and ends both at Ctrl-C."""
+"""`milliways serve`: starts a cluster and its endpoint; Ctrl-C ends both.
 
-# Ray's own types are unknown in part.
-# pyright: basic
+The code that uses Ray is in `cluster/ray/`. This module owns options, progress bar and greeting.
+"""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -37,48 +37,71 @@ from milliways.cluster.settings.config import (
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import DEMO_NAME, resolve_model_dir
 from milliways.model.tokenizer import TOKENIZER_FILE
+from milliways.wire import transports
 from milliways.wire.errors import PlacementError, StartupError
 
+if TYPE_CHECKING:
+    from milliways.cluster.ray.serving import ServedApplication
+
 POLL_S = 0.2
-ANSWER_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 5.0
 BAR_WIDTH = 30
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declares the command's options; those not given come from the file, or its defaults."""
+    """Declares the options. An option that is not given keeps the file's value, or its default."""
     option = parser.add_argument
-    option("--config", type=Path, metavar="FILE.toml", help="settings; options override them")
-    option("--model", metavar=f"DIR|{DEMO_NAME}", help="model directory [demo]")
-    option("--workers", type=int, metavar="N", help="worker processes [3]")
-    option("--expert-replicas", type=int, metavar="R", help="copies of each expert [2, if it can]")
+    option("--config", type=Path, metavar="FILE.toml", help="file of settings; options override it")
+    option("--model", metavar=f"DIR|{DEMO_NAME}", help="model directory, or our demo model [demo]")
+    option("--workers", type=int, metavar="N", help="number of workers to start [3]")
+    option(
+        "--expert-replicas",
+        type=int,
+        metavar="R",
+        help="number of workers that hold each expert [2; 1 with a single worker]",
+    )
     option(
         "--gpus-per-worker",
         type=float,
         metavar="G",
-        help="GPUs of each worker, or a part of one [0]",
+        help="number of GPUs of each worker; below 1 it shares one [0]",
     )
-    option("--attention", choices=("auto", "replicated", "layers"), help="[auto]")
-    option("--transport", choices=("auto", "grpc", "shm"), help="between workers [auto]")
+    option(
+        "--attention",
+        choices=("auto", "replicated", "layers"),
+        help="replicated: each worker holds all attention layers; layers: each holds some [auto]",
+    )
+    option(
+        "--transport",
+        choices=transports.SETTINGS,
+        help="how workers exchange rows: by gRPC, or by shared memory within a host [auto]",
+    )
     option(
         "--kv-standby",
         action="store_const",
         const=True,
-        help="copy KV blocks to a second worker, so that a death costs no replay of them",
+        help="copy KV blocks to a second worker, so that a death does not lose them",
     )
-    option("--dtype", choices=DTYPE_NAMES, help="of activations and KV cache [float32]")
-    option("--activations", choices=ACTIVATION_NAMES, help="[exact]")
-    option("--experts", choices=RESIDENCE_NAMES, help="[loaded]")
-    option("--host", metavar="H", help="to listen on [127.0.0.1]")
-    option("--port", type=int, metavar="P", help="of HTTP [8000]")
-    option("--grpc-port", type=int, metavar="P", help="of gRPC [50051]")
-    option("--address", metavar="RAY", help="a running Ray cluster to use [starts a local one]")
+    option("--dtype", choices=DTYPE_NAMES, help="dtype of activations and KV cache [float32]")
+    option(
+        "--activations",
+        choices=ACTIVATION_NAMES,
+        help="exact: as computed; int8: rounded before each int8 weight, faster [exact]",
+    )
+    option(
+        "--experts",
+        choices=RESIDENCE_NAMES,
+        help="loaded: copied into memory; mapped: read from their files [loaded]",
+    )
+    option("--host", metavar="H", help="address to listen on [127.0.0.1]")
+    option("--port", type=int, metavar="P", help="port for HTTP [8000]")
+    option("--grpc-port", type=int, metavar="P", help="port for gRPC [50051]")
+    option("--address", metavar="RAY", help="address of a running Ray cluster [start a local one]")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Starts, waits until the endpoint is ready, and then for the end."""
+    """Starts the cluster, waits until it is ready, and serves until it is interrupted."""
     config = settings_of(options)
-    # What cannot work is said before ten seconds are spent on starting Ray.
+    # These checks come first, because starting Ray takes ten seconds.
     _check_ports(config.ingress)
     with Checkpoint.open(resolve_model_dir(config.model.path)):
         pass
@@ -91,10 +114,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> ClusterConfig:
-    """The settings of the file, with the options of the command line over them.
+    """The file's settings, overridden by the command line's options.
 
     Raises:
-        ConfigError: names table, field, value and limit.
+        ConfigError: a field is invalid; the error names its table, the field, value and limit.
     """
     base = read_config(options.config) if options.config else ClusterConfig()
     count = options.workers
@@ -138,18 +161,18 @@ def _check_ports(ingress: IngressSettings) -> None:
             try:
                 probe.bind((ingress.host, port))
             except OSError as error:
-                reason = f"{ingress.host}:{port} cannot be listened on: {error.strerror}"
+                reason = f"cannot listen on {ingress.host}:{port}: {error.strerror}"
                 raise StartupError(f"--{name} {port}: {reason}") from error
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as an event; the second Ctrl-C interrupts as ever."""
+    """Turns the first Ctrl-C or SIGTERM into an event; a second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
 
     def watch(self) -> None:
-        """Takes the signals; again after Ray, which takes them too when it is initialised."""
+        """Installs the handlers. Call it again after Ray started: Ray installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
@@ -164,6 +187,7 @@ def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
     watch_proxies()
     stay_local()
     token = make_token()
+    # Not earlier: Ray reads its settings when it is imported.
     from milliways.cluster.ray.cluster import LocalRay
 
     say("starting Ray …")
@@ -179,10 +203,7 @@ def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
             grpc=f"{ingress.host}:{ingress.grpc_port}",
         )
         note = remember(running)
-        interrupt.watch()
-        _start(config, interrupt.stopped)
-        interrupt.watch()
-        interrupt.stopped.wait()
+        _serve_until(config, interrupt)
     finally:
         say("stopping …")
         if note is not None:
@@ -193,101 +214,50 @@ def _serve_locally(config: ClusterConfig, interrupt: Interrupt) -> None:
 def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None:
     be_quiet()
     head_for(address)
-    import ray
-    from ray import serve
-
-    from milliways.cluster.ray.app import APP_NAME
+    # Not earlier: Ray reads its settings when it is imported.
     from milliways.cluster.ray.cluster import join
-    from milliways.cluster.ray.start_controller import end_controller
+    from milliways.cluster.ray.serving import is_serve_running, stop_and_leave
 
     join(address)
-    had_serve = _serve_runs()
+    # If Serve ran before us, it may run other applications: it stays.
+    keeps_serve = is_serve_running()
     try:
-        interrupt.watch()
-        _start(config, interrupt.stopped)
-        interrupt.watch()
-        interrupt.stopped.wait()
+        _serve_until(config, interrupt)
     finally:
         say("stopping …")
-        # What ran before goes on: it may serve other applications.
-        if had_serve:
-            serve.delete(APP_NAME)
-        else:
-            serve.shutdown()
-        end_controller(STOP_TIMEOUT_S)
-        ray.shutdown()
+        stop_and_leave(keeps_serve=keeps_serve)
 
 
-def _serve_runs() -> bool:
-    import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+def _serve_until(config: ClusterConfig, interrupt: Interrupt) -> None:
+    """Starts workers and endpoint, says when they are ready, and waits for the interrupt."""
+    interrupt.watch()
+    from milliways.cluster.ray.serving import ServedApplication
 
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True
-
-
-def _start(config: ClusterConfig, stopped: threading.Event) -> None:
-    """Brings up workers and endpoint, side by side."""
-    import ray
-    from ray import serve
-
-    from milliways.cluster.ray.app import APP_NAME, make_app
-    from milliways.cluster.ray.start_controller import find_or_start_controller
-
-    controller = find_or_start_controller(config)
-    ray.get(controller.begin.remote())
-    _open_proxy(config.ingress)
-    target = serve.RunTarget(target=make_app(config), name=APP_NAME, route_prefix="/")
-    # The endpoint comes up while the workers load; it is ready when both are.
-    serve.run_many(
-        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-    )
-    _watch_loading(controller, config.workers, stopped)
-    _wait_until_ready(config.ingress, config.workers.start_timeout_s, stopped)
+    application = ServedApplication(config)
+    application.start()
+    stopped = interrupt.stopped
+    _watch_loading(application, config.workers, stopped)
+    _wait_until_ready(application, config.ingress, config.workers.start_timeout_s, stopped)
     if not stopped.is_set():
         say(greeting(config))
+    interrupt.watch()
+    stopped.wait()
 
 
-def _open_proxy(ingress: IngressSettings) -> None:
-    """Has Serve listen, or finds that it does.
-
-    Raises:
-        StartupError: it does not come up, or listens elsewhere.
-    """
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.context import _get_global_client
-
-    options = {"host": ingress.host, "port": ingress.port}
-    try:
-        serve.start(proxy_location="HeadOnly", http_options=options)
-        client: Any = _get_global_client()
-    except RayError as error:
-        reason = str(error).partition("\n")[0]
-        raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
-    there = client.http_config
-    if (there.host, there.port) != (ingress.host, ingress.port):
-        where = f"{there.host}:{there.port}"
-        raise StartupError(f"Ray Serve runs there already and listens on {where}: say so")
-
-
-def _watch_loading(controller: Any, settings: WorkerSettings, stopped: threading.Event) -> None:
-    """Draws a bar until all workers are ready.
+def _watch_loading(
+    application: "ServedApplication", settings: WorkerSettings, stopped: threading.Event
+) -> None:
+    """Draws a progress bar until all workers are ready.
 
     Raises:
         PlacementError: the workers cannot hold the model.
-        StartupError: it takes too long; says which worker waits for what.
+        StartupError: the start takes too long; the error says what each worker waits for.
     """
-    import ray
-
     bar = Bar(sys.stderr)
     begun_s = time.monotonic()
     try:
         while not stopped.is_set():
-            progress: Any = ray.get(controller.progress.remote(), timeout=ANSWER_TIMEOUT_S)
+            progress = application.progress()
             bar.draw(progress["workers"])
             if progress["failure"]:
                 raise PlacementError(progress["failure"])
@@ -303,26 +273,31 @@ def _watch_loading(controller: Any, settings: WorkerSettings, stopped: threading
 
 
 def _time_for(workers: list[dict[str, Any]], settings: WorkerSettings) -> float:
-    """How long the start may take: little until all have a process, more for loading."""
-    is_there = all(worker["has_process"] for worker in workers)
-    return settings.start_timeout_s + (settings.load_timeout_s if is_there else 0.0)
+    """Time limit of the start; loading adds to it once all workers have a process."""
+    have_processes = all(worker["has_process"] for worker in workers)
+    return settings.start_timeout_s + (settings.load_timeout_s if have_processes else 0.0)
 
 
 def waiting(workers: list[dict[str, Any]]) -> str:
-    """Who waits for what, for people."""
+    """What each worker waits for, in words."""
     parts: list[str] = []
     for worker in workers:
         if worker["waits_for"]:
             error = f" ({worker['last_error']})" if worker["last_error"] else ""
             parts.append(f"{worker['worker_id']} waits for {worker['waits_for']}{error}")
-    return "; ".join(parts) or "all workers are ready, the endpoint is not"
+    return "; ".join(parts) or "all workers are ready, but the endpoint is not"
 
 
-def _wait_until_ready(ingress: IngressSettings, timeout_s: float, stopped: threading.Event) -> None:
-    """Until a token can be made; the endpoint says why it cannot.
+def _wait_until_ready(
+    application: "ServedApplication",
+    ingress: IngressSettings,
+    timeout_s: float,
+    stopped: threading.Event,
+) -> None:
+    """Waits until the endpoint can make a token.
 
     Raises:
-        StartupError: it takes too long.
+        StartupError: that takes too long; the error gives the endpoint's own reason.
     """
     until_s = time.monotonic() + timeout_s
     url = f"http://{ingress.host}:{ingress.port}/ready"
@@ -334,21 +309,10 @@ def _wait_until_ready(ingress: IngressSettings, timeout_s: float, stopped: threa
         except HTTPError as error:
             reason = _message_of(error)
         except (URLError, OSError):
-            _check_endpoint()
+            application.check_endpoint()
         if time.monotonic() > until_s:
             raise StartupError(f"not ready within {timeout_s:g} s: {reason}")
         stopped.wait(POLL_S)
-
-
-def _check_endpoint() -> None:
-    """Raises StartupError where Serve has given up on the endpoint."""
-    from ray import serve
-
-    from milliways.cluster.ray.app import APP_NAME
-
-    application = serve.status().applications.get(APP_NAME)
-    if application is not None and application.status == "DEPLOY_FAILED":
-        raise StartupError(f"the endpoint does not start: {application.message}")
 
 
 def _message_of(error: HTTPError) -> str:
@@ -359,12 +323,12 @@ def _message_of(error: HTTPError) -> str:
 
 
 def greeting(config: ClusterConfig) -> str:
-    """Where the cluster is, and a line to try."""
+    """The addresses of the cluster, and a command to try."""
     ingress = config.ingress
     http, grpc = f"http://{ingress.host}:{ingress.port}", f"{ingress.host}:{ingress.grpc_port}"
     model_dir = resolve_model_dir(config.model.path)
     name = config.model.name or model_dir.name
-    # Without a tokenizer it takes no text.
+    # A model without a tokenizer takes token ids only.
     prompt = "Welcome to" if (model_dir / TOKENIZER_FILE).is_file() else [1, 2, 3]
     body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 32, "stream": True})
     return "\n".join(
@@ -380,15 +344,15 @@ def greeting(config: ClusterConfig) -> str:
 
 
 class Bar:
-    """A line that says how far loading is; on a terminal it is drawn over itself."""
+    """A progress line for loading; a terminal shows it in place."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._last = ""
 
     def draw(self, workers: list[dict[str, Any]]) -> None:
-        """Shows bytes read, and what the slowest waits for."""
+        """Shows the bytes read and the number of ready workers."""
         bytes_read = sum(worker["bytes_read"] for worker in workers)
         bytes_wanted = sum(worker["bytes_wanted"] for worker in workers)
         share = min(1.0, bytes_read / bytes_wanted) if bytes_wanted else 0.0
@@ -408,11 +372,11 @@ class Bar:
         self._last = line
 
     def end(self) -> None:
-        """Leaves the line."""
+        """Moves to the next line."""
         if self._is_terminal:
             self._stream.write("\n")
 
 
 def say(text: str) -> None:
-    """Tells the operator; standard output stays for what programs read."""
+    """Prints to standard error; standard output is for programs."""
     print(text, file=sys.stderr, flush=True)

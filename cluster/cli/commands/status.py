@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> None:
 def ask_controller(
     address: str | None, method: str, *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S
 ) -> Any:
-    """What the running cluster's controller answers.
+    """The status that the running cluster's controller returns.
 
     Raises:
-        StartupError: no cluster runs, it has no controller, or that does not answer.
+        StartupError: no cluster runs, it has no controller, or the controller does not answer.
     """
     # Ray prints messages about its nodes to the standard output, where our JSON goes.
     with redirect_stdout(sys.stderr):
@@ -78,7 +78,7 @@ def _ask(address: str, method: str, arguments: tuple[Any, ...], timeout_s: float
 
 
 def format_status(status: ClusterStatus) -> str:
-    """A table for a terminal, one line a worker, and one for each device where it has several."""
+    """A table for a terminal: a line for each worker, and for each device if it has several."""
     health = "complete" if status.is_complete else "INCOMPLETE"
     lines = [
         f"model {status.model}, placement epoch {status.placement_epoch}, {health},"
@@ -115,7 +115,7 @@ def _line(worker: WorkerStatus) -> str:
 
 
 def _device_line(device: DeviceStatus) -> str:
-    """What lies on a device of the worker above."""
+    """What a device of the worker above holds."""
     ends = ", embedding and output head" if device.has_ends else ""
     has = f" of {device.memory_bytes / 1e9:.1f}" if device.memory_bytes else ""
     return (

@@ -1,4 +1,4 @@
-// Attention of one row over its sequence's blocks; part of kernels.inl.
+// Attention of one row over the blocks of its sequence; part of kernels.inl.
 
 MW_INLINE F8 load_cached(const float* from, int64_t count) { return load_some(from, count); }
 
@@ -9,8 +9,8 @@ MW_INLINE F8 load_cached(const uint16_t* from, int64_t count) {
   return widen(lanes);
 }
 
-// Calls visit(position, place) for every position that can be seen, in order; `place` counts
-// positions of the whole cache.
+// Calls visit(position, place) for every visible position, in order; `place` is the position's
+// index in the whole cache.
 template <typename Visit>
 MW_INLINE void each_visible(const AttentionRow& a, Visit visit) {
   for (int64_t first = 0, entry = 0; first < a.num_keys; first += a.block_size, entry++) {
@@ -30,7 +30,7 @@ MW_INLINE const T* cached_row(const AttentionRow& a, const void* blocks, int64_t
   return static_cast<const T*>(blocks) + (place * a.num_kv_heads + a.kv_head) * a.key_size;
 }
 
-// Two chains, so that an addition need not wait for the one before.
+// Two chains of sums, so that an addition need not wait for the one before.
 template <typename T>
 MW_INLINE float dot(const float* query, const T* key, int64_t count) {
   F8 even = {}, odd = {};
@@ -43,7 +43,7 @@ MW_INLINE float dot(const float* query, const T* key, int64_t count) {
   return sum(even + odd);
 }
 
-// Positions that cannot be seen score this, and weigh exactly 0.
+// The score of positions that are not visible; their weight is exactly 0.
 constexpr float kUnseen = -1e30f;
 
 template <typename T>
@@ -58,7 +58,7 @@ void score_keys(const AttentionRow& a, int64_t stride) {
   });
 }
 
-// Caps the scores and makes weights of them; returns the weights' sum.
+// Caps the scores and turns them into weights; returns the sum of the weights.
 float weigh_keys(float* scores, int64_t stride) {
   F8 tops = broadcast(kUnseen);
   for (int64_t s = 0; s < stride; s += kLanes) {
@@ -93,7 +93,7 @@ void mix_values(const AttentionRow& a, const float* weights, float total, float*
     });
     for (int64_t c = 0; c < kColumns; c++) {
       const int64_t left = a.key_size - column - c * kLanes;
-      // Not `> 0`: a NaN must stay one.
+      // Not `> 0`: a NaN must stay NaN.
       const F8 mixed = total == 0.0f ? F8{} : acc[c] / total;
       if (left > 0) store_some(out + column + c * kLanes, mixed, left);
     }

@@ -1,9 +1,9 @@
-// The door from JAX: XLA custom calls that check shapes and hand pointers to ops.cc, and a few plain
-// C functions for loading and settings.
+// The interface to JAX: XLA custom calls that check shapes and pass pointers to ops.cc, and some
+// plain C functions for loading and settings.
 //
-// A matrix comes as panels uint8 [*stack, panels, bytes of a panel], scales float32
-// [*stack, groups, padded columns], and attributes for the rest. Buffers of the wrong size are an
-// error of the call, never an access out of bounds.
+// A matrix has panels uint8 [*stack, panels, bytes of a panel] and scales float32
+// [*stack, groups, padded columns]; attributes say the rest. A buffer of the wrong size is an error
+// of the call, never an access out of bounds.
 #include <cstring>
 #include <exception>
 #include <mutex>
@@ -29,7 +29,7 @@ using OutS32 = ffi::Result<S32>;
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
 
-// No exception may pass XLA's C interface: memory that is not there fails the call.
+// No exception may cross XLA's C interface: if memory runs out, the call fails.
 template <typename Body>
 ffi::Error guarded(const Body& body) {
   try {
@@ -45,7 +45,7 @@ int64_t extent(const B& buffer, size_t axis) {
   return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : 0;
 }
 
-// A matrix but for its weights, from its scales' shape; `stack` says how many lie there.
+// A matrix without its weights, from the shape of its scales; `stack` is the number of matrices.
 bool make_shape(const F32& scales, int64_t kind, int64_t num_in, int64_t num_out, int64_t stack,
                 mw::Matrix& matrix) {
   const auto& shape = scales.dimensions();
@@ -66,8 +66,8 @@ bool make_matrix(const U8& panels, const F32& scales, int64_t kind, int64_t num_
          stack * matrix.num_panels() * matrix.panel_bytes();
 }
 
-// Memory of mapped files that the kernels may read, by number. A number is never given twice, so
-// one that outlived its file is an error and not another file's bytes.
+// Memory of mapped files that the kernels may read, by number. No number is used twice, so a number
+// whose file was unmapped is an error, and never means the bytes of another file.
 class MappedRegions {
  public:
   int32_t add(const uint8_t* start, int64_t num_bytes) {
@@ -81,7 +81,7 @@ class MappedRegions {
   }
   // Held while a kernel reads.
   std::shared_lock<std::shared_mutex> lock() { return std::shared_lock(mutex_); }
-  // Null where there is no such region, or of another size. Call with the lock held.
+  // Null if there is no such region, or if it has another size. The caller must hold the lock.
   const uint8_t* find(int32_t number, int64_t num_bytes) const {
     const auto found = regions_.find(number);
     if (found == regions_.end() || found->second.num_bytes != num_bytes) return nullptr;
@@ -106,7 +106,7 @@ MappedRegions& mapped_regions() {
 bool make_mapped(const S32& numbers, const F32& scales, int64_t kind, int64_t num_in,
                  int64_t num_out, int64_t stack, std::vector<const uint8_t*>& places,
                  mw::Matrix& matrix) {
-  // Files hold int8 only.
+  // Files have int8 weights only.
   if (kind == static_cast<int64_t>(mw::Weights::kExactInt16)) return false;
   if (!make_shape(scales, kind, num_in, num_out, stack, matrix)) return false;
   if (static_cast<int64_t>(numbers.element_count()) != stack) return false;
@@ -279,7 +279,7 @@ ffi::Error gumbel(ffi::Buffer<ffi::U32> key, OutF32 out) {
   });
 }
 
-// The result is the first argument's own memory.
+// The result has the memory of the first argument.
 ffi::Error write_rows(ffi::AnyBuffer blocks, ffi::AnyBuffer rows, S32 places,
                       ffi::Result<ffi::AnyBuffer> out) {
   const int64_t num_rows = extent(rows, 0);
@@ -395,7 +395,7 @@ void mw_pack(const void* matrix, int64_t kind, int64_t num_in, int64_t num_out,
 
 void mw_set_num_threads(int num_threads) { mw::set_num_threads(num_threads); }
 int mw_num_threads() { return mw::num_threads(); }
-// Which sources this was built from; setup.py says how it is counted.
+// The digest of the sources of this build; setup.py computes it.
 const char* mw_sources() { return MILLIWAYS_SOURCES; }
 const char* mw_kernels() { return mw::kernels().name; }
 int mw_use_kernels(const char* name) { return mw::use_kernels(name); }

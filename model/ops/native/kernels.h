@@ -1,7 +1,7 @@
-// What a set of kernels offers: each works on one row, or on one panel of a matrix, in one thread.
-// ops.cc cuts the work and hands it to threads; each instruction set fills in one table.
+// The kernels: each works on one row, or on one panel of a matrix, in one thread. ops.cc divides
+// the work and gives it to threads. There is one table of kernels for each instruction set.
 //
-// A matrix [K, N] lies in panels of 32 columns, the last one padded with zeros:
+// A matrix [K, N] is stored in panels of 32 columns; the last one is padded with zeros:
 //   exact   [N/32][K][32]        int8 or int16 weights, float32 activations
 //   int8    [N/32][G][ceil(K/G/2)][32][2]   int8 weights in pairs of rows of one scale group
 // Scales are float32 [G, N padded]: row k of the matrix belongs to group k / (K/G).
@@ -18,14 +18,15 @@ enum class Weights { kExactInt8, kExactInt16, kPairs };
 
 // Rows times a run of panels: out[i][out_column + n] = rows[i] @ panels[:, n], scaled.
 //
-// exact: a chain of fused multiply-adds down each group's rows, then its scale.
-// pairs: exact whole-number sums over blocks of 32 rows, each times its activation scale, chained
-// likewise. An element's order is fixed by K and G; neither the other rows nor the columns matter.
+// exact: a chain of fused multiply-adds over the rows of each group, then the group's scale.
+// pairs: exact whole-number sums over blocks of 32 rows, each times its activation scale, in the
+//        same kind of chain.
+// K and G fix the order of the sums of an element; other rows and columns do not matter.
 struct PanelProduct {
   const void* const* rows;         // float32 [K], or int16 [G, 2 * ceil(K/G/2)]
   const float* const* row_scales;  // pairs only: [G, ceil(K/G/32)]
   float* const* out;
-  int64_t out_column;  // where in an out row the first panel's first column goes
+  int64_t out_column;  // the column of `out` for the first panel's first column
   int num_rows;
   const uint8_t* panels;
   int64_t panel_bytes;
@@ -34,7 +35,7 @@ struct PanelProduct {
   int num_groups;      // G
   const float* scales;  // of the first panel's first column
   int64_t scale_stride;
-  int64_t num_columns;  // that the matrix has from the first panel's first column on
+  int64_t num_columns;  // columns of the matrix, from the first panel's first column on
 };
 
 // One query row of one key/value head over its sequence's blocks.
@@ -46,7 +47,7 @@ struct AttentionRow {
   const uint8_t* visible;  // [N, P]
   const int32_t* table;    // block ids of the sequence
   int64_t num_blocks;      // N
-  int64_t num_keys;        // positions 0 .. num_keys - 1 are looked at
+  int64_t num_keys;        // positions 0 .. num_keys - 1 are read
   int block_size, num_kv_heads, kv_head, num_heads, key_size;
   float logit_scale;
   float* scores;  // scratch: heads * (num_keys rounded up to 8)
@@ -56,7 +57,7 @@ struct AttentionRow {
 struct Kernels {
   const char* name;
   void (*product)(Weights, const PanelProduct&);
-  // One row [G, group_rows] into pairs and scales, blocks of 32 within a group.
+  // Turns one row [G, group_rows] into pairs and scales, in blocks of 32 within a group.
   void (*quantise)(const float* row, int64_t group_rows, int num_groups, int16_t* out,
                    float* scales);
   // gate <- gelu(gate) * up
@@ -65,21 +66,21 @@ struct Kernels {
   // Softmax over all experts, then the best `num_selected`, ties to the lower id.
   void (*gate)(const float* row, const float* gate, int64_t num_in, int num_experts,
                int num_selected, float* scratch, int32_t* ids, float* weights);
-  // Halves layout; frequencies [key_size / 2] in radians a position.
+  // Rotates two halves; frequencies [key_size / 2] are in radians per position.
   void (*rope)(const float* heads, int32_t position, int num_heads, int key_size,
                const float* frequencies, float* out);
   // sum over ranks of outputs[rank] * weights[rank], in the order of the ranks
   void (*weigh)(const float* outputs, const float* weights, int num_ranks, int64_t count,
                 float* out);
   void (*attention)(const AttentionRow&);
-  // The highest of a row (infinity if a NaN is there), its first place, and log(sum of exp(value -
-  // highest)).
+  // The highest value of a row (infinity if there is a NaN), its first place, and
+  // log(sum of exp(value - highest)).
   void (*summarize)(const float* row, int64_t count, float* top, int32_t* best, float* log_total);
   // Gumbel noise of places first .. first + count - 1 under a threefry key; see sampling.py.
   void (*gumbel)(const uint32_t* key, uint32_t first, int64_t count, float* out);
 };
 
 const Kernels* portable_kernels();
-const Kernels* avx2_kernels();  // null where this build has none
+const Kernels* avx2_kernels();  // null if this build has none
 
 }  // namespace milliways

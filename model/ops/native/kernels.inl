@@ -1,4 +1,4 @@
-// The text of the kernels, included once for each instruction set. See kernels.h for what each does.
+// The source of the kernels, included once for each instruction set. kernels.h says what each does.
 #include "kernels.h"
 #include "simd.h"
 
@@ -7,8 +7,8 @@ namespace {
 
 // ---- products -------------------------------------------------------------------------------
 
-// Far enough ahead that a line has arrived when the sum gets there, across the page boundaries at
-// which the processor's own prefetching stops.
+// Far enough ahead that a cache line arrives before the sum needs it. The processor's own
+// prefetching stops at page boundaries; this one does not.
 constexpr int kPrefetchBytes = 1024;
 constexpr int kPanelVectors = kPanelColumns / kLanes;
 
@@ -16,13 +16,13 @@ MW_INLINE void prefetch(const void* line) {
   __builtin_prefetch(static_cast<const char*>(line) + kPrefetchBytes, 0, 3);
 }
 
-// M rows times C vectors of columns, as many as registers hold: part of a panel, or two panels.
+// M rows times C vectors of columns, as many as fit into registers: part of a panel, or two panels.
 template <int M, int C>
 struct Tile {
   F8 at[M][C] = {};
 };
 
-// Where the weights of a tile lie; its vectors may span two panels.
+// The place of the weights of a tile. Its vectors may belong to two panels.
 template <typename W, int C>
 struct TileWeights {
   static constexpr int kNumPanels = C > kPanelVectors ? C / kPanelVectors : 1;
@@ -155,7 +155,7 @@ struct Pairs {
   }
 };
 
-// A few rows take a whole panel at once; more take it in halves, so that sums stay in registers.
+// Few rows use a whole panel at once. More rows use it in halves, so that sums stay in registers.
 template <typename Kind, int M>
 void run_rows(const PanelProduct& p, int row, int64_t column) {
   if constexpr (M <= Kind::kMaxWideRows) {
@@ -172,7 +172,7 @@ void multiply_panel(const PanelProduct& p, int64_t column) {
   int row = 0;
   while (row < p.num_rows) {
     const int left = p.num_rows - row;
-    // Seven or eight rows as four and the rest: a lone row costs as much as three.
+    // Seven or eight rows are computed as four and the rest: one row takes as long as three.
     const int now = left == 7 || left == 8 ? 4 : left < kMaxRows ? left : kMaxRows;
     switch (now) {
       case 1: run_rows<Kind, 1>(p, row, column); break;
@@ -189,7 +189,7 @@ void multiply_panel(const PanelProduct& p, int64_t column) {
 template <typename Kind>
 void product_of(const PanelProduct& p) {
   int panel = 0;
-  // A single row waits for memory: two sweeps at once keep more of it on its way.
+  // A single row waits for memory. Reading two panels at the same time keeps more loads in flight.
   for (; p.num_rows == 1 && panel + 1 < p.num_panels; panel += 2) {
     Kind::template run<1, 2 * kPanelVectors>(p, 0, panel * int64_t{kPanelColumns});
   }
@@ -208,7 +208,7 @@ void product(Weights kind, const PanelProduct& p) {
 
 // ---- rows -----------------------------------------------------------------------------------
 
-// Loads up to eight floats; the lanes beyond `count` are 0.
+// Loads up to eight floats; the lanes from `count` on are 0.
 MW_INLINE F8 load_some(const float* from, int64_t count) {
   if (count >= kLanes) return load(from);
   F8 lanes = {};
@@ -216,7 +216,7 @@ MW_INLINE F8 load_some(const float* from, int64_t count) {
   return lanes;
 }
 
-// As above, with another value in the lanes beyond.
+// As above, with another value in the lanes from `count` on.
 MW_INLINE F8 load_tail(const float* from, int64_t count, float beyond) {
   if (count >= kLanes) return load(from);
   F8 lanes = broadcast(beyond);
@@ -228,7 +228,7 @@ MW_INLINE void store_some(float* to, F8 lanes, int64_t count) {
   std::memcpy(to, &lanes, (count < kLanes ? count : kLanes) * sizeof(float));
 }
 
-// A block below it counts as zeros: 127 over its largest would not be finite.
+// A block counts as zeros if its largest value is below this: 127 / largest would not be finite.
 constexpr float kLeastBlock = 1e-30f;
 
 void quantise_block(const float* from, int count, int16_t* out, float* scale) {
@@ -237,7 +237,7 @@ void quantise_block(const float* from, int count, int16_t* out, float* scale) {
     const float magnitude = from[i] < 0 ? -from[i] : from[i];
     top = magnitude > top ? magnitude : top;
   }
-  // NaN and infinity must not become an innocent number.
+  // NaN and infinity must not become finite numbers.
   float poison = 0.0f;
   for (int i = 0; i < count; i++) poison += from[i] * 0.0f;
   const bool is_sound = poison == 0.0f && top >= kLeastBlock;
@@ -312,7 +312,7 @@ void gate(const float* row, const float* gate, int64_t num_in, int num_experts, 
   for (int rank = 0; rank < num_selected; rank++) {
     int best = -1;
     for (int e = 0; e < num_experts; e++) {
-      // A chosen one is below 0; of NaNs the first unchosen is taken, and stays NaN.
+      // A chosen expert is below 0. Of several NaNs, the first that is not chosen is taken.
       if (scratch[e] < 0.0f) continue;
       if (best < 0 || scratch[e] > scratch[best]) best = e;
     }

@@ -1,7 +1,7 @@
 // The kernels for x86 processors with AVX2 and FMA, chosen at run time.
 //
-// Library headers come before the target: inline functions of theirs that were compiled for AVX2
-// could otherwise be the copies that the linker keeps for everyone.
+// Library headers come before the target. Otherwise their inline functions would be compiled for
+// AVX2, and the linker might use these copies in the whole library.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

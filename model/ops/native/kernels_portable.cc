@@ -1,4 +1,4 @@
-// The kernels for any processor. Slow where it has no fused multiply-add, but of the same bits.
+// The kernels for any processor. Without fused multiply-add they are slow, but give the same bits.
 #include <cmath>
 
 #define MILLIWAYS_KERNELS portable_kernels

@@ -13,16 +13,17 @@
 namespace milliways {
 namespace {
 
-// A task should take tens of microseconds: less, and starting it costs too much (a sweep through
-// memory takes a while to get going); more, and the last one is waited for.
+// A task should take tens of microseconds. In a shorter one, the start costs too much (reading
+// memory takes some time to reach its full speed). With longer ones, threads wait for the last
+// task.
 constexpr int64_t kMinTaskBytes = 48 * 1024;
 constexpr int64_t kMaxTaskBytes = 512 * 1024;
 constexpr int64_t kTasksPerThread = 8;
-// So many neighbouring columns of a mapped matrix are packed together: half a kilobyte of each row.
+// This many neighbouring columns of a mapped matrix are packed together: 512 bytes of each row.
 constexpr int64_t kMappedPanels = 16;
-// So many rows share one reading of a panel; their activations then fit the second-level cache.
+// This many rows share one read of a panel. Their activations fit into the second-level cache.
 constexpr int64_t kTaskRows = 96;
-// Bounds the hidden activations of experts, which are the largest intermediate there is.
+// Limits the hidden activations of experts, the largest intermediate result.
 constexpr int64_t kPassRows = 512;
 
 const Kernels* best_kernels() {
@@ -37,7 +38,8 @@ std::atomic<const Kernels*>& chosen_kernels() {
   return chosen;
 }
 
-// Rows as a matrix's kernels want them: as they are, or quantised once for all its panels.
+// The rows in the form that the kernels of a matrix need: unchanged, or quantised once for all
+// panels.
 class Activations {
  public:
   Activations(const float* rows, int64_t num_rows, const Matrix& m)
@@ -72,7 +74,7 @@ class Activations {
   std::vector<const float*> scale_pointers_;
 };
 
-// Some rows, by number, and where their results go.
+// Some rows, by number, and the places of their results.
 struct Rows {
   std::vector<const void*> in;
   std::vector<const float*> in_scales;
@@ -87,16 +89,16 @@ struct Rows {
 
 // A run of panels for a run of rows.
 struct Piece {
-  int64_t group;  // which matrix and rows: whatever the caller numbers
+  int64_t group;  // identifies matrix and rows; the caller chooses the numbers
   int64_t first_panel, last_panel, first_row, last_row;
 };
 
-// Copies rows of some panels' columns, panel by panel, in the order of the released rows.
+// Copies the columns of some panels, panel by panel, in the order of the released rows.
 void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t last,
                  uint8_t* to) {
   const int64_t item = shape.kind == Weights::kExactInt16 ? 2 : 1;
   const int64_t group_rows = shape.group_rows(), padded_rows = (group_rows + 1) / 2 * 2;
-  // Padding is zero: of the last panel's columns, and of a group with an odd number of rows.
+  // Padding is zero: in the last panel's columns, and in a group with an odd number of rows.
   const bool is_padded = last * kPanelColumns > shape.num_out || padded_rows != group_rows;
   if (is_padded) std::memset(to, 0, (last - first) * shape.panel_bytes());
   for (int64_t k = 0; k < shape.num_in; k++) {
@@ -107,7 +109,7 @@ void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t
       const int64_t count = std::min<int64_t>(kPanelColumns, shape.num_out - column);
       uint8_t* const start = to + (panel - first) * shape.panel_bytes();
       if (shape.kind == Weights::kExactInt8 && count == kPanelColumns) {
-        // A copy of a size that the compiler knows: this is most of what a mapped expert costs.
+        // The compiler knows the size of this copy. It takes most of the time of a mapped expert.
         std::memcpy(start + k * kPanelColumns, row + column, kPanelColumns);
         continue;
       }
@@ -121,7 +123,7 @@ void pack_panels(const void* matrix, const Matrix& shape, int64_t first, int64_t
   }
 }
 
-// The panels of a piece: as they lie in memory, or packed into this thread's scratch.
+// The panels of a piece: those in memory, or packed into this thread's scratch memory.
 const uint8_t* panels_of(const Matrix& m, const Piece& piece) {
   if (!m.mapped) return m.panels + piece.first_panel * m.panel_bytes();
   thread_local std::vector<uint8_t> scratch;
@@ -130,8 +132,8 @@ const uint8_t* panels_of(const Matrix& m, const Piece& piece) {
   return scratch.data();
 }
 
-// Multiplies a piece's rows with its panels. `out` holds a place for each row of the piece, where
-// column `origin` of the matrix goes.
+// Multiplies the rows of a piece with its panels. `out` has, for each row of the piece, the place
+// of column `origin` of the matrix.
 void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* const* out,
               int64_t origin) {
   const int64_t column = piece.first_panel * kPanelColumns;
@@ -146,7 +148,7 @@ void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* cons
 void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& pieces) {
   const int64_t share = m.num_panels() * m.panel_bytes() / (kTasksPerThread * num_threads());
   const int64_t task_bytes = std::clamp(share, kMinTaskBytes, kMaxTaskBytes);
-  // From some rows on the arithmetic takes longer than the reading.
+  // With this many rows, arithmetic takes longer than reading.
   const int64_t cost = m.panel_bytes() * std::max<int64_t>(1, std::min(num_rows, kTaskRows) / 4);
   const int64_t fit = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, cost));
   const int64_t step = m.mapped ? std::max(fit, kMappedPanels) : fit;
@@ -168,7 +170,7 @@ void each_row(int64_t num_rows, int64_t row_cost, const Body& body) {
   });
 }
 
-// Which assignments (token, rank) each expert got, in the order of the tokens.
+// The assignments (token, rank) of each expert, in the order of the tokens.
 std::vector<std::vector<int64_t>> group_by_expert(const int32_t* ids, int64_t count,
                                                   int num_experts) {
   std::vector<std::vector<int64_t>> groups(num_experts);
@@ -178,7 +180,7 @@ std::vector<std::vector<int64_t>> group_by_expert(const int32_t* ids, int64_t co
   return groups;
 }
 
-// Has the kernel read a chosen expert's weights in large pieces while the first are computed.
+// Tells the operating system to read a chosen expert's weights in large pieces, in the background.
 void fetch(const Matrix& m) {
   if (!m.mapped) return;
   static const int64_t page = sysconf(_SC_PAGESIZE);
@@ -279,7 +281,7 @@ void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* ou
 void expert_ffn(const float* rows, const int32_t* ids, int64_t num_rows, int num_selected,
                 const Experts& experts, float* out) {
   const int64_t width = experts.down.num_out;
-  // Assignments to experts that are not here stay zero.
+  // Assignments to experts of other shards stay zero.
   std::fill_n(out, num_rows * num_selected * width, 0.0f);
   for (int64_t first = 0; first < num_rows; first += kPassRows) {
     const int64_t count = std::min(kPassRows, num_rows - first);

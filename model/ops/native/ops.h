@@ -1,5 +1,6 @@
-// The operations of a layer over many rows: cut into tasks, run by the pool. See interface.py for
-// what each means. All arrays are C order; scratch memory is kept for the next call.
+// The operations of a layer over many rows. They are divided into tasks, which the pool runs.
+// interface.py says what each computes. All arrays are in C order. Scratch memory is kept for the
+// next call.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,9 @@
 
 namespace milliways {
 
-// A matrix, or a stack of them, in panels (kernels.h); or int8 in released form, [in, out] in a
-// mapped file, one place for each of the stack. Those are packed piece by piece on every use: slower
-// than panels, but nothing need be in memory before.
+// A matrix, or a stack of matrices, in panels (kernels.h), or as int8 [in, out] in mapped files,
+// with one address for each matrix. The latter are packed piece by piece on every use. That is
+// slower, but needs nothing in memory before.
 struct Matrix {
   Weights kind;
   const uint8_t* panels;
@@ -75,10 +76,10 @@ void summarize_rows(const float* rows, int64_t num_rows, int64_t width, float* t
 // Gumbel noise of places 0 .. count - 1 under a threefry key of two words.
 void gumbel(const uint32_t* key, int64_t count, float* out);
 
-// Copies a matrix [num_in, num_out] of int8 or int16, rows without gaps, into panels.
+// Copies a matrix [num_in, num_out] of int8 or int16, with contiguous rows, into panels.
 void pack(const void* matrix, const Matrix& shape, uint8_t* panels);
 
-// The kernels in use: the best that this processor can run, unless another set was asked for.
+// The kernels in use: the best that this processor can run, unless others were chosen.
 const Kernels& kernels();
 bool use_kernels(const char* name);
 

@@ -1,4 +1,4 @@
-// What sampling needs of a whole row of logits; part of kernels.inl.
+// The parts of sampling that read a whole row of logits; part of kernels.inl.
 
 MW_INLINE Words8 rotate_left(Words8 words, int count) {
   return words << count | words >> (32 - count);
@@ -9,11 +9,11 @@ void summarize(const float* row, int64_t count, float* top, int32_t* best, float
   for (int64_t i = 0; i < count; i += kLanes) {
     const F8 lanes = count - i >= kLanes ? load(row + i) : load_tail(row + i, count - i, row[0]);
     tops = larger(lanes, tops);
-    // NaN wins no comparison, but does not leave a sum.
+    // Every comparison with NaN is false, but a sum with NaN is NaN.
     poison = poison + (lanes != lanes ? lanes : F8{});
   }
   *top = sum(poison) == 0.0f ? largest(tops) : HUGE_VALF;
-  // In two levels: a single sum over a vocabulary would lose four of its seven digits.
+  // Two levels: a single sum over a vocabulary would lose four of seven digits.
   constexpr int64_t kRun = 64 * kLanes;
   F8 totals = {};
   for (int64_t first = 0; first < count; first += kRun) {
@@ -34,8 +34,8 @@ void summarize(const float* row, int64_t count, float* top, int32_t* best, float
   }
 }
 
-// Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), both words xored:
-// what jax.random.bits gives where threefry is partitionable.
+// Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), with both words
+// xored. jax.random.bits gives the same bits if threefry is partitionable.
 MW_INLINE Words8 random_words(const uint32_t* key, Words8 places) {
   constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
   const uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA};

@@ -1,9 +1,9 @@
-// Eight float32 lanes at a time: one text for every instruction set.
+// Operations on eight float32 lanes: the same source for every instruction set.
 //
-// The kernels are compiled once for each set (see kernels_avx2.cc). Bits do not depend on which one
-// runs: sums follow one order, a product that meets a sum is always one fused rounding, and a lane
-// never mixes with its neighbours except in `sum`, whose tree is fixed. Nothing here may be compiled
-// with -ffast-math, nor with contraction.
+// The kernels are compiled once for each instruction set (see kernels_avx2.cc). The bits do not
+// depend on the set: sums have a fixed order, a product that is added is always fused (rounded
+// once), and lanes are combined only in `sum`, in a fixed tree. This file must be compiled without
+// -ffast-math and without contraction.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ MW_INLINE F8 to_float(I8 lanes) { return __builtin_convertvector(lanes, F8); }
 
 MW_INLINE F8 larger(F8 left, F8 right) { return left > right ? left : right; }
 
-// Lanes are paired across the halves, then across the quarters: always this tree.
+// Adds the halves, then the quarters: always in this order.
 MW_INLINE float sum(F8 v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
@@ -72,7 +72,7 @@ MW_INLINE float largest(F8 v) {
   return top;
 }
 
-// Eight weights as floats; exact for both widths.
+// Eight weights as floats; exact for int8 and int16.
 MW_INLINE F8 widen(const int8_t* weights) {
 #ifdef MILLIWAYS_AVX2
   return (F8)_mm256_cvtepi32_ps(
@@ -112,7 +112,7 @@ MW_INLINE F8 widen(const uint16_t* values) {
 #endif
 }
 
-// Eight pairs of int8, each pair two rows of one column, as sixteen int16.
+// Eight pairs of int8 as sixteen int16. A pair has two rows of one column.
 struct Pairs8 {
 #ifdef MILLIWAYS_AVX2
   __m256i values;
@@ -131,7 +131,7 @@ MW_INLINE Pairs8 load_pairs(const int8_t* weights) {
   return out;
 }
 
-// The activations of two neighbouring rows, offered to every column.
+// The activations of two neighbouring rows, repeated for every column.
 MW_INLINE Pairs8 broadcast_pair(const int16_t* activations) {
   Pairs8 out;
 #ifdef MILLIWAYS_AVX2
@@ -157,7 +157,7 @@ MW_INLINE I8 add_products(Pairs8 left, Pairs8 right, I8 sum) {
 #endif
 }
 
-// Rounds half to even, for |value| below 2^22: the sum has no bits left for a fraction.
+// Rounds half to even, for |value| below 2^22: the sum has no bits for a fraction.
 MW_INLINE F8 round_even(F8 value) {
   const float magic = 12582912.0f;
   return (value + magic) - magic;
@@ -166,7 +166,7 @@ MW_INLINE F8 round_even(F8 value) {
 MW_INLINE I8 to_int(F8 whole) { return __builtin_convertvector(whole, I8); }
 
 // e^x by 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients); 2 ulp, e^0 = 1 exactly.
-// Arguments are held in [-87, 88], where neither end overflows nor leaves the normal numbers.
+// Arguments are limited to [-87, 88], so that the result neither overflows nor is subnormal.
 MW_INLINE F8 exp(F8 x) {
   x = x < -87.0f ? broadcast(-87.0f) : x;
   x = x > 88.0f ? broadcast(88.0f) : x;
@@ -226,14 +226,14 @@ MW_INLINE F8 log(F8 x) {
   return fma(e, broadcast(0.693359375f), f + y);
 }
 
-// -log(1 - u) for u in (0, 1): log of the rounded 1 - u, corrected for what rounding took.
+// -log(1 - u) for u in (0, 1): log of the rounded 1 - u, corrected for the rounding error.
 MW_INLINE F8 minus_log1m(F8 u) {
   const F8 rest = 1.0f - u;
   const F8 taken = 1.0f - rest;
   return taken == 0.0f ? u : -log(rest) * (u / taken);
 }
 
-// Eight unsigned words as floats, rounded once: in two exact halves, whose sum rounds.
+// Eight unsigned words as floats, rounded once: the sum of two exact halves.
 MW_INLINE F8 to_float_unsigned(Words8 words) {
   const F8 high = to_float((I8)(words >> 16)) * 65536.0f;
   return high + to_float((I8)(words & 0xffff));

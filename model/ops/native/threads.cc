@@ -23,7 +23,7 @@
 namespace milliways {
 namespace {
 
-// About 50 microseconds: longer than the pauses within a step, shorter than those between steps.
+// About 50 microseconds: longer than the pauses in a step, shorter than those between steps.
 constexpr int kSpins = 1500;
 constexpr int kMaxTasks = (1 << 20) - 1024;
 constexpr int kMaxThreads = 256;
@@ -36,7 +36,7 @@ inline void pause() {
 #endif
 }
 
-// Whole processors of a control group's quota, rounded up; a large number where there is none.
+// The processors in a control group's quota, rounded up; a large number if there is no quota.
 int num_processors_of_quota() {
   std::ifstream file("/sys/fs/cgroup/cpu.max");
   double quota_us, period_us;
@@ -51,8 +51,8 @@ int num_usable_processors() {
   return std::clamp(std::min(count, num_processors_of_quota()), 1, kMaxThreads);
 }
 
-// Numbers too small to be normal count as zero while a task runs. XLA has its threads compute so and
-// ours would not by themselves: which thread took a task must not show in its bits.
+// While a task runs, subnormal numbers count as zero. XLA sets this in its threads; ours must do
+// the same, so that the bits of a task do not depend on the thread that runs it.
 class FlushTinyNumbers {
  public:
 #if defined(__x86_64__)
@@ -73,8 +73,8 @@ class FlushTinyNumbers {
 #endif
 };
 
-// The state of a region in one word, so that a claim is one addition and can never be mistaken for
-// a claim on another region: its number, how many tasks it has, the next one to take.
+// The state of a region in one word: its number, its number of tasks, and the next task. A thread
+// claims a task with one addition, and cannot claim a task of another region by mistake.
 struct Ticket {
   uint64_t word;
   static Ticket make(uint64_t region, int num_tasks) {
@@ -91,7 +91,7 @@ class Pool {
     try {
       for (int i = 1; i < num_threads; i++) threads_.emplace_back([this] { serve(); });
     } catch (const std::system_error&) {
-      // The system grants no more threads: those there are do the work.
+      // The system allows no more threads: the existing ones do the work.
     }
   }
 
@@ -115,7 +115,7 @@ class Pool {
     }
     work();
     for (int spins = 0; num_done_.load(std::memory_order_acquire) < num_tasks; spins++) {
-      // A thread that was taken off its processor in mid-task needs this one's.
+      // A thread that was preempted during its task may need this processor.
       if (spins < kSpins) pause();
       else sched_yield();
     }
@@ -123,7 +123,7 @@ class Pool {
   }
 
  private:
-  // Takes tasks until none is left. The fields of a region stay until its last task is done.
+  // Runs tasks until none is left. The fields of a region do not change until its last task ends.
   void work() {
     for (;;) {
       const Ticket ticket{ticket_.fetch_add(1, std::memory_order_acq_rel)};
@@ -162,7 +162,7 @@ class Pool {
   std::atomic<int> num_done_{0};
   const std::function<void(int)>* task_ = nullptr;
   uint64_t region_ = 0;
-  // Why a task failed; the last one's reason, where several did.
+  // Why a task failed; the reason of the last one, if several failed.
   std::mutex failure_mutex_;
   std::exception_ptr failure_;
 
@@ -183,7 +183,7 @@ struct Shared {
 Shared& shared() {
   static Shared* instance = [] {
     auto* made = new Shared;
-    // A forked child has none of the threads; it starts its own.
+    // A forked child process does not have the threads; it starts its own.
     pthread_atfork([] { shared().mutex.lock(); }, [] { shared().mutex.unlock(); },
                    [] {
                      (void)shared().pool.release();

@@ -1,21 +1,23 @@
-// A pool of threads that share numbered tasks: whoever is free takes the next one.
+// A pool of threads that share numbered tasks: a free thread takes the next task.
 //
-// The calling thread works too. Between two regions the others spin for some microseconds, so that
-// the many small regions of a step start at once, and then sleep. Results must not depend on who
-// runs a task: every task writes places of its own, and all compute in one floating-point mode.
+// A region is one call of run_tasks: its tasks, and the threads that work on them. The calling
+// thread works too. After a region the other threads spin for some microseconds, so that the many
+// small regions of a step start without delay; then they sleep. Results do not depend on the thread
+// that runs a task: every task writes to its own places, and all threads have the same
+// floating-point mode.
 #pragma once
 
 #include <functional>
 
 namespace milliways {
 
-// Runs task(0) .. task(num_tasks - 1), in any order, and returns when all are done. Calls from
-// several threads at once are allowed: the pool serves one of them, the others run alone. What a
-// task throws is thrown to the caller, after all tasks have ended.
+// Runs task(0) .. task(num_tasks - 1) in any order; returns when all have ended. Several threads
+// may call it at the same time: the pool works for one of them, the others run their tasks alone.
+// An exception of a task is thrown to the caller, after all tasks have ended.
 void run_tasks(int num_tasks, const std::function<void(int)>& task);
 
-// How many threads work in a region, the caller included, from 1 to 256; at first as many as this
-// process may use processors.
+// The number of threads of a region, with the caller: 1 to 256. The default is one for each
+// processor that this process may use.
 void set_num_threads(int num_threads);
 int num_threads();
 

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class GenerateServiceStub:
-    """The public service: what /v1/completions offers over HTTP, typed.
+    """The public service. It offers what /v1/completions offers over HTTP, with types.
 
-    A bad request ends with INVALID_ARGUMENT and, in its trailing metadata, milliways-field,
-    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE carry
+    A bad request ends with INVALID_ARGUMENT. Its trailing metadata has milliways-field,
+    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE have
     milliways-retry-after-ms.
     """
 
@@ -62,36 +62,37 @@ class GenerateServiceStub:
 
 
 class GenerateServiceServicer:
-    """The public service: what /v1/completions offers over HTTP, typed.
+    """The public service. It offers what /v1/completions offers over HTTP, with types.
 
-    A bad request ends with INVALID_ARGUMENT and, in its trailing metadata, milliways-field,
-    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE carry
+    A bad request ends with INVALID_ARGUMENT. Its trailing metadata has milliways-field,
+    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE have
     milliways-retry-after-ms.
     """
 
     def Generate(self, request, context):
-        """Continues a prompt. A call's deadline is the request's; cancelling it frees what it holds.
+        """Continues a prompt. The deadline of the call is the deadline of the request. Cancelling the
+        call frees what the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Text into the token ids that Generate would compute with.
+        """Turns a text into the token ids that Generate would use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Token ids of a whole text into that text.
+        """Turns the token ids of a whole text into the text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """The models served here.
+        """Lists the served models.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,10 +130,10 @@ def add_GenerateServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerateService:
-    """The public service: what /v1/completions offers over HTTP, typed.
+    """The public service. It offers what /v1/completions offers over HTTP, with types.
 
-    A bad request ends with INVALID_ARGUMENT and, in its trailing metadata, milliways-field,
-    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE carry
+    A bad request ends with INVALID_ARGUMENT. Its trailing metadata has milliways-field,
+    milliways-value and milliways-limit. RESOURCE_EXHAUSTED and UNAVAILABLE have
     milliways-retry-after-ms.
     """
 

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RouterServiceStub:
-    """Between ingress and router: token ids in, drawn and scored tokens out.
+    """The interface of a router for the ingress: takes token ids, returns drawn and scored tokens.
     """
 
     def __init__(self, channel):
@@ -48,18 +48,18 @@ class RouterServiceStub:
 
 
 class RouterServiceServicer:
-    """Between ingress and router: token ids in, drawn and scored tokens out.
+    """The interface of a router for the ingress: takes token ids, returns drawn and scored tokens.
     """
 
     def Route(self, request, context):
-        """Runs a request to its end, or carries one on. Cancelling frees its blocks within a step.
+        """Runs a request to its end, or resumes one. Cancelling it frees its blocks within a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Ping(self, request, context):
-        """Answered by the thread that runs the requests: whether it comes to anything at all.
+        """The thread that runs the requests answers it. So an answer shows that this thread is not stuck.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_RouterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouterService:
-    """Between ingress and router: token ids in, drawn and scored tokens out.
+    """The interface of a router for the ingress: takes token ids, returns drawn and scored tokens.
     """
 
     @staticmethod

@@ -26,55 +26,59 @@ from milliways.v1 import sampling_pb2 as milliways_dot_v1_dot_sampling__pb2
 from milliways.v1 import tensor_pb2 as milliways_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milliways/v1/worker.proto\x12\x0cmilliways.v1\x1a\x1bmilliways/v1/sampling.proto\x1a\x19milliways/v1/tensor.proto\"[\n\x0cHelloRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\'\n\x06wanted\x18\x03 \x01(\x0e\x32\x17.milliways.v1.Transport\"x\n\rHelloResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\ttransport\x18\x03 \x01(\x0e\x32\x17.milliways.v1.Transport\x12\x13\n\x0bsocket_name\x18\x04 \x01(\t\"\x86\x01\n\x05\x46\x65nce\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\x12\x11\n\trouter_id\x18\x05 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x06 \x01(\x04\"\x83\x03\n\x0f\x45xchangeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\"\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x13.milliways.v1.Fence\x12\x33\n\x0brun_experts\x18\x03 \x01(\x0b\x32\x1c.milliways.v1.RunExpertsCallH\x00\x12\x33\n\x0b\x62\x65gin_batch\x18\x04 \x01(\x0b\x32\x1c.milliways.v1.BeginBatchCallH\x00\x12\x37\n\radvance_batch\x18\x05 \x01(\x0b\x32\x1e.milliways.v1.AdvanceBatchCallH\x00\x12\x37\n\rabandon_batch\x18\x06 \x01(\x0b\x32\x1e.milliways.v1.AbandonBatchCallH\x00\x12\x35\n\x0cstore_blocks\x18\x07 \x01(\x0b\x32\x1d.milliways.v1.StoreBlocksCallH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x63\x61ll\"u\n\x0eRunExpertsCall\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04rows\x18\x02 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12,\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"\xf7\x02\n\x0e\x42\x65ginBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12+\n\tpositions\x18\x04 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12\'\n\x05slots\x18\x05 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12.\n\x0c\x62lock_tables\x18\x06 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12-\n\x0blogits_rows\x18\x07 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12-\n\x06hidden\x18\x08 \x01(\x0b\x32\x18.milliways.v1.TensorSpecH\x00\x88\x01\x01\x12(\n\x07samples\x18\t \x03(\x0b\x32\x17.milliways.v1.SampleRowB\t\n\x07_hidden\"\xbf\x01\n\tSampleRow\x12,\n\x06params\x18\x01 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x14\n\x0csample_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x1b\n\x0egiven_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_given_token_id\"^\n\x10\x41\x64vanceBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12)\n\x07outputs\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"$\n\x10\x41\x62\x61ndonBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\"\xb5\x01\n\x0fStoreBlocksCall\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12&\n\x04keys\x18\x04 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12(\n\x06values\x18\x05 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"\xa7\x03\n\x10\x45xchangeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x35\n\x0e\x65xpert_outputs\x18\x02 \x01(\x0b\x32\x1b.milliways.v1.ExpertOutputsH\x00\x12\x31\n\x0c\x65xpert_input\x18\x03 \x01(\x0b\x32\x19.milliways.v1.ExpertInputH\x00\x12,\n\tdeparture\x18\x04 \x01(\x0b\x32\x17.milliways.v1.DepartureH\x00\x12\x31\n\x0c\x64rawn_tokens\x18\x05 \x01(\x0b\x32\x19.milliways.v1.DrawnTokensH\x00\x12(\n\x07refusal\x18\x06 \x01(\x0b\x32\x15.milliways.v1.RefusalH\x00\x12,\n\tabandoned\x18\x07 \x01(\x0b\x32\x17.milliways.v1.AbandonedH\x00\x12\x33\n\rblocks_stored\x18\x08 \x01(\x0b\x32\x1a.milliways.v1.BlocksStoredH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x08\n\x06result\"7\n\rExpertOutputs\x12&\n\x04rows\x18\x01 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"r\n\x0b\x45xpertInput\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04rows\x18\x02 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12,\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"5\n\tDeparture\x12(\n\x06hidden\x18\x01 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"7\n\x0b\x44rawnTokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.milliways.v1.DrawnToken\"\\\n\nDrawnToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x0b\n\tAbandoned\"\"\n\x0c\x42locksStored\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"`\n\x07Refusal\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.milliways.v1.RefusalReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x03 \x01(\x04*c\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_DIRECT\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_GRPC\x10\x03*\xa7\x02\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1b\n\x17REFUSAL_REASON_NOT_HELD\x10\x03\x12\x1a\n\x16REFUSAL_REASON_EXPIRED\x10\x04\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x05\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\x06\x12 \n\x1cREFUSAL_REASON_UNKNOWN_BATCH\x10\x07\x12\x18\n\x14REFUSAL_REASON_FAULT\x10\x08\x32\xa0\x01\n\rWorkerService\x12@\n\x05Hello\x12\x1a.milliways.v1.HelloRequest\x1a\x1b.milliways.v1.HelloResponse\x12M\n\x08\x45xchange\x12\x1d.milliways.v1.ExchangeRequest\x1a\x1e.milliways.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milliways/v1/worker.proto\x12\x0cmilliways.v1\x1a\x1bmilliways/v1/sampling.proto\x1a\x19milliways/v1/tensor.proto\"[\n\x0cHelloRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0f\n\x07host_id\x18\x02 \x01(\t\x12\'\n\x06wanted\x18\x03 \x01(\x0e\x32\x17.milliways.v1.Transport\"\xe9\x01\n\rHelloResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\ttransport\x18\x03 \x01(\x0e\x32\x17.milliways.v1.Transport\x12\x13\n\x0bsocket_name\x18\x04 \x01(\t\x12=\n\tendpoints\x18\x05 \x03(\x0b\x32*.milliways.v1.HelloResponse.EndpointsEntry\x1a\x30\n\x0e\x45ndpointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x01\n\x05\x46\x65nce\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ntimeout_ms\x18\x04 \x01(\r\x12\x11\n\trouter_id\x18\x05 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x06 \x01(\x04\"\x83\x03\n\x0f\x45xchangeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\"\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x13.milliways.v1.Fence\x12\x33\n\x0brun_experts\x18\x03 \x01(\x0b\x32\x1c.milliways.v1.RunExpertsCallH\x00\x12\x33\n\x0b\x62\x65gin_batch\x18\x04 \x01(\x0b\x32\x1c.milliways.v1.BeginBatchCallH\x00\x12\x37\n\radvance_batch\x18\x05 \x01(\x0b\x32\x1e.milliways.v1.AdvanceBatchCallH\x00\x12\x37\n\rabandon_batch\x18\x06 \x01(\x0b\x32\x1e.milliways.v1.AbandonBatchCallH\x00\x12\x35\n\x0cstore_blocks\x18\x07 \x01(\x0b\x32\x1d.milliways.v1.StoreBlocksCallH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x63\x61ll\"u\n\x0eRunExpertsCall\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04rows\x18\x02 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12,\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"\xf7\x02\n\x0e\x42\x65ginBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12+\n\tpositions\x18\x04 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12\'\n\x05slots\x18\x05 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12.\n\x0c\x62lock_tables\x18\x06 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12-\n\x0blogits_rows\x18\x07 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12-\n\x06hidden\x18\x08 \x01(\x0b\x32\x18.milliways.v1.TensorSpecH\x00\x88\x01\x01\x12(\n\x07samples\x18\t \x03(\x0b\x32\x17.milliways.v1.SampleRowB\t\n\x07_hidden\"\xbf\x01\n\tSampleRow\x12,\n\x06params\x18\x01 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x14\n\x0csample_index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x1b\n\x0egiven_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x11\n\x0f_given_token_id\"^\n\x10\x41\x64vanceBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12)\n\x07outputs\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"$\n\x10\x41\x62\x61ndonBatchCall\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\"\xb5\x01\n\x0fStoreBlocksCall\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06parent\x18\x02 \x01(\x0c\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12&\n\x04keys\x18\x04 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12(\n\x06values\x18\x05 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"\xa7\x03\n\x10\x45xchangeResponse\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x35\n\x0e\x65xpert_outputs\x18\x02 \x01(\x0b\x32\x1b.milliways.v1.ExpertOutputsH\x00\x12\x31\n\x0c\x65xpert_input\x18\x03 \x01(\x0b\x32\x19.milliways.v1.ExpertInputH\x00\x12,\n\tdeparture\x18\x04 \x01(\x0b\x32\x17.milliways.v1.DepartureH\x00\x12\x31\n\x0c\x64rawn_tokens\x18\x05 \x01(\x0b\x32\x19.milliways.v1.DrawnTokensH\x00\x12(\n\x07refusal\x18\x06 \x01(\x0b\x32\x15.milliways.v1.RefusalH\x00\x12,\n\tabandoned\x18\x07 \x01(\x0b\x32\x17.milliways.v1.AbandonedH\x00\x12\x33\n\rblocks_stored\x18\x08 \x01(\x0b\x32\x1a.milliways.v1.BlocksStoredH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x08\n\x06result\"7\n\rExpertOutputs\x12&\n\x04rows\x18\x01 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"r\n\x0b\x45xpertInput\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04rows\x18\x02 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\x12,\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"5\n\tDeparture\x12(\n\x06hidden\x18\x01 \x01(\x0b\x32\x18.milliways.v1.TensorSpec\"7\n\x0b\x44rawnTokens\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.milliways.v1.DrawnToken\"\\\n\nDrawnToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x0b\n\tAbandoned\"\"\n\x0c\x42locksStored\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\"`\n\x07Refusal\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.milliways.v1.RefusalReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x17\n\x0fplacement_epoch\x18\x03 \x01(\x04*c\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x14\n\x10TRANSPORT_DIRECT\x10\x01\x12\x11\n\rTRANSPORT_SHM\x10\x02\x12\x12\n\x0eTRANSPORT_GRPC\x10\x03*\xa7\x02\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x01\x12$\n REFUSAL_REASON_STALE_INCARNATION\x10\x02\x12\x1b\n\x17REFUSAL_REASON_NOT_HELD\x10\x03\x12\x1a\n\x16REFUSAL_REASON_EXPIRED\x10\x04\x12\x1d\n\x19REFUSAL_REASON_OVERLOADED\x10\x05\x12\x1c\n\x18REFUSAL_REASON_MALFORMED\x10\x06\x12 \n\x1cREFUSAL_REASON_UNKNOWN_BATCH\x10\x07\x12\x18\n\x14REFUSAL_REASON_FAULT\x10\x08\x32\xa0\x01\n\rWorkerService\x12@\n\x05Hello\x12\x1a.milliways.v1.HelloRequest\x1a\x1b.milliways.v1.HelloResponse\x12M\n\x08\x45xchange\x12\x1d.milliways.v1.ExchangeRequest\x1a\x1e.milliways.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'milliways.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=2802
-  _globals['_TRANSPORT']._serialized_end=2901
-  _globals['_REFUSALREASON']._serialized_start=2904
-  _globals['_REFUSALREASON']._serialized_end=3199
+  _globals['_HELLORESPONSE_ENDPOINTSENTRY']._loaded_options = None
+  _globals['_HELLORESPONSE_ENDPOINTSENTRY']._serialized_options = b'8\001'
+  _globals['_TRANSPORT']._serialized_start=2916
+  _globals['_TRANSPORT']._serialized_end=3015
+  _globals['_REFUSALREASON']._serialized_start=3018
+  _globals['_REFUSALREASON']._serialized_end=3313
   _globals['_HELLOREQUEST']._serialized_start=99
   _globals['_HELLOREQUEST']._serialized_end=190
-  _globals['_HELLORESPONSE']._serialized_start=192
-  _globals['_HELLORESPONSE']._serialized_end=312
-  _globals['_FENCE']._serialized_start=315
-  _globals['_FENCE']._serialized_end=449
-  _globals['_EXCHANGEREQUEST']._serialized_start=452
-  _globals['_EXCHANGEREQUEST']._serialized_end=839
-  _globals['_RUNEXPERTSCALL']._serialized_start=841
-  _globals['_RUNEXPERTSCALL']._serialized_end=958
-  _globals['_BEGINBATCHCALL']._serialized_start=961
-  _globals['_BEGINBATCHCALL']._serialized_end=1336
-  _globals['_SAMPLEROW']._serialized_start=1339
-  _globals['_SAMPLEROW']._serialized_end=1530
-  _globals['_ADVANCEBATCHCALL']._serialized_start=1532
-  _globals['_ADVANCEBATCHCALL']._serialized_end=1626
-  _globals['_ABANDONBATCHCALL']._serialized_start=1628
-  _globals['_ABANDONBATCHCALL']._serialized_end=1664
-  _globals['_STOREBLOCKSCALL']._serialized_start=1667
-  _globals['_STOREBLOCKSCALL']._serialized_end=1848
-  _globals['_EXCHANGERESPONSE']._serialized_start=1851
-  _globals['_EXCHANGERESPONSE']._serialized_end=2274
-  _globals['_EXPERTOUTPUTS']._serialized_start=2276
-  _globals['_EXPERTOUTPUTS']._serialized_end=2331
-  _globals['_EXPERTINPUT']._serialized_start=2333
-  _globals['_EXPERTINPUT']._serialized_end=2447
-  _globals['_DEPARTURE']._serialized_start=2449
-  _globals['_DEPARTURE']._serialized_end=2502
-  _globals['_DRAWNTOKENS']._serialized_start=2504
-  _globals['_DRAWNTOKENS']._serialized_end=2559
-  _globals['_DRAWNTOKEN']._serialized_start=2561
-  _globals['_DRAWNTOKEN']._serialized_end=2653
-  _globals['_ABANDONED']._serialized_start=2655
-  _globals['_ABANDONED']._serialized_end=2666
-  _globals['_BLOCKSSTORED']._serialized_start=2668
-  _globals['_BLOCKSSTORED']._serialized_end=2702
-  _globals['_REFUSAL']._serialized_start=2704
-  _globals['_REFUSAL']._serialized_end=2800
-  _globals['_WORKERSERVICE']._serialized_start=3202
-  _globals['_WORKERSERVICE']._serialized_end=3362
+  _globals['_HELLORESPONSE']._serialized_start=193
+  _globals['_HELLORESPONSE']._serialized_end=426
+  _globals['_HELLORESPONSE_ENDPOINTSENTRY']._serialized_start=378
+  _globals['_HELLORESPONSE_ENDPOINTSENTRY']._serialized_end=426
+  _globals['_FENCE']._serialized_start=429
+  _globals['_FENCE']._serialized_end=563
+  _globals['_EXCHANGEREQUEST']._serialized_start=566
+  _globals['_EXCHANGEREQUEST']._serialized_end=953
+  _globals['_RUNEXPERTSCALL']._serialized_start=955
+  _globals['_RUNEXPERTSCALL']._serialized_end=1072
+  _globals['_BEGINBATCHCALL']._serialized_start=1075
+  _globals['_BEGINBATCHCALL']._serialized_end=1450
+  _globals['_SAMPLEROW']._serialized_start=1453
+  _globals['_SAMPLEROW']._serialized_end=1644
+  _globals['_ADVANCEBATCHCALL']._serialized_start=1646
+  _globals['_ADVANCEBATCHCALL']._serialized_end=1740
+  _globals['_ABANDONBATCHCALL']._serialized_start=1742
+  _globals['_ABANDONBATCHCALL']._serialized_end=1778
+  _globals['_STOREBLOCKSCALL']._serialized_start=1781
+  _globals['_STOREBLOCKSCALL']._serialized_end=1962
+  _globals['_EXCHANGERESPONSE']._serialized_start=1965
+  _globals['_EXCHANGERESPONSE']._serialized_end=2388
+  _globals['_EXPERTOUTPUTS']._serialized_start=2390
+  _globals['_EXPERTOUTPUTS']._serialized_end=2445
+  _globals['_EXPERTINPUT']._serialized_start=2447
+  _globals['_EXPERTINPUT']._serialized_end=2561
+  _globals['_DEPARTURE']._serialized_start=2563
+  _globals['_DEPARTURE']._serialized_end=2616
+  _globals['_DRAWNTOKENS']._serialized_start=2618
+  _globals['_DRAWNTOKENS']._serialized_end=2673
+  _globals['_DRAWNTOKEN']._serialized_start=2675
+  _globals['_DRAWNTOKEN']._serialized_end=2767
+  _globals['_ABANDONED']._serialized_start=2769
+  _globals['_ABANDONED']._serialized_end=2780
+  _globals['_BLOCKSSTORED']._serialized_start=2782
+  _globals['_BLOCKSSTORED']._serialized_end=2816
+  _globals['_REFUSAL']._serialized_start=2818
+  _globals['_REFUSAL']._serialized_end=2914
+  _globals['_WORKERSERVICE']._serialized_start=3316
+  _globals['_WORKERSERVICE']._serialized_end=3476
 # @@protoc_insertion_point(module_scope)

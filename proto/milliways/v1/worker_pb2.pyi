@@ -52,16 +52,25 @@ class HelloRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., host_id: _Optional[str] = ..., wanted: _Optional[_Union[Transport, str]] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "transport", "socket_name")
+    __slots__ = ("worker_id", "incarnation", "transport", "socket_name", "endpoints")
+    class EndpointsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     SOCKET_NAME_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     transport: Transport
     socket_name: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ..., socket_name: _Optional[str] = ...) -> None: ...
+    endpoints: _containers.ScalarMap[str, str]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., transport: _Optional[_Union[Transport, str]] = ..., socket_name: _Optional[str] = ..., endpoints: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Fence(_message.Message):
     __slots__ = ("placement_epoch", "incarnation", "step", "timeout_ms", "router_id", "router_incarnation")

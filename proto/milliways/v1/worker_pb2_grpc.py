@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class WorkerServiceStub:
-    """The data plane between a router and a worker: token rows in, token rows out. Knows no request.
+    """The data plane between a router and a worker: takes rows of tokens, returns rows of tokens. It
+    knows no requests.
     """
 
     def __init__(self, channel):
@@ -48,18 +49,19 @@ class WorkerServiceStub:
 
 
 class WorkerServiceServicer:
-    """The data plane between a router and a worker: token rows in, token rows out. Knows no request.
+    """The data plane between a router and a worker: takes rows of tokens, returns rows of tokens. It
+    knows no requests.
     """
 
     def Hello(self, request, context):
-        """Settles how the two will talk; the first call of a router to a worker.
+        """The first call of a router to a worker. It decides the transport between the two.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Exchange(self, request_iterator, context):
-        """Long-lived, one for each pair. Responses come in any order and name their call.
+        """A long-lived stream, one for each pair. Responses come in any order; each has its call's id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +89,8 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService:
-    """The data plane between a router and a worker: token rows in, token rows out. Knows no request.
+    """The data plane between a router and a worker: takes rows of tokens, returns rows of tokens. It
+    knows no requests.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-{{/* Labels by which everything here finds its pods. KubeRay keeps app.kubernetes.io to itself. */}}
+{{/* Labels that select the pods of this release. KubeRay uses app.kubernetes.io for itself. */}}
 {{- define "milliways.selector" -}}
 milliways/instance: {{ .root.Release.Name }}
 milliways/role: {{ .role }}
@@ -22,7 +22,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ div (add (int .Values.config.workers.count) (mul -1 (int .Values.config.workers.experts_only)) (int .Values.workers.perPod) -1) (int .Values.workers.perPod) }}
 {{- end }}
 
-{{/* What Serve runs: deploy/serve.yaml with the values' settings. */}}
+{{/* The application for Serve: deploy/serve.yaml with the settings of the values. */}}
 {{- define "milliways.serveConfig" -}}
 {{- $config := deepCopy .Values.config }}
 {{- if .Values.tls.secretName }}
@@ -41,7 +41,7 @@ applications:
       {{- toYaml $config | nindent 6 }}
     deployments:
       - name: Ingress
-        # Each opens its gRPC port on its node.
+        # Each replica opens its gRPC port on its node.
         max_replicas_per_node: 1
         ray_actor_options:
           num_cpus: 1
@@ -49,7 +49,7 @@ applications:
             milliways_ingress: 1
 {{- end }}
 
-{{/* Requests and limits alike; takes `resources` and `gpus`. */}}
+{{/* Equal requests and limits; takes `resources` and `gpus`. */}}
 {{- define "milliways.resources" -}}
 {{- $all := dict "cpu" .resources.cpu "memory" .resources.memory }}
 {{- if .gpus }}
@@ -61,7 +61,7 @@ limits:
   {{- toYaml $all | nindent 2 }}
 {{- end }}
 
-{{/* A pod of a role; takes `root`, `role`, `gpus` and `body`, what is particular to its container. */}}
+{{/* A pod of a role; takes `root`, `role`, `gpus` and `body`, the rest of its container. */}}
 {{- define "milliways.pod" -}}
 {{- $pod := index .root.Values.pods .role }}
 metadata:
@@ -72,7 +72,7 @@ spec:
   automountServiceAccountToken: false
   {{- end }}
   {{- if eq .role "ingress" }}
-  # Streams that run when the pod is asked to go may end.
+  # Running streams have this time to end when the pod must stop.
   terminationGracePeriodSeconds: 120
   {{- end }}
   securityContext:
@@ -125,7 +125,7 @@ spec:
     {{- end }}
 {{- end }}
 
-{{/* Over HTTP: KubeRay's own probes call wget, which the image does not have. */}}
+{{/* HTTP probes, because KubeRay's own probes call wget, which the image does not have. */}}
 {{- define "milliways.liveness" -}}
 livenessProbe:
   httpGet: {path: {{ .path }}, port: {{ .port }}}

@@ -1,0 +1,92 @@
+"""A run of `milliways chaos`: starts or joins the cluster to break, and runs a trial on it."""
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from milliways.benchmarks.chaos.clients import Endpoint, open_clients
+from milliways.benchmarks.chaos.injectors import Actuator
+from milliways.benchmarks.chaos.load import Load
+from milliways.benchmarks.chaos.local_cluster import local_cluster
+from milliways.benchmarks.chaos.report import Report
+from milliways.benchmarks.chaos.requests import draw_requests
+from milliways.benchmarks.chaos.trial import Plan, Trial
+from milliways.cluster.ray.environment import enter, find_running, use_token
+
+# `ray_actuator` is imported inside functions. It imports Ray, which reads the token of the cluster
+# from the environment when it is imported.
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The cluster to break."""
+
+    endpoint: Endpoint
+    actuator: Actuator
+    # The process that started it, if the run did.
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSize:
+    """How many different requests the load has, how many run at a time, and how long they are."""
+
+    num_requests: int = 48
+    num_clients: int = 8
+    max_tokens: int = 48
+
+
+@contextmanager
+def started_cluster(serve_arguments: Sequence[str]) -> Generator[Target]:
+    """Starts a cluster with `milliways serve`, and stops it at the end.
+
+    Raises:
+        StartupError: the cluster does not become ready.
+    """
+    with local_cluster(serve_arguments) as running:
+        enter(running)
+        from milliways.benchmarks.chaos.ray_actuator import joined
+
+        with joined(running.address) as actuator:
+            yield Target(Endpoint(http=running.http, grpc=running.grpc), actuator, running.pid)
+
+
+@contextmanager
+def joined_cluster(address: str, http: str | None, grpc: str | None) -> Generator[Target]:
+    """Joins a running cluster; endpoints that are not given are those of its configuration.
+
+    Raises:
+        StartupError: no cluster answers at the address.
+    """
+    _set_token(address)
+    from milliways.benchmarks.chaos.ray_actuator import joined
+
+    with joined(address) as actuator:
+        ingress = actuator.config().ingress
+        endpoint = Endpoint(
+            http=http or f"http://{ingress.host}:{ingress.port}",
+            grpc=grpc or f"{ingress.host}:{ingress.grpc_port}",
+        )
+        yield Target(endpoint, actuator)
+
+
+def run_trial(target: Target, plan: Plan, size: LoadSize, say: Callable[[str], None]) -> Report:
+    """Sends the load to the cluster and injects the faults of the plan.
+
+    Raises:
+        StartupError: the cluster does not answer.
+    """
+    requests = draw_requests(size.num_requests, size.max_tokens, plan.seed)
+    with open_clients(target.endpoint) as clients:
+        load = Load(requests, clients, size.num_clients)
+        return Trial(requests, load, target.actuator, say).run(plan)
+
+
+def _set_token(address: str) -> None:
+    """Sets the token of a cluster that this user started, otherwise that of the environment."""
+    running = find_running()
+    if running is not None and running.address == address:
+        enter(running)
+    else:
+        use_token(os.environ.get("RAY_AUTH_TOKEN", ""))

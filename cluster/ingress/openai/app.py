@@ -1,0 +1,131 @@
+"""The FastAPI application: OpenAI's routes, /health, /ready, /metrics, and errors as OpenAI's."""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.openai.errors import error_response, http_status
+from milliways.cluster.ingress.openai.exchange import CLIENT_GONE
+from milliways.cluster.ingress.openai.routes import openai_routes
+from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
+from milliways.cluster.ingress.request_id import new_request_id
+from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+MetricsText = Callable[[], Awaitable[str]]
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_REQUEST_ID_CHARS = 128
+_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=-]")
+
+
+def make_http_app(
+    ingress: Ingress,
+    worker_metrics: MetricsText | None = None,
+    *,
+    echoes_request_id: bool = True,
+) -> FastAPI:
+    """Builds the application of one ingress. /metrics appends what `worker_metrics` returns.
+
+    Set `echoes_request_id` to False behind a proxy that adds x-request-id to responses itself, as
+    Ray Serve does.
+    """
+    app = FastAPI(
+        title="Milliways", docs_url=None, redoc_url=None, redirect_slashes=False, version="1"
+    )
+    app.include_router(openai_routes(ingress))
+    _add_operations(app, ingress, worker_metrics)
+    for kind in (HTTPException, InvalidRequestError, ClusterError):
+        app.add_exception_handler(kind, _answer_error)
+    # Starlette's own handler for uncaught exceptions is outside it, and would not answer in
+    # OpenAI's shape.
+    app.add_middleware(_Recorder, ingress=ingress, echoes_request_id=echoes_request_id)
+    return app
+
+
+def _add_operations(app: FastAPI, ingress: Ingress, worker_metrics: MetricsText | None) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        await ingress.readiness.check()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = ingress.metrics.text()
+        if worker_metrics is not None:
+            text += await _text_or_nothing(worker_metrics)
+        return PlainTextResponse(text, media_type=METRICS_TYPE)
+
+    for route in (health, ready, metrics):
+        assert callable(route)
+
+
+async def _text_or_nothing(worker_metrics: MetricsText) -> str:
+    """The workers' metrics; an error there must not hide the metrics of this process."""
+    try:
+        return await worker_metrics()
+    except Exception:
+        logger.exception("cannot read the workers' metrics; /metrics leaves them out")
+        return ""
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    log_error(error, http_status(error), outcome_of(request.scope).request_id)
+    return error_response(error)
+
+
+class _Recorder:
+    """Gives each request an id, answers uncaught exceptions, and counts the result."""
+
+    def __init__(self, app: ASGIApp, ingress: Ingress, echoes_request_id: bool) -> None:
+        self._app = app
+        self._ingress = ingress
+        self._echoes_request_id = echoes_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        outcome = Outcome(request_id=_request_id(scope))
+        put_outcome(scope, outcome)
+        status: list[int] = []
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status.append(message["status"])
+                if self._echoes_request_id:
+                    MutableHeaders(scope=message)["x-request-id"] = outcome.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log_error(error, http_status(error), outcome.request_id)
+            if not status:
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            code = outcome.code or (str(status[0]) if status else CLIENT_GONE)
+            if scope["path"].startswith("/v1/"):
+                self._ingress.metrics.count_request("http", outcome.model, code)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's x-request-id without characters unfit for logs and headers, or a new id."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            kept = _NOT_IN_REQUEST_ID.sub("", value.decode("latin-1"))[:_MAX_REQUEST_ID_CHARS]
+            return kept or new_request_id()
+    return new_request_id()

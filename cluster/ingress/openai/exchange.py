@@ -1,0 +1,117 @@
+"""One HTTP request with its response, cancelled as a whole when the client disconnects.
+
+`Exchange` is a Starlette response whose handler runs while the response is sent. Reading the body,
+computing and sending are then one task, so that one cancellation stops them all.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from milliways.cluster.ingress.openai.errors import refusal
+
+# nginx's code for a client that disconnected. Only logs and metrics show it; it is never sent.
+CLIENT_GONE = "499"
+
+Handler = Callable[[bytes, "Sender"], Awaitable[None]]
+
+
+class Sender:
+    """Sends one whole response, or a stream of server-sent events in pieces.
+
+    *Invariant:* once `has_begun` is set, the status line may be on the wire: an error can no longer
+    change the status.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._connection = (scope, receive, send)
+        self.has_begun = False
+
+    async def respond(self, response: Response) -> None:
+        """Sends a whole response."""
+        self.has_begun = True
+        await response(*self._connection)
+
+    async def begin_events(self) -> None:
+        """Sends the status and the headers of a stream of server-sent events."""
+        self.has_begun = True
+        head = Response(
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        # A stream's length is not known when it begins.
+        headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def send_piece(self, piece: str, *, is_last: bool = False) -> None:
+        """Sends a piece of the body; waits while the client is slow to read."""
+        body = piece.encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+    async def _send(self, message: dict[str, object]) -> None:
+        await self._connection[2](message)
+
+
+class Exchange(Response):
+    """Reads a JSON body of limited size, then runs the handler until it ends or the client leaves.
+
+    `on_disconnect` is called if the client left first.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        max_body_bytes: int,
+        on_disconnect: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+        self._on_disconnect = on_disconnect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read_body(Request(scope, receive), self._max_body_bytes)
+        handling = asyncio.ensure_future(self._handler(body, Sender(scope, receive, send)))
+        disconnect = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait((handling, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_left = not handling.done()
+            for task in (handling, disconnect):
+                task.cancel()
+            await asyncio.gather(handling, disconnect, return_exceptions=True)
+        if has_left:
+            self._on_disconnect()
+        else:
+            handling.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads the body, with or without a content-length header.
+
+    Raises:
+        HTTPException: the content type is not JSON, or the body is longer than the limit.
+    """
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        message = f"content-type = {kind[:100]!r}: must be 'application/json'"
+        raise refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
+    too_large = f"the body must be at most {max_bytes} bytes long"
+    announced = request.headers.get("content-length", "0")
+    if not announced.isdecimal() or int(announced[:20]) > max_bytes:
+        raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
+    return bytes(body)

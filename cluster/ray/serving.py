@@ -1,0 +1,104 @@
+"""Runs the Serve application in the Ray cluster that this process has started or joined.
+
+    application = ServedApplication(config)
+    application.start()             # workers and endpoint start at the same time
+    application.progress()          # what each worker waits for, and bytes read
+    application.check_endpoint()    # raises StartupError if Serve gave up on the endpoint
+
+Importing this module imports Ray: do that only after Ray's settings are in the environment
+(`cluster/ray/environment.py`).
+"""
+
+# Ray's own types are unknown in part.
+# pyright: basic
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_global_client
+
+from milliways.cluster.ray.app import APP_NAME, make_app
+from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
+from milliways.cluster.settings.config import ClusterConfig, IngressSettings
+from milliways.wire.errors import StartupError
+
+PROGRESS_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+
+
+class ServedApplication:
+    """The workers, and the endpoint in front of them."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._controller = find_or_start_controller(config)
+
+    def start(self) -> None:
+        """Starts the workers and the endpoint; returns before either is ready.
+
+        Raises:
+            StartupError: Serve cannot listen on the address of the settings.
+        """
+        ray.get(self._controller.begin.remote())
+        _open_proxy(self._config.ingress)
+        target = serve.RunTarget(target=make_app(self._config), name=APP_NAME, route_prefix="/")
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def progress(self) -> dict[str, Any]:
+        """The start so far, as the controller describes it."""
+        progress: Any = ray.get(self._controller.progress.remote(), timeout=PROGRESS_TIMEOUT_S)
+        return progress
+
+    def check_endpoint(self) -> None:
+        """Raises StartupError if Serve has given up on the endpoint."""
+        application = serve.status().applications.get(APP_NAME)
+        if application is not None and application.status == "DEPLOY_FAILED":
+            raise StartupError(f"the endpoint does not start: {application.message}")
+
+
+def is_serve_running() -> bool:
+    """Whether the joined Ray cluster runs Serve already."""
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def stop_and_leave(*, keeps_serve: bool) -> None:
+    """Ends application, workers and controller, then leaves the Ray cluster that was joined.
+
+    `keeps_serve` leaves Serve itself running, for its other applications.
+    """
+    if keeps_serve:
+        serve.delete(APP_NAME)
+    else:
+        serve.shutdown()
+    end_controller(STOP_TIMEOUT_S)
+    ray.shutdown()
+
+
+def _open_proxy(ingress: IngressSettings) -> None:
+    """Makes Serve listen, or checks that it listens on the same address already.
+
+    Raises:
+        StartupError: the proxy does not start, or listens on another address.
+    """
+    options = {"host": ingress.host, "port": ingress.port}
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=options)
+        client: Any = _get_global_client()
+    except RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
+    actual = client.http_config
+    if (actual.host, actual.port) != (ingress.host, ingress.port):
+        listening = f"Ray Serve already listens on {actual.host}:{actual.port}"
+        raise StartupError(f"{listening}: set --host and --port to that address")

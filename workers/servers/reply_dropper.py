@@ -1,0 +1,42 @@
+"""Loses replies on order, to try what routers do when a worker that is alive does not answer."""
+
+from collections.abc import Callable
+
+from milliways.wire.calls import Call, Fence, Result
+from milliways.wire.links import CallSink
+from milliways.workers.servers.intake import RouterSessions
+
+
+class ReplyDropper:
+    """Stands between the sessions and their core from `install` to `remove`.
+
+    The core computes every call; the replies to the next `num_left` calls are lost. Without an
+    order there is no dropper, so serving pays nothing for it. Used in the thread that computes.
+    """
+
+    def __init__(self, sessions: RouterSessions, count: int) -> None:
+        self.num_left = count
+        self._sessions = sessions
+        self._core: CallSink = sessions.sink
+
+    def install(self) -> None:
+        """Begins to lose replies."""
+        self._sessions.sink = self
+
+    def remove(self) -> int:
+        """Ends it; returns how many replies were not lost, because too few calls came."""
+        self._sessions.sink = self._core
+        return self.num_left
+
+    def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
+        if self.num_left:
+            self.num_left -= 1
+            reply = _drop
+        self._core.submit(call, fence, reply)
+
+    def router_gone(self, router_id: str) -> None:
+        self._core.router_gone(router_id)
+
+
+def _drop(result: Result) -> None:
+    pass
