@@ -1,13 +1,14 @@
-"""An attention shard: a run of layers, their KV blocks, and the batches on their way through.
+"""An attention shard: a run of layers, their KV blocks, and the batches that pass them.
 
-A batch enters before a layer, stops at the experts of each layer (`ExpertInput`), goes on with
-their outputs, and leaves: for another shard, or with tokens where the shard has the output head.
-Layers whose experts are all in this process do not stop, and no array of theirs comes to the host:
-consecutive ones that lie whole on one device run as one program; where a layer's experts lie on
-several devices, its rows go to all of these at once, and come back.
+A batch enters before a layer and stops at the experts of each layer (`ExpertInput`). It continues
+with their outputs, and leaves to another shard, or with tokens if the shard has the output head.
 
-The blocks belong to one router at a time. Which block belongs to which sequence is that router's
-business; a new one starts from nothing. That router may also read and write whole blocks (`kv`).
+A batch does not stop at layers whose experts are all in this process, and no array of these layers
+goes through the host. Consecutive layers that are whole on one device run as one program. If a
+layer's experts are on several devices, its rows go to all of these at once, and come back.
+
+The blocks belong to one router at a time. That router decides which block belongs to which
+sequence; a new router starts with empty blocks. It may also read and write whole blocks (`kv`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +50,9 @@ MAX_BATCHES = 16
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch on its way: the rows are padded, `num_rows` of them are real.
+    """A batch that has begun: the rows are padded, `num_rows` of them are real.
 
-    The step lies on every device of the shard, the residual stream on `device`.
+    The step is on every device of the shard, the residual stream on `device`.
     """
 
     steps: Mapping[Device, StepBatch]
@@ -65,11 +66,11 @@ class _Batch:
 
     @property
     def step(self) -> StepBatch:
-        """Where the residual stream is."""
+        """The step on the device of the residual stream."""
         return self.steps[self.device]
 
     def move(self, device: Device) -> None:
-        """Has the batch go on on a device."""
+        """Moves the residual stream to a device."""
         if device != self.device:
             self.hidden_TD = jax.device_put(self.hidden_TD, device)
             self.device = device
@@ -78,7 +79,10 @@ class _Batch:
 class AttentionShard:
     """Owns the attention parameters and KV arrays of layers `first_layer` and following.
 
-    A layer's parameters lie on its device of `layer_devices`, the ends on `end_device`.
+    A layer's parameters are on its device of `layer_devices`, the ends on `end_device`.
+
+    Invariants: one thread uses it. Every batch in `_batches` waits for the outputs of the experts
+    of its layer, and is of the router that owns the blocks.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class AttentionShard:
         self._end_device = end_device
         self.kv = KvArrays(decoder, first_layer, layer_devices, cache_size)
         self._batches: dict[tuple[Owner, int], _Batch] = {}
-        self._tenancy = BlockOwnership()
+        self._ownership = BlockOwnership()
         self._parts = jitted_parts(decoder)
         self._go_on = combine_and_attend(decoder)
         self._pass = pass_through(decoder)
@@ -115,7 +119,7 @@ class AttentionShard:
         return self._ends is not None
 
     def layers_on(self, device: Device) -> tuple[int, ...]:
-        """The layers that lie on one device."""
+        """The layers that are on one device."""
         return tuple(layer for layer, on in self._devices.items() if on == device)
 
     def read_cache(self) -> Mapping[int, LayerCache]:
@@ -123,7 +127,7 @@ class AttentionShard:
         return self.kv.layers
 
     def begin(self, owner: Owner, call: BeginBatch) -> Turn | Refusal:
-        """Takes a batch in before its layer, as far as the first stop."""
+        """Begins a batch before its layer, and computes up to the first stop."""
         refusal = self._fault_of(owner, call)
         if refusal is not None:
             return refusal
@@ -146,7 +150,7 @@ class AttentionShard:
         return self._run(owner, call.batch_id, batch)
 
     def advance(self, owner: Owner, call: AdvanceBatch) -> Turn | Refusal:
-        """Goes on with the outputs of the experts it stopped for."""
+        """Continues a batch with the outputs of the experts it stopped for."""
         batch = self._batches.get((owner, call.batch_id))
         if batch is None or batch.layer != call.layer:
             message = f"batch {call.batch_id} does not wait at layer {call.layer}"
@@ -177,7 +181,7 @@ class AttentionShard:
             del self._batches[key]
 
     def _run(self, owner: Owner, batch_id: int, batch: _Batch) -> Turn:
-        """From before a layer to the next stop."""
+        """Computes from before a layer to the next stop."""
         self._pass_local_layers(batch)
         if batch.layer in self._params:
             return self._attend_and_stop(owner, batch_id, batch)
@@ -191,7 +195,7 @@ class AttentionShard:
         return Drawn(tuple(draw_from_hidden(unembed, hidden_WD, batch.samples, ops, max_rows)))
 
     def _pass_local_layers(self, batch: _Batch) -> None:
-        """Runs the layers ahead whose experts are all here."""
+        """Runs the next layers, as long as their experts are all here."""
         while batch.layer in self._params:
             batch.move(self._devices[batch.layer])
             stacks = self._stacks_ahead(batch)
@@ -204,7 +208,7 @@ class AttentionShard:
             self._pass_groups(batch, groups)
 
     def _stacks_ahead(self, batch: _Batch) -> list[ExpertParams]:
-        """The experts of the layers ahead, as far as each has one stack of them on this device."""
+        """The experts of the next layers, as long as each has them in one stack on this device."""
         everything = tuple(range(self._decoder.config.num_experts))
         stacks: list[ExpertParams] = []
         layer = batch.layer
@@ -233,7 +237,7 @@ class AttentionShard:
         batch.layer = layers.stop
 
     def _pass_groups(self, batch: _Batch, groups: Sequence[ExpertGroup]) -> None:
-        """Runs one layer with its experts in several stacks, on whatever devices they lie."""
+        """Runs one layer whose experts are in several stacks, on any devices."""
         layer, num_experts = batch.layer, self._decoder.config.num_experts
         params = self._params[layer]
         tables_GE = np.stack([places_in(group.expert_ids, num_experts) for group in groups])
@@ -247,7 +251,7 @@ class AttentionShard:
         )
         self.kv.layers[layer] = result.cache
         outputs_GTAD: list[jax.Array] = []
-        # Nothing here waits for a device: all of them compute when the last has been asked.
+        # Nothing here waits for a device, so all of them compute at the same time.
         for group, places_TA in zip(groups, places_GTA, strict=True):
             rows = jax.device_put((result.expert_input_TD, places_TA), group.device)
             outputs_TAD = self._parts.expert_half(group.params, *rows)
@@ -271,7 +275,7 @@ class AttentionShard:
     def _combine_and_stop(
         self, owner: Owner, batch_id: int, batch: _Batch, outputs_TAD: np.ndarray
     ) -> ExpertInput:
-        """As combine and attention half, in one program: a call to the device less."""
+        """Combines and runs the next attention half in one program: one call to the device."""
         following = batch.layer + 1
         result = self._go_on(
             self._params[batch.layer],
@@ -296,10 +300,10 @@ class AttentionShard:
         return ExpertInput(batch.layer, rows_TD[: batch.num_rows], ids_TA[: batch.num_rows])
 
     def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
-        """Why a batch is not taken in, if it is not."""
-        before = self._tenancy.tenant
-        refusal = self._tenancy.enter(owner)
-        if self._tenancy.tenant != before:
+        """Why a batch cannot begin, if it cannot."""
+        before = self._ownership.owner
+        refusal = self._ownership.enter(owner)
+        if self._ownership.owner != before:
             self._batches.clear()
         if refusal is not None:
             return refusal
@@ -310,13 +314,13 @@ class AttentionShard:
         if is_end and self._ends is None:
             return Refusal(RefusalReason.NOT_HELD, "neither embedding nor output head is here")
         if len(self._batches) >= MAX_BATCHES:
-            # Ids go up and few are under way at a time: the router has given this one up, and the
-            # message that said so was lost with its stream.
+            # Ids grow and few batches run at a time. So the router has abandoned the oldest batch,
+            # and the message that said so was lost with its stream.
             del self._batches[min(self._batches)]
         return self._rows_fault(call)
 
     def _rows_fault(self, call: BeginBatch) -> Refusal | None:
-        """Holds indices against what they index: the kernels would not."""
+        """Checks that all indices are in range, which the kernels do not check."""
         tokens, size, config = call.tokens, self.cache_size, self._decoder.config
         hidden_TD = call.hidden_TD
         num_rows = tokens.num_rows
@@ -350,7 +354,7 @@ class AttentionShard:
         return Refusal(RefusalReason.MALFORMED, message)
 
     def _pad(self, tokens: TokenRows) -> dict[Device, StepBatch]:
-        """Rows and tables in few different sizes, so that few programs are compiled."""
+        """Pads rows and tables to few different sizes, so that few programs are compiled."""
         min_rows, size = self._decoder.ops.min_rows, self.cache_size
         num_rows = bucket(tokens.num_rows, min_rows)
         blocks = _blocks_per_sequence(self._decoder.config.sequence_len, size)
@@ -364,10 +368,10 @@ class AttentionShard:
             positions_T,
             padded_rows(tokens.slots_T, num_rows),
             tables_BM,
-            # Attention does not ask who wants a token.
+            # Attention does not need to know which rows draw a token.
             np.zeros(0, np.int32),
         )
-        # Once for all layers: each of them would put the host's arrays on the device again.
+        # Once for all layers: otherwise each layer would copy the host's arrays to the device.
         devices = dict.fromkeys((self._end_device, *self.kv.visible_NP))
         return {device: StepBatch(*jax.device_put(arrays, device)) for device in devices}
 

@@ -1,4 +1,4 @@
-"""The devices of this process that a worker computes on, and what shall lie on each."""
+"""The devices of this process that a worker computes on, and what is to be on each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from milliways.workers.spreading import (
     with_experts,
 )
 
-# Of a device whose memory nobody limits.
+# The memory of a device without a limit.
 NO_LIMIT_BYTES = 1 << 60
 T = TypeVar("T")
 
 
 class Device(Protocol):
-    """What is asked of a device of JAX, whose own name for it type checkers do not follow."""
+    """What we use of a JAX device. Type checkers cannot resolve JAX's own name for it."""
 
     @property
     def platform(self) -> str: ...
@@ -38,7 +38,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalDevices:
-    """Devices of equal memory, `memory_bytes` all together; 0 where nobody limits it."""
+    """Devices of equal memory. `memory_bytes` is the limit of all together; 0 is no limit."""
 
     devices: tuple[Device, ...]
     parts: PartBytes
@@ -46,18 +46,18 @@ class LocalDevices:
 
     @property
     def memory_bytes_each(self) -> list[int]:
-        """What each may be filled with."""
+        """The limit of each device."""
         each = self.memory_bytes // len(self.devices) if self.memory_bytes else NO_LIMIT_BYTES
         return [each] * len(self.devices)
 
     @property
     def plannable_bytes(self) -> int:
-        """What a planner that knows nothing of devices may fill; 0 where nobody limits it."""
+        """The limit for a planner that sees one memory; 0 is no limit."""
         return plannable_bytes(self.parts, self.memory_bytes, len(self.devices))
 
     @property
     def end_device(self) -> Device:
-        """Where embedding and output head lie."""
+        """The device of the embedding and the output head."""
         return self.devices[0]
 
     def layer_devices(self, plan: ShardPlan) -> list[Device]:
@@ -68,21 +68,21 @@ class LocalDevices:
     def expert_devices(
         self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare]
     ) -> dict[ExpertId, Device]:
-        """The device of each wanted expert, in their order, beside what the devices hold."""
+        """The device of each wanted expert, in their order, given what the devices hold."""
         shares = shares or [DeviceShare()] * len(self.devices)
         placed = spread_experts(self.parts, shares, wanted, self.memory_bytes_each)
         return {expert_id: self.devices[number] for expert_id, number in placed.items()}
 
     def check(self, plan: ShardPlan) -> None:
-        """Holds a plan for empty devices against their memory.
+        """Checks that a plan fits into empty devices.
 
         Raises:
-            PlacementError: one has too little; says which, what it needs, for what, and has.
+            PlacementError: a device has too little memory; says which, for what, and how much.
         """
         check_memory(self.parts, self.shares(plan), self.memory_bytes_each)
 
     def shares(self, plan: ShardPlan) -> list[DeviceShare]:
-        """How a plan lies on empty devices."""
+        """What of a plan is on which device, if all are empty."""
         runs = spread_layers(self.parts, plan, len(self.devices))
         shares = [
             DeviceShare(has_ends=plan.has_ends and number == 0, layers=run)
@@ -92,7 +92,7 @@ class LocalDevices:
         return with_experts(shares, placed)
 
     def status(self, shares: Sequence[DeviceShare]) -> tuple[DeviceStatus, ...]:
-        """What lies on each device, for people."""
+        """What is on each device, for `milliways status`."""
         return tuple(
             DeviceStatus(
                 device=f"{device.platform}:{device.id}",
@@ -107,7 +107,7 @@ class LocalDevices:
 
 
 def find_devices(gpus_each: float) -> tuple[Device, ...]:
-    """The devices of a worker with so many GPUs: all of them, or the default device.
+    """The devices of a worker with this number of GPUs; the default device if it is below 2.
 
     Raises:
         StartupError: JAX sees fewer.
@@ -117,10 +117,10 @@ def find_devices(gpus_each: float) -> tuple[Device, ...]:
     if len(local) < num_devices:
         limit = f"{len(local)}, the devices that JAX finds here"
         raise StartupError(f"workers.gpus_each = {gpus_each:g}: must be at most {limit}")
-    # Not all of them by default: on a CPU they would be one device under several names.
+    # Without GPUs only one: several CPU devices would be one device under several names.
     return tuple(local[:num_devices])
 
 
 def settle(arrays: T, device: Device) -> T:
-    """Binds arrays that lie on a device to it: what is computed with them is computed there."""
+    """Binds arrays to the device that they are on: JAX then computes with them there."""
     return jax.device_put(arrays, device)

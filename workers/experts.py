@@ -1,7 +1,7 @@
 """The experts that a worker holds, and their computation.
 
-Experts come in groups, as they were loaded: what a placement gives at first, and what a later one
-adds, on each device. A group is a stack; a call goes to each group that holds experts it wants, and
+Experts are in groups, as they were loaded: those of the first placement, and those that a later one
+added, on each device. A group is a stack. A call goes to each group that holds experts it needs;
 groups on several devices compute at the same time.
 """
 
@@ -72,7 +72,7 @@ class ExpertShard:
         )
 
     def held_on(self, device: Device) -> frozenset[ExpertId]:
-        """What lies on one device."""
+        """The experts on one device."""
         return frozenset(
             ExpertId(layer, expert)
             for layer, group in self._table.all_groups()
@@ -81,7 +81,7 @@ class ExpertShard:
         )
 
     def add(self, layer: int, groups: Sequence[ExpertGroup]) -> None:
-        """Takes in experts that are not held yet, of one layer, as they were loaded."""
+        """Adds experts of one layer that are not held yet, as they were loaded."""
         table, new = self._table, tuple(groups)
         whole_layers = dict(table.whole_layers)
         if sum(len(group.expert_ids) for group in new) == self._config.num_experts:
@@ -94,7 +94,7 @@ class ExpertShard:
         )
 
     def keep_only(self, wanted: Iterable[ExpertId]) -> None:
-        """Drops groups of which nothing is wanted any more; a stack goes as a whole or not."""
+        """Drops groups of which no expert is wanted. A stack is kept or dropped as a whole."""
         table, wanted = self._table, frozenset(wanted)
         kept = {
             layer: tuple(
@@ -115,7 +115,7 @@ class ExpertShard:
         )
 
     def examples(self) -> list[tuple[int, int]]:
-        """A (layer, expert) of each size of stack on each device: they run every program."""
+        """A (layer, expert) for each size of stack on each device, and so for every program."""
         by_size = {
             (group.device, len(group.expert_ids)): (layer, group.expert_ids[0])
             for layer, group in self._table.all_groups()
@@ -172,7 +172,7 @@ class ExpertShard:
             if (places_TA >= 0).any():
                 rows = (rows_TD, places_TA)
                 if table.is_spread:
-                    # As they come from other devices: one program for both.
+                    # Like rows that come from another device: one program serves both.
                     rows = jax.device_put(rows, group.device)
                 computing = self._expert_half(group.params, *rows)
                 started.append((places_TA >= 0, computing))
@@ -180,7 +180,7 @@ class ExpertShard:
             return np.asarray(started[0][1])[is_wanted]
         if sum(np.count_nonzero(is_here) for is_here, _ in started) < np.count_nonzero(is_wanted):
             raise ExpertsMissingError(f"experts of layer {call.layer} are not here any more")
-        # Not before all have begun: each device has its own to compute, and its own to send.
+        # After all have begun: the devices compute and send at the same time.
         for _, computing in started:
             computing.copy_to_host_async()
         shape = (padded, num_selected, self._config.emb_size)
@@ -192,7 +192,7 @@ class ExpertShard:
 
 @lru_cache(maxsize=1024)
 def places_in(expert_ids: tuple[int, ...], num_experts: int) -> np.ndarray:
-    """Where in a stack each expert lies [E + 1]; -1 for those elsewhere, and for the id -1."""
+    """Each expert's place in a stack [E + 1]; -1 for experts elsewhere, and for the id -1."""
     # The last entry answers for the id -1.
     table = np.full(num_experts + 1, -1, np.int32)
     table[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)

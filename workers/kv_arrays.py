@@ -1,7 +1,7 @@
-"""The KV arrays of an attention shard: each layer's lie on its device, and stay there.
+"""The KV arrays of an attention shard: each layer's arrays stay on the layer's device.
 
-Which positions are visible is known on every device that has layers. Whole blocks may be read and
-written: copies of keys and values, for and from another process.
+Every device that has layers knows which positions are visible. Whole blocks may be read and
+written: these are copies of keys and values, for and from another process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,12 @@ from milliways.workers.programs import block_programs
 
 
 class KvArrays:
-    """Owns keys and values by layer, and what is visible by device. `layers` may be replaced.
+    """Owns keys and values by layer, and the visible positions by device.
 
-    `layer_devices` has the device of each layer from `first_layer` on; those of a device follow one
-    another.
+    `layer_devices` has the device of each layer from `first_layer` on. The layers of one device
+    are consecutive. The shard replaces entries of `layers` with what a program returns.
+
+    Invariant: `layers` has every layer of the shard, `visible_NP` every device of `layer_devices`.
     """
 
     def __init__(
@@ -54,19 +56,19 @@ class KvArrays:
             self.visible_NP.setdefault(device, cache.visible_NP)
 
     def mark_visible(self, steps: Mapping[Device, StepBatch]) -> None:
-        """Records, on every device, which of a step's positions later queries may see."""
+        """Records on every device which positions of a step later queries may see."""
         for device, visible_NP in self.visible_NP.items():
             self.visible_NP[device] = self._mark_visible(visible_NP, steps[device])
 
     @property
     def block_bytes(self) -> int:
-        """Of the keys and values of one block, in all layers of the shard."""
+        """The size of one block's keys and values, in all layers of the shard."""
         values = np.prod(self._block_shape, dtype=np.int64) * self._decoder.dtype.itemsize
         return 2 * int(values)
 
     def read_blocks(self, block_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [C, L, P, R, K] of blocks, copied."""
-        # One at a time: a program for each number of blocks would have to be compiled.
+        # One at a time: otherwise each number of blocks would need a program of its own.
         blocks = [self._read_block(block_id) for block_id in block_ids]
         keys_CLPRK, values_CLPRK = zip(*blocks, strict=True)
         return np.stack(keys_CLPRK), np.stack(values_CLPRK)
@@ -87,7 +89,7 @@ class KvArrays:
                 self.visible_NP[device],
                 np.int32(block_id),
                 token_ids_P != self._decoder.config.pad_token,
-                # Copied: a device may still read them when whoever sent them writes there again.
+                # Copied: a device may still read them when the sender writes there again.
                 keys_LPRK[here].copy(),
                 values_LPRK[here].copy(),
             )
@@ -99,12 +101,12 @@ class KvArrays:
         return np.asarray(visible_NP)[block_id].copy()
 
     def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
-        """Why blocks cannot lie here, if they cannot."""
+        """Why blocks of another process do not fit in here, if they do not."""
         wanted, dtype = self._block_shape, self._decoder.dtype
         num_blocks = len(call.token_ids_CP)
         layers = (call.first_layer, call.keys_CLPRK.shape[1])
         if layers != (self.first_layer, self.num_layers):
-            message = f"layers {layers[0]} and following, {layers[1]} of them, are not these"
+            message = f"blocks of {layers[1]} layers from {layers[0]} on: other layers are here"
             return Refusal(RefusalReason.NOT_HELD, message)
         is_sound = (
             num_blocks > 0
@@ -119,13 +121,13 @@ class KvArrays:
 
     def _read_block(self, block_id: int) -> tuple[np.ndarray, np.ndarray]:
         read, _ = block_programs()
-        # All devices are asked before the first is waited for.
+        # Start all devices before waiting for the first one.
         runs = [read(layers_L, np.int32(block_id)) for _, _, layers_L in self._cache_runs()]
         keys, values = zip(*jax.device_get(runs), strict=True)
         return np.concatenate(keys), np.concatenate(values)
 
     def _cache_runs(self) -> list[tuple[Device, range, tuple[LayerCache, ...]]]:
-        """The KV arrays of each device, and of which layers they are."""
+        """Each device with its layers and their KV arrays."""
         runs: list[tuple[Device, range, tuple[LayerCache, ...]]] = []
         for device in self.visible_NP:
             here = [layer for layer, on in self._devices.items() if on == device]

@@ -1,6 +1,6 @@
-"""Reads a worker's shards from the checkpoint: its own bytes, a layer at a time, and no others.
+"""Reads a worker's shards from the checkpoint: a layer at a time, and no bytes of other workers.
 
-Each part goes straight to the device that it shall lie on.
+Each part goes straight to its device.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ShardLoader:
-    """Loads what plans ask for; `on_progress` hears of the bytes read so far."""
+    """Loads what plans ask for; calls `on_progress` with the number of bytes read so far."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class ShardLoader:
     ) -> None:
         self._checkpoint = checkpoint
         self._decoder = decoder
-        # Mapped experts live as long as their loader.
+        # Mapped experts stay valid as long as their loader exists.
         self._loader = loader
         self._on_progress = on_progress
         self._local = local
@@ -47,7 +47,7 @@ class ShardLoader:
     def load_attention(
         self, plan: ShardPlan, experts: ExpertShard, cache_size: CacheSize
     ) -> AttentionShard | None:
-        """The attention shard of a plan; None where it has none."""
+        """The attention shard of a plan; None if it has none."""
         if not plan.has_attention:
             return None
         local = self._local
@@ -73,7 +73,7 @@ class ShardLoader:
     def load_experts(
         self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare] = ()
     ) -> dict[int, list[ExpertGroup]]:
-        """Experts by layer, beside what the devices hold: a stack on each device."""
+        """Experts by layer, one stack on each device; `shares` is what the devices hold already."""
         stacks: defaultdict[tuple[int, Device], list[int]] = defaultdict(list)
         for expert_id, device in self._local.expert_devices(wanted, shares).items():
             stacks[(expert_id.layer, device)].append(expert_id.expert)
@@ -101,7 +101,7 @@ class ShardLoader:
 def shares_now(
     local: LocalDevices, attention: AttentionShard | None, experts: ExpertShard
 ) -> list[DeviceShare]:
-    """What lies on each device."""
+    """What is on each device."""
     return [
         DeviceShare(
             has_ends=attention is not None and attention.has_ends and device == local.end_device,

@@ -1,7 +1,7 @@
-"""The compiled programs of an attention shard that put a decoder's parts together.
+"""The compiled programs of an attention shard that combine several parts of a decoder.
 
-Where several layers are in one, the parts stay jitted inside: a layer is then traced once and not
-once for each layer.
+In a program of several layers, the parts stay jitted: then they are traced once, not once for each
+layer.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from milliways.model.runner import jitted_parts
 
 @cache
 def combine_and_attend(decoder: Decoder) -> Callable[..., AttentionResult]:
-    """From the outputs of a layer's experts to the next layer's, as one program."""
+    """From the outputs of one layer's experts to the input of the next layer's, as one program."""
 
     def go_on(
         before: AttentionParams,
@@ -71,7 +71,7 @@ def block_programs() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def attend_and_deal(
     decoder: Decoder,
 ) -> Callable[..., tuple[AttentionResult, tuple[jax.Array, ...]]]:
-    """The attention half, and where in each stack the wanted experts lie, as one program."""
+    """The attention half, and the place of each wanted expert in its stack, as one program."""
     parts = jitted_parts(decoder)
 
     def attend(

@@ -1,13 +1,13 @@
 """Which of a worker's devices holds what: a pure plan from sizes and memory.
 
-Nothing is cut. An attention layer and an expert lie whole on one device, so every sum is one
-device's own and has the bits that it has on any other.
+Nothing is cut. Each attention layer and each expert is whole on one device, so one device computes
+each sum, with the same bits as any other device.
 
-1. The embedding and the output head lie on the first device.
-2. Attention layers, each with its KV cache, lie in consecutive runs, as even by bytes as they go: a
-   batch changes devices once for each run.
-3. How many experts a device holds follows from its room; which ones, from their layers: those of
-   one layer lie on as many devices as they can, because these compute at the same time.
+1. The embedding and the output head are on the first device.
+2. Attention layers, each with its KV cache, are in consecutive runs, as even in bytes as possible:
+   a batch changes devices once for each run.
+3. A device's free memory decides how many experts it holds. The experts of one layer are on as
+   many devices as possible, because these compute at the same time.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from milliways.wire.placement import BYTES_PER_GB, ExpertId, ModelBytes, ShardPl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartBytes:
-    """What a part takes on the device that holds it; a layer of attention with its KV cache."""
+    """The bytes of each part on its device. A layer of attention includes its KV cache."""
 
     end_bytes: int
     layer_bytes: int
@@ -28,7 +28,7 @@ class PartBytes:
 
     @classmethod
     def of(cls, model: ModelBytes, kv_tokens: int) -> "PartBytes":
-        """The parts of a model, with room for so many positions of KV cache."""
+        """The parts of a model, with `kv_tokens` positions of KV cache."""
         return cls(
             end_bytes=model.end_bytes,
             layer_bytes=model.attention_layer_bytes + model.kv_layer_bytes_per_token * kv_tokens,
@@ -38,14 +38,14 @@ class PartBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceShare:
-    """What lies on one device: the ends or not, attention layers, experts."""
+    """What is on one device: the ends or not, attention layers, experts."""
 
     has_ends: bool = False
     layers: Sequence[int] = ()
     experts: frozenset[ExpertId] = frozenset()
 
     def num_bytes(self, parts: PartBytes) -> int:
-        """What it takes of the device's memory."""
+        """How much of the device's memory it takes."""
         return (
             self.has_ends * parts.end_bytes
             + len(self.layers) * parts.layer_bytes
@@ -75,9 +75,9 @@ def spread_experts(
     wanted: Iterable[ExpertId],
     memory_bytes: Sequence[int],
 ) -> dict[ExpertId, int]:
-    """The device of each wanted expert, beside what the devices hold already.
+    """The device of each wanted expert, given what the devices hold already.
 
-    Where memory is short it is overdrawn evenly: whoever may refuse that asks `check_memory`.
+    If memory is short, all devices exceed it evenly; `check_memory` refuses that.
     """
     wanted = sorted(wanted)
     quotas = _quotas(parts, shares, len(wanted), memory_bytes)
@@ -111,10 +111,10 @@ def with_experts(
 def check_memory(
     parts: PartBytes, shares: Sequence[DeviceShare], memory_bytes: Sequence[int]
 ) -> None:
-    """Holds shares against the devices' memory.
+    """Checks that shares fit into the devices.
 
     Raises:
-        PlacementError: one has too little; says which, what it needs, for what, and has.
+        PlacementError: a device has too little memory; says which, for what, and how much.
     """
     for device, (share, has) in enumerate(zip(shares, memory_bytes, strict=True)):
         needs = share.num_bytes(parts)
@@ -130,9 +130,9 @@ def check_memory(
 
 
 def plannable_bytes(parts: PartBytes, memory_bytes: int, num_devices: int) -> int:
-    """What a planner that knows nothing of devices may fill of their memory together.
+    """How much of all devices' memory a planner may fill that sees only one memory.
 
-    Each may have a gap left that is smaller than an expert.
+    A gap smaller than an expert may be left on each device but one.
     """
     return max(0, memory_bytes - (num_devices - 1) * parts.expert_bytes)
 
@@ -140,7 +140,7 @@ def plannable_bytes(parts: PartBytes, memory_bytes: int, num_devices: int) -> in
 def _quotas(
     parts: PartBytes, shares: Sequence[DeviceShare], count: int, memory_bytes: Sequence[int]
 ) -> list[int]:
-    """How many experts each device takes, so that as even a room as can be is left."""
+    """How many experts each device takes, so that the free memory is as even as possible."""
     room = [has - share.num_bytes(parts) for share, has in zip(shares, memory_bytes, strict=True)]
     quotas = [0] * len(shares)
     for _ in range(count):

@@ -1,7 +1,7 @@
-"""Compiles what a worker will run, before anybody waits for it: programs for each size of a step.
+"""Compiles the programs that a worker will run, for each size of a step, before it is READY.
 
-Batches of no meaning go through the shards; the keys and values that they leave are overwritten
-before any sequence reads them. A stall after a death would otherwise be the compiler's time.
+Meaningless batches go through the shards. The keys and values that they write are overwritten
+before any sequence reads them. Without this, requests would wait for the compiler after a death.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def warm_up(
     copies_blocks: bool = False,
     on_size: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
-    """Runs every size once; for a worker that nobody uses yet."""
+    """Runs every size once; for a worker that gets no calls yet."""
     for num_tokens in _sizes(max_step_tokens):
         on_size(num_tokens)
         _run_experts(config, experts, dtype, num_tokens)
@@ -60,7 +60,7 @@ def _sizes(largest: int) -> Iterator[int]:
 def _run_experts(
     config: ModelConfig, experts: ExpertShard, dtype: np.dtype, num_tokens: int
 ) -> None:
-    """One layer for each number of experts that layers have here."""
+    """One layer for each size of stack on each device."""
     rows_TD = np.zeros((num_tokens, config.emb_size), dtype)
     for layer, expert in experts.examples():
         ids_TA = np.full((num_tokens, config.num_selected_experts), -1, np.int32)
@@ -81,7 +81,7 @@ def _run_attention(
     shape = (num_tokens, config.num_selected_experts, config.emb_size)
     outputs_TAD = np.zeros(shape, dtype)
     starts = [attention.first_layer] if attention.num_layers else []
-    # The head of a chain also draws what comes back to it.
+    # A shard with the output head also draws the tokens of batches that return to it.
     starts += [config.num_layers] if attention.has_ends else []
     for batch_id, layer in enumerate(starts):
         is_first = layer == 0 and attention.has_ends
@@ -94,7 +94,7 @@ def _run_attention(
 def _tokens(
     config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
 ) -> TokenRows:
-    """So many rows of as few sequences as hold them, with as many logits as are held at once."""
+    """Rows of as few sequences as possible, with the largest number of logits held at once."""
     capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
     positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
     slots_T = np.arange(num_tokens, dtype=np.int32) // capacity

@@ -1,4 +1,4 @@
-"""Decides who is in the cluster and who holds what.
+"""Decides which workers are in the cluster, and what each holds.
 
 Each decision has a file:
 
@@ -134,7 +134,7 @@ class Controller:
             self._supervision.supervise(record)
         for member in self.view.members.values():
             if member.worker_id not in self.workers:
-                # It is dead. Its next incarnation must be told from its last one.
+                # It is dead. Its next incarnation must have a higher number than its last one.
                 record = WorkerRecord(member.worker_id, incarnation=member.incarnation)
                 self._supervision.supervise(record)
 
@@ -153,7 +153,7 @@ class Controller:
         state.placed.notify()
 
     def _change(self, steps: Coroutine[Any, Any, None]) -> Task[None]:
-        """Starts a change of who holds what; one at a time, from where all is settled."""
+        """Starts a change of the cluster, or refuses it while another one goes on."""
         if self._changing is not None and not self._changing.is_done:
             steps.close()
             return self._tasks.start(self._refuse_change())

@@ -4,8 +4,8 @@
 
 1. Attention: all layers on every worker, or a run of layers on each (`AttentionCut`). What it and
    its KV cache leave free is for experts.
-2. How many expert replicas each worker holds: as even as memory allows, and on no node so many that
-   it would have all replicas of an expert.
+2. How many expert replicas each worker holds: as even as memory allows. No node may hold all
+   replicas of an expert.
 3. Which ones: dealt out of a circle in which the layers alternate.
 
 A plan is data. Nothing here loads, starts or measures anything.
@@ -79,7 +79,7 @@ class WorkerPlan:
 
     @property
     def shards(self) -> ShardPlan:
-        """What the worker shall load: the plan without its arithmetic."""
+        """What the worker is to load: the plan without its arithmetic."""
         attention = self.attention
         return ShardPlan(
             first_layer=attention.first_layer,
@@ -169,7 +169,7 @@ def _given_to_takers(
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionRange, ...]:
-    """Ranges as even as can be; what leaves the last comes back to the first for its logits.
+    """Ranges of nearly equal length; a batch returns from the last to the first for its logits.
 
     Workers beyond the number of layers have only experts.
     """
@@ -192,7 +192,7 @@ def fixed_bytes(model: ModelBytes, attention: AttentionRange, kv_tokens: int) ->
 def _slots(
     model: ModelBytes, workers: Sequence[WorkerMemory], fixed: Sequence[int]
 ) -> list[int] | None:
-    """How many experts fit beside the attention of each; None if one cannot even hold that.
+    """How many experts fit beside each worker's attention; None if a worker cannot hold that.
 
     No worker holds an expert twice.
     """
@@ -239,7 +239,7 @@ def _must_spread(workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> bo
 
 
 def _level(num_slots: Sequence[int], needed: int) -> list[int]:
-    """Fills workers evenly until `needed` are placed, the small ones up to their brim."""
+    """Fills workers evenly until `needed` experts are placed; small workers may become full."""
     counts = [0] * len(num_slots)
     # From the smallest worker up: it takes its share of the rest, or all it can.
     for rank, i in enumerate(sorted(range(len(num_slots)), key=lambda i: num_slots[i])):
@@ -272,7 +272,7 @@ def _deal(
 
 
 def _node_after_node(workers: Sequence[WorkerMemory]) -> list[int]:
-    """The workers' places, those of one node together."""
+    """The workers' places in the order of dealing: those of one node together."""
     nodes = list(dict.fromkeys(worker.node_id for worker in workers))
     return sorted(range(len(workers)), key=lambda i: nodes.index(workers[i].node_id))
 

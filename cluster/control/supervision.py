@@ -1,6 +1,6 @@
 """Starts workers, and starts them again when they die: one task for each.
 
-The life of a worker:
+What happens to a worker:
 
 1. `spawn` has a process started somewhere; it says where it is and how much memory it may use.
 2. It waits for a placement, which is planned as soon as all workers asked for are there.

@@ -85,7 +85,7 @@ def planned(
 def planned_anew(
     model: ModelBytes, settings: ControllerSettings, records: Collection[WorkerRecord]
 ) -> dict[str, ShardPlan]:
-    """As `planned`, where some have shards: attention stays where its keys and values are.
+    """As `planned`, for workers of which some have shards: attention stays with its KV cache.
 
     New ones get all of it where all have that, and none where it is cut by layers.
 
@@ -147,7 +147,7 @@ def attention_of(shards: ShardPlan) -> AttentionRange:
 
 
 def is_cut(model: ModelBytes, records: Iterable[WorkerRecord]) -> bool:
-    """Whether attention is cut by layers: then a sequence's keys and values bind its shards."""
+    """Whether attention is cut by layers: then a sequence needs all shards of its chain."""
     return any(
         record.shards is not None and 0 < record.shards.num_layers < model.num_layers
         for record in records

@@ -1,23 +1,23 @@
-"""What JAX is told of a worker's devices before it is imported: how many there are is Ray's to say.
+"""Settings of JAX for a worker's devices, which must be made before JAX is imported.
 
-Ray shows a worker the GPUs it may use, but not how much of one where it gives out parts, and leaves
-all of them visible to a worker that asked for none.
+Ray shows a worker the GPUs that it may use. It does not limit how much of a shared GPU is used, and
+it shows all GPUs to a worker that asked for none.
 """
 
 from collections.abc import MutableMapping
 
-# JAX takes three quarters of a GPU at once unless it is told otherwise; the rest is for what CUDA
-# and its libraries keep besides, for each process.
+# By default JAX reserves three quarters of a GPU. CUDA and its libraries need the rest, for each
+# process.
 WHOLE_GPU = 0.75
 
 
 def tell_jax(gpus_each: float, environment: MutableMapping[str, str]) -> None:
-    """Has JAX, once it is imported, use what a worker of `gpus_each` GPUs has; not more.
+    """Limits JAX, before it is imported, to what a worker with `gpus_each` GPUs may use.
 
-    What the operator set stays.
+    Variables that the operator set keep their values.
     """
     if gpus_each <= 0:
-        # Else every worker would take most of the first GPU it sees.
+        # Otherwise every worker would take most of the first GPU it sees.
         environment.setdefault("JAX_PLATFORMS", "cpu")
     elif gpus_each < 1:
         share = f"{WHOLE_GPU * gpus_each:.4f}"

@@ -22,7 +22,7 @@ def kv_tokens_of(settings: WorkerSettings, model: ModelConfig) -> int:
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, kv_value_bytes: int) -> ModelBytes:
-    """Of a checkpoint, as its files hold them."""
+    """The sizes of a checkpoint's parts in its files."""
     sizes = {
         spec.index: sum(array.num_bytes for array in record.arrays)
         for spec, record in zip(checkpoint.specs, checkpoint.records, strict=True)
@@ -31,7 +31,7 @@ def checkpoint_bytes(checkpoint: Checkpoint, kv_value_bytes: int) -> ModelBytes:
 
 
 def released_bytes(config: ModelConfig, kv_value_bytes: int) -> ModelBytes:
-    """Of a model as xAI would release it: int8 with bfloat16 scales."""
+    """The sizes of a model in the released form: int8 with bfloat16 scales."""
     sizes = {spec.index: _released_tensor_bytes(spec) for spec in tensor_specs(config)}
     return _add_up(config, sizes, kv_value_bytes)
 

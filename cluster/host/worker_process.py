@@ -82,7 +82,7 @@ Fault = Callable[[BaseException], None]
 
 @dataclass(slots=True)
 class LoadProgress:
-    """Bytes of the checkpoint read, of those that the shards take; for other threads to look at."""
+    """Bytes of the checkpoint that were read and are to be read; other threads may look."""
 
     bytes_read: int = 0
     bytes_wanted: int = 0
@@ -96,7 +96,7 @@ class Rates:
     marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
     def per_s(self, num_tokens: int) -> float:
-        """Notes a count and returns its growth a second within the window."""
+        """Notes a count; returns by how much it grew per second within the window."""
         now_s = time.monotonic()
         self.marks = [m for m in self.marks if now_s - m[0] <= self.window_s]
         self.marks.append((now_s, num_tokens))
@@ -117,8 +117,8 @@ def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
 class WorkerProcess:
     """Owns everything of one incarnation of a worker. Any thread but its own two may call it.
 
-    `memory_bytes` is what its devices may be filled with together, 0 where nobody limits it;
-    `devices` are those that it computes on, by default as many as the settings say.
+    `memory_bytes` is the limit of all its devices together; 0 is no limit. `devices` are those that
+    it computes on, by default as many as the settings say.
 
     Invariant: `_attention`, once set, stays. Until the core is READY only the thread that loads
     uses it; after that only the thread that `_hand_over_attention` gives it to.
@@ -140,7 +140,7 @@ class WorkerProcess:
         self._config = config
         self._host = host
         keep_freed_blocks()
-        # XLA would hand each small program to a thread of its own, and wait for it.
+        # Otherwise XLA would give each small program to another thread, and wait for it.
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
         self._model_dir = resolve_model_dir(config.model.path)
         self._checkpoint = Checkpoint.open(self._model_dir)
@@ -180,7 +180,7 @@ class WorkerProcess:
             self._core.attach_copies(own_blocks.keep)
 
     def start(self) -> Spawned:
-        """Opens the doors; says where they are."""
+        """Opens the servers; says where they are."""
         self._compute.start()
         self._routing.start()
         address, router_address = self._start_servers()
@@ -195,7 +195,7 @@ class WorkerProcess:
         )
 
     def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
-        """Reads what of the shards is not here yet, and is READY. Takes its time.
+        """Reads what is missing of the shards; then the worker is READY. Takes a while.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -260,7 +260,7 @@ class WorkerProcess:
         logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
 
     def unload(self, kept: frozenset[ExpertId]) -> None:
-        """Drops experts that nobody asks this worker for any more."""
+        """Drops all experts but `kept`, after routers stopped asking for the others."""
         self._compute.call(lambda: self._experts.keep_only(kept))
 
     def publish(self, view: ClusterView) -> None:
@@ -273,11 +273,11 @@ class WorkerProcess:
         self._routing.call(take)
 
     def fence(self, placement_epoch: int) -> None:
-        """Has the core refuse older views."""
+        """Makes the core refuse calls that act on an older placement."""
         self._compute.call(lambda: self._core.fence.raise_epoch(placement_epoch))
 
     def drain(self) -> None:
-        """Has the router hand its requests over."""
+        """Makes the router hand its requests over to other routers."""
         self._compute.call(self._begin_to_drain)
         self._routing.call(self._router.drain)
 
@@ -295,7 +295,7 @@ class WorkerProcess:
             return count - self._compute.call(dropper.remove)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
-        """Gives the router a request past its door; it calls the listener in its own thread.
+        """Gives the router a request without gRPC; it calls the listener in its own thread.
 
         Raises:
             ClusterError, InvalidRequestError: why it is not admitted.
@@ -303,15 +303,15 @@ class WorkerProcess:
         self._routing.call(lambda: self._router.submit(routed, listener))
 
     def stop(self) -> None:
-        """Closes the doors and ends the threads."""
-        self._routing.ask(self._door.stop, STOP_TIMEOUT_S)
+        """Closes the servers and ends the threads."""
+        self._routing.ask(self._router_server.stop, STOP_TIMEOUT_S)
         self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
         for reactor in (self._routing, self._compute):
             reactor.close()
         self._checkpoint.close()
 
     def describe(self, spawned: Spawned) -> Existing | None:
-        """All that a new controller has to know; None where it has to be started anew."""
+        """All that a new controller has to know; None if this process has to be replaced."""
         shards = self._shards
         if self._core.state is not WorkerState.READY or shards is None:
             return None
@@ -393,7 +393,7 @@ class WorkerProcess:
             transport=self._config.workers.transport,
             tls=tls,
         )
-        self._door = RouterServer(
+        self._router_server = RouterServer(
             self._routing,
             self._router,
             request_timeout_s=self._config.router.request_timeout_s,
@@ -402,7 +402,7 @@ class WorkerProcess:
         any_port = f"{self._host}:0"
         return (
             self._compute.ask(lambda: self._server.start(any_port), START_TIMEOUT_S),
-            self._routing.ask(lambda: self._door.start(any_port), START_TIMEOUT_S),
+            self._routing.ask(lambda: self._router_server.start(any_port), START_TIMEOUT_S),
         )
 
     def _make_router(self) -> tuple[Router, LinkTable]:
@@ -422,9 +422,9 @@ class WorkerProcess:
         def connect(member: Member) -> Pending[WorkerLink]:
             if member.worker_id != self.worker_id:
                 return connector.connect(member)
-            way: Pending[WorkerLink] = Pending()
-            way.resolve(DirectLink(self.worker_id, own_core, self.worker_id))
-            return way
+            opened: Pending[WorkerLink] = Pending()
+            opened.resolve(DirectLink(self.worker_id, own_core, self.worker_id))
+            return opened
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
         limits = DispatchLimits(
@@ -467,7 +467,7 @@ class WorkerProcess:
 
 
 def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
-    """Text where the model has a tokenizer."""
+    """Makes text if the model has a tokenizer."""
     return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
 
 

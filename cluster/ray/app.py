@@ -64,7 +64,7 @@ class Directory:
         await self._changed.wait()
 
     async def follow(self) -> None:
-        """Asks for newer views, for ever; a controller that is gone is made anew."""
+        """Asks for newer views, for ever; starts a new controller if there is none."""
         while True:
             try:
                 controller = find_or_start_controller(self._config)
@@ -86,7 +86,7 @@ class Directory:
 @serve.deployment(name="Ingress", max_ongoing_requests=512)
 @serve.ingress()
 class IngressReplica:
-    """A replica: HTTP through Serve's proxy, gRPC on a port that all replicas of a node share."""
+    """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
     def __init__(self, config: ClusterConfig) -> None:
         bind_replicas_to_loopback()
@@ -124,7 +124,7 @@ class IngressReplica:
         return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that raises here."""
+        """Raises if the replica does not follow the controller any more; Serve then replaces it."""
         if self._follower.done():
             self._follower.result()
 
@@ -171,7 +171,7 @@ default_app = make_app(ClusterConfig())
 
 
 def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:
-    """Settings from Serve's arguments: tables, or text of YAML where a command line gave them."""
+    """Settings from Serve's arguments: tables, or YAML text if a command line gave them."""
     tree: dict[str, Any] = {}
     for name, value in args.items():
         if name == "config":

@@ -1,7 +1,7 @@
-"""Ray underneath: starts a lean local one, or joins one that runs.
+"""Starts a small local Ray cluster, or joins one that runs.
 
-A local cluster listens on the loopback address only. Settings that Ray reads when it is imported
-are `ray_settings`' business.
+A local cluster listens on the loopback address only. `environment` has the settings that Ray reads
+when it is imported.
 """
 
 # Ray's own types are unknown in part.
@@ -19,7 +19,7 @@ from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.wire.errors import StartupError
 
-# More than anything asks for: on one machine the operating system shares out the processors.
+# More than all actors ask for: on one machine the operating system shares out the processors.
 LOCAL_CPUS = 1024
 OBJECT_STORE_BYTES = 100 << 20
 STOP_TIMEOUT_S = 5.0
@@ -42,7 +42,7 @@ class LocalRay:
         Raises:
             StartupError: Ray does not come up; nothing of it is left.
         """
-        # On a busy machine a first try may take longer than Ray waits for its own processes.
+        # On a busy machine the first try may take longer than Ray waits for its own processes.
         for _ in range(START_ATTEMPTS - 1):
             with suppress(StartupError):
                 self._start()
@@ -52,7 +52,8 @@ class LocalRay:
     def stop(self) -> None:
         """Ends every process of it."""
         processes = psutil.Process().children(recursive=True)
-        # Its own way first; then by id whoever has not gone, such as workers whose raylet is dead.
+        # First Ray ends its processes. Then we end those that are left, such as workers whose
+        # raylet is dead.
         ray.shutdown()
         _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
         for process in left:
@@ -62,7 +63,7 @@ class LocalRay:
         self._temp_dir.cleanup()
 
     def _start(self) -> None:
-        # Names of Unix sockets may be 107 characters long, and Ray's session takes 60 of them.
+        # Names of Unix sockets have at most 107 characters, of which Ray's session takes 60.
         self._temp_dir = tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True)
         try:
             context: Any = ray.init(
@@ -97,10 +98,10 @@ def join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Fails at once where nothing listens. Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()) or "://" in address:
-        # `auto`, or a way that only Ray knows.
+        # `auto`, or a form of address that only Ray knows.
         return
     try:
         socket.create_connection((host, int(port)), KNOCK_TIMEOUT_S).close()

@@ -46,7 +46,7 @@ class ControllerActor:
         self._has_begun = asyncio.Event()
 
     async def begin(self, known: ClusterView = EMPTY_VIEW) -> None:
-        """Brings the cluster up, or on from the view that the caller knows; does so once."""
+        """Starts the cluster, or continues from the view that the caller knows; does so once."""
         if self._shell is not None:
             await self._has_begun.wait()
             return
@@ -99,7 +99,7 @@ class ControllerActor:
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
-        """The view, as soon as it is newer than the known one, or when the time is over."""
+        """The view, as soon as it is newer than the known one, or after the timeout."""
         controller = await self._begun()
         controller.overtake(known_epoch)
         until_s = time.monotonic() + timeout_s

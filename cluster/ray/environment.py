@@ -1,6 +1,6 @@
-"""What Ray reads from the environment when it is imported, and where a cluster of ours runs.
+"""The environment variables that Ray reads when it is imported, and where our cluster runs.
 
-Imports no Ray, so that there is a time to set it.
+This module does not import Ray, so the variables can be set before Ray reads them.
 """
 
 import json
@@ -14,13 +14,13 @@ import psutil
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.runtime.user_cache import user_cache_dir
 
-# Has workers do wrong what nobody can do to them from outside, when they are told to.
+# Permits orders to workers to do something wrong, which cannot be caused from outside.
 FAULTS_VARIABLE = "MILLIWAYS_FAULTS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningCluster:
-    """Where a cluster of this user runs; what its commands need to join it."""
+    """Where a cluster of this user runs, and what commands need to join it."""
 
     pid: int
     address: str
@@ -30,35 +30,36 @@ class RunningCluster:
 
 
 def be_quiet() -> None:
-    """No reports to anybody, and no advice on the terminal."""
+    """Switches off Ray's usage reports and its advice on the terminal."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def be_patient() -> None:
-    """Has Serve wait for its proxy on a busy machine, which it would end after five seconds."""
+    """Lets Serve wait a minute for its proxy; by default it ends a slow one after five seconds."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
 def watch_proxies() -> None:
-    """Has Serve replace a dead proxy after three seconds; it would take half a minute."""
+    """Lets Serve replace a dead proxy after three seconds; by default it takes half a minute."""
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 
 def stay_local() -> None:
-    """Has a cluster started from here listen on the loopback address only.
+    """Makes a cluster started from here listen on the loopback address only.
 
-    Ray puts the machine's address for it everywhere, unless it is told that this platform has no
-    clusters; then it takes what it is given.
+    Ray replaces the loopback address by the machine's address, unless it believes that this
+    platform has no clusters; then it takes the address that it is given.
     """
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def make_token() -> str:
-    """Has a cluster started from here ask for a token; empty where the user set other rules.
+    """Makes a cluster started from here require a token; returns it.
 
-    Without it Ray would write a token of its own to the user's home, for all clusters.
+    It is empty if the user configured Ray's authentication. Without it, Ray would write one token
+    for all clusters to the user's home.
     """
     if "RAY_AUTH_MODE" not in os.environ:
         use_token(secrets.token_hex(32))
@@ -66,22 +67,22 @@ def make_token() -> str:
 
 
 def enter(cluster: RunningCluster) -> None:
-    """Has Ray, once it is imported, join a cluster of this user."""
+    """Prepares Ray, before it is imported, to join a cluster of this user."""
     use_token(cluster.token)
     head_for(cluster.address)
 
 
 def head_for(address: str) -> None:
-    """Has Ray, once it is imported, look for a cluster at just this address.
+    """Prepares Ray, before it is imported, to look for a cluster at exactly this address.
 
-    It takes the loopback address for the machine's other one, as it does where it listens.
+    Otherwise Ray replaces the loopback address by the machine's address.
     """
     if address.startswith(f"{LOOPBACK}:"):
         stay_local()
 
 
 def use_token(token: str) -> None:
-    """Has Ray show a token to the cluster that it joins."""
+    """Makes Ray present a token to the cluster that it joins."""
     if token:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = token
@@ -90,7 +91,7 @@ def use_token(token: str) -> None:
 
 
 def remember(cluster: RunningCluster) -> Path:
-    """Writes down where a cluster runs; returns the file, to be deleted at its end."""
+    """Writes a file that says where a cluster runs; returns it, to be deleted at its end."""
     folder = user_cache_dir() / "running"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{cluster.pid}.json"
@@ -122,5 +123,5 @@ def _read(path: Path) -> RunningCluster | None:
     try:
         return RunningCluster(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
-        # Half written, or of another version.
+        # It is incomplete, or of another version.
         return None

@@ -116,7 +116,7 @@ class RayFleet:
         return list(found.values())
 
     async def progress(self, worker_id: str) -> tuple[int, int]:
-        """Bytes that a worker read, and bytes that it will."""
+        """Bytes that a worker has read, and bytes that it is to read."""
         return await self._actors[worker_id].progress.remote()
 
     async def status(self, worker_id: str) -> ProcessStatus:
@@ -131,7 +131,7 @@ class RayFleet:
             remove_placement_group(group)
 
     def bytes_of(self, shards: ShardPlan) -> int:
-        """What shards take of the checkpoint."""
+        """How many bytes of the checkpoint shards take."""
         model = self._model
         return (
             shards.num_layers * model.attention_layer_bytes
@@ -186,7 +186,7 @@ async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
 
 
 async def _described(name: str, actor: Any) -> Existing | None:
-    """What a worker says of itself; None where it is gone, silent, or has nothing loaded.
+    """What a worker says of itself; None if it is gone, silent, or has nothing loaded.
 
     Raises:
         UnavailableError: it answers, but with an error each time.

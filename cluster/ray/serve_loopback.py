@@ -1,8 +1,7 @@
-"""Keeps Serve's replicas off the network where everything else is.
+"""Keeps Serve's replicas off the network if the rest of the node is off it.
 
-A replica has a gRPC server for other deployments, which it binds to all addresses, whatever the
-node's address is. Where the node lives on the loopback address, so shall that server; there is no
-setting for it, hence this.
+A replica has a gRPC server for other deployments, which Serve binds to all addresses. If the node's
+address is the loopback address, that server must listen there as well. Serve has no setting for it.
 """
 
 # Ray's own types are unknown in part.
@@ -22,7 +21,7 @@ _LOOPBACK_ADDRESS = "127.0.0.1:0"
 
 
 def bind_replicas_to_loopback() -> None:
-    """In a replica's process, before it opens its server; without effect on other nodes."""
+    """Changes Serve in a replica's process, before its server opens, on loopback nodes only."""
     module: Any = replica
     original: Any = getattr(module, _NAME, None)
     if original is None or getattr(original, "is_ours", False):

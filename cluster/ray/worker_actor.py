@@ -98,7 +98,7 @@ class WorkerActor:
 
 
 def _memory_bytes(config: ClusterConfig) -> int:
-    """What a worker may use: its GPUs' memory, or an even share of the machine's."""
+    """The memory that a worker may use: that of its GPUs, or an even share of the machine's."""
     if config.workers.gpus_each > 0:
         import jax
 

@@ -80,7 +80,18 @@ def test_status_describes_every_worker(cluster: ServedCluster) -> None:
 def test_status_is_a_readable_table(cluster: ServedCluster) -> None:
     heading, _, names, *lines = cluster.command("status").stdout.splitlines()
     assert heading.startswith("model demo, placement epoch ") and ", complete, " in heading
-    columns = ["worker", "life", "pid", "node", "state", "role", "layers", "experts", "kv", "tok/s"]
+    columns = [
+        "worker",
+        "incarnation",
+        "pid",
+        "node",
+        "state",
+        "role",
+        "layers",
+        "experts",
+        "kv",
+        "tok/s",
+    ]
     assert names.split() == [*columns, "transports"]
     assert {line.split()[0] for line in lines} == WORKERS
     for line in lines:

@@ -273,7 +273,7 @@ class FakeAttention:
             for layer in layers
         }
         self._batches: dict[int, _Batch] = {}
-        self._tenancy = BlockOwnership()
+        self._ownership = BlockOwnership()
 
     @property
     def num_batches(self) -> int:
@@ -320,7 +320,7 @@ class FakeAttention:
         if self.refusals:
             return Refusal(self.refusals.popleft(), "the test wants a refusal")
         batch = self._batches.get(call.batch_id)
-        if owner != self._tenancy.tenant or batch is None or batch.layer != call.layer:
+        if owner != self._ownership.owner or batch is None or batch.layer != call.layer:
             return Refusal(RefusalReason.UNKNOWN_BATCH, f"{call.batch_id} at layer {call.layer}")
         del self._batches[call.batch_id]
         batch.hidden_TD = _combine(batch.hidden_TD, call.outputs_TAD)
@@ -328,19 +328,19 @@ class FakeAttention:
         return self._run(call.batch_id, batch)
 
     def abandon(self, owner: Owner, batch_id: int) -> None:
-        if owner == self._tenancy.tenant:
+        if owner == self._ownership.owner:
             self._batches.pop(batch_id, None)
 
     def release(self, router_id: str) -> None:
-        if router_id == self._tenancy.tenant[0]:
+        if router_id == self._ownership.owner[0]:
             self._batches.clear()
 
     def _fault_of(self, owner: Owner, call: BeginBatch) -> Refusal | None:
         if self.refusals:
             return Refusal(self.refusals.popleft(), "the test wants a refusal")
-        before = self._tenancy.tenant
-        refusal = self._tenancy.enter(owner)
-        if self._tenancy.tenant != before:
+        before = self._ownership.owner
+        refusal = self._ownership.enter(owner)
+        if self._ownership.owner != before:
             self._batches.clear()
         if refusal is not None:
             return refusal

@@ -8,9 +8,11 @@ from milliways.cluster.settings.config import WorkerSettings
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("worker", metavar="WORKER", help="as `milliways status` names it")
+    parser.add_argument("worker", metavar="WORKER", help="its name in `milliways status`")
     parser.add_argument(
-        "--restart", action="store_true", help="start it anew; one after another: a rolling restart"
+        "--restart",
+        action="store_true",
+        help="start the worker again; do this to one after another for a rolling restart",
     )
     parser.add_argument("--address", metavar="RAY", help="Ray cluster [the one you started last]")
 

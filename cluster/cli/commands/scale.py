@@ -8,7 +8,7 @@ from milliways.cluster.settings.config import WorkerSettings
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
-    parser.add_argument("--workers", type=int, required=True, metavar="N", help="to have")
+    parser.add_argument("--workers", type=int, required=True, metavar="N", help="number of workers")
     parser.add_argument("--address", metavar="RAY", help="Ray cluster [the one you started last]")
 
 

@@ -84,7 +84,7 @@ def format_status(status: ClusterStatus) -> str:
         f"model {status.model}, placement epoch {status.placement_epoch}, {health},"
         f" up {status.uptime_s:.0f} s, {status.deaths} deaths",
         "",
-        f"{'worker':<11} {'life':>4} {'pid':>8} {'node':<9} {'state':<9} {'role':<25}"
+        f"{'worker':<11} {'incarnation':>11} {'pid':>8} {'node':<9} {'state':<9} {'role':<25}"
         f" {'layers':>7} {'experts':>7} {'kv':>11} {'tok/s':>7}  transports",
     ]
     for worker in status.workers:
@@ -108,7 +108,7 @@ def _line(worker: WorkerStatus) -> str:
             links += f"  copies {router.standby_blocks_copied} to {router.standby}"
     note = f"  waits for {worker.waits_for}" if worker.waits_for else ""
     return (
-        f"{worker.worker_id:<11} {worker.incarnation:>4} {worker.pid:>8}"
+        f"{worker.worker_id:<11} {worker.incarnation:>11} {worker.pid:>8}"
         f" {worker.node[:8]:<9} {worker.state:<9} {worker.role:<25}"
         f" {layers:>7} {len(worker.experts):>7} {kv:>11} {rate:>7}  {links}{note}"
     )
