@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from milliways.model.activations import LEAST_BLOCK, QUANT_BLOCK, Activations
 from milliways.model.kv_cache import scatter_rows
+from milliways.model.ops.gate import choose_experts
 from milliways.model.params import ExpertParams, Matrix, QuantizedMatrix
 from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
 from milliways.model.tiles import TILE, map_tiles
@@ -65,7 +66,7 @@ class PureOps:
     def gate(
         self, hidden_TD: Float[Array, "T D"], gate_DE: Float[Array, "D E"], num_selected: int
     ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
-        tile = partial(_gate_tile, gate_DE=gate_DE, num_selected=num_selected)
+        tile = partial(choose_experts, gate_DE=gate_DE, num_selected=num_selected)
         return map_tiles(tile, hidden_TD)
 
     def expert_ffn(
@@ -192,12 +193,6 @@ def _round_blocks(blocks_TQK: Array) -> tuple[Array, Array]:
     scale_TQ1 = jnp.where(jnp.isfinite(top_TQ1), scale_TQ1, jnp.nan)
     whole_TQK = jnp.where(is_usable_TQ1, jnp.round(blocks_TQK * inverse_TQ1), 0.0)
     return whole_TQK, scale_TQ1[..., 0]
-
-
-def _gate_tile(hidden_TD: Array, gate_DE: Array, num_selected: int) -> tuple[Array, Array]:
-    logits_TE = _dot("td,de->te", hidden_TD.astype(jnp.float32), gate_DE)
-    gate_weights_TA, expert_ids_TA = lax.top_k(jax.nn.softmax(logits_TE, axis=-1), num_selected)
-    return expert_ids_TA, gate_weights_TA
 
 
 def rope_rows(
