@@ -60,7 +60,7 @@ class CacheSize:
 
     @property
     def max_logits_rows(self) -> int:
-        """The most rows of logits to hold at once: at least one for each slot."""
+        """The most rows of logits to hold at once: at least one for each sequence of a step."""
         return max(MAX_LOGITS_ROWS, self.max_slots)
 
 
@@ -186,8 +186,8 @@ def draw_from_hidden(
     """Draws one token for each row of the residual stream, in parts of at most `max_rows` rows.
 
     The rows were selected on the host. So a compiled program depends on the number of rows alone,
-    and not also on the size of the step. A replay has many combinations of the two, and each new
-    one would have to be compiled.
+    and not also on the size of the step. When sequences are computed again after a death, there are
+    many combinations of the two, and each new one would have to be compiled.
     """
     drawn: list[SampledToken] = []
     for first in range(0, len(rows), max_rows):

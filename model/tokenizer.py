@@ -4,7 +4,7 @@
 that `detokenizer` can do piece by piece what `decode` does at once:
 
 - a control piece has no text; the unknown piece has a text of its own;
-- "▁" becomes a space, except the first one of a whole text, which `encode` added;
+- "▁" becomes a space, except one at the very beginning of a text, which `encode` added;
 - consecutive byte pieces are UTF-8; each byte that is not part of a character becomes U+FFFD.
 """
 
@@ -30,7 +30,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, vocab_size: int | None) -> "Tokenizer":
-        """Reads a SentencePiece model; `vocab_size` is the model's, None to skip the check.
+        """Reads a SentencePiece model. Its vocabulary must be that of the language model.
+
+        `vocab_size` is the size of that vocabulary; None skips the check.
 
         Raises:
             TokenizerError: the file is missing or unreadable, is not a SentencePiece model, or its
@@ -126,11 +128,11 @@ class Tokenizer:
 
 
 def _probe_first_space(processor: SentencePieceProcessor) -> bool:
-    """Whether decoding removes the first "▁". The library has no such query, so we try it.
+    """Whether decoding removes a "▁" at the beginning. The library does not say, so we try it.
 
     Raises:
-        TokenizerError: decoding removes all of them (remove_extra_whitespaces), so that encoding
-            and decoding would change a text.
+        TokenizerError: decoding removes several of them (remove_extra_whitespaces). Then a text
+            would change when it is encoded and decoded.
     """
     mark_id = processor.piece_to_id(_SPACE_MARK)
     if processor.is_unknown(mark_id):

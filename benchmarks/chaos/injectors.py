@@ -47,7 +47,9 @@ class Actuator(Protocol):
         ...
 
     def drop_replies(self, place: Place, count: int) -> int:
-        """Makes a worker drop its next `count` replies; returns how many it dropped.
+        """Makes a worker drop its next `count` replies; waits for that, within a time limit.
+
+        Returns how many it dropped.
 
         Raises:
             StartupError: the worker cannot do that.

@@ -47,8 +47,8 @@ class AttentionCut(Enum):
 class PlacementPolicy:
     """How to place. `kv_tokens` are positions to keep room for on each attention shard.
 
-    `spread_nodes` refuses a plan in which one node holds all replicas of an expert, where there are
-    two nodes and two replicas.
+    If `spread_nodes` is set, no node may hold all replicas of an expert, provided that there are at
+    least two nodes and two replicas. If that is impossible, planning fails.
     """
 
     expert_replicas: int = 1
@@ -91,7 +91,7 @@ class WorkerPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """All workers' plans, in the order the workers were given, as a first placement."""
+    """A plan for each worker, in the order in which the workers were given."""
 
     workers: tuple[WorkerPlan, ...]
     placement_epoch: int = 1
@@ -108,7 +108,8 @@ def plan(
     `kept` is the attention that stays where it is, one range for each worker.
 
     Raises:
-        PlacementError: the workers cannot hold it; says what is needed, there, and short.
+        PlacementError: the workers cannot hold it. The message says how much memory is needed,
+            available and missing.
     """
     _check(model, workers, policy)
     cuts = [kept] if kept else _attention_cuts(model, workers, policy.attention)
@@ -169,7 +170,10 @@ def _given_to_takers(
 
 
 def _cut_layers(num_layers: int, num_workers: int) -> tuple[AttentionRange, ...]:
-    """Ranges of nearly equal length; a batch returns from the last to the first for its logits.
+    """Ranges of nearly equal length.
+
+    The first worker also has the output head, so a batch goes from the last worker back to the
+    first for its logits.
 
     Workers beyond the number of layers have only experts.
     """
@@ -211,7 +215,8 @@ def _counts(
 ) -> list[int]:
     """How many experts each worker will hold: evenly, unless a node would then hold too many.
 
-    Of R replicas a node may hold R - 1. At most one node can be above that.
+    A node may hold R - 1 of the R replicas of an expert. An even distribution can break this limit
+    on one node only, which then gives its surplus to the others.
     """
     counts = _level(num_slots, needed)
     if not _must_spread(workers, policy):
@@ -255,8 +260,9 @@ def _deal(
 ) -> list[list[ExpertId]]:
     """Deals all experts in a circle, one round for each replica, worker after worker.
 
-    A worker that takes at most one round takes no expert twice. The workers of a node follow one
-    another, so a node that takes at most R - 1 rounds never has all R replicas of an expert.
+    A worker that is dealt no more experts than one round has gets none of them twice. The workers
+    of a node follow one another, so a node that is dealt at most R - 1 rounds never has all R
+    replicas of an expert.
 
     Neighbours in the circle are of different layers: a worker has as many experts of each layer as
     of any other, give or take one.
@@ -296,7 +302,9 @@ def _worker_plan(
 
 
 def _shortage(model: ModelBytes, workers: Sequence[WorkerMemory], policy: PlacementPolicy) -> str:
-    """The arithmetic of a refusal: of the weights alone if they do not fit, or of the plan."""
+    """The calculation that a refusal shows.
+
+    It is that of the weights alone if they do not fit, otherwise that of the whole plan."""
     has = sum(worker.memory_bytes for worker in workers)
     if model.total_bytes > has:
         return f"needs {_gb(model.total_bytes)}, has {_sizes(workers)}: " + (

@@ -2,9 +2,9 @@
 
 What happens to a worker:
 
-1. `spawn` has a process started somewhere; it says where it is and how much memory it may use.
+1. `spawn` starts a process on some node, and returns its address and its memory limit.
 2. It waits for a placement, which is planned as soon as all workers asked for are there.
-3. `load` has it read its shards; then it is READY and a new view tells everybody.
+3. `load` makes it read its shards. Then it is READY, and all others learn of it by a new view.
 4. When it dies (`deaths`), a new view says so at once. Others load the experts that it alone held
    (`losses`). It is started again, after a pause that grows while it keeps dying.
 """
@@ -29,7 +29,7 @@ from milliways.wire.view import WorkerState
 
 logger = logging.getLogger(__name__)
 
-# What a worker waits for until it has a process; the fleet knows more.
+# What a worker waits for until it has a process. `Fleet.missing_resource` gives a more exact reason.
 A_NODE = "a node that has room for it"
 
 
@@ -54,7 +54,7 @@ class Supervision:
         return not self._state.lost_experts() and bool(self._publisher.view.routers())
 
     def add(self, worker_id: str) -> None:
-        """Starts a worker. No incarnation has the number of an earlier one, even if it left."""
+        """Starts a worker. Its incarnations are numbered on, even if it left and is added again."""
         incarnation = self._state.last_incarnations.get(worker_id, 0)
         self.supervise(WorkerRecord(worker_id, incarnation=incarnation))
 
@@ -101,8 +101,8 @@ class Supervision:
         while worker_id not in state.targets:
             await or_death(state, record, state.placed.wait())
         state.note(record, "its shards to be loaded")
-        # Again where the target has changed by the time that it has loaded. A worker that is about
-        # to leave has no target any more.
+        # It loads again if its target changed while it was loading. A worker that is about to leave
+        # has no target any more.
         loaded: ShardPlan | None = None
         while loaded != (target := state.targets.get(worker_id, loaded)):
             assert target is not None

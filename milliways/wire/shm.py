@@ -139,8 +139,9 @@ class Region(NamedTuple):
 class SharedMemory:
     """A router's segments for one worker: more are made when they are full, up to a limit.
 
-    Invariant: each region is owned by one call, or is in `_returned` or `_spare`, or is a gap of
-    its segment's allocator. All segments together have at most `max_bytes`.
+    Invariant: every byte of a segment is free in the segment's allocator, or in one region. A
+    region is owned by one call, or is in `_returned` or `_spare`. All segments together have at
+    most `max_bytes`.
     """
 
     def __init__(self, first_segment_bytes: int, max_bytes: int) -> None:

@@ -81,7 +81,7 @@ class RouterConnection:
         self._silence.received(self._clock())
 
     def hedged_too_early(self) -> None:
-        """We asked another router too soon: this one sent the next token first."""
+        """A second router was asked too soon: the router of this connection was first after all."""
         self._silence.hedged_too_early()
 
     async def close(self) -> None:
