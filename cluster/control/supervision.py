@@ -29,7 +29,7 @@ from milliways.wire.view import WorkerState
 
 logger = logging.getLogger(__name__)
 
-# What a worker waits for until it has a process. `Fleet.missing_resource` gives a more exact reason.
+# What a worker without a process waits for. `Fleet.missing_resource` gives a more exact reason.
 A_NODE = "a node that has room for it"
 
 
