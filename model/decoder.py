@@ -10,7 +10,7 @@ A step is this composition, no matter how many processes compute its parts:
     logits = unembed(hidden)
 
 `run_step` composes the parts. They are compiled together as one program, or each as its own.
-Source of every formula: xai-org/grok-1, model.py. The numerics sit behind `Ops`.
+Source of every formula: xai-org/grok-1, model.py. The numerics are behind `Ops`.
 
 Dtypes: inputs of a matrix product, the KV cache, and messages to another process have the
 activation dtype (float32 or bfloat16). Sums, norms, softmax and the residual stream are float32.

@@ -59,7 +59,7 @@ def child_environment(folder: Path, **more: str) -> dict[str, str]:
     dropped = set(JAX_SETTINGS) - _INHERITED_SETTINGS
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {
-        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}",
+        "PYTHONPATH": str(REPOSITORY),
         "TMPDIR": str(folder / "t"),
         "XDG_CACHE_HOME": str(folder / "c"),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,6 +77,19 @@ def short_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_stray_folder(parent: Path) -> Path:
+    """A working directory with files and folders of our rooms' names, which no import may reach.
+
+    Ray puts a driver's directory first on the path of its workers.
+    """
+    folder = parent / "stray"
+    for name in ("cluster", "workers", "proto"):
+        (folder / name).mkdir(parents=True)
+    for name in ("model.py", "router.py", "benchmarks.py", "workers/__init__.py"):
+        (folder / name).write_text(f"raise RuntimeError('the stray {name} was imported')\n")
+    return folder
 
 
 def run_command(
@@ -107,6 +120,11 @@ class ServedCluster:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def working_folder(self) -> Path:
+        """Where it was started; see `make_stray_folder`."""
+        return self.folder / "stray"
 
     @property
     def log(self) -> str:
@@ -174,11 +192,11 @@ def serving(folder: Path, *arguments: str) -> Iterator[ServedCluster]:
     http_port, grpc_port = free_ports(2)
     command = [sys.executable, "-m", "milliways", "serve", *arguments]
     # Some tests need faults that only the worker itself can cause.
-    environment = child_environment(folder, MILLIWAYS_FAULTS="1")
+    environment = child_environment(folder, MILLIWAYS_FAULTS="1", PYTHONPATH=".")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(http_port), "--grpc-port", str(grpc_port)],
-            cwd=REPOSITORY,
+            cwd=make_stray_folder(folder),
             env=environment,
             stdout=log,
             stderr=log,

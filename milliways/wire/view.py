@@ -124,9 +124,9 @@ def chains_of(
     """The chains of a placement, by the worker_id of their router.
 
     Each worker with all attention layers has a router of its own. If there is none, one router runs
-    the chain of all ranges; it is on the worker with the output head, where tokens enter and leave.
-    `attention` is by worker_id. While the ranges do not have all layers, as at the start of a
-    cluster, there is no router.
+    the chain of all shards; it is on the worker with the output head, where tokens enter and leave.
+    `attention` is by worker_id. While it does not have all layers, as at the start of a cluster,
+    there is no router.
     """
     whole = [name for name, layers in attention.items() if layers.num_layers == num_layers]
     if whole:

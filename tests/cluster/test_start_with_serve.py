@@ -19,6 +19,7 @@ from tests.served_cluster import (
     child_environment,
     end,
     free_ports,
+    make_stray_folder,
     run_command,
     wait_until,
 )
@@ -52,8 +53,8 @@ def serve_run(head: RayHead, *arguments: str) -> Iterator["subprocess.Popen[byte
     with (head.folder / "run.log").open("wb") as log:
         process = subprocess.Popen(
             [*SERVE, "run", "milliways.cluster.ray.app:app", *arguments],
-            cwd=REPOSITORY,
-            env=head.environment,
+            cwd=make_stray_folder(head.folder),
+            env=head.environment | {"PYTHONPATH": "."},
             stdout=log,
             stderr=log,
         )

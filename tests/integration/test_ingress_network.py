@@ -37,7 +37,7 @@ NOTICED_WITHIN_S = 10.0
 @contextmanager
 def stalling_process() -> Iterator[tuple[int, RouterInfo]]:
     """A router process that stalls after two tokens; yields its process id and address."""
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'proto'}"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, "-m", "tests.fake_routers"],
         cwd=REPOSITORY,

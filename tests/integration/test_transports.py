@@ -246,7 +246,7 @@ def test_second_connection_of_a_router_outlives_the_first(router: Router, wanted
 @contextmanager
 def serving_child() -> Iterator[tuple[subprocess.Popen[str], Member, str]]:
     """A worker in a process of its own; what it says when it is ready."""
-    paths = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'proto'}"
+    paths = str(REPOSITORY)
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.echo_worker"],
         stdin=subprocess.PIPE,
