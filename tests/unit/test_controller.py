@@ -133,7 +133,7 @@ def test_death_of_who_takes_over_is_taken_over_too() -> None:
 
 
 def test_nobody_takes_over_more_than_fits() -> None:
-    # 20 for attention; of the dead worker's three experts only one fits, on the worker that has two.
+    # 20 for attention. Of the dead worker's three experts one fits, on the worker that has two.
     bench = Bench(3, replicas=1, memory_bytes=20 + 30).start().up()
     bench.fleet.kill("worker-1")
     bench.run_for(LOAD_S)
