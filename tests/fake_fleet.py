@@ -61,20 +61,22 @@ class FakeFleet:
     """A `Fleet`. It asserts that it never receives a wrong command."""
 
     def __init__(self, tasks: Tasks, memory_bytes: int) -> None:
-        self.lives: list[FakeWorker] = []
+        self.all_workers: list[FakeWorker] = []
         self.now: dict[str, FakeWorker] = {}
         self.stopped: list[str] = []
         # Workers without a node, and workers that do not answer.
         self.without_node: set[str] = set()
-        self.deaf: set[str] = set()
+        self.silent: set[str] = set()
         self.dies_loading: set[str] = set()
         self.memory_bytes = memory_bytes
         self._tasks = tasks
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
         worker = FakeWorker(worker_id, incarnation)
-        assert all(w.incarnation < incarnation for w in self.lives if w.worker_id == worker_id)
-        self.lives.append(worker)
+        assert all(
+            w.incarnation < incarnation for w in self.all_workers if w.worker_id == worker_id
+        )
+        self.all_workers.append(worker)
         self.now[worker_id] = worker
         where = Spawned(
             address=f"{worker_id}:{incarnation}",
@@ -105,7 +107,7 @@ class FakeFleet:
         worker = self._alive(worker_id)
         for other in self.now.values():
             # An expert that another worker's view promises must not be unloaded.
-            if other.is_alive and other.views and other.worker_id not in self.deaf:
+            if other.is_alive and other.views and other.worker_id not in self.silent:
                 promised = other.views[-1].members[worker_id].experts
                 assert promised <= kept, "it unloads experts that others may call"
         worker.held &= kept
@@ -113,7 +115,7 @@ class FakeFleet:
 
     def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
         worker = self._alive(worker_id)
-        if worker_id in self.deaf:
+        if worker_id in self.silent:
             return Pending()
         if worker.views:
             assert view.placement_epoch >= worker.views[-1].placement_epoch, "an older view"
@@ -122,11 +124,11 @@ class FakeFleet:
 
     def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
         worker = self._alive(worker_id)
-        if worker_id in self.deaf:
+        if worker_id in self.silent:
             return Pending()
         for member in worker.views[-1].members.values():
             router = self.now[member.worker_id]
-            if member.can_compute and router.is_alive and router.worker_id not in self.deaf:
+            if member.can_compute and router.is_alive and router.worker_id not in self.silent:
                 assert router.views, "its calls would be refused"
                 assert router.views[-1].placement_epoch >= placement_epoch, "refused unwarned"
         worker.fences.append(placement_epoch)

@@ -32,7 +32,7 @@ def test_views_and_fences_only_ever_grow() -> None:
     for victim in ("worker-1", "worker-2", "worker-1"):
         bench.fleet.kill(victim)
         bench.up()
-    for worker in bench.fleet.lives:
+    for worker in bench.fleet.all_workers:
         epochs = [view.placement_epoch for view in worker.views]
         assert epochs == sorted(set(epochs))
         assert worker.fences == sorted(set(worker.fences))
@@ -55,7 +55,7 @@ def test_plan_that_does_not_fit_is_refused_with_its_arithmetic() -> None:
     failure = bench.controller.failure
     assert isinstance(failure, PlacementError)
     assert "short" in str(failure) and "2 x" in str(failure)
-    assert all(worker.shards is None for worker in bench.fleet.lives)
+    assert all(worker.shards is None for worker in bench.fleet.all_workers)
 
 
 def test_death_while_loading_is_another_try() -> None:
@@ -72,7 +72,7 @@ def test_death_while_loading_is_another_try() -> None:
 
 
 def test_death_while_all_load_has_nobody_load_the_whole_model() -> None:
-    # Just enough for what each shall hold; the fleet refuses to take in more.
+    # Just enough for what each is to hold; the fleet refuses more.
     bench = Bench(4, replicas=1, memory_bytes=20 + 20)
     bench.fleet.dies_loading.add("worker-3")
     bench.start()
@@ -133,7 +133,7 @@ def test_death_of_who_takes_over_is_taken_over_too() -> None:
 
 
 def test_nobody_takes_over_more_than_fits() -> None:
-    # 20 for attention; of the dead one's three experts only one fits, with the one who has two.
+    # 20 for attention. Of the dead worker's three experts one fits, on the worker that has two.
     bench = Bench(3, replicas=1, memory_bytes=20 + 30).start().up()
     bench.fleet.kill("worker-1")
     bench.run_for(LOAD_S)
@@ -179,14 +179,14 @@ def test_pauses_grow_while_it_keeps_dying_and_others_serve_on() -> None:
 
 def test_who_does_not_listen_keeps_nobody_waiting_and_hears_it_later() -> None:
     bench = Bench(3).start().up()
-    bench.fleet.deaf.add("worker-0")
+    bench.fleet.silent.add("worker-0")
     bench.fleet.kill("worker-2")
     bench.up()
     bench.run_for(20.0)
     view = bench.controller.view
     assert bench.fleet.now["worker-1"].views[-1] == view
     assert bench.fleet.now["worker-0"].views[-1] != view
-    bench.fleet.deaf.clear()
+    bench.fleet.silent.clear()
     bench.run_for(20.0)
     bench.check()
 
@@ -196,7 +196,7 @@ def test_nobody_is_started_again_after_the_end() -> None:
     bench.controller.close()
     bench.fleet.kill("worker-1")
     bench.run_for(100.0)
-    assert len(bench.fleet.lives) == 3
+    assert len(bench.fleet.all_workers) == 3
 
 
 @pytest.mark.parametrize("dead", [(), ("worker-1",)])
@@ -219,14 +219,14 @@ def test_new_controller_goes_on_with_the_workers_that_there_are(dead: tuple[str,
             )
     new = Bench(3)
     new.fleet.now = {name: w for name, w in old.fleet.now.items() if name not in dead}
-    new.fleet.lives = list(old.fleet.lives)
+    new.fleet.all_workers = list(old.fleet.all_workers)
     epoch = old.controller.view.placement_epoch
     new.start(existing).run_for(0.1)
     # Should this one die as well before all are back, the next still knows of everybody.
     assert sorted(new.controller.view.members) == ["worker-0", "worker-1", "worker-2"]
     new.up()
     assert new.controller.view.placement_epoch > epoch
-    assert [w.worker_id for w in new.fleet.lives[3:]] == list(dead)
+    assert [w.worker_id for w in new.fleet.all_workers[3:]] == list(dead)
     assert set(new.replicas().values()) == {2}
     new.check()
 
@@ -241,9 +241,9 @@ def test_new_controller_goes_on_behind_the_view_that_others_know_where_no_worker
     new.controller.start(known=known)
     new.up()
     assert new.controller.view.placement_epoch > known.placement_epoch
-    # As many as there were, and no life has the number of an earlier one.
-    lives = {m.worker_id: m.incarnation for m in new.controller.view.members.values()}
-    assert lives == {"worker-0": 2, "worker-1": 5, "worker-2": 2}
+    # As many workers as before, and no incarnation has the number of an earlier one.
+    incarnations = {m.worker_id: m.incarnation for m in new.controller.view.members.values()}
+    assert incarnations == {"worker-0": 2, "worker-1": 5, "worker-2": 2}
     new.check()
 
 

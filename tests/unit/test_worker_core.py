@@ -57,14 +57,14 @@ class Bench:
         return [r.reason if isinstance(r, Refusal) else None for r in self.results]
 
 
-def fence(step: int = 1, epoch: int = 0, router_id: str = "w", life: int = 1) -> Fence:
+def fence(step: int = 1, epoch: int = 0, router_id: str = "w", incarnation: int = 1) -> Fence:
     return Fence(
         placement_epoch=epoch,
         incarnation=1,
         step=step,
         timeout_s=0.0,
         router_id=router_id,
-        router_incarnation=life,
+        router_incarnation=incarnation,
     )
 
 
@@ -143,9 +143,9 @@ def test_batches_of_earlier_steps_are_forgotten_when_a_later_one_begins() -> Non
 
 def test_a_later_life_of_a_router_counts_its_steps_from_the_beginning() -> None:
     bench = Bench()
-    bench.submit(begin(9), fence(step=100, life=1))
-    bench.submit(begin(1), fence(step=1, life=2))
-    bench.submit(AbandonBatch(9), fence(step=100, life=1))
+    bench.submit(begin(9), fence(step=100, incarnation=1))
+    bench.submit(begin(1), fence(step=1, incarnation=2))
+    bench.submit(AbandonBatch(9), fence(step=100, incarnation=1))
     bench.serve()
     assert bench.reasons() == [None, None, None]
 
