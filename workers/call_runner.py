@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertsMissingError(Exception):
-    """Experts were unloaded after a call was found to be computable, and before it was."""
+    """Experts were unloaded after `fault_of` passed a call and before the call was computed."""
 
 
 class ExpertRunner(Protocol):
@@ -93,7 +93,7 @@ class SteppedAttention:
         self._newest_steps: dict[str, tuple[int, int]] = {}
 
     def run(self, call: Call, fence: Fence) -> Result | None:
-        """The result of a call; None where its router has begun a later step."""
+        """The result of a call; None if its router has begun a later step."""
         owner = (fence.router_id, fence.router_incarnation)
         if isinstance(call, AbandonBatch):
             self._shard.abandon(owner, call.batch_id)

@@ -2,10 +2,10 @@
 
 Life of a call of another process:
 
-1. `submit` holds it against the fence (`fence`) and the bounds of the queue. What does not fit is
-   refused at once, with the reason.
-2. It waits. Calls of several routers to experts of one layer become one batch. Where another router
-   is about to ask for the same layer, the call waits for that a little (`co_arrival`).
+1. `submit` checks it against the fence (`fence`) and the bounds of the queue. A call that does not
+   pass is refused at once, with the reason.
+2. It waits. Calls of several routers to experts of one layer become one batch. If another router is
+   about to ask for the same layer, the call waits a short time for that router (`co_arrival`).
 3. `serve` computes it (`call_runner`), unless its deadline has passed, and replies.
 
 Copies of KV blocks do not wait here: they go to the router of this process, which has the blocks.
@@ -136,7 +136,7 @@ class WorkerCore:
         return len(self._queue)
 
     def attach(self, attention: AttentionRunner | None) -> None:
-        """Gives an attention shard to all callers, where one thread runs everything.
+        """Gives an attention shard to all callers, if one thread runs everything.
 
         A worker with two threads attaches its shard to `direct` or to `queued`, in that thread.
         """
@@ -145,7 +145,7 @@ class WorkerCore:
         self.queued.attach(stepped)
 
     def attach_copies(self, keep_copies: KeepCopies) -> None:
-        """Has KV blocks that other routers send kept. Without this they are refused."""
+        """Sets what keeps the KV blocks that other routers send. Without it they are refused."""
         self._keep_copies = keep_copies
 
     def submit(self, call: Call, fence: Fence, reply: Reply) -> None:
@@ -202,7 +202,7 @@ class WorkerCore:
             self._keep_copies(call, reply)
 
     def _be_patient(self, waiting: _Waiting, layer: int, now_s: float) -> None:
-        """Has a call wait for those of other routers that are behind its own."""
+        """Makes a call wait for the calls of other routers that will soon reach its layer."""
         self._co_arrival.came(waiting.router_id, layer)
         waiting.awaited = self._co_arrival.awaited(waiting.router_id, layer)
         if waiting.awaited:

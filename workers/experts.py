@@ -1,8 +1,8 @@
 """The experts that a worker holds, and their computation.
 
-Experts are in groups, as they were loaded: those of the first placement, and those that a later one
-added, on each device. A group is a stack. A call goes to each group that holds experts it needs;
-groups on several devices compute at the same time.
+A group holds the experts of one layer that were loaded together onto one device, as one stack. Each
+placement that adds experts adds groups. A call runs every group that holds one of its experts;
+groups on different devices compute at the same time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,12 +33,12 @@ class ExpertGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """What is held, at one time. Nothing in it ever changes: a new table replaces an old one."""
+    """An immutable snapshot of the experts that are held. A change makes a new table."""
 
     groups: Mapping[int, tuple[ExpertGroup, ...]]
-    # The groups of layers of which all experts were loaded at once.
+    # For each layer whose experts were all loaded by one `add`: the groups of that layer.
     whole_layers: Mapping[int, tuple[ExpertGroup, ...]]
-    # Whether there ever were experts on several devices.
+    # Whether experts have ever been on several devices at the same time.
     is_spread: bool
 
     def all_groups(self) -> Iterator[tuple[int, ExpertGroup]]:
@@ -51,10 +51,11 @@ class _Table:
 class ExpertShard:
     """Owns a worker's experts.
 
-    `add` and `keep_only` belong to one thread. Any thread may call the other methods, each of which
-    reads `_table` once.
+    Only one thread calls `add` and `keep_only`. Any thread may call the other methods; each reads
+    `_table` once, so that it works with one snapshot.
 
-    Invariant: a layer in `whole_layers` has exactly those groups in `groups`; no expert is in two.
+    Invariant: `groups[layer]` equals `whole_layers[layer]` for each layer in `whole_layers`. An
+    expert is in at most one group.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -81,7 +82,7 @@ class ExpertShard:
         )
 
     def add(self, layer: int, groups: Sequence[ExpertGroup]) -> None:
-        """Adds experts of one layer that are not held yet, as they were loaded."""
+        """Adds the loaded groups of one layer. Their experts must not be held yet."""
         table, new = self._table, tuple(groups)
         whole_layers = dict(table.whole_layers)
         if sum(len(group.expert_ids) for group in new) == self._config.num_experts:
@@ -94,7 +95,7 @@ class ExpertShard:
         )
 
     def keep_only(self, wanted: Iterable[ExpertId]) -> None:
-        """Drops groups of which no expert is wanted. A stack is kept or dropped as a whole."""
+        """Drops each group that holds no wanted expert. A group with a wanted one is kept whole."""
         table, wanted = self._table, frozenset(wanted)
         kept = {
             layer: tuple(
@@ -115,7 +116,7 @@ class ExpertShard:
         )
 
     def examples(self) -> list[tuple[int, int]]:
-        """A (layer, expert) for each size of stack on each device, and so for every program."""
+        """One (layer, expert) for each device and group size; calls of all run every program."""
         by_size = {
             (group.device, len(group.expert_ids)): (layer, group.expert_ids[0])
             for layer, group in self._table.all_groups()
@@ -123,15 +124,15 @@ class ExpertShard:
         return list(by_size.values())
 
     def whole_layer(self, layer: int) -> tuple[ExpertGroup, ...] | None:
-        """The groups of a layer of which all experts were loaded at once.
+        """The groups of a layer if one `add` loaded all its experts, else None.
 
-        Layers that a take-over completed are excluded: the programs that run them were not compiled
-        when this worker warmed up.
+        If a later `add` completed the layer, because this worker took experts over, the result is
+        None: the warm-up did not compile the programs that run such a layer.
         """
         return self._table.whole_layers.get(layer)
 
     def fault_of(self, call: RunExperts) -> Refusal | None:
-        """Why a call cannot be computed here, if it cannot."""
+        """The reason why this shard cannot compute a call; None if it can."""
         shapes = (call.rows_TD.shape, call.expert_ids_TA.shape)
         width = self._config.emb_size
         is_sound = (
@@ -155,10 +156,10 @@ class ExpertShard:
         return None
 
     def run(self, call: RunExperts) -> np.ndarray:
-        """Outputs [N, D] of the activation type, a row for each id that is not -1.
+        """Outputs [N, D] in the activation dtype: a row for each of the N ids that are not -1.
 
         Raises:
-            ExpertsMissingError: some of them are not here any more.
+            ExpertsMissingError: some of the call's experts were dropped after `fault_of` passed it.
         """
         table = self._table
         num_rows, num_selected = call.expert_ids_TA.shape
@@ -172,7 +173,8 @@ class ExpertShard:
             if (places_TA >= 0).any():
                 rows = (rows_TD, places_TA)
                 if table.is_spread:
-                    # Like rows that come from another device: one program serves both.
+                    # The attention shard of this process puts its rows on the device in the same
+                    # way, so both kinds of call share one compiled program.
                     rows = jax.device_put(rows, group.device)
                 computing = self._expert_half(group.params, *rows)
                 started.append((places_TA >= 0, computing))
@@ -180,7 +182,7 @@ class ExpertShard:
             return np.asarray(started[0][1])[is_wanted]
         if sum(np.count_nonzero(is_here) for is_here, _ in started) < np.count_nonzero(is_wanted):
             raise ExpertsMissingError(f"experts of layer {call.layer} are not here any more")
-        # After all have begun: the devices compute and send at the same time.
+        # Copy only after every group has begun: then devices compute and send at the same time.
         for _, computing in started:
             computing.copy_to_host_async()
         shape = (padded, num_selected, self._config.emb_size)
@@ -192,8 +194,8 @@ class ExpertShard:
 
 @lru_cache(maxsize=1024)
 def places_in(expert_ids: tuple[int, ...], num_experts: int) -> np.ndarray:
-    """Each expert's place in a stack [E + 1]; -1 for experts elsewhere, and for the id -1."""
-    # The last entry answers for the id -1.
+    """The index in a group of each of the E experts, [E + 1]; -1 if the group does not hold it."""
+    # The id -1 (no expert) indexes the last entry, which is always -1.
     table = np.full(num_experts + 1, -1, np.int32)
     table[list(expert_ids)] = np.arange(len(expert_ids), dtype=np.int32)
     return table

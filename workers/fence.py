@@ -10,7 +10,7 @@ from milliways.wire.view import WorkerState, moved
 
 
 class WorkerFence:
-    """What the fence of every call is held against.
+    """What the fence of every call is checked against.
 
     Invariant: `placement_epoch` only grows; `state` changes along `WORKER_MOVES` alone.
     """

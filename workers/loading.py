@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class ShardLoader:
-    """Loads what plans ask for; calls `on_progress` with the number of bytes read so far."""
+    """Loads what plans ask for. Calls `on_progress` with the number of bytes read so far."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ShardLoader:
     def load_attention(
         self, plan: ShardPlan, experts: ExpertShard, cache_size: CacheSize
     ) -> AttentionShard | None:
-        """The attention shard of a plan; None if it has none."""
+        """The attention shard of a plan; None if the plan has none."""
         if not plan.has_attention:
             return None
         local = self._local
@@ -73,7 +73,10 @@ class ShardLoader:
     def load_experts(
         self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare] = ()
     ) -> dict[int, list[ExpertGroup]]:
-        """Experts by layer, one stack on each device; `shares` is what the devices hold already."""
+        """Loads experts; returns their groups by layer, at most one for each device.
+
+        `shares` is what the devices hold already, which decides where there is room.
+        """
         stacks: defaultdict[tuple[int, Device], list[int]] = defaultdict(list)
         for expert_id, device in self._local.expert_devices(wanted, shares).items():
             stacks[(expert_id.layer, device)].append(expert_id.expert)
@@ -101,7 +104,7 @@ class ShardLoader:
 def shares_now(
     local: LocalDevices, attention: AttentionShard | None, experts: ExpertShard
 ) -> list[DeviceShare]:
-    """What is on each device."""
+    """What each device holds."""
     return [
         DeviceShare(
             has_ends=attention is not None and attention.has_ends and device == local.end_device,

@@ -1,7 +1,8 @@
 """Compiles the programs that a worker will run, for each size of a step, before it is READY.
 
 Meaningless batches go through the shards. The keys and values that they write are overwritten
-before any sequence reads them. Without this, requests would wait for the compiler after a death.
+before any sequence reads them. Without the warm-up, requests would wait for the compiler after a
+death.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def warm_up(
     copies_blocks: bool = False,
     on_size: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
-    """Runs every size once; for a worker that gets no calls yet."""
+    """Runs a step of every size, before the worker gets any calls."""
     for num_tokens in _sizes(max_step_tokens):
         on_size(num_tokens)
         _run_experts(config, experts, dtype, num_tokens)
@@ -60,7 +61,7 @@ def _sizes(largest: int) -> Iterator[int]:
 def _run_experts(
     config: ModelConfig, experts: ExpertShard, dtype: np.dtype, num_tokens: int
 ) -> None:
-    """One layer for each size of stack on each device."""
+    """Runs one expert for each device and group size."""
     rows_TD = np.zeros((num_tokens, config.emb_size), dtype)
     for layer, expert in experts.examples():
         ids_TA = np.full((num_tokens, config.num_selected_experts), -1, np.int32)
@@ -94,7 +95,7 @@ def _run_attention(
 def _tokens(
     config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
 ) -> TokenRows:
-    """Rows of as few sequences as possible, with the largest number of logits held at once."""
+    """`num_tokens` rows of as few sequences as possible, and as many rows of logits as allowed."""
     capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
     positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
     slots_T = np.arange(num_tokens, dtype=np.int32) // capacity

@@ -1,7 +1,7 @@
 """The controller: which workers are in the cluster, and what each holds.
 
     controller = Controller(model_bytes, make_settings(3, 2, "auto", 8192), fleet, tasks)
-    controller.start()                          # spawns workers, plans, has them load
+    controller.start()                          # spawns workers, plans, makes them load
     await controller.scale(5)
     await controller.drain("worker-1", restarts=True)
     controller.view                             # what routers act on

@@ -32,9 +32,9 @@ from milliways.wire.view import EMPTY_VIEW, ClusterView
 
 
 class Controller:
-    """Owns placement and membership. `changed` tells of progress.
+    """Owns placement and membership. `changed` fires at every change.
 
-    Invariant: at most one change of the cluster's size goes on, `_changing`.
+    Invariant: at most one change of the cluster's size runs at a time; `_changing` is the last one.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Controller:
     def start(self, existing: Sequence[Existing] = (), known: ClusterView = EMPTY_VIEW) -> None:
         """Begins to bring the cluster up, or goes on with the workers that there are.
 
-        Nothing is saved anywhere: what a controller knew, its workers know, and they serve on while
-        there is none. If they died too, the caller that wants a new controller knows at least the
-        last view that it received.
+        Nothing is saved. The workers know what their controller knew, and go on serving without a
+        controller. If the workers died too, the caller that wants a new controller knows at least
+        the last view that it received.
         """
         self._tasks.start_service(self._publisher.serve())
         self._adopt(existing, known)
@@ -104,21 +104,21 @@ class Controller:
     def scale(self, num_workers: int) -> Task[None]:
         """Grows or shrinks; done when the new placement is served.
 
-        Fails with PlacementError where it cannot be, with StartupError where new workers do not
-        come; all is as before then.
+        Fails with PlacementError if the change is impossible, and with StartupError if new workers
+        do not come. After a failure, the cluster is as before.
         """
         return self._change(self._resizing.scale(num_workers))
 
     def drain(self, worker_id: str, *, restarts: bool = False) -> Task[None]:
-        """Moves a worker's experts and requests away, then stops it, or has it started again.
+        """Moves a worker's experts and requests away, then stops or restarts the worker.
 
-        Fails with PlacementError where nobody can take the experts. Layers of attention that nobody
-        else has may go for a restart: requests wait.
+        Fails with PlacementError if no other worker can take the experts. A worker that has the
+        only copy of attention layers may restart, and requests wait meanwhile.
         """
         return self._change(self._resizing.drain(worker_id, restarts))
 
     def waits_for(self, record: WorkerRecord) -> str:
-        """What a worker waits for now, for people; empty where it waits for nothing."""
+        """What a worker waits for now, as a text for people; empty if it waits for nothing."""
         if record.waits_for == A_NODE:
             return self._state.fleet.missing_resource(record.worker_id)
         return record.waits_for

@@ -43,7 +43,7 @@ async def or_death(state: ClusterState, record: WorkerRecord, pending: Pending[N
 
 
 def mark_dead(state: ClusterState, record: WorkerRecord) -> None:
-    """Notes a death: nobody is to ask this incarnation any more."""
+    """Records a death. From the next view on, nobody asks this incarnation."""
     if record.is_drained:
         record.is_drained = False
     else:
@@ -55,13 +55,13 @@ def mark_dead(state: ClusterState, record: WorkerRecord) -> None:
 
 
 def quick_deaths(record: WorkerRecord, now_s: float) -> int:
-    """The worker's deaths in a row, with the one now."""
+    """The number of the worker's deaths in a row, including the present one."""
     was_stable = record.ready_at_s is not None and now_s - record.ready_at_s > STABLE_AFTER_S
     return 0 if was_stable else record.num_quick_deaths + 1
 
 
 def loop_note(record: WorkerRecord) -> str:
-    """What to add to the state of a worker that keeps dying; empty where it does not."""
+    """What to add to the state of a worker that keeps dying; empty for other workers."""
     if record.num_quick_deaths < MAX_QUICK_DEATHS:
         return ""
     return f", it died {record.num_quick_deaths} times in a row"
@@ -74,6 +74,6 @@ def restart_delay_s(record: WorkerRecord, *, others_serve: bool) -> float:
         # starts must not occupy the processors.
         most_s = BACKOFF_S_MAX if others_serve else BACKOFF_S
         return min(most_s, BACKOFF_S * 2 ** (record.num_quick_deaths - 3))
-    # Where others can serve, the start waits until they have taken over: it would take their
-    # processors.
+    # If others can serve, the start waits until they have taken over, because it would slow them
+    # down.
     return RESTART_AFTER_S if others_serve else 0.0

@@ -43,30 +43,30 @@ class Existing:
 
 
 class Fleet(Protocol):
-    """Starts processes and talks to them. Where that fails, it fails with WorkerDiedError."""
+    """Starts processes and talks to them. If that is impossible, fails with WorkerDiedError."""
 
     def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]: ...
 
     def missing_resource(self, worker_id: str) -> str:
-        """Why a process that was asked for is not there yet, for people."""
+        """The reason, as a text for people, why a process that was asked for is not there yet."""
         ...
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
-        """Has it read its shards; what it holds already stays."""
+        """Makes the worker read its shards. It keeps what it holds already."""
         ...
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]: ...
 
     def publish(self, worker_id: str, view: ClusterView) -> Pending[None]:
-        """Gives its router a view."""
+        """Gives the worker's router a view."""
         ...
 
     def fence(self, worker_id: str, placement_epoch: int) -> Pending[None]:
-        """Has it refuse older views from now on."""
+        """Makes the worker refuse older views from now on."""
         ...
 
     def drain(self, worker_id: str) -> Pending[None]:
-        """Has its router hand its requests over to others."""
+        """Makes the worker's router hand its requests over to other routers."""
         ...
 
     def stop(self, worker_id: str) -> Pending[None]: ...

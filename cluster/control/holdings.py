@@ -1,4 +1,4 @@
-"""Has workers load experts besides those they hold, and unload those beyond their targets."""
+"""Makes workers load more experts, and unload those that their targets do not include."""
 
 from collections.abc import Sequence
 
@@ -20,10 +20,10 @@ class Holdings:
         self._publisher = publisher
 
     async def load_more(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
-        """Has a ready worker load experts besides what it holds.
+        """Makes a ready worker load more experts.
 
         Raises:
-            WorkerDiedError: it died, or could not.
+            WorkerDiedError: the worker died, or could not load them.
         """
         assert record.shards is not None
         incarnation = record.incarnation
@@ -62,7 +62,7 @@ class Holdings:
         await self._publisher.everybody_knows()
         for record in trimmed:
             if record.state is WorkerState.READY:
-                # What is being loaded now would otherwise be unloaded as soon as it is there.
+                # Otherwise experts that are being loaded now would be unloaded at once.
                 kept = record.held | record.loading
                 answer = self._state.fleet.unload(record.worker_id, kept)
                 await self._publisher.confirmed(record.worker_id, answer)

@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class Losses:
-    """Has survivors load experts that nobody holds.
+    """Makes survivors load experts that nobody holds.
 
-    Invariant: `_taken_over` are the experts that some survivor is loading for this.
+    Invariant: `_taken_over` has the experts that some survivor is loading for this reason.
     """
 
     def __init__(self, state: ClusterState, holdings: Holdings) -> None:
@@ -25,9 +25,9 @@ class Losses:
         self._taken_over: set[ExpertId] = set()
 
     def make_good(self) -> None:
-        """Starts to load what nobody holds any more; not what nobody has loaded yet.
+        """Starts to load experts that a worker held when it died, if nobody holds them now.
 
-        What does not fit into the survivors' memory waits for its holder to come back.
+        Experts that do not fit into the survivors' memory come back when their holder restarts.
         """
         state, survivors = self._state, self._state.ready()
         lost = (state.lost_experts() & state.once_held) - self._taken_over

@@ -1,4 +1,4 @@
-"""Makes a new view of every change, and has everybody know it before anybody relies on it.
+"""Makes a new view after each change, and gives it to everybody before anybody relies on it.
 
 Routers get a view before workers raise their fences to it: no router is refused because it acts on
 a view that is older than it can know.
@@ -73,13 +73,13 @@ class ViewPublisher:
             sending.cancel()
 
     async def confirmed(self, worker_id: str, answer: Pending[None]) -> None:
-        """Waits for a worker within bounds: one that is silent must not hold the others up."""
+        """Waits for a worker's answer, up to a timeout: a silent worker must not delay others."""
         if not await self._tasks.wait_for(answer, self._state.settings.timeout_s):
             logger.warning("%s does not answer", worker_id)
             self._unconfirmed.add(worker_id)
 
     async def _wait_for_change(self) -> None:
-        """Until there is one, or it is time to send the view again to workers that were silent."""
+        """Waits for a change, or until the view must be sent again to workers that were silent."""
         if self._unconfirmed:
             await self._tasks.wait_for(self._outdated.wait(), self._state.settings.timeout_s)
         else:

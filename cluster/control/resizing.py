@@ -44,8 +44,8 @@ class Resizing:
         """Grows or shrinks to a number of workers.
 
         Raises:
-            PlacementError: it cannot be. All is as it was.
-            StartupError: new workers do not come. All is as it was.
+            PlacementError: the change is impossible. The cluster is as before.
+            StartupError: new workers do not come. The cluster is as before.
         """
         state, workers = self._state, self._state.workers
         for record in [r for r in workers.values() if r.state is WorkerState.STOPPED]:
@@ -72,10 +72,10 @@ class Resizing:
         await self._holdings.trim(staying)
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
-        """Moves a worker's experts and requests away, then stops it, or has it started again.
+        """Moves a worker's experts and requests away, then stops or restarts the worker.
 
         Raises:
-            PlacementError: it cannot be. The worker serves on.
+            PlacementError: the worker is not ready, or others cannot replace it. It is not stopped.
         """
         record = self._state.workers.get(worker_id)
         if record is None or record.state is not WorkerState.READY:
@@ -98,7 +98,7 @@ class Resizing:
             self._publisher.touch()
 
     async def _load_elsewhere(self, record: WorkerRecord, restarts: bool) -> None:
-        """Has others load what only this worker holds."""
+        """Makes other workers load the experts that only this worker holds."""
         state, worker_id = self._state, record.worker_id
         if not restarts:
             check_shrink(state.model, state.workers.values(), [record])
@@ -126,7 +126,7 @@ class Resizing:
             await self._tasks.wait_for(self._state.changed.wait(), left_s)
 
     def _remove_unplaced(self, new: Sequence[str]) -> None:
-        """The cluster stays as it is: workers that came for the new placement go."""
+        """Removes the workers that were started for a placement that failed."""
         for worker_id in new:
             record = self._state.workers.pop(worker_id)
             record.is_leaving = True
@@ -145,7 +145,7 @@ class Resizing:
                 return
 
     async def _remove(self, record: WorkerRecord) -> None:
-        """Lets a worker go without an error."""
+        """Removes a worker without failing a request."""
         record.is_leaving = True
         if record.state is WorkerState.READY:
             await self._hand_over(record)
@@ -158,7 +158,7 @@ class Resizing:
         await self._publisher.confirmed(record.worker_id, stopped)
 
     async def _hand_over(self, record: WorkerRecord) -> None:
-        """Leaves a worker without work: no new requests, those it has move on, no calls."""
+        """Takes all work from a worker: first new requests, then those it has, then calls."""
         record.move(WorkerState.DRAINING)
         self._publisher.touch()
         await self._publisher.everybody_knows()

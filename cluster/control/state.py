@@ -36,7 +36,7 @@ class ClusterState:
         self.fleet = fleet
         self.tasks = tasks
         self.workers: dict[str, WorkerRecord] = {}
-        # What each worker is to hold; of workers without a placement there is none.
+        # What each worker is to hold. A worker without a placement has no entry.
         self.targets: dict[str, ShardPlan] = {}
         self.last_incarnations: dict[str, int] = {}
         self.once_held: set[ExpertId] = set()

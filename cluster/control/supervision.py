@@ -78,7 +78,7 @@ class Supervision:
             await self._pause(record)
 
     async def _run_incarnation(self, record: WorkerRecord) -> None:
-        """From the start of a process to its end, which is a WorkerDiedError."""
+        """Follows one process from its start until it dies, which raises WorkerDiedError."""
         if record.is_adopted:
             record.is_adopted = False
         else:
@@ -91,7 +91,7 @@ class Supervision:
         await until_death(self._state, record)
 
     async def _bring_up(self, record: WorkerRecord) -> None:
-        """From nothing to all shards loaded."""
+        """Starts a process and makes it load all its shards."""
         state, worker_id = self._state, record.worker_id
         record.begin_incarnation()
         state.last_incarnations[worker_id] = record.incarnation

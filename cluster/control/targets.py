@@ -22,7 +22,7 @@ class ControllerSettings:
 
     num_workers: int
     policy: PlacementPolicy
-    # 0: two where there are two workers, else one.
+    # 0 means two replicas if there are at least two workers, else one.
     expert_replicas: int = 0
     timeout_s: float = 5.0
     # How long new workers may take to have a process.
@@ -87,7 +87,8 @@ def planned_anew(
 ) -> dict[str, ShardPlan]:
     """As `planned`, for workers of which some have shards: attention stays with its KV cache.
 
-    New ones get all of it where all have that, and none where it is cut by layers.
+    If every worker that has attention has all of it, new workers get all of it too. If attention is
+    cut by layers, new workers get none.
 
     Raises:
         PlacementError: they cannot hold the model; says what is short.
@@ -157,7 +158,7 @@ def is_cut(model: ModelBytes, records: Iterable[WorkerRecord]) -> bool:
 def check_shrink(
     model: ModelBytes, records: Iterable[WorkerRecord], leaving: Iterable[WorkerRecord]
 ) -> None:
-    """Raises PlacementError where a worker that leaves holds what no other can take over."""
+    """Raises PlacementError if a worker that leaves holds attention that no other can replace."""
     records, leaving = list(records), list(leaving)
     attending = [r for r in records if r.shards is not None and r.shards.num_layers > 0]
     stays_any = len(leaving) < len(records)

@@ -30,13 +30,13 @@ class WorkerRecord:
     # Deaths in a row, each soon after the worker was READY or before it was.
     num_quick_deaths: int = 0
     ready_at_s: float | None = None
-    # Supervises it.
+    # The task that supervises it.
     task: Task[None] | None = None
-    # It is not started again when it ends.
+    # If true, it is not started again when it ends.
     is_leaving: bool = False
-    # It is stopped on purpose, which does not count as a death.
+    # If true, it is stopped on purpose, which does not count as a death.
     is_drained: bool = False
-    # A controller that starts found it alive: it goes on with this incarnation.
+    # If true, a new controller found it alive, and goes on with this incarnation.
     is_adopted: bool = False
     last_error: str = ""
     _state: WorkerState = WorkerState.LOADING

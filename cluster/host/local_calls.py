@@ -19,9 +19,9 @@ MAX_WAITING_COPIES = 8
 class LocalCore:
     """The core of this process as its router calls it, in the router's thread.
 
-    A call is computed at once, past the queue. The exception are experts that routers of other
-    processes ask for as well: in the queue, calls to one layer meet, and their weights are read
-    once for all.
+    A call is computed at once, without the queue. Only calls to experts are queued, while routers
+    of other processes call experts as well: in the queue, calls to one layer become one batch,
+    which reads the weights once.
     """
 
     def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
@@ -64,7 +64,7 @@ class LocalBlocks:
         self._num_waiting = 0
 
     def keep(self, call: StoreBlocks, reply: Callable[[Result], None]) -> None:
-        """Has the router store them soon; refuses at once where too many wait."""
+        """Makes the router store the blocks soon; refuses at once if too many calls wait."""
         if self._num_waiting >= MAX_WAITING_COPIES:
             text = f"{self._num_waiting} calls with copies wait"
             reply(Refusal(RefusalReason.OVERLOADED, text))

@@ -12,7 +12,7 @@ from milliways.wire.placement import ModelBytes
 _RELEASED_SCALE_ROWS = {TensorRole.EXPERT_LINEAR_1: 8, TensorRole.ATTENTION_OUT: 8}
 _FLOAT32_BYTES = 4
 _SCALE_BYTES = 2
-# Sequences of full length that an attention shard has KV cache for where no size is set.
+# If no size is set, an attention shard has KV cache for this many sequences of full length.
 CONTEXTS_BY_DEFAULT = 8
 
 

@@ -1,13 +1,14 @@
-"""Composition root of a worker: its core, shards, router and servers, on two threads.
+"""Builds and connects the parts of a worker: core, shards, router and servers, on two threads.
 
     compute thread   the core: experts and attention for routers of other processes
-    router thread    sequences, steps, the shards of this process by direct call
+    router thread    sequences and steps; calls the shards of this process directly
 
 What belongs to which thread, and what may cross: docs/ARCHITECTURE.md, Threads.
 
-Order of calls: `start` opens the servers (the core refuses everything yet), `load` reads shards and
-makes the worker READY, `publish` gives the router a view, `fence` has the core refuse older ones.
-All of these are called from other threads, and go through the reactors.
+Order of calls: `start` opens the servers, while the core still refuses all calls. `load` reads
+shards and makes the worker READY. `publish` gives the router a view of the cluster. `fence` makes
+the core refuse calls that act on an older placement. All of these are called from other threads;
+they change the core and the router only through the reactors.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ Fault = Callable[[BaseException], None]
 
 @dataclass(slots=True)
 class LoadProgress:
-    """Bytes of the checkpoint that were read and are to be read; other threads may look."""
+    """Bytes of the checkpoint read so far, and bytes to read in all. Other threads may read it."""
 
     bytes_read: int = 0
     bytes_wanted: int = 0
@@ -90,13 +91,13 @@ class LoadProgress:
 
 @dataclass(slots=True)
 class Rates:
-    """Tokens over the last seconds."""
+    """The rate of tokens over the last `window_s` seconds."""
 
     window_s: float = 10.0
     marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
 
     def per_s(self, num_tokens: int) -> float:
-        """Notes a count; returns by how much it grew per second within the window."""
+        """Records the total so far; returns its growth per second within the window."""
         now_s = time.monotonic()
         self.marks = [m for m in self.marks if now_s - m[0] <= self.window_s]
         self.marks.append((now_s, num_tokens))
@@ -105,7 +106,7 @@ class Rates:
 
 
 def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
-    """The KV arrays of an attention shard."""
+    """The size of the KV arrays of an attention shard."""
     block_size = config.workers.block_size
     return CacheSize(
         num_blocks=-(-kv_tokens_of(config.workers, model) // block_size),
@@ -115,13 +116,15 @@ def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
 
 
 class WorkerProcess:
-    """Owns everything of one incarnation of a worker. Any thread but its own two may call it.
+    """Owns everything of one incarnation of a worker.
 
-    `memory_bytes` is the limit of all its devices together; 0 is no limit. `devices` are those that
-    it computes on, by default as many as the settings say.
+    Its own two threads must not call it, because it waits for them. Any other thread may.
 
-    Invariant: `_attention`, once set, stays. Until the core is READY only the thread that loads
-    uses it; after that only the thread that `_hand_over_attention` gives it to.
+    `memory_bytes` limits the memory of all its devices together; 0 means no limit. `devices` are
+    the devices that it computes on; by default it finds as many as the settings say.
+
+    Invariant: once set, `_attention` is never replaced. Only the thread that calls `load` uses it
+    until `_hand_over_attention` gives it to another thread; then only that thread uses it.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class WorkerProcess:
         self._config = config
         self._host = host
         keep_freed_blocks()
-        # Otherwise XLA would give each small program to another thread, and wait for it.
+        # Otherwise XLA would run each small program in another thread, and this one would wait.
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
         self._model_dir = resolve_model_dir(config.model.path)
         self._checkpoint = Checkpoint.open(self._model_dir)
@@ -161,9 +164,9 @@ class WorkerProcess:
         self._experts = ExpertShard(self._decoder)
         self._attention: AttentionShard | None = None
         self._shards: ShardPlan | None = None
-        # Guards `_shards`, `_attention` and `progress` while they change: one load at a time.
+        # Held by `load`, which sets `_shards` and `_attention`: one load at a time.
         self._loading = threading.Lock()
-        # Held while replies are dropped: one order at a time.
+        # Held by `drop_replies`: one call at a time.
         self._dropping = threading.Lock()
         self._rates = Rates()
         clock = SystemClock()
@@ -180,7 +183,7 @@ class WorkerProcess:
             self._core.attach_copies(own_blocks.keep)
 
     def start(self) -> Spawned:
-        """Opens the servers; says where they are."""
+        """Opens the servers; returns their addresses."""
         self._compute.start()
         self._routing.start()
         address, router_address = self._start_servers()
@@ -195,11 +198,13 @@ class WorkerProcess:
         )
 
     def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
-        """Reads what is missing of the shards; then the worker is READY. Takes a while.
+        """Reads the parts of the shards that are missing here, then makes the core READY.
+
+        This may take minutes.
 
         Raises:
             CheckpointError: a file cannot be read.
-            PlacementError: a device has too little memory for its share.
+            PlacementError: a device has too little memory for its part of the shards.
         """
         with self._loading:
             self.progress.bytes_wanted = bytes_wanted
@@ -224,9 +229,9 @@ class WorkerProcess:
     def _hand_over_attention(self) -> None:
         """Gives the attention shard to the one thread that uses it from now on.
 
-        A router sits with the output head of its chain. So a shard that has the head is called by
-        the router of this process, in that router's thread; one that has not, by a router of
-        another process, in the compute thread.
+        A router runs in the process that has the output head of its chain of shards. If this shard
+        has the head, this process's router calls it, in the router thread. Otherwise routers of
+        other processes call it, through the compute thread.
         """
         if self._attention is None:
             return
@@ -237,7 +242,7 @@ class WorkerProcess:
             self._compute.call(lambda: self._core.queued.attach(shard))
 
     def _kv_now(self) -> KvArrays | None:
-        """The keys and values behind the router's blocks, where this process has them."""
+        """The arrays that the router's block ids index; None if this process does not have them."""
         shard = self._attention
         return shard.kv if shard is not None and shard.has_ends else None
 
@@ -260,7 +265,10 @@ class WorkerProcess:
         logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
 
     def unload(self, kept: frozenset[ExpertId]) -> None:
-        """Drops all experts but `kept`, after routers stopped asking for the others."""
+        """Drops the experts of each group that has none of `kept`.
+
+        The caller makes sure that routers know not to ask for experts outside `kept`.
+        """
         self._compute.call(lambda: self._experts.keep_only(kept))
 
     def publish(self, view: ClusterView) -> None:
@@ -277,14 +285,14 @@ class WorkerProcess:
         self._compute.call(lambda: self._core.fence.raise_epoch(placement_epoch))
 
     def drain(self) -> None:
-        """Makes the router hand its requests over to other routers."""
+        """Makes a READY core DRAINING, and the router hand its requests over to other routers."""
         self._compute.call(self._begin_to_drain)
         self._routing.call(self._router.drain)
 
     def drop_replies(self, count: int) -> int:
-        """Loses the replies to the next calls of other processes: a fault that a test orders.
+        """Drops the replies to the next `count` calls of other processes: a fault for tests.
 
-        Returns how many were lost: all, or those of the calls that came within DROP_TIMEOUT_S.
+        Waits at most DROP_TIMEOUT_S for these calls; returns how many replies were dropped.
         """
         with self._dropping:
             dropper = ReplyDropper(self._sessions, count)
@@ -295,15 +303,15 @@ class WorkerProcess:
             return count - self._compute.call(dropper.remove)
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
-        """Gives the router a request without gRPC; it calls the listener in its own thread.
+        """Gives the router a request without gRPC. The listener is called in the router thread.
 
         Raises:
-            ClusterError, InvalidRequestError: why it is not admitted.
+            ClusterError, InvalidRequestError: the request is not admitted; the error says why.
         """
         self._routing.call(lambda: self._router.submit(routed, listener))
 
     def stop(self) -> None:
-        """Closes the servers and ends the threads."""
+        """Stops the servers and ends the threads."""
         self._routing.ask(self._router_server.stop, STOP_TIMEOUT_S)
         self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
         for reactor in (self._routing, self._compute):
@@ -311,11 +319,12 @@ class WorkerProcess:
         self._checkpoint.close()
 
     def describe(self, spawned: Spawned) -> Existing | None:
-        """All that a new controller has to know; None if this process has to be replaced."""
+        """All that a new controller must know of this worker; None if it must be replaced."""
         shards = self._shards
         if self._core.state is not WorkerState.READY or shards is None:
             return None
-        # Values that are replaced as a whole: they are read here, however busy their threads are.
+        # These values are replaced as a whole, so they can be read without waiting for the threads
+        # that replace them.
         view, held = self._links.view, self._experts.held
         return Existing(
             worker_id=self.worker_id,
@@ -467,7 +476,7 @@ class WorkerProcess:
 
 
 def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
-    """Makes text if the model has a tokenizer."""
+    """The detokenizer of a request. It makes no text if the model has no tokenizer."""
     return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
 
 

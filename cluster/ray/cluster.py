@@ -98,7 +98,7 @@ def join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Fails at once where nothing listens. Ray itself would try for minutes."""
+    """Fails at once if nothing listens at the address. Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()) or "://" in address:
         # `auto`, or a form of address that only Ray knows.

@@ -19,7 +19,7 @@ CONTROLLER_NAME = "controller"
 
 
 def find_controller() -> Any:
-    """The running controller. Raises ValueError where there is none."""
+    """The running controller. Raises ValueError if there is none."""
     return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
 
 
@@ -38,7 +38,7 @@ def find_or_start_controller(config: ClusterConfig) -> Any:
 
 
 def end_controller(timeout_s: float) -> None:
-    """Ends all workers and the controller, where there is one; returns when they are gone."""
+    """Ends all workers and the controller, if there is one; waits at most `timeout_s`."""
     try:
         controller = find_controller()
     except ValueError:

@@ -1,7 +1,7 @@
 """Starts a worker as a Ray actor, in a placement group that keeps its resources.
 
-The group stays between two incarnations of a worker, so that nobody takes its GPUs meanwhile. Where
-no node has room for it, Ray's autoscaler starts one.
+The group stays between two incarnations of a worker, so that nobody takes its GPUs meanwhile. If no
+node has room for the group, Ray's autoscaler starts a node.
 """
 
 # Ray's own types are unknown in part.

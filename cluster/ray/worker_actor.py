@@ -41,7 +41,7 @@ class WorkerActor:
         )
 
     async def start(self) -> Spawned:
-        """Opens the servers; says where they are."""
+        """Opens the servers; returns their addresses."""
         spawned = await asyncio.to_thread(self._process.start)
         self._spawned = Spawned(
             address=spawned.address,
@@ -53,9 +53,9 @@ class WorkerActor:
         return self._spawned
 
     async def describe(self) -> Existing | None:
-        """All that a new controller has to know; None before the shards are loaded.
+        """What `WorkerProcess.describe` returns; None before the servers are open.
 
-        At once, in no other thread: those may all wait for a worker that is busy.
+        Answers at once, without another thread: all of those may be waiting for a busy worker.
         """
         return None if self._spawned is None else self._process.describe(self._spawned)
 

@@ -1,4 +1,4 @@
-"""Loses replies on order, to try what routers do when a worker that is alive does not answer."""
+"""Drops replies, to test what routers do when a worker that is alive does not answer."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from milliways.workers.servers.intake import RouterSessions
 
 
 class ReplyDropper:
-    """Stands between the sessions and their core from `install` to `remove`.
+    """Takes the sessions' calls in place of their core, from `install` to `remove`.
 
-    The core computes every call; the replies to the next `num_left` calls are lost. Without an
-    order there is no dropper, so serving pays nothing for it. Used in the thread that computes.
+    The core computes every call, but the replies to the next `num_left` calls are dropped. Normally
+    there is no dropper, so serving pays nothing for it. Used in the compute thread.
     """
 
     def __init__(self, sessions: RouterSessions, count: int) -> None:
@@ -20,11 +20,11 @@ class ReplyDropper:
         self._core: CallSink = sessions.sink
 
     def install(self) -> None:
-        """Begins to lose replies."""
+        """Begins to drop replies."""
         self._sessions.sink = self
 
     def remove(self) -> int:
-        """Ends it; returns how many replies were not lost, because too few calls came."""
+        """Stops dropping; returns how many replies were not dropped, as too few calls came."""
         self._sessions.sink = self._core
         return self.num_left
 
