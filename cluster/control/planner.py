@@ -267,8 +267,8 @@ def _deal(
     Neighbours in the circle are of different layers: a worker has as many experts of each layer as
     of any other, give or take one.
     """
-    # Every `step`-th expert of a layer first, then those between. Other orders would be as even, but
-    # a new version that plans otherwise would move the experts of a running cluster.
+    # Every `step`-th expert of a layer first, then those between. Other orders would be as even,
+    # but a new version that plans otherwise would move the experts of a running cluster.
     step = max(1, round(model.num_layers * model.num_experts * len(workers) / sum(counts)))
     ranks = [rank for first in range(step) for rank in range(first, model.num_experts, step)]
     circle = [ExpertId(layer, rank) for rank in ranks for layer in range(model.num_layers)]
