@@ -40,6 +40,12 @@ class PromiseBrokenError(ClusterError):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares the command's options."""
+    _add_load_options(parser)
+    _add_output_options(parser)
+    _add_cluster_options(parser)
+
+
+def _add_load_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option(
         "--faults",
@@ -90,6 +96,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds between two faults [wait for full replication after each fault]",
     )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
     option(
         "--record",
         type=Path,
@@ -97,6 +107,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="write the report, and the memory and descriptors that the cluster used",
     )
     option("--histogram", type=Path, metavar="FILE.svg", help="draw a histogram of the stalls")
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
     option(
         "--address",
         metavar="RAY",
