@@ -21,10 +21,10 @@ ClusterError
 from dataclasses import dataclass
 from enum import Enum
 
-from milliways.model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError, PicklableError
 
 
-class ClusterError(Exception):
+class ClusterError(PicklableError):
     """Root of the tree above."""
 
 
