@@ -33,6 +33,9 @@ from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, config_from_tree, read_config
+from milliways.model.errors import OtherModelError
+from milliways.model.manifest import digest_small_files
+from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import ConfigError
 from milliways.wire.view import EMPTY_VIEW, ClusterView
 
@@ -52,12 +55,28 @@ class Directory:
         self._config = config
         self._view: ClusterView = EMPTY_VIEW
         self._changed = asyncio.Event()
+        # The files that this replica reads itself.
+        self._files = digest_small_files(resolve_model_dir(config.model.path))
 
     @property
     def view(self) -> ClusterView:
         return self._view
 
+    @property
+    def weights(self) -> str:
+        """The identity of the weights that are served; empty while it is not known."""
+        return self._view.manifest.identity if self._view.manifest_is_whole else ""
+
+    def check_model(self) -> None:
+        """Raises OtherModelError if this replica has read files of another model than is served."""
+        for name in self._view.manifest.differing(self._files):
+            wanted = self._view.manifest.digests[name]
+            path = resolve_model_dir(self._config.model.path) / name
+            raise OtherModelError(path, name, self._files.digests[name], wanted)
+
     def routers(self) -> Sequence[RouterInfo]:
+        if not self._view.manifest_is_whole or self._view.manifest.differing(self._files):
+            return []
         return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
 
     async def changed(self) -> None:
@@ -103,7 +122,7 @@ class IngressReplica:
             on_hedge=metrics.hedges.inc,
         )
         self._ingress = Ingress(
-            load_served_model(config.model),
+            load_served_model(config.model, lambda: self._directory.weights),
             self._source,
             settings,
             request_timeout_s=config.router.request_timeout_s,
@@ -124,7 +143,11 @@ class IngressReplica:
         return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
-        """Raises if the replica does not follow the controller any more; Serve then replaces it."""
+        """Raises if the replica does not follow the controller any more; Serve then replaces it.
+
+        So it does if the replica has read other files than the workers, which it cannot repair.
+        """
+        self._directory.check_model()
         if self._follower.done():
             self._follower.result()
 

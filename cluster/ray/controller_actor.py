@@ -7,6 +7,8 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,11 +18,14 @@ from milliways.cluster.control.targets import make_settings, number
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.ray.fleet import RayFleet
-from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.config import ClusterConfig, ModelSettings
 from milliways.model.checkpoint import Checkpoint
+from milliways.model.manifest import EMPTY_MANIFEST, read_manifest
 from milliways.model.model_dir import resolve_model_dir
 from milliways.runtime.async_tasks import AsyncTasks
+from milliways.runtime.fatal import end_process
 from milliways.wire.errors import UnavailableError
+from milliways.wire.placement import ModelBytes
 from milliways.wire.status import ClusterStatus, ProcessStatus, WorkerStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, WorkerState
 
@@ -50,7 +55,7 @@ class ControllerActor:
         if self._shell is not None:
             await self._has_begun.wait()
             return
-        self._shell = AsyncTasks()
+        self._shell = AsyncTasks(end_process)
         try:
             await self._begin(self._shell, known)
         except BaseException:
@@ -62,21 +67,24 @@ class ControllerActor:
 
     async def _begin(self, shell: AsyncTasks, known: ClusterView) -> None:
         config = self._config
-        with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
-            model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
-            kv_tokens = kv_tokens_of(config.workers, checkpoint.config)
+        pinned = EMPTY_MANIFEST
+        if config.model.manifest:
+            pinned = read_manifest(Path(config.model.manifest))
+        self._fleet = RayFleet(config, shell)
+        existing = await self._fleet.find_existing()
+        model = _sizes([known, *(found.view for found in existing)]) or _read_sizes(config.model)
+        self._fleet.sizes = model
         workers = config.workers
         settings = make_settings(
             workers.count,
             workers.expert_replicas,
             workers.attention,
-            kv_tokens,
+            kv_tokens_of(workers, model.sequence_len),
             start_timeout_s=workers.start_timeout_s,
             experts_only=workers.experts_only,
         )
-        self._fleet = RayFleet(config, model, shell)
-        self._controller = Controller(model, settings, self._fleet, shell.tasks)
-        self._controller.start(await self._fleet.find_existing(), known)
+        self._controller = Controller(model, settings, self._fleet, shell.tasks, pinned)
+        self._controller.start(existing, known)
 
     async def _begun(self) -> Controller:
         """The controller. One that was just started has to find its workers first.
@@ -199,6 +207,24 @@ class ControllerActor:
                 # It may die while it is asked, or be busy. Neither is for a question to judge.
                 last_error = f"it does not answer: {error}"
         return status_of(record, self._controller.waits_for(record), last_error, process)
+
+
+def _sizes(views: Sequence[ClusterView]) -> ModelBytes | None:
+    """The sizes of the model that runs; None if nothing runs yet.
+
+    They are not read again: the files may be unreadable now, or those of another model.
+    """
+    return max(views, key=lambda view: view.placement_epoch).model
+
+
+def _read_sizes(settings: ModelSettings) -> ModelBytes:
+    """The sizes of a model, from its files.
+
+    Raises:
+        CheckpointError, ModelConfigError: a file is unreadable or invalid; says which and why.
+    """
+    with Checkpoint.open(resolve_model_dir(settings.path)) as checkpoint:
+        return checkpoint_bytes(checkpoint, _VALUE_BYTES[settings.dtype])
 
 
 def status_of(

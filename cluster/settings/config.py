@@ -34,6 +34,8 @@ class ModelSettings:
     path: str = "demo"
     # The model name that clients send; empty: the directory's name.
     name: str = ""
+    # A file of digests, from `milliways inspect --digest`; empty: the first load decides.
+    manifest: str = ""
     dtype: str = "float32"
     activations: str = "exact"
     experts: str = "loaded"

@@ -183,6 +183,7 @@ class _Progress:
             self._started = generate_pb2.GenerationStarted()
             self._started.CopyFrom(started)
             self._request.resume.request_id = started.request_id
+            self._request.resume.system_fingerprint = started.system_fingerprint
         elif (self._started.system_fingerprint, self._started.seed) != (
             started.system_fingerprint,
             started.seed,

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from milliways.wire.placement import AttentionRange, ExpertId
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes
 
 
 class WorkerState(Enum):
@@ -74,6 +75,11 @@ class ClusterView:
     placement_epoch: int
     members: Mapping[str, Member]
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    # The bytes of the model that is served, and whether all of its parts are known.
+    manifest: Manifest = EMPTY_MANIFEST
+    manifest_is_whole: bool = False
+    # Sizes of the model, so that a new controller need not read its files; None at first.
+    model: ModelBytes | None = None
 
     def holders(self, expert_id: ExpertId) -> tuple[Member, ...]:
         """Members that can compute an expert now, in the order of their ids."""

@@ -78,7 +78,7 @@ def _exchange(
             request_id = resume.request_id if resume else new_request_id()
             ask = await off_loop(lambda: read_ask(body, ingress.model, request_id), len(body))
             outcome.model = ingress.model.name
-            _check_resume(resume, ask)
+            _check_resume(resume, ask, ingress.model)
             answer = make_answer(ask, ingress.model, request_id)
             stream = ingress.generate(ask.requests, request_id, resume=resume)
             async with aclosing(stream) as events:
@@ -99,12 +99,13 @@ def _exchange(
     return Exchange(handle, ingress.settings.max_body_bytes, on_disconnect)
 
 
-def _check_resume(resume: ResumePoint | None, ask: Ask) -> None:
+def _check_resume(resume: ResumePoint | None, ask: Ask, model: ServedModel) -> None:
     if resume is None:
         return
     if not ask.stream:
         raise InvalidRequestError(LAST_EVENT_ID, "given", "left out without stream")
     resume.check_fits(ask.requests)
+    model.check_resume(resume.field, resume.fingerprint)
 
 
 async def _collect(events: AsyncGenerator[IngressEvent], answer: Answer) -> None:
@@ -135,12 +136,12 @@ async def _stream(
             if chunk is not None and event.is_new:
                 if not sender.has_begun:
                     await sender.begin_events()
-                await sender.send_piece(_sse(chunk, event_id(request_id, answer.counts)))
+                await sender.send_piece(_sse(chunk, _name(answer, request_id)))
         # A client that resumed after the last token has no chunk to receive.
         if not sender.has_begun:
             await sender.begin_events()
         if answer.ask.draws_nothing:
-            name = event_id(request_id, answer.counts)
+            name = _name(answer, request_id)
             piece = await _off_loop(answer, answer.only_chunk, lambda chunk: _sse(chunk, name))
             await sender.send_piece(piece)
     except Exception as error:
@@ -163,9 +164,15 @@ async def _off_loop(
 async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bool = False) -> None:
     """Sends the usage, if the client asked for it, and [DONE]."""
     if answer.ask.include_usage and not has_usage:
-        name = event_id(request_id, answer.counts, has_usage=True)
+        name = _name(answer, request_id, has_usage=True)
         await sender.send_piece(_sse(answer.usage_chunk(), name))
     await sender.send_piece(_DONE, is_last=True)
+
+
+def _name(answer: Answer, request_id: str, *, has_usage: bool = False) -> str:
+    """The id of an event that comes now."""
+    fingerprint = answer.model.fingerprint
+    return event_id(request_id, answer.counts, fingerprint, has_usage=has_usage)
 
 
 def _sse(data: dict[str, Any], event_id: str = "") -> str:

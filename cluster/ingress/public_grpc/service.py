@@ -113,8 +113,10 @@ def _resume(
         received=tuple(received),
         field="resume.received.num_tokens",
         num_scored=message.resume.num_prompt_logprobs,
+        fingerprint=message.resume.system_fingerprint,
     )
     point.check_fits([request])
+    model.check_resume("resume.system_fingerprint", point.fingerprint)
     return point
 
 
