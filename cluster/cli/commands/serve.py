@@ -95,6 +95,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--host", metavar="H", help="address to listen on [127.0.0.1]")
     option("--port", type=int, metavar="P", help="port for HTTP [8000]")
     option("--grpc-port", type=int, metavar="P", help="port for gRPC [50051]")
+    option(
+        "--grace",
+        type=float,
+        metavar="S",
+        help="seconds that running requests have to end after SIGTERM or SIGHUP [120]",
+    )
     option("--address", metavar="RAY", help="address of a running Ray cluster [start a local one]")
 
 
@@ -143,6 +149,7 @@ def settings_of(options: argparse.Namespace) -> ClusterConfig:
             "host": options.host,
             "port": options.port,
             "grpc_port": options.grpc_port,
+            "grace_s": options.grace,
         },
     }
     changed = {
