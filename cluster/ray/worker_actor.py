@@ -11,6 +11,7 @@ import ray
 
 from milliways.cluster.control.fleet import Existing, Spawned
 from milliways.cluster.host.local_devices import tell_jax
+from milliways.cluster.host.memory_limit import usable_memory_bytes
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from milliways.runtime.user_cache import keep_programs
@@ -98,7 +99,10 @@ class WorkerActor:
 
 
 def _memory_bytes(config: ClusterConfig) -> int:
-    """The memory that a worker may use: that of its GPUs, or an even share of the machine's."""
+    """The memory that a worker may use: that of its GPUs, or an even share of the machine's.
+
+    In a container with a memory limit, that limit is the machine's memory.
+    """
     if config.workers.gpus_each > 0:
         import jax
 
@@ -109,8 +113,7 @@ def _memory_bytes(config: ClusterConfig) -> int:
 
         stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
         return sum(int(s["bytes_limit"]) for s in stats if s)
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(0.8 * machine_bytes / config.workers.count)
+    return round(0.8 * usable_memory_bytes() / config.workers.count)
 
 
 def _exit_with(error: BaseException) -> None:
