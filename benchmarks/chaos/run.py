@@ -12,7 +12,8 @@ from milliways.benchmarks.chaos.local_cluster import local_cluster
 from milliways.benchmarks.chaos.report import Report
 from milliways.benchmarks.chaos.requests import draw_requests
 from milliways.benchmarks.chaos.trial import Plan, Trial
-from milliways.cluster.ray.environment import enter, find_running, use_token
+from milliways.cluster.ray.environment import enter, use_token
+from milliways.cluster.ray.running_clusters import find_running
 
 # `ray_actuator` is imported inside functions. It imports Ray, which reads the token of the cluster
 # from the environment when it is imported.
