@@ -107,9 +107,12 @@ class ProcessLife:
     def _end(self, end: Callable[[], None]) -> int:
         # What fails because the rest is stopped under it is not worth a word.
         error = self.error if self.wish < Wish.STOP else None
-        # Before the ending, which may take some seconds.
-        code = None if error is None else _report(error)
-        say("stopping …")
+        code = None
+        if error is None:
+            say("stopping …")
+        else:
+            # Before the ending, which may take some seconds.
+            code = _report(error)
         ending = threading.Thread(target=_try, args=(end,), name="end", daemon=True)
         ending.start()
         until_s = time.monotonic() + END_TIMEOUT_S
