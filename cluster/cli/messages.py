@@ -1,8 +1,10 @@
 """What `milliways serve` prints: progress, and a greeting with a command to try."""
 
 import json
+import os
 import sys
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from milliways.cluster.settings.config import ClusterConfig
@@ -68,6 +70,22 @@ class Bar:
         """Moves to the next line."""
         if self._is_terminal:
             self._stream.write("\n")
+
+
+@contextmanager
+def mute_stderr() -> Generator[None]:
+    """Hides what any code of this process writes to standard error meanwhile, also in C++.
+
+    Ray's library has much to say about processes that end under it.
+    """
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def say(text: str) -> None:

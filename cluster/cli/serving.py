@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
 
 from milliways.cluster.cli.listening import check_listeners
-from milliways.cluster.cli.messages import Bar, greeting, say
+from milliways.cluster.cli.messages import Bar, greeting, mute_stderr, say
 from milliways.cluster.cli.process_life import ProcessLife
 from milliways.cluster.cli.stop_signals import Wish
 from milliways.cluster.ray.descendants import adopt_orphans, descendants, end_descendants
@@ -53,10 +53,7 @@ class LocalCluster:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._life = ProcessLife()
-        # Before Ray starts: both may be impossible.
-        notes_dir()
-        adopt_orphans()
-        self._folder = RunFolder()
+        self._folder: RunFolder | None = None
         self._note: Note | None = None
 
     def run(self) -> None:
@@ -64,6 +61,10 @@ class LocalCluster:
         self._life.run(self._work, self._end)
 
     def _work(self) -> None:
+        # Before Ray starts, because both may be impossible.
+        notes_dir()
+        folder = self._folder = RunFolder()
+        adopt_orphans()
         be_quiet()
         be_patient()
         watch_proxies()
@@ -74,7 +75,7 @@ class LocalCluster:
         from milliways.cluster.ray.cluster import LocalRay
 
         say("starting Ray …")
-        local = LocalRay(self._folder.path)
+        local = LocalRay(folder.path, is_wanted=lambda: not self._life.stopped.is_set())
         self._life.guard(local.check)
         ingress = self._config.ingress
         host = reachable_host(ingress.host)
@@ -99,10 +100,12 @@ class LocalCluster:
     def _end(self) -> None:
         if self._note is not None:
             self._note.delete()
-        left = end_descendants(END_TIMEOUT_S)
+        with mute_stderr():
+            left = end_descendants(END_TIMEOUT_S)
         if left:
             say(f"these processes do not end: {', '.join(map(str, left))}")
-        self._folder.remove()
+        if self._folder is not None:
+            self._folder.remove()
 
 
 class JoinedCluster:

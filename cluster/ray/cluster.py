@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ class LocalRay:
     It ends with the thread that made it: the kernel then kills Ray's processes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Starts it, with its sockets and logs below `folder`.
+    def __init__(self, folder: Path, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Starts it, with its sockets and logs below `folder`; tries again as long as `is_wanted`.
 
         Raises:
             StartupError: Ray does not come up; nothing of it is left.
@@ -73,6 +73,8 @@ class LocalRay:
                 return
             except Exception as error:
                 # Ray has no type of its own for this.
+                if not is_wanted():
+                    raise StartupError("Ray is not wanted any more") from error
                 with suppress(Exception):
                     ray.shutdown()
                 end_descendants(STOP_TIMEOUT_S)

@@ -43,6 +43,12 @@ def test_slow_start_is_tried_again(attempts: list[Any], tmp_path: Path) -> None:
     assert {options["_temp_dir"] for options in attempts} == {str(tmp_path)}
 
 
+def test_start_that_nobody_wants_is_not_tried_again(attempts: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="not wanted"):
+        LocalRay(tmp_path, is_wanted=lambda: False)
+    assert len(attempts) == 1
+
+
 def test_start_that_never_comes_says_how_busy_the_machine_is(
     attempts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
