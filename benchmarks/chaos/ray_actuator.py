@@ -23,7 +23,8 @@ from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.cluster.ray.cluster import join
 from milliways.cluster.ray.start_controller import find_controller
 from milliways.cluster.ray.start_worker import NAMESPACE
-from milliways.model.model_dir import CHECKPOINT_DIR, resolve_model_dir
+from milliways.model.checkpoint import find_directories
+from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import StartupError
 from milliways.wire.status import ClusterStatus
 from milliways.wire.view import ClusterView, WorkerState
@@ -101,13 +102,13 @@ class RayActuator:
         return num_lost
 
     def ckpt_dir(self) -> Path:
-        return resolve_model_dir(self.config().model.path) / CHECKPOINT_DIR
+        return find_directories(resolve_model_dir(self.config().model.path))[0]
 
     def file_fault_of(self, place: Place) -> str:
         status: ClusterStatus = self._ask_controller("status")
         for worker in status.workers:
             is_next = worker.worker_id == place.name and worker.pid != place.pid
-            if is_next and CHECKPOINT_DIR in worker.last_error:
+            if is_next and "tensor" in worker.last_error:
                 return worker.last_error
         return ""
 

@@ -15,7 +15,8 @@ from milliways.benchmarks.chaos.local_cluster import local_cluster
 from milliways.benchmarks.chaos.report import Report
 from milliways.benchmarks.chaos.requests import draw_requests
 from milliways.benchmarks.chaos.trial import Plan, Trial
-from milliways.cluster.ray.environment import enter, find_running, use_token
+from milliways.cluster.ray.environment import enter, use_token
+from milliways.cluster.ray.running_clusters import find_running
 from milliways.cluster.settings.config import ClusterConfig, read_config
 from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import StartupError

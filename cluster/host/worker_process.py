@@ -57,6 +57,7 @@ from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.malloc import keep_freed_blocks
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
+from milliways.wire.addresses import join_address
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
@@ -408,7 +409,7 @@ class WorkerProcess:
             request_timeout_s=self._config.router.request_timeout_s,
             tls=tls,
         )
-        any_port = f"{self._host}:0"
+        any_port = join_address(self._host, 0)
         return (
             self._compute.ask(lambda: self._server.start(any_port), START_TIMEOUT_S),
             self._routing.ask(lambda: self._router_server.start(any_port), START_TIMEOUT_S),

@@ -12,7 +12,7 @@ from milliways.cluster.settings.config import ModelSettings
 from milliways.model.config import ModelConfig, load_config
 from milliways.model.detokenizer import prompt_pieces
 from milliways.model.errors import InvalidRequestError
-from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.model_dir import description_dir, load_tokenizer, resolve_model_dir
 from milliways.model.tokenizer import Tokenizer
 from milliways.wire.errors import UnknownModelError
 from milliways.wire.status_codes import abridged
@@ -110,12 +110,13 @@ def load_served_model(settings: ModelSettings, weights: Callable[[], str] = str)
         CheckpointError, ConfigError, TokenizerError: a file is invalid; the error says why.
     """
     model_dir = resolve_model_dir(settings.path)
-    config = load_config(model_dir)
+    described_in = description_dir(model_dir)
+    config = load_config(described_in)
     return ServedModel(
         name=settings.name or _default_name(settings.path, model_dir),
         config=config,
         tokenizer=load_tokenizer(model_dir, config.vocab_size),
-        chat_template=load_chat_template(model_dir, settings.chat_template),
+        chat_template=load_chat_template(described_in, settings.chat_template),
         created_s=int(time.time()),
         revision=f"{settings.dtype}/{settings.activations}",
         weights=weights,

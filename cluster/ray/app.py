@@ -13,6 +13,7 @@ brings up the workers; all replicas follow its view, and go on with the last one
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ from milliways.wire.view import EMPTY_VIEW, ClusterView
 logger = logging.getLogger(__name__)
 
 APP_NAME = "milliways"
+INGRESS_NAME = "Ingress"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+LEAVE_POLL_S = 0.1
 # Until one has asked, a dead replica is not replaced.
 HEALTH_CHECK_PERIOD_S = 1.0
 
@@ -102,7 +105,7 @@ class Directory:
             changed.set()
 
 
-@serve.deployment(name="Ingress", max_ongoing_requests=512)
+@serve.deployment(name=INGRESS_NAME, max_ongoing_requests=512)
 @serve.ingress()
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
@@ -150,6 +153,13 @@ class IngressReplica:
         self._directory.check_model()
         if self._follower.done():
             self._follower.result()
+
+    async def leave(self, grace_s: float) -> None:
+        """Takes nothing new; returns when what runs has ended, at most after `grace_s`."""
+        self._ingress.leave("the endpoint is stopping")
+        until_s = time.monotonic() + grace_s
+        while self._ingress.num_ongoing and time.monotonic() < until_s:
+            await asyncio.sleep(LEAVE_POLL_S)
 
     async def _metrics_of_workers(self) -> str:
         try:

@@ -12,6 +12,7 @@ import ray
 
 from milliways.cluster.control.fleet import Existing, Loaded, Spawned
 from milliways.cluster.host.local_devices import tell_jax
+from milliways.cluster.host.memory_limit import usable_memory_bytes
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from milliways.model.manifest import Manifest
@@ -121,7 +122,10 @@ class WorkerActor:
 
 
 def _memory_bytes(config: ClusterConfig) -> int:
-    """The memory that a worker may use: that of its GPUs, or an even share of the machine's."""
+    """The memory that a worker may use: that of its GPUs, or an even share of the machine's.
+
+    In a container with a memory limit, that limit is the machine's memory.
+    """
     if config.workers.gpus_each > 0:
         import jax
 
@@ -132,5 +136,4 @@ def _memory_bytes(config: ClusterConfig) -> int:
 
         stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
         return sum(int(s["bytes_limit"]) for s in stats if s)
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(0.8 * machine_bytes / config.workers.count)
+    return round(0.8 * usable_memory_bytes() / config.workers.count)

@@ -4,6 +4,7 @@ ClusterError
 ├── ConfigError            a setting names table, field, value and limit
 ├── PlacementError         the workers cannot hold the model; says how much is missing
 ├── StartupError           the cluster did not start; says which actor waits for which resource
+├── RayGoneError           Ray's own processes ended or are silent; says which and how
 ├── UnknownModelError      a request names a model that is not served here
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
 ├── UnavailableError       nothing can serve the request now; `retry_after_s`
@@ -44,6 +45,10 @@ class PlacementError(ClusterError):
 
 class StartupError(ClusterError):
     """The cluster did not start in time; says which actor waits for which resource."""
+
+
+class RayGoneError(ClusterError):
+    """The Ray cluster under a running Milliways is gone; says which of its processes, and how."""
 
 
 class UnknownModelError(ClusterError):

@@ -29,6 +29,7 @@ from milliways.model.checkpoint.layout import tensor_specs as tensor_specs
 from milliways.model.checkpoint.pickle_scan import scan as scan
 from milliways.model.checkpoint.reader import CHECKPOINT_DIR as CHECKPOINT_DIR
 from milliways.model.checkpoint.reader import Checkpoint as Checkpoint
+from milliways.model.checkpoint.reader import find_directories as find_directories
 from milliways.model.checkpoint.records import ArrayRecord as ArrayRecord
 from milliways.model.checkpoint.records import PlainArray as PlainArray
 from milliways.model.checkpoint.records import QuantizedArray as QuantizedArray

@@ -99,7 +99,7 @@ class Checkpoint:
             ModelConfigError: config.json is invalid.
             CheckpointError: there is no such directory.
         """
-        ckpt_dir, config_dir = _find_directories(path)
+        ckpt_dir, config_dir = find_directories(path)
         config = load_config(config_dir)
         hint = ""
         if not (config_dir / CONFIG_FILE).is_file():
@@ -248,15 +248,19 @@ def slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
     return ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
 
 
-def _find_directories(path: Path) -> tuple[Path, Path]:
-    """The directory of the tensors, and the directory of the configuration."""
+def find_directories(path: Path) -> tuple[Path, Path]:
+    """The directory of the tensors, and that of the configuration and the model's other files.
+
+    A path without `ckpt-0` is the directory of the tensors, whatever its name. The other files are
+    in it if config.json is, otherwise beside it.
+    """
     # Links are not resolved: if ckpt-0 is a link, config.json is beside the link.
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         raise CheckpointError(path, "is not a directory")
     if (path / CHECKPOINT_DIR).is_dir():
         return path / CHECKPOINT_DIR, path
-    return path, path.parent
+    return path, path if (path / CONFIG_FILE).is_file() else path.parent
 
 
 def _check_files(ckpt_dir: Path, specs: tuple[TensorSpec, ...], hint: str) -> None:

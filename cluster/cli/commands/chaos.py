@@ -27,7 +27,7 @@ from milliways.benchmarks.chaos.run import (
     started_cluster,
 )
 from milliways.benchmarks.chaos.trial import Plan
-from milliways.cluster.cli.commands.serve import say
+from milliways.cluster.cli.messages import say
 from milliways.cluster.ray.environment import be_quiet
 from milliways.wire.errors import ClusterError, ConfigError
 

@@ -10,6 +10,7 @@ from milliways.cluster.ingress.public_grpc.malformed_requests import MalformedRe
 from milliways.cluster.ingress.public_grpc.service import SERVICE, GenerateServicer
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.v1 import generate_pb2_grpc
+from milliways.wire.addresses import join_address
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.tls import TlsSettings
 
@@ -47,9 +48,7 @@ class IngressGrpcServer:
         """
         self._ingress = ingress
         self._server = _make_server(ingress, shares_port)
-        # An IPv6 address contains colons.
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.port = _bind(self._server, address, tls or TlsSettings())
+        self.port = _bind(self._server, join_address(host, port), tls or TlsSettings())
 
     async def start(self) -> None:
         """Begins to accept calls."""
