@@ -152,6 +152,8 @@ class IngressSettings:
     # second router as well (a hedge). These are the bounds of that wait.
     hedge_after_s_min: float = 0.1
     hedge_after_s_max: float = 60.0
+    # How long running requests may take to end when a replica leaves or the cluster is stopped.
+    grace_s: float = 120.0
 
     def __post_init__(self) -> None:
         _between("ingress.port", self.port, 0, 65535)
@@ -164,6 +166,7 @@ class IngressSettings:
         longest_s = self.hedge_after_s_max
         _between("ingress.hedge_after_s_min", self.hedge_after_s_min, 0.001, longest_s)
         _between("ingress.hedge_after_s_max", longest_s, 0.001, 3600)
+        _between("ingress.grace_s", self.grace_s, 0, 86400)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
