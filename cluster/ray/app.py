@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 APP_NAME = "milliways"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+# How long a new replica waits, before its first request, to hear how busy the routers are.
+FIRST_LOADS_S = 1.0
 # Until one has asked, a dead replica is not replaced.
 HEALTH_CHECK_PERIOD_S = 1.0
 
@@ -102,6 +104,7 @@ class IngressReplica:
             ),
             on_hedge=metrics.hedges.inc,
         )
+        self._source.start()
         self._ingress = Ingress(
             load_served_model(config.model),
             self._source,
@@ -117,16 +120,30 @@ class IngressReplica:
             # With the other replicas on this node.
             shares_port=True,
         )
-        self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
+        self._starting = asyncio.get_running_loop().create_task(self._start())
 
     def __serve_build_asgi_app__(self) -> Any:
         # Serve itself echoes request ids.
         return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
-        """Raises if the replica does not follow the controller any more; Serve then replaces it."""
+        """Raises if the replica does not follow the controller any more; Serve then replaces it.
+
+        Serve asks for the first time before it sends requests here. By then the replica knows how
+        busy the routers are, unless there is no cluster yet.
+        """
+        await self._starting
         if self._follower.done():
             self._follower.result()
+
+    async def _start(self) -> None:
+        try:
+            async with asyncio.timeout(FIRST_LOADS_S):
+                await self._directory.changed()
+                await self._source.first_loads()
+        except TimeoutError:
+            logger.info("the loads of routers are not known yet")
+        await self._grpc.start()
 
     async def _metrics_of_workers(self) -> str:
         try:
