@@ -86,6 +86,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     refusal: Exception | None = None
     # If given, streams wait for this before their first event.
     gate: asyncio.Event | None = None
+    # If given, each response with events acquires this first.
+    tokens_allowed: asyncio.Semaphore | None = None
     events_each: int = 1
     # Sent with the first response.
     standby_id: str = ""
@@ -141,6 +143,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         stop = self.num_before_fault if is_faulty else len(events)
         for start in range(0, min(stop, len(events)), self.events_each):
             some = events[start : min(start + self.events_each, stop)]
+            if self.tokens_allowed is not None:
+                await self.tokens_allowed.acquire()
             await context.write(router_pb2.RouteResponse(events=some))
         if is_faulty and stop < len(events):
             self.num_faults -= 1

@@ -51,6 +51,7 @@ from milliways.router.requests.sequence import Event, PromptScores
 from milliways.wire.errors import (
     ClusterError,
     DeadlineError,
+    LeavingError,
     OverloadedError,
     UnavailableError,
 )
@@ -157,6 +158,7 @@ class RouterSource:
                 if not streams.attempts:
                     self._begin(run, await self._choose(run))
                 attempt, item = await streams.next()
+                self._check_open()
                 try:
                     for event in _new_events(item, journal):
                         await streams.keep_only(attempt)
@@ -203,7 +205,7 @@ class RouterSource:
             raise UnavailableError(str(error)) from error
 
     async def close(self) -> None:
-        """Closes all channels; streams still open end with UnavailableError."""
+        """Closes all channels; streams still open, and later ones, end with LeavingError."""
         self._is_closed = True
         if self._following is not None:
             self._following.cancel()
@@ -212,18 +214,22 @@ class RouterSource:
         self._connections.clear()
         await asyncio.gather(*(connection.close() for connection in connections), *self._closing)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LeavingError("this server stops; another one goes on with the request")
+
     async def _choose(self, run: _Run) -> RouterInfo:
         """Picks the router to try next; waits if there is none.
 
         Raises:
             OverloadedError: no router has room, and the request has no token yet.
             UnavailableError: no router was available before the deadline.
+            LeavingError: the source was closed.
         """
         journal, retries, deadline_s = run.journal, run.retries, run.deadline_s
-        self.start()
         while True:
-            if self._is_closed:
-                raise UnavailableError("the ingress is stopping")
+            self._check_open()
+            self.start()
             routers = self._directory.routers()
             self._close_unlisted(routers)
             untried = [router for router in routers if router.worker_id not in retries.avoided]
