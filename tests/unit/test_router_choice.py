@@ -48,6 +48,14 @@ def test_request_of_many_samples_counts_as_many_until_they_end() -> None:
     assert picked(choice, A, B) == "a"
 
 
+def test_request_that_has_left_its_router_counts_no_more() -> None:
+    choice = new_choice()
+    assignment = choice.begin("a", PROMPT, Load(3, 0))
+    choice.end(assignment)
+    choice.progressed(assignment, Load(2, 0))
+    assert choice.weight("a", 0.0) == 0.0
+
+
 def test_long_prompt_counts_until_it_is_computed() -> None:
     choice = new_choice()
     long = choice.begin("a", PROMPT, Load(1, 8 * PROMPT_TOKENS_PER_SEQUENCE))

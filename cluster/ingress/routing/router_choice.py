@@ -54,6 +54,7 @@ class Assignment:
 
     worker_id: str
     load: Load
+    has_ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +125,16 @@ class RouterChoice:
         return assignment
 
     def progressed(self, assignment: Assignment, load: Load) -> None:
-        """Records what is left of a request."""
-        worker_id = assignment.worker_id
-        self._own[worker_id] += load - assignment.load
-        assignment.load = load
+        """Records what is left of a request; without effect if it has left its router."""
+        # The last tokens of a stream may be read after its end.
+        if not assignment.has_ended:
+            self._own[assignment.worker_id] += load - assignment.load
+            assignment.load = load
 
     def end(self, assignment: Assignment) -> None:
         """Records that a request has left its router."""
         self.progressed(assignment, Load())
+        assignment.has_ended = True
         self._num_running[assignment.worker_id] -= 1
         assert self._num_running[assignment.worker_id] >= 0
 
