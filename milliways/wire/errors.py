@@ -8,6 +8,7 @@ ClusterError
 ├── UnknownModelError      a request names a model that is not served here
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
 ├── UnavailableError       nothing can serve the request now; `retry_after_s`
+│   └── LeavingError           this server stops; another goes on with the request
 ├── DeadlineError          the request's deadline passed
 ├── PoisonedRequestError   several workers died with the request; it is not tried again
 ├── ModelFaultError        the logits were not finite
@@ -73,6 +74,18 @@ class OverloadedError(RetryLaterError):
 
 class UnavailableError(RetryLaterError):
     """Nothing can serve the request now."""
+
+
+class LeavingError(UnavailableError):
+    """This server stops before the request has ended; another server can go on with it.
+
+    `cursor` says what was sent: the request's id and how many tokens of each sample. It is empty if
+    nothing was sent.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, *, cursor: str = "") -> None:
+        super().__init__(message, retry_after_s)
+        self.cursor = cursor
 
 
 class DeadlineError(ClusterError):

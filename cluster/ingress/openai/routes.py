@@ -29,6 +29,7 @@ from milliways.cluster.ingress.request_id import new_request_id
 from milliways.cluster.ingress.resume import LAST_EVENT_ID, ResumePoint, event_id, parse_event_id
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import LeavingError
 
 _DONE = "data: [DONE]\n\n"
 # Approximate size in JSON of one log-probability.
@@ -125,8 +126,11 @@ async def _stream(
 ) -> None:
     """Sends chunks, then [DONE]. A client may resume a stream that ended without [DONE].
 
+    If this server stops before, an error event takes the place of [DONE].
+
     An error before the first chunk is raised, and becomes an HTTP error.
     """
+    sent_id = ""
     try:
         async for event in events:
             if isinstance(event, PromptEvent):
@@ -136,7 +140,8 @@ async def _stream(
             if chunk is not None and event.is_new:
                 if not sender.has_begun:
                     await sender.begin_events()
-                await sender.send_piece(_sse(chunk, _name(answer, request_id)))
+                sent_id = _name(answer, request_id)
+                await sender.send_piece(_sse(chunk, sent_id))
         # A client that resumed after the last token has no chunk to receive.
         if not sender.has_begun:
             await sender.begin_events()
@@ -148,8 +153,13 @@ async def _stream(
         if not sender.has_begun:
             raise
         outcome.fail(error, http_status(error))
-        await sender.send_piece(_sse(error_body(error)))
-        await sender.send_piece(_DONE, is_last=True)
+        # With the id of the last event, since the client has received as much as before.
+        await sender.send_piece(_sse(error_body(error), sent_id))
+        if isinstance(error, LeavingError):
+            # Not the end of the stream: the client gets the rest elsewhere.
+            await sender.end()
+        else:
+            await sender.send_piece(_DONE, is_last=True)
         return
     await _end(answer, sender, request_id)
 
