@@ -32,7 +32,8 @@ from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller
-from milliways.cluster.settings.config import ClusterConfig, config_from_tree, read_config
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.sources import gather
 from milliways.wire.errors import ConfigError
 from milliways.wire.view import EMPTY_VIEW, ClusterView
 
@@ -171,12 +172,15 @@ default_app = make_app(ClusterConfig())
 
 
 def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:
-    """Settings from Serve's arguments: tables, or YAML text if a command line gave them."""
+    """Settings from Serve's arguments: tables, or YAML text if a command line gave them.
+
+    Variables of the environment in which Serve builds the application override them.
+    """
     tree: dict[str, Any] = {}
     for name, value in args.items():
         if name == "config":
             if len(args) > 1:
                 raise ConfigError("config", value, "the only argument, the path of a TOML file")
-            return read_config(Path(str(value)))
+            return gather(file=Path(str(value)), reads_environment=True).config
         tree[name] = yaml.safe_load(value) if isinstance(value, str) else value
-    return config_from_tree(tree)
+    return gather(given=tree, reads_environment=True).config
