@@ -1,7 +1,8 @@
 """What the controller commands: the processes of workers, wherever they run."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import ClusterError
@@ -40,6 +41,8 @@ class Existing:
     held: frozenset[ExpertId]
     # The newest view that it was given.
     view: ClusterView
+    # The settings with which it was started, by name.
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Fleet(Protocol):

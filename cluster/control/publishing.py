@@ -96,6 +96,7 @@ class ViewPublisher:
             placement_epoch=self.view.placement_epoch + 1,
             members={worker_id: record.member() for worker_id, record in workers.items()},
             chains=chains_of(attention, self._state.model.num_layers),
+            declared=self._state.declared,
         )
 
     async def _send_to_everybody(self, view: ClusterView) -> None:

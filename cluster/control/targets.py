@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from milliways.cluster.control.fleet import number_of
 from milliways.cluster.control.planner import (
@@ -49,6 +50,25 @@ def make_settings(
     )
 
 
+# Settings of the cluster that are settings of the controller, by name.
+_DECLARED = {
+    "workers.count": "num_workers",
+    "workers.expert_replicas": "expert_replicas",
+    "workers.start_timeout_s": "start_timeout_s",
+}
+
+
+def with_declared(settings: ControllerSettings, values: Mapping[str, Any]) -> ControllerSettings:
+    """Settings with the values that are declared."""
+    known = {field: values[name] for name, field in _DECLARED.items() if name in values}
+    return replace(settings, **known)
+
+
+def num_replicas(settings: ControllerSettings, num_workers: int) -> int:
+    """How many workers hold each expert."""
+    return settings.expert_replicas or min(2, num_workers)
+
+
 def planned(
     model: ModelBytes,
     settings: ControllerSettings,
@@ -72,7 +92,7 @@ def planned(
             )
         )
     policy = PlacementPolicy(
-        expert_replicas=settings.expert_replicas or min(2, len(workers)),
+        expert_replicas=num_replicas(settings, len(workers)),
         attention=settings.policy.attention,
         kv_tokens=settings.policy.kv_tokens,
         spread_nodes=settings.policy.spread_nodes,

@@ -1,6 +1,8 @@
 """What the controller knows of a worker, through all of its incarnations."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from milliways.cluster.control.fleet import Spawned
 from milliways.runtime.tasks import Task
@@ -39,6 +41,8 @@ class WorkerRecord:
     # If true, a new controller found it alive, and goes on with this incarnation.
     is_adopted: bool = False
     last_error: str = ""
+    # The settings with which this incarnation was started, by name.
+    started_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _state: WorkerState = WorkerState.LOADING
 
     @property

@@ -3,6 +3,7 @@
 ClusterError
 ├── ConfigError            a setting names table, field, value and limit
 ├── PlacementError         the workers cannot hold the model; says how much is missing
+├── ChangeRefusedError     a running cluster cannot take these settings; says which, and why
 ├── StartupError           the cluster did not start; says which actor waits for which resource
 ├── UnknownModelError      a request names a model that is not served here
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
@@ -40,6 +41,10 @@ class ConfigError(ClusterError):
 
 class PlacementError(ClusterError):
     """The workers cannot hold the model as configured."""
+
+
+class ChangeRefusedError(ClusterError):
+    """A running cluster cannot take these settings; everything stays as it was."""
 
 
 class StartupError(ClusterError):
