@@ -60,7 +60,7 @@ EFFECTS: Mapping[str, Effect] = {
     "router.request_timeout_s": Effect.BY_WORKER,
     "ingress.host": Effect.START,
     "ingress.port": Effect.START,
-    "ingress.grpc_port": Effect.START,
+    "ingress.grpc_port": Effect.LIVE,
     "ingress.min_replicas": Effect.LIVE,
     "ingress.max_replicas": Effect.LIVE,
     "ingress.target_ongoing_requests": Effect.LIVE,
@@ -99,8 +99,13 @@ class Change:
     def effect(self) -> Effect:
         return EFFECTS[self.name]
 
+    @property
+    def values(self) -> str:
+        """Both values, for people."""
+        return f"{self.name}: {self.before!r} -> {self.after!r}"
+
     def __str__(self) -> str:
-        return f"{self.name}: {self.before!r} -> {self.after!r} ({self.effect.value})"
+        return f"{self.values} ({self.effect.value})"
 
 
 def differences(
@@ -115,13 +120,13 @@ def differences(
 
 def refusal(changes: Sequence[Change], num_workers: int) -> str:
     """Why a running cluster cannot take these changes; empty if it can."""
-    anew = [str(change) for change in changes if change.effect is Effect.GENERATION]
+    anew = [change.values for change in changes if change.effect is Effect.GENERATION]
     if anew:
         return f"needs a new generation: {'; '.join(anew)}"
-    later = [str(change) for change in changes if change.effect is Effect.START]
+    later = [change.values for change in changes if change.effect is Effect.START]
     if later:
         return f"needs a new start of the cluster: {'; '.join(later)}"
-    by_worker = [str(change) for change in changes if change.effect is Effect.BY_WORKER]
+    by_worker = [change.values for change in changes if change.effect is Effect.BY_WORKER]
     if by_worker and num_workers < 2:
         return f"needs a second worker, which serves meanwhile: {'; '.join(by_worker)}"
     return ""

@@ -20,6 +20,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from milliways.cluster.control.changes import Effect, differences, refusal
 from milliways.cluster.control.fleet import Existing, Fleet
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
@@ -28,7 +29,7 @@ from milliways.cluster.control.reconciling import Reconciler, pending, running
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState, ControllerFigures
 from milliways.cluster.control.supervision import A_NODE, Supervision
-from milliways.cluster.control.targets import ControllerSettings, planned
+from milliways.cluster.control.targets import ControllerSettings, misfit, planned
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.runtime.tasks import Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError
@@ -98,10 +99,19 @@ class Controller:
         self._tasks.start_service(self._place_when_all_there())
         self._tasks.start_service(self.reconciler.serve(lambda: self._changing))
 
+    def refusal(self, values: Mapping[str, Any]) -> str:
+        """Why the cluster cannot take these settings while it runs; empty if it can."""
+        changes = differences(self.declared.values, values)
+        records = running(self._state)
+        reason = refusal(changes, len(records))
+        if reason or not any(change.effect is Effect.BY_WORKER for change in changes):
+            return reason
+        return misfit(self._state.model, self.settings, records, values)
+
     def declare(self, declared: Declared) -> None:
         """Takes settings that are wanted from now on, unless they are older than the present ones.
 
-        The caller has checked that a running cluster can take them (`changes.refusal`).
+        The caller has checked that the cluster can take them (`refusal`).
         """
         if declared.at_s > self._state.declared.at_s:
             self._state.declare(declared)

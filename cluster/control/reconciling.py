@@ -87,7 +87,7 @@ def pending(state: ClusterState) -> list[str]:
         texts.append(f"workers.count: {wanted} declared, {num_ready} ready")
     for record in records:
         old = differences(record.started_with, state.declared.values, BY_WORKER)
-        texts += [f"{change}: {record.worker_id} is still to be started again" for change in old]
+        texts += [f"{change.values}: {record.worker_id} is to be started again" for change in old]
     return texts
 
 
@@ -97,6 +97,8 @@ class Reconciler:
     def __init__(self, state: ClusterState, resizing: Resizing, start: Start) -> None:
         """`start` starts a change of the cluster; at most one runs at a time."""
         self.problem = ""
+        # Whether a step goes on.
+        self.is_stepping = False
         self._state = state
         self._resizing = resizing
         self._start = start
@@ -120,8 +122,11 @@ class Reconciler:
                 await state.changed.wait()
                 continue
             logger.info("settings: %s", step)
+            self.is_stepping = True
             change = self._start(self._run(step))
             await tasks.first_done((change,))
+            self.is_stepping = False
+            state.changed.notify()
             if isinstance(change.error, ClusterError):
                 self.problem = str(change.error)
                 logger.warning("settings: %s: %s", step, self.problem)

@@ -14,7 +14,7 @@ from milliways.cluster.control.planner import (
 )
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.wire.errors import PlacementError
-from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes, ShardPlan
+from milliways.wire.placement import BYTES_PER_GB, AttentionRange, ExpertId, ModelBytes, ShardPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class ControllerSettings:
     start_timeout_s: float = 600.0
     # Workers with lower numbers hold experts and no attention.
     experts_only: int = 0
+    # Positions of KV cache where the settings name none; 0: those of `policy`.
+    default_kv_tokens: int = 0
 
 
 def make_settings(
@@ -39,6 +41,7 @@ def make_settings(
     kv_tokens: int,
     start_timeout_s: float = 600.0,
     experts_only: int = 0,
+    default_kv_tokens: int = 0,
 ) -> ControllerSettings:
     """Settings of the controller from those of the cluster."""
     return ControllerSettings(
@@ -47,6 +50,7 @@ def make_settings(
         policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
         start_timeout_s=start_timeout_s,
         experts_only=experts_only,
+        default_kv_tokens=default_kv_tokens,
     )
 
 
@@ -61,7 +65,34 @@ _DECLARED = {
 def with_declared(settings: ControllerSettings, values: Mapping[str, Any]) -> ControllerSettings:
     """Settings with the values that are declared."""
     known = {field: values[name] for name, field in _DECLARED.items() if name in values}
-    return replace(settings, **known)
+    policy = replace(settings.policy, kv_tokens=_kv_tokens(settings, values))
+    return replace(settings, policy=policy, **known)
+
+
+def _kv_tokens(settings: ControllerSettings, values: Mapping[str, Any]) -> int:
+    wanted = values.get("workers.kv_tokens", 0)
+    return wanted or settings.default_kv_tokens or settings.policy.kv_tokens
+
+
+def misfit(
+    model: ModelBytes,
+    settings: ControllerSettings,
+    records: Collection[WorkerRecord],
+    values: Mapping[str, Any],
+) -> str:
+    """Which worker could not hold what it is to hold with these settings; empty if all could."""
+    kv_tokens = _kv_tokens(settings, values)
+    limit_bytes = round(values.get("workers.memory_gb_each", 0.0) * BYTES_PER_GB)
+    for record in records:
+        if record.shards is None or record.spawned is None:
+            continue
+        needed = fixed_bytes(model, attention_of(record.shards), kv_tokens)
+        needed += len(record.shards.experts) * model.expert_bytes
+        memory_bytes = limit_bytes or record.spawned.memory_bytes
+        if needed > memory_bytes:
+            has = f"{memory_bytes / BYTES_PER_GB:g} GB"
+            return f"{record.worker_id} needs {needed / BYTES_PER_GB:g} GB and would have {has}"
+    return ""
 
 
 def num_replicas(settings: ControllerSettings, num_workers: int) -> int:

@@ -26,6 +26,7 @@ from milliways.cluster.control.fleet import Existing, Spawned
 from milliways.cluster.host.local_calls import LocalBlocks, LocalCore
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.names import flat
 from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
 from milliways.model.checkpoint import Checkpoint
@@ -333,6 +334,7 @@ class WorkerProcess:
             shards=dataclasses.replace(shards, experts=held),
             held=held,
             view=view,
+            settings=flat(self._config),
         )
 
     def status(self) -> ProcessStatus:

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from milliways.cluster.control.changes import other_model
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.openai.app import make_http_app
@@ -30,12 +31,14 @@ from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
+from milliways.cluster.ray.declaring import check_running, declared_now
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.names import changed, flat
 from milliways.cluster.settings.sources import gather
-from milliways.wire.errors import ConfigError
-from milliways.wire.view import EMPTY_VIEW, ClusterView
+from milliways.wire.errors import ClusterError, ConfigError
+from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +52,27 @@ HEALTH_CHECK_PERIOD_S = 1.0
 class Directory:
     """A `RouterDirectory` that follows the controller's view."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, declared_at_s: float) -> None:
         self._config = config
+        self._declared = Declared(values=flat(config), at_s=declared_at_s)
         self._view: ClusterView = EMPTY_VIEW
         self._changed = asyncio.Event()
+        # Why requests cannot be served here, whatever the workers do; empty if they can.
+        self.obstacle = ""
 
     @property
     def view(self) -> ClusterView:
         return self._view
 
     def routers(self) -> Sequence[RouterInfo]:
+        if self.obstacle:
+            return []
         return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
+
+    def controller(self) -> Any:
+        """The controller; if there is none, a new one, with the newest settings known here."""
+        newest = max(self._declared, self._view.declared, key=lambda declared: declared.at_s)
+        return find_or_start_controller(changed(self._config, newest.values), newest.at_s)
 
     async def changed(self) -> None:
         await self._changed.wait()
@@ -68,8 +81,9 @@ class Directory:
         """Asks for newer views, for ever; starts a new controller if there is none."""
         while True:
             try:
-                controller = find_or_start_controller(self._config)
+                controller = self.controller()
                 await controller.begin.remote(self._view)
+                await self._declare(controller)
                 while True:
                     known_epoch = self._view.placement_epoch
                     self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))
@@ -77,7 +91,18 @@ class Directory:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
 
+    async def _declare(self, controller: Any) -> None:
+        """Tells the controller the settings of this replica; it takes them if they are newer."""
+        try:
+            await controller.declare.remote(self._declared)
+        except RayTaskError as error:
+            if not isinstance(error.cause, ClusterError):
+                raise
+            logger.warning("the cluster keeps its settings: %s", error.cause)
+
     def _take(self, view: ClusterView) -> None:
+        differs = other_model(self._declared.values, view.declared.values)
+        self.obstacle = f"another model is served: {differs}" if differs else ""
         if view.placement_epoch > self._view.placement_epoch:
             self._view = view
             changed, self._changed = self._changed, asyncio.Event()
@@ -89,10 +114,9 @@ class Directory:
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
-        self._config = config
-        self._directory = Directory(config)
+        self._directory = Directory(config, declared_at_s)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()
         self._source = RouterSource(
@@ -109,6 +133,7 @@ class IngressReplica:
             settings,
             request_timeout_s=config.router.request_timeout_s,
             metrics=metrics,
+            obstacle=lambda: self._directory.obstacle,
         )
         self._grpc = IngressGrpcServer(
             self._ingress,
@@ -131,15 +156,15 @@ class IngressReplica:
 
     async def _metrics_of_workers(self) -> str:
         try:
-            status = await find_or_start_controller(self._config).status.remote()
+            status = await self._directory.controller().status.remote()
         except RayError as error:
             logger.warning("no metrics of workers: %s", error)
             return ""
         return render_metrics(status)
 
 
-def make_app(config: ClusterConfig) -> serve.Application:
-    """The application of some settings."""
+def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Application:
+    """The application of some settings, and when these were declared."""
     settings = config.ingress
     # Serve's own classes have no types.
     deployment: Any = IngressReplica
@@ -155,7 +180,7 @@ def make_app(config: ClusterConfig) -> serve.Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
-    ).bind(config)
+    ).bind(config, declared_at_s)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -163,8 +188,12 @@ def app(args: dict[str, Any]) -> serve.Application:
 
     Raises:
         ConfigError: names the table, field, value and limit that do not fit.
+        ChangeRefusedError: the cluster that runs cannot take these settings. Serve then keeps the
+            application that it has.
     """
-    return make_app(config_from_args(args))
+    config = config_from_args(args)
+    check_running(config)
+    return make_app(config, declared_now(config).at_s)
 
 
 # What `serve build` wants: an application with its settings.

@@ -7,22 +7,26 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
+from milliways.cluster.control.changes import differences, refusal
 from milliways.cluster.control.controller import Controller
+from milliways.cluster.control.fleet import Existing
 from milliways.cluster.control.targets import make_settings, number
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.ray.fleet import RayFleet
-from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.config import ClusterConfig, WorkerSettings
+from milliways.cluster.settings.names import changed, flat
 from milliways.model.checkpoint import Checkpoint
 from milliways.model.model_dir import resolve_model_dir
 from milliways.runtime.async_tasks import AsyncTasks
-from milliways.wire.errors import UnavailableError
-from milliways.wire.status import ClusterStatus, ProcessStatus, WorkerStatus
-from milliways.wire.view import EMPTY_VIEW, ClusterView, WorkerState
+from milliways.wire.errors import ChangeRefusedError, UnavailableError
+from milliways.wire.status import ClusterStatus, ProcessStatus, SettingsStatus, WorkerStatus
+from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +43,12 @@ class ControllerActor:
     Everything runs in this actor's asyncio loop.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         self._config = config
+        self._first = Declared(values=flat(config), at_s=declared_at_s)
+        # Why the last declaration was refused.
+        self._refused = ""
+        self._num_sharing = config.workers.count
         self._started_at_s = time.time()
         self._shell: AsyncTasks | None = None
         self._has_begun = asyncio.Event()
@@ -61,10 +69,13 @@ class ControllerActor:
         self._has_begun.set()
 
     async def _begin(self, shell: AsyncTasks, known: ClusterView) -> None:
-        config = self._config
+        self._fleet = RayFleet(self._config, shell)
+        existing = await self._fleet.find_existing()
+        config, declared = self._settings_to_go_on_with(known, existing)
         with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
             model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
             kv_tokens = kv_tokens_of(config.workers, checkpoint.config)
+            default_kv_tokens = kv_tokens_of(WorkerSettings(), checkpoint.config)
         workers = config.workers
         settings = make_settings(
             workers.count,
@@ -73,10 +84,98 @@ class ControllerActor:
             kv_tokens,
             start_timeout_s=workers.start_timeout_s,
             experts_only=workers.experts_only,
+            default_kv_tokens=default_kv_tokens,
         )
-        self._fleet = RayFleet(config, model, shell)
+        self._fleet.model = model
         self._controller = Controller(model, settings, self._fleet, shell.tasks)
-        self._controller.start(await self._fleet.find_existing(), known)
+        self._set_config(config)
+        self._controller.declare(declared)
+        self._controller.start(existing, known)
+
+    def _settings_to_go_on_with(
+        self, known: ClusterView, existing: Sequence[Existing]
+    ) -> tuple[ClusterConfig, Declared]:
+        """The newest settings that the workers can take, as settings and as declaration."""
+        for found in existing:
+            # Workers share the machine's memory as they did at first.
+            self._num_sharing = found.settings.get("workers.count", self._num_sharing)
+        views = [known, *(found.view for found in existing)]
+        before = max((view.declared for view in views), key=lambda declared: declared.at_s)
+        reason = refusal(differences(before.values, self._first.values), len(known.members))
+        if before.at_s <= self._first.at_s:
+            if not reason:
+                return self._config, self._first
+            self._refused = reason
+        return changed(self._config, before.values), before
+
+    def _set_config(self, config: ClusterConfig) -> None:
+        """Takes settings; workers that start from now on have them."""
+        self._config = config
+        workers = config.workers
+        least = max(self._num_sharing, workers.expert_replicas, workers.experts_only + 1)
+        self._fleet.config = changed(config, {"workers.count": least})
+
+    async def plan(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """How the cluster would take these settings, in words; those of them that are other ones.
+
+        Raises:
+            ChangeRefusedError: it cannot take them; says which, and why.
+            ConfigError: they do not go with the present ones.
+        """
+        controller = await self._begun()
+        wanted = flat(changed(self._config, values))
+        if reason := controller.refusal(wanted):
+            raise ChangeRefusedError(reason)
+        return tuple(map(str, differences(controller.declared.values, wanted)))
+
+    async def apply(self, values: Mapping[str, Any]) -> Declared:
+        """Takes other values for some settings; returns all that is declared then.
+
+        Raises: as `plan`.
+        """
+        controller = await self._begun()
+        return await self.declare(controller.declared.with_values(values, time.time()))
+
+    async def declare(self, declared: Declared) -> Declared:
+        """Takes settings, unless later ones were declared; returns those that count.
+
+        Raises: as `plan`.
+        """
+        controller = await self._begun()
+        if declared.at_s > controller.declared.at_s:
+            config = changed(self._config, declared.values)
+            if reason := controller.refusal(flat(config)):
+                self._refused = reason
+                raise ChangeRefusedError(reason)
+            self._refused = ""
+            self._set_config(config)
+            controller.declare(declared)
+        return controller.declared
+
+    async def settle(self, at_s: float, timeout_s: float) -> SettingsStatus:
+        """The state of the settings that were declared then, as soon as everything is so or fails.
+
+        It returns after the timeout in any case.
+        """
+        controller = await self._begun()
+        until_s = time.monotonic() + timeout_s
+        while controller.declared.at_s <= at_s and not controller.reconciler.settled():
+            left_s = until_s - time.monotonic()
+            if controller.reconciler.problem or left_s <= 0:
+                break
+            await self._changed(min(left_s, VIEW_POLL_S))
+        return self._settings_status(controller)
+
+    def _settings_status(self, controller: Controller) -> SettingsStatus:
+        records = controller.workers.values()
+        num_ready = sum(record.state is WorkerState.READY for record in records)
+        return SettingsStatus(
+            declared=dict(controller.declared.values),
+            declared_at_s=controller.declared.at_s,
+            observed={"workers.count": num_ready},
+            pending=tuple(controller.pending),
+            problem=controller.reconciler.problem or self._refused,
+        )
 
     async def _begun(self) -> Controller:
         """The controller. One that was just started has to find its workers first.
@@ -135,22 +234,50 @@ class ControllerActor:
             uptime_s=round(time.time() - self._started_at_s, 1),
             deaths=controller.figures.num_deaths,
             controller_pid=os.getpid(),
+            settings=self._settings_status(controller),
             workers=tuple(workers),
         )
 
     async def scale(self, num_workers: int) -> None:
-        """Grows or shrinks; returns when the new placement is served."""
-        controller = await self._begun()
-        assert self._shell is not None
-        await self._shell.wait(controller.scale(num_workers))
+        """Grows or shrinks; returns when the new placement is served.
 
-    async def drain(self, worker_id: str, restarts: bool) -> None:
-        """Moves a worker's work away, then stops or restarts it; returns when that is done."""
-        controller = await self._begun()
+        A step that goes on already, such as one that a new controller takes, is waited for.
+        """
+        controller = await self._idle()
         assert self._shell is not None
-        await self._shell.wait(controller.drain(worker_id, restarts=restarts))
+        await self._shell.wait(controller.scale(num_workers, time.time()))
+
+    async def drain(self, worker_id: str, restarts: bool, incarnation: int = 0) -> None:
+        """Moves a worker's work away, then stops or restarts it; returns when that is done.
+
+        With an `incarnation`, only that one or an earlier one is drained: a later one is what an
+        earlier controller started for the same order.
+        """
+        controller = await self._idle()
+        assert self._shell is not None
+        record = controller.workers.get(worker_id)
+        is_done = incarnation and (
+            record is None
+            or record.state is WorkerState.STOPPED
+            or (restarts and record.incarnation > incarnation)
+        )
+        if not is_done:
+            task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
+            await self._shell.wait(task)
         while restarts and controller.workers[worker_id].state is not WorkerState.READY:
             await self._changed(VIEW_POLL_S)
+
+    async def incarnation_of(self, worker_id: str) -> int:
+        """The present incarnation of a worker; 0 if there is no such worker."""
+        record = (await self._begun()).workers.get(worker_id)
+        return record.incarnation if record is not None else 0
+
+    async def _idle(self) -> Controller:
+        """The controller, once the steps of a change that it takes by itself are done."""
+        controller = await self._begun()
+        while controller.reconciler.is_stepping:
+            await self._changed(VIEW_POLL_S)
+        return controller
 
     async def stop(self) -> None:
         """Kills all workers; the cluster ends."""

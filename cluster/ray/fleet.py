@@ -45,9 +45,11 @@ class RayFleet:
     one of it is alive.
     """
 
-    def __init__(self, config: ClusterConfig, model: ModelBytes, shell: AsyncTasks) -> None:
-        self._config = config
-        self._model = model
+    def __init__(self, config: ClusterConfig, shell: AsyncTasks) -> None:
+        # What the next incarnations are started with.
+        self.config = config
+        # Set before anything is loaded.
+        self.model: ModelBytes | None = None
         self._shell = shell
         self._groups: dict[str, PlacementGroup] = {}
         self._actors: dict[str, Any] = {}
@@ -62,7 +64,7 @@ class RayFleet:
             return "its process to start"
         nodes: Any = ray.nodes()
         amounts = [node["Resources"] for node in nodes if node["Alive"]]
-        wanted = resources_of(self._config.workers, worker_id)
+        wanted = resources_of(self.config.workers, worker_id)
         return missing_of(wanted, amounts, ray.available_resources())
 
     def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
@@ -132,7 +134,8 @@ class RayFleet:
 
     def bytes_of(self, shards: ShardPlan) -> int:
         """How many bytes of the checkpoint shards take."""
-        model = self._model
+        model = self.model
+        assert model is not None
         return (
             shards.num_layers * model.attention_layer_bytes
             + len(shards.experts) * model.expert_bytes
@@ -142,9 +145,9 @@ class RayFleet:
     async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
         self._end(worker_id)
         if worker_id not in self._groups:
-            self._groups[worker_id] = group_of(self._config.workers, worker_id)
+            self._groups[worker_id] = group_of(self.config.workers, worker_id)
         try:
-            actor = start_worker(self._config, worker_id, incarnation, self._groups[worker_id])
+            actor = start_worker(self.config, worker_id, incarnation, self._groups[worker_id])
         except ValueError as error:
             # An earlier controller started this incarnation, and died before anybody knew of it.
             # The next one is free, or the one after that.

@@ -41,6 +41,7 @@ from milliways.wire.errors import ConfigError
 Tree = Mapping[str, Any]
 DEFAULT = "default"
 GIVEN = "arguments"
+RUNNING = "running"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ class Gathered:
 
 def gather(
     *,
+    base: ClusterConfig | None = None,
     file: Path | None = None,
     given: Tree | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -61,13 +63,15 @@ def gather(
     """Settings from several sources; the first one that has a value counts.
 
     They are `flags`, by name; the environment; then `file`, which is TOML, or `given`, which are
-    nested mappings.
+    nested mappings; then `base` in place of the defaults.
 
     Raises:
         ConfigError: a field is invalid; the error names its table, the field, value and limit.
     """
     origins = dict.fromkeys((name for name, _ in declarations()), DEFAULT)
     layers: list[tuple[Tree, Mapping[str, str]]] = []
+    if base is not None:
+        layers.append((_nested(flat(base)), dict.fromkeys(origins, RUNNING)))
     if file is not None:
         layers.append((_read_file(file), dict.fromkeys(origins, str(file))))
     if given is not None:

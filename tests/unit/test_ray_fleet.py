@@ -59,7 +59,7 @@ class FakeRay:
 
     def find(self) -> list[Existing]:
         async def find() -> list[Existing]:
-            return await RayFleet(ClusterConfig(), MODEL, AsyncTasks()).find_existing()
+            return await RayFleet(ClusterConfig(), AsyncTasks()).find_existing()
 
         return asyncio.run(find())
 
@@ -144,7 +144,7 @@ def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
 
     async def spawn_twice() -> None:
         shell = AsyncTasks()
-        fleet = RayFleet(ClusterConfig(), MODEL, shell)
+        fleet = RayFleet(ClusterConfig(), shell)
         await shell.wait(fleet.spawn("worker-3", 1))
         assert fake.killed == []
         await shell.wait(fleet.spawn("worker-3", 2))

@@ -139,9 +139,12 @@ def _serve_on(address: str, config: ClusterConfig, interrupt: Interrupt) -> None
     head_for(address)
     # Not earlier: Ray reads its settings when it is imported.
     from milliways.cluster.ray.cluster import join
+    from milliways.cluster.ray.declaring import check_running
     from milliways.cluster.ray.serving import is_serve_running, stop_and_leave
 
     join(address)
+    # Before anything changes: a cluster that cannot take these settings goes on as it is.
+    check_running(config)
     # If Serve ran before us, it may run other applications: it stays.
     keeps_serve = is_serve_running()
     try:
