@@ -29,7 +29,13 @@ from milliways.cluster.control.reconciling import Reconciler, pending, running
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState, ControllerFigures
 from milliways.cluster.control.supervision import A_NODE, Supervision
-from milliways.cluster.control.targets import ControllerSettings, misfit, planned
+from milliways.cluster.control.targets import (
+    ControllerSettings,
+    misfit,
+    misplaced,
+    planned,
+    with_declared,
+)
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.runtime.tasks import Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError
@@ -102,11 +108,12 @@ class Controller:
     def refusal(self, values: Mapping[str, Any]) -> str:
         """Why the cluster cannot take these settings while it runs; empty if it can."""
         changes = differences(self.declared.values, values)
-        records = running(self._state)
-        reason = refusal(changes, len(records))
-        if reason or not any(change.effect is Effect.BY_WORKER for change in changes):
+        records, model = running(self._state), self._state.model
+        if reason := refusal(changes, len(records)):
             return reason
-        return misfit(self._state.model, self.settings, records, values)
+        if any(change.effect is Effect.BY_WORKER for change in changes):
+            reason = misfit(model, self.settings, records, values)
+        return reason or misplaced(model, with_declared(self.settings, values), records)
 
     def declare(self, declared: Declared) -> None:
         """Takes settings that are wanted from now on, unless they are older than the present ones.

@@ -238,3 +238,24 @@ def split_workers(
 def number(record: WorkerRecord) -> int:
     """Of worker-7: 7."""
     return number_of(record.worker_id)
+
+
+def misplaced(
+    model: ModelBytes, settings: ControllerSettings, records: Collection[WorkerRecord]
+) -> str:
+    """Why the workers that stay cannot hold the model with these settings; empty if they can.
+
+    Of workers that are still to come, nobody knows the memory.
+    """
+    num_wanted = settings.num_workers
+    staying, leaving = list(records), list[WorkerRecord]()
+    if num_wanted != len(staying):
+        staying, leaving = split_workers(records, num_wanted)
+    if len(staying) < num_wanted or any(record.spawned is None for record in staying):
+        return ""
+    try:
+        check_shrink(model, records, leaving)
+        planned_anew(model, settings, staying)
+    except PlacementError as error:
+        return str(error)
+    return ""

@@ -45,7 +45,8 @@ class ControllerActor:
 
     def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         self._config = config
-        self._first = Declared(values=flat(config), at_s=declared_at_s)
+        # Later than what nobody declared.
+        self._first = Declared(values=flat(config), at_s=max(declared_at_s, 1.0))
         # Why the last declaration was refused.
         self._refused = ""
         self._num_sharing = config.workers.count
@@ -150,6 +151,9 @@ class ControllerActor:
             self._refused = ""
             self._set_config(config)
             controller.declare(declared)
+            assert self._shell is not None
+            # Nothing arrived that would run its tasks.
+            self._shell.kick()
         return controller.declared
 
     async def settle(self, at_s: float, timeout_s: float) -> SettingsStatus:

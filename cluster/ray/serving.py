@@ -12,6 +12,7 @@ Importing this module imports Ray: do that only after Ray's settings are in the 
 # Ray's own types are unknown in part.
 # pyright: basic
 
+import time
 from typing import Any
 
 import ray
@@ -29,6 +30,7 @@ from milliways.wire.errors import StartupError
 
 PROGRESS_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
+POLL_S = 0.5
 
 
 class ServedApplication:
@@ -71,6 +73,22 @@ def deploy_ingress(config: ClusterConfig, declared_at_s: float) -> None:
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
+
+
+def wait_for_ingress(timeout_s: float) -> None:
+    """Waits until Serve has replaced all replicas of the ingress.
+
+    Raises:
+        StartupError: it gave up, or takes too long.
+    """
+    until_s = time.monotonic() + timeout_s
+    while True:
+        application = serve.status().applications[APP_NAME]
+        if application.status == "RUNNING":
+            return
+        if application.status == "DEPLOY_FAILED" or time.monotonic() > until_s:
+            raise StartupError(f"the endpoint does not start: {application.message}")
+        time.sleep(POLL_S)
 
 
 def is_deployed_from_file() -> bool:

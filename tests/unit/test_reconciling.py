@@ -17,6 +17,7 @@ from milliways.cluster.control.changes import (
     refusal,
 )
 from milliways.cluster.control.fleet import Existing
+from milliways.cluster.control.planner import AttentionCut
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import declarations, flat
 from milliways.wire.errors import PlacementError
@@ -89,7 +90,7 @@ def settle(bench: Bench) -> None:
 
 
 def test_table_says_of_every_setting_how_a_running_cluster_takes_it() -> None:
-    assert list(EFFECTS) == [name for name, _ in declarations()]
+    assert set(EFFECTS) == {name for name, _ in declarations()}
 
 
 def test_differences_are_in_words() -> None:
@@ -200,6 +201,28 @@ def test_step_that_fails_is_tried_again_and_says_why() -> None:
     bench.fleet.memory_bytes = 1000
     settle(bench)
     assert len(bench.controller.workers) == 4 and bench.controller.reconciler.problem == ""
+
+
+@pytest.mark.parametrize(
+    ("bench", "values", "says"),
+    [
+        # Three hold 6 experts each; two would hold 8.
+        (Bench(3, memory_bytes=20 + 60), {"workers.count": 2}, "short"),
+        (Bench(3, memory_bytes=20 + 60), {"workers.expert_replicas": 3}, "short"),
+        (Bench(3, cut=AttentionCut.LAYERS), {"workers.count": 1}, "layers of attention"),
+        (Bench(3), {"workers.memory_gb_each": 1e-9}, "worker-0 needs "),
+        (Bench(3), {"workers.kv_tokens": 10**6}, "worker-0 needs "),
+        (Bench(3), {"workers.kv_tokens": 2}, ""),
+        (Bench(3), {"workers.count": 9}, ""),
+    ],
+)
+def test_settings_for_which_there_is_no_room_are_refused(
+    bench: Bench, values: dict[str, Any], says: str
+) -> None:
+    bench.controller.declare(declared())
+    bench.start().up()
+    reason = bench.controller.refusal(dict(bench.controller.declared.values) | values)
+    assert says in reason and bool(reason) == bool(says)
 
 
 def test_scale_and_drain_declare_what_they_do() -> None:

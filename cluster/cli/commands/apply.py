@@ -55,9 +55,7 @@ def run(options: argparse.Namespace) -> None:
             _check_ingress()
         declared: Declared = controller.ask("apply", wanted)
         if reaches_ingress:
-            from milliways.cluster.ray.serving import deploy_ingress
-
-            deploy_ingress(changed(running, declared.values), declared.at_s)
+            _deploy_ingress(changed(running, declared.values), declared)
         timeout_s = running.workers.start_timeout_s + running.workers.load_timeout_s
         _wait(controller, declared, timeout_s)
     print("done", file=out)
@@ -85,6 +83,13 @@ def _check_ingress() -> None:
             "the ingress was deployed from a file, which has its settings:"
             " change them there, and give the file to `serve deploy` or the chart"
         )
+
+
+def _deploy_ingress(config: ClusterConfig, declared: Declared) -> None:
+    from milliways.cluster.ray.serving import deploy_ingress, wait_for_ingress
+
+    deploy_ingress(config, declared.at_s)
+    wait_for_ingress(config.workers.start_timeout_s)
 
 
 def _wait(controller: RunningController, declared: Declared, timeout_s: float) -> None:
