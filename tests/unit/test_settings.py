@@ -1,6 +1,7 @@
 """Settings: one declaration, one rule for names, and which source counts."""
 
 import argparse
+import json
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from milliways.cluster.cli.commands.apply import wanted_values
 from milliways.cluster.cli.commands.setting_flags import ALIASES, add_setting_flags, gathered_from
+from milliways.cluster.cli.main import build_parser
 from milliways.cluster.settings.config import ClusterConfig, WorkerSettings, config_from_tree
 from milliways.cluster.settings.declaration import description_of
 from milliways.cluster.settings.names import (
@@ -209,3 +212,26 @@ def test_processes_that_receive_their_settings_load_no_pydantic() -> None:
 
 def test_defaults_are_settings() -> None:
     assert gather().config == ClusterConfig()
+
+
+def test_commands_print_the_settings_and_their_schema(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILLIWAYS_WORKERS__COUNT", "5")
+    for arguments in (["config", "schema"], ["serve", "--dtype", "bfloat16", "--print-config"]):
+        options = build_parser(arguments[0]).parse_args(arguments)
+        options.run(options)
+    schema, _, printed = capsys.readouterr().out.partition("\n}\n")
+    assert json.loads(schema + "}") == json_schema()
+    assert 'dtype = "bfloat16"  # --model.dtype' in printed.splitlines()
+    assert "count = 5  # MILLIWAYS_WORKERS__COUNT" in printed.splitlines()
+
+
+def test_file_of_apply_changes_what_it_names_only(tmp_path: Path) -> None:
+    running = config_from_tree({"workers": {"count": 5, "expert_replicas": 4}})
+    file = tmp_path / "settings.toml"
+    file.write_text("[workers]\nexpert_replicas = 5\n[ingress]\nport = 8000\n", "utf-8")
+    assert wanted_values(running, file) == {"workers.expert_replicas": 5}
+    file.write_text("[workers]\ncount = 3\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"workers\.expert_replicas = 4: must be between 0 and 3"):
+        wanted_values(running, file)
