@@ -132,6 +132,8 @@ class Reconciler:
                 logger.warning("settings: %s: %s", step, self.problem)
                 await tasks.sleep(TRY_AGAIN_AFTER_S)
             else:
+                # Any other error is a bug of ours, which must not be tried again and again.
+                change.result()
                 self.problem = ""
 
     def _next(self) -> Step | None:

@@ -58,7 +58,7 @@ class Resizing:
             state.targets.pop(worker_id, None)
             self._supervision.add(worker_id)
         try:
-            await self._wait_for_processes(new)
+            await self._wait_for_processes([*(r.worker_id for r in staying), *new])
             everybody = [*staying, *(workers[worker_id] for worker_id in new)]
             targets = planned_anew(state.model, state.settings, everybody)
         except (PlacementError, StartupError):

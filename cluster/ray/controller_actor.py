@@ -251,24 +251,25 @@ class ControllerActor:
         assert self._shell is not None
         await self._shell.wait(controller.scale(num_workers, time.time()))
 
-    async def drain(self, worker_id: str, restarts: bool, incarnation: int = 0) -> None:
-        """Moves a worker's work away, then stops or restarts it; returns when that is done.
-
-        With an `incarnation`, only that one or an earlier one is drained: a later one is what an
-        earlier controller started for the same order.
-        """
+    async def drain(self, worker_id: str, restarts: bool) -> None:
+        """Moves a worker's work away, then stops or restarts it; returns when that is done."""
         controller = await self._idle()
         assert self._shell is not None
-        record = controller.workers.get(worker_id)
-        is_done = incarnation and (
-            record is None
-            or record.state is WorkerState.STOPPED
-            or (restarts and record.incarnation > incarnation)
-        )
-        if not is_done:
-            task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
-            await self._shell.wait(task)
+        task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
+        await self._shell.wait(task)
         while restarts and controller.workers[worker_id].state is not WorkerState.READY:
+            await self._changed(VIEW_POLL_S)
+
+    async def finish_drain(self, worker_id: str, restarts: bool, incarnation: int) -> None:
+        """Completes what an earlier controller was to do with this incarnation of a worker."""
+        controller = await self._idle()
+        while (record := controller.workers.get(worker_id)) is not None:
+            if record.state is WorkerState.STOPPED:
+                return
+            if record.state is WorkerState.READY:
+                if not (restarts and record.incarnation > incarnation):
+                    await self.drain(worker_id, restarts)
+                return
             await self._changed(VIEW_POLL_S)
 
     async def incarnation_of(self, worker_id: str) -> int:

@@ -132,11 +132,11 @@ def test_scale_and_drain_may_be_asked_again() -> None:
             await actor.scale(4)
         incarnation = await actor.incarnation_of("worker-1")
         for _ in range(2):
-            await actor.drain("worker-1", True, incarnation)
+            await actor.finish_drain("worker-1", True, incarnation)
         assert await actor.incarnation_of("worker-1") == incarnation + 1
         incarnation = await actor.incarnation_of("worker-3")
         for _ in range(2):
-            await actor.drain("worker-3", False, incarnation)
+            await actor.finish_drain("worker-3", False, incarnation)
         status = await actor.settle(0.0, TIMEOUT_S)
         assert status.declared["workers.count"] == 3 and status.pending == ()
         actor._controller.close()

@@ -97,9 +97,9 @@ def _wait(controller: RunningController, declared: Declared, timeout_s: float) -
     until_s = time.monotonic() + timeout_s
     while True:
         # The next controller may not have heard of it.
-        controller.ask_until("declare", declared, timeout_s=SETTLE_TIMEOUT_S + 30.0)
+        controller.ask_next("declare", declared, timeout_s=SETTLE_TIMEOUT_S + 30.0)
         order = (declared.at_s, SETTLE_TIMEOUT_S)
-        status: SettingsStatus = controller.ask_until(
+        status: SettingsStatus = controller.ask_next(
             "settle", *order, timeout_s=SETTLE_TIMEOUT_S + 30.0
         )
         if status.declared_at_s > declared.at_s:

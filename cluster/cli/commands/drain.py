@@ -2,7 +2,7 @@
 
 import argparse
 
-from milliways.cluster.cli.commands.running_controller import joined
+from milliways.cluster.cli.commands.running_controller import ControllerGoneError, joined
 from milliways.cluster.settings.config import WorkerSettings
 
 
@@ -23,6 +23,9 @@ def run(options: argparse.Namespace) -> None:
     with joined(options.address) as controller:
         # Should the controller die meanwhile, the next one must know whether it is done.
         incarnation = controller.ask("incarnation_of", options.worker)
-        order = (options.worker, options.restart, incarnation)
-        controller.ask_until("drain", *order, timeout_s=timeout_s)
+        order = (options.worker, options.restart)
+        try:
+            controller.ask("drain", *order, timeout_s=timeout_s)
+        except ControllerGoneError:
+            controller.ask_next("finish_drain", *order, incarnation, timeout_s=timeout_s)
     print(f"{options.worker} was {'restarted' if options.restart else 'stopped'}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from milliways.cluster.ray.environment import be_quiet, enter, find_running, head_for
-from milliways.wire.errors import ClusterError, StartupError
+from milliways.wire.errors import ClusterError, StartupError, UnavailableError
 
 ANSWER_TIMEOUT_S = 30.0
 # An ingress starts a new controller within seconds; that one has to find its workers.
@@ -47,8 +47,8 @@ class RunningController:
             text = "the Ray cluster runs, but no Milliways controller in it"
             raise ControllerGoneError(text) from error
 
-    def ask_until(self, method: str, *arguments: Any, timeout_s: float) -> Any:
-        """As `ask`; if the controller dies meanwhile, the next one is asked again.
+    def ask_next(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        """As `ask`, but waits for a controller to come, and asks again if it dies.
 
         The question must be one that may be repeated.
         """
@@ -57,7 +57,7 @@ class RunningController:
             asked_s = time.monotonic()
             try:
                 return self.ask(method, *arguments, timeout_s=timeout_s)
-            except ControllerGoneError:
+            except (ControllerGoneError, UnavailableError):
                 now_s = time.monotonic()
                 if now_s > asked_s + POLL_S:
                     # It was there.

@@ -2,7 +2,7 @@
 
 import argparse
 
-from milliways.cluster.cli.commands.running_controller import joined
+from milliways.cluster.cli.commands.running_controller import ControllerGoneError, joined
 from milliways.cluster.settings.config import WorkerSettings
 
 
@@ -19,5 +19,9 @@ def run(options: argparse.Namespace) -> None:
     with joined(options.address) as controller:
         # If the controller is not there at all, there is nothing to wait for.
         controller.ask("whereabouts")
-        controller.ask_until("scale", options.workers, timeout_s=settings.load_timeout_s)
+        order = ("scale", options.workers)
+        try:
+            controller.ask(*order, timeout_s=settings.load_timeout_s)
+        except ControllerGoneError:
+            controller.ask_next(*order, timeout_s=settings.load_timeout_s)
     print(f"{options.workers} workers")
