@@ -12,7 +12,7 @@ LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --genera
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-ci test test-slow check lint types layers demo serve chaos proto train-demo \
+.PHONY: help env env-ci test test-slow check lint types layers demo serve chaos proto schema train-demo \
 	lock lock-deploy clean
 
 help:  ## Show this list
@@ -67,6 +67,9 @@ chaos: $(READY)  ## Kill parts of a cluster under load and compare every token (
 
 proto: $(READY)  ## Generate the stubs in proto/ again
 	$(BIN)/python tests/stubs.py proto
+
+schema: $(READY)  ## Write the settings' part of the chart's schema again
+	$(BIN)/python -m tests.chart_schema
 
 train-demo: $(READY)  ## Train the demo model again (ARGS=... goes to the trainer)
 	$(BIN)/python -m milliways.benchmarks.demo.training.train_demo $(ARGS)

@@ -8,6 +8,7 @@ from milliways.wire.status import (
     DispatchStatus,
     ProcessStatus,
     RouterStatus,
+    SettingsStatus,
     WorkerStatus,
 )
 
@@ -86,6 +87,13 @@ CLUSTER = ClusterStatus(
     uptime_s=12.5,
     deaths=4,
     controller_pid=100,
+    settings=SettingsStatus(
+        declared={"workers.count": 2, "workers.resources": {"milliways_worker": 1.0}},
+        declared_at_s=1.5,
+        observed={"workers.count": 1},
+        pending=("workers.count: 2 declared, 1 ready",),
+        problem="",
+    ),
     workers=(ANSWERING, SILENT),
 )
 
@@ -97,6 +105,13 @@ AS_JSON: dict[str, Any] = {
     "uptime_s": 12.5,
     "deaths": 4,
     "controller_pid": 100,
+    "settings": {
+        "declared": {"workers.count": 2, "workers.resources": {"milliways_worker": 1.0}},
+        "declared_at_s": 1.5,
+        "observed": {"workers.count": 1},
+        "pending": ["workers.count: 2 declared, 1 ready"],
+        "problem": "",
+    },
     "workers": [
         {
             "worker_id": "worker-0",

@@ -7,7 +7,9 @@
     milliways serve             starts a cluster and its endpoint
     milliways status            shows the workers of the cluster, what each holds and does
     milliways scale             grows or shrinks a running cluster
+    milliways apply -f FILE     changes settings of a running cluster
     milliways drain WORKER      moves a worker's work away, then stops or restarts it
+    milliways config schema     prints the schema of all settings
     milliways chaos             breaks a cluster under load, and compares every token
     milliways bench             measures speed, beside other engines and the machine's limits
 
@@ -35,7 +37,9 @@ COMMANDS = {
     "serve": "start a cluster and its HTTP and gRPC endpoint",
     "status": "show the workers of a running cluster",
     "scale": "grow or shrink a running cluster",
+    "apply": "change settings of a running cluster; print the difference first",
     "drain": "move a worker's work away, then stop it or start it anew",
+    "config": "print the JSON schema of the settings",
     "chaos": "break a cluster under load and compare every token with the undisturbed run",
     "bench": "measure speed, beside other engines and the limits of the machine",
 }

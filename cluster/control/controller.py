@@ -8,6 +8,7 @@ Each decision has a file:
     targets, planner       what each worker is to hold
     holdings               what is loaded and unloaded
     resizing               how the cluster grows and shrinks
+    changes, reconciling   what is done to have the settings that are declared
     publishing             how everybody learns of it
 
 No token waits for anything here. No clock, thread or Ray: `Tasks` and `Fleet` have those.
@@ -15,22 +16,33 @@ No token waits for anything here. No clock, thread or Ray: `Tasks` and `Fleet` h
 
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
+from milliways.cluster.control.changes import Effect, differences, refusal
 from milliways.cluster.control.fleet import Existing, Fleet
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
 from milliways.cluster.control.publishing import ViewPublisher
+from milliways.cluster.control.reconciling import Reconciler, pending, running
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState, ControllerFigures
 from milliways.cluster.control.supervision import A_NODE, Supervision
-from milliways.cluster.control.targets import ControllerSettings, planned
+from milliways.cluster.control.targets import (
+    ControllerSettings,
+    misfit,
+    misplaced,
+    planned,
+    with_declared,
+)
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.tasks import Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError
 from milliways.wire.placement import ModelBytes
-from milliways.wire.view import EMPTY_VIEW, ClusterView
+from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +71,7 @@ class Controller:
         self._supervision = Supervision(self._state, self._publisher, holdings, losses)
         self._resizing = Resizing(self._state, self._publisher, holdings, self._supervision)
         self._changing: Task[None] | None = None
+        self.reconciler = Reconciler(self._state, self._resizing, self._change)
 
     @property
     def view(self) -> ClusterView:
@@ -95,11 +108,33 @@ class Controller:
         """
         self._tasks.start_service(self._publisher.serve())
         self._adopt(existing, known)
-        num_wanted = len(self.view.members) or self._state.settings.num_workers
-        for number in range(num_wanted):
-            if f"worker-{number}" not in self.workers:
-                self._supervision.add(f"worker-{number}")
+        numbers = count()
+        while len(self.workers) < (self._num_before() or self._state.settings.num_workers):
+            worker_id = f"worker-{next(numbers)}"
+            if worker_id not in self.workers and worker_id not in self.view.members:
+                self._supervision.add(worker_id)
         self._tasks.start_service(self._place_when_all_there())
+        self._tasks.start_service(self.reconciler.serve(lambda: self._changing))
+
+    def refusal(self, values: Mapping[str, Any]) -> str:
+        """Why the cluster cannot take these settings while it runs; empty if it can."""
+        changes = differences(self.declared.values, values)
+        records, model = running(self._state), self._state.model
+        if reason := refusal(changes, len(records)):
+            return reason
+        if any(change.effect is Effect.BY_WORKER for change in changes):
+            reason = misfit(model, self.settings, records, values)
+        return reason or misplaced(model, with_declared(self.settings, values), records)
+
+    def declare(self, declared: Declared) -> None:
+        """Takes settings that are wanted from now on, unless they are older than the present ones.
+
+        The caller has checked that the cluster can take them (`refusal`).
+        """
+        if declared.at_s > self._state.declared.at_s:
+            self._state.declare(declared)
+            self._publisher.touch()
+            self._state.changed.notify()
 
     def overtake(self, placement_epoch: int) -> None:
         """Moves the epoch beyond one that an earlier controller published, if it was higher."""
@@ -112,21 +147,41 @@ class Controller:
             if record.task is not None:
                 record.task.cancel()
 
-    def scale(self, num_workers: int) -> Task[None]:
-        """Grows or shrinks; done when the new placement is served.
+    @property
+    def declared(self) -> Declared:
+        """The settings that are wanted."""
+        return self._state.declared
+
+    @property
+    def settings(self) -> ControllerSettings:
+        return self._state.settings
+
+    @property
+    def pending(self) -> list[str]:
+        """What of the declared settings is not so yet, as texts for people."""
+        return pending(self._state)
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a change of the cluster goes on."""
+        return self._changing is not None and not self._changing.is_done
+
+    def scale(self, num_workers: int, now_s: float = 0.0) -> Task[None]:
+        """Grows or shrinks; done when the new placement is served. `now_s` is since 1970.
 
         Fails with PlacementError if the change is impossible, and with StartupError if new workers
         do not come. After a failure, the cluster is as before.
         """
-        return self._change(self._resizing.scale(num_workers))
+        accepted = partial(self._want, num_workers, now_s)
+        return self._change(self._resizing.scale(num_workers, accepted))
 
-    def drain(self, worker_id: str, *, restarts: bool = False) -> Task[None]:
+    def drain(self, worker_id: str, *, restarts: bool = False, now_s: float = 0.0) -> Task[None]:
         """Moves a worker's experts and requests away, then stops or restarts the worker.
 
         Fails with PlacementError if no other worker can take the experts. A worker that has the
         only copy of attention layers may restart, and requests wait meanwhile.
         """
-        return self._change(self._resizing.drain(worker_id, restarts))
+        return self._change(self._drain(worker_id, restarts, now_s))
 
     def waits_for(self, record: WorkerRecord) -> str:
         """What a worker waits for now, as a text for people; empty if it waits for nothing."""
@@ -152,15 +207,37 @@ class Controller:
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
             record.spawned, record.shards = found.spawned, found.shards
             record.held, record.is_adopted = found.held, True
+            record.started_with = found.settings
             self._state.targets[found.worker_id] = found.shards
             self._supervision.supervise(record)
+        self._state.declare(max([self.declared, *(v.declared for v in views)], key=_when))
+        if "workers.count" not in self.declared.values and self._num_before():
+            settings = replace(self._state.settings, num_workers=self._num_before())
+            self._state.settings = settings
         for member in self.view.members.values():
-            if member.worker_id not in self.workers:
+            if member.state is WorkerState.STOPPED:
+                self._state.last_incarnations[member.worker_id] = member.incarnation
+            elif member.worker_id not in self.workers:
                 # It is dead. Its next incarnation must have a higher number than its last one.
                 record = WorkerRecord(member.worker_id, incarnation=member.incarnation)
                 self._supervision.supervise(record)
                 # The known view may still promise it.
                 self._publisher.touch()
+
+    def _num_before(self) -> int:
+        """The number of workers that an earlier controller's view has."""
+        members = self.view.members.values()
+        return sum(member.state is not WorkerState.STOPPED for member in members)
+
+    async def _drain(self, worker_id: str, restarts: bool, now_s: float) -> None:
+        await self._resizing.drain(worker_id, restarts)
+        if not restarts:
+            self._want(len(running(self._state)), now_s)
+
+    def _want(self, num_workers: int, now_s: float) -> None:
+        """Declares another number of workers."""
+        self._state.declare(self.declared.with_values({"workers.count": num_workers}, now_s))
+        self._publisher.touch()
 
     async def _place_when_all_there(self) -> None:
         state = self._state
@@ -186,3 +263,7 @@ class Controller:
 
     async def _refuse_change(self) -> None:
         raise PlacementError("another change of the cluster goes on; ask again when it is done")
+
+
+def _when(declared: Declared) -> float:
+    return declared.at_s

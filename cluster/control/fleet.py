@@ -1,8 +1,8 @@
 """What the controller commands: the processes of workers, wherever they run."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.tasks import Pending
@@ -62,6 +62,8 @@ class Existing:
     view: ClusterView
     # The digests of what it has loaded.
     manifest: Manifest = EMPTY_MANIFEST
+    # The settings with which it was started, by name.
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Fleet(Protocol):

@@ -99,6 +99,7 @@ class ViewPublisher:
             manifest_is_whole=self._state.manifest_is_whole,
             model=self._state.model,
             chains=chains_of(attention, self._state.model.num_layers),
+            declared=self._state.declared,
         )
         if view.manifest_is_whole or not view.routers() or self._state.lost_experts():
             return view

@@ -4,7 +4,7 @@ At every moment each expert has a holder that everybody knows. New workers and t
 first; only then do others leave.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from milliways.cluster.control.deaths import reload_delay_s
 from milliways.cluster.control.fleet import LoadFailedError, WorkerDiedError
@@ -41,8 +41,9 @@ class Resizing:
         self._holdings = holdings
         self._supervision = supervision
 
-    async def scale(self, num_workers: int) -> None:
-        """Grows or shrinks to a number of workers.
+    async def scale(self, num_workers: int, accepted: Callable[[], None] = lambda: None) -> None:
+        """Grows or shrinks to a number of workers; calls `accepted` when that is known to be
+        possible.
 
         Raises:
             PlacementError: the change is impossible. The cluster is as before.
@@ -58,19 +59,37 @@ class Resizing:
             state.targets.pop(worker_id, None)
             self._supervision.add(worker_id)
         try:
-            await self._wait_for_processes(new)
+            await self._wait_for_processes([*(r.worker_id for r in staying), *new])
             everybody = [*staying, *(workers[worker_id] for worker_id in new)]
             targets = planned_anew(state.model, state.settings, everybody)
         except (PlacementError, StartupError):
             self._remove_unplaced(new)
             raise
+        accepted()
         state.targets, state.failure = targets, None
         state.placed.notify()
-        await self._tasks.gather(self._load_missing(r, targets[r.worker_id]) for r in staying)
-        while any(workers[w].state is not WorkerState.READY for w in targets):
-            await state.changed.wait()
+        await self._fill(staying)
         await self._tasks.gather(self._remove(record) for record in leaving)
         await self._holdings.trim(staying)
+
+    async def spread(self) -> None:
+        """Plans anew for the workers that there are; makes each hold exactly its target.
+
+        Raises:
+            PlacementError: they cannot hold the model. The cluster is as before.
+        """
+        state = self._state
+        everybody = [r for r in state.workers.values() if r.state is not WorkerState.STOPPED]
+        state.targets = planned_anew(state.model, state.settings, everybody)
+        await self._fill(everybody)
+        await self._holdings.trim(everybody)
+
+    async def _fill(self, staying: Sequence[WorkerRecord]) -> None:
+        """Makes workers load what their targets have beyond what they hold; waits for all."""
+        state, targets = self._state, self._state.targets
+        await self._tasks.gather(self._load_missing(r, targets[r.worker_id]) for r in staying)
+        while any(state.workers[w].state is not WorkerState.READY for w in targets):
+            await state.changed.wait()
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
         """Moves a worker's experts and requests away, then stops or restarts the worker.

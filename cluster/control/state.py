@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from milliways.cluster.control.fleet import Fleet
-from milliways.cluster.control.targets import ControllerSettings, experts_of
+from milliways.cluster.control.targets import ControllerSettings, experts_of, with_declared
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.model.manifest import EMPTY_MANIFEST
 from milliways.runtime.tasks import Signal, Tasks
 from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
-from milliways.wire.view import WorkerState
+from milliways.wire.view import Declared, WorkerState
 
 
 @dataclass(slots=True)
@@ -34,6 +34,7 @@ class ClusterState:
     ) -> None:
         self.model = model
         self.settings = settings
+        self.declared = Declared()
         self.fleet = fleet
         self.tasks = tasks
         self.workers: dict[str, WorkerRecord] = {}
@@ -52,6 +53,13 @@ class ClusterState:
         # `targets` has new workers.
         self.placed = Signal()
         self.is_closed = False
+
+    def declare(self, declared: Declared) -> None:
+        """Takes settings that are wanted from now on. Each field of `settings` that has a name in
+        them follows.
+        """
+        self.declared = declared
+        self.settings = with_declared(self.settings, declared.values)
 
     def ready(self, besides: WorkerRecord | None = None) -> list[WorkerRecord]:
         """The workers that are READY, without one of them."""

@@ -101,6 +101,7 @@ class Supervision:
         """Starts a process and makes it load all its shards."""
         state, worker_id = self._state, record.worker_id
         record.begin_incarnation()
+        record.started_with = state.declared.values
         state.last_incarnations[worker_id] = record.incarnation
         state.note(record, A_NODE)
         record.spawned = await state.fleet.spawn(worker_id, record.incarnation)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from milliways.cluster.control.fleet import number_of
 from milliways.cluster.control.planner import (
@@ -13,7 +14,7 @@ from milliways.cluster.control.planner import (
 )
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.wire.errors import PlacementError
-from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes, ShardPlan
+from milliways.wire.placement import BYTES_PER_GB, AttentionRange, ExpertId, ModelBytes, ShardPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class ControllerSettings:
     start_timeout_s: float = 600.0
     # Workers with lower numbers hold experts and no attention.
     experts_only: int = 0
+    # Positions of KV cache where the settings name none; 0: those of `policy`.
+    default_kv_tokens: int = 0
 
 
 def make_settings(
@@ -38,6 +41,7 @@ def make_settings(
     kv_tokens: int,
     start_timeout_s: float = 600.0,
     experts_only: int = 0,
+    default_kv_tokens: int = 0,
 ) -> ControllerSettings:
     """Settings of the controller from those of the cluster."""
     return ControllerSettings(
@@ -46,7 +50,54 @@ def make_settings(
         policy=PlacementPolicy(attention=AttentionCut(attention), kv_tokens=kv_tokens),
         start_timeout_s=start_timeout_s,
         experts_only=experts_only,
+        default_kv_tokens=default_kv_tokens,
     )
+
+
+# Settings of the cluster that are settings of the controller, by name.
+_DECLARED = {
+    "workers.count": "num_workers",
+    "workers.expert_replicas": "expert_replicas",
+    "workers.start_timeout_s": "start_timeout_s",
+}
+
+
+def with_declared(settings: ControllerSettings, values: Mapping[str, Any]) -> ControllerSettings:
+    """Settings with the values that are declared."""
+    known = {field: values[name] for name, field in _DECLARED.items() if name in values}
+    policy = replace(settings.policy, kv_tokens=_kv_tokens(settings, values))
+    return replace(settings, policy=policy, **known)
+
+
+def _kv_tokens(settings: ControllerSettings, values: Mapping[str, Any]) -> int:
+    wanted = values.get("workers.kv_tokens", 0)
+    return wanted or settings.default_kv_tokens or settings.policy.kv_tokens
+
+
+def misfit(
+    model: ModelBytes,
+    settings: ControllerSettings,
+    records: Collection[WorkerRecord],
+    values: Mapping[str, Any],
+) -> str:
+    """Which worker could not hold what it is to hold with these settings; empty if all could."""
+    kv_tokens = _kv_tokens(settings, values)
+    limit_bytes = round(values.get("workers.memory_gb_each", 0.0) * BYTES_PER_GB)
+    for record in records:
+        if record.shards is None or record.spawned is None:
+            continue
+        needed = fixed_bytes(model, attention_of(record.shards), kv_tokens)
+        needed += len(record.shards.experts) * model.expert_bytes
+        memory_bytes = limit_bytes or record.spawned.memory_bytes
+        if needed > memory_bytes:
+            has = f"{memory_bytes / BYTES_PER_GB:g} GB"
+            return f"{record.worker_id} needs {needed / BYTES_PER_GB:g} GB and would have {has}"
+    return ""
+
+
+def num_replicas(settings: ControllerSettings, num_workers: int) -> int:
+    """How many workers hold each expert."""
+    return settings.expert_replicas or min(2, num_workers)
 
 
 def planned(
@@ -72,7 +123,7 @@ def planned(
             )
         )
     policy = PlacementPolicy(
-        expert_replicas=settings.expert_replicas or min(2, len(workers)),
+        expert_replicas=num_replicas(settings, len(workers)),
         attention=settings.policy.attention,
         kv_tokens=settings.policy.kv_tokens,
         spread_nodes=settings.policy.spread_nodes,
@@ -187,3 +238,24 @@ def split_workers(
 def number(record: WorkerRecord) -> int:
     """Of worker-7: 7."""
     return number_of(record.worker_id)
+
+
+def misplaced(
+    model: ModelBytes, settings: ControllerSettings, records: Collection[WorkerRecord]
+) -> str:
+    """Why the workers that stay cannot hold the model with these settings; empty if they can.
+
+    Of workers that are still to come, nobody knows the memory.
+    """
+    num_wanted = settings.num_workers
+    staying, leaving = list(records), list[WorkerRecord]()
+    if num_wanted != len(staying):
+        staying, leaving = split_workers(records, num_wanted)
+    if len(staying) < num_wanted or any(record.spawned is None for record in staying):
+        return ""
+    try:
+        check_shrink(model, records, leaving)
+        planned_anew(model, settings, staying)
+    except PlacementError as error:
+        return str(error)
+    return ""

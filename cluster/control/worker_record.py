@@ -1,8 +1,9 @@
 """What the controller knows of a worker, through all of its incarnations."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from milliways.cluster.control.fleet import Spawned
 from milliways.runtime.tasks import Task
@@ -46,6 +47,8 @@ class WorkerRecord:
     # If true, a new controller found it alive, and goes on with this incarnation.
     is_adopted: bool = False
     last_error: str = ""
+    # The settings with which this incarnation was started, by name.
+    started_with: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _state: WorkerState = WorkerState.LOADING
 
     @property

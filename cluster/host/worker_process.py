@@ -30,6 +30,7 @@ from milliways.cluster.host.model_files import ModelFiles
 from milliways.cluster.host.peer_parts import PeerParts
 from milliways.cluster.host.rates import Rates
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.names import flat
 from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
 from milliways.model.config import ModelConfig
@@ -333,6 +334,7 @@ class WorkerProcess:
             held=held,
             view=view,
             manifest=self._files.loaded,
+            settings=flat(self._config),
         )
 
     def status(self) -> ProcessStatus:

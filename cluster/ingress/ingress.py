@@ -25,7 +25,12 @@ from milliways.cluster.settings.config import IngressSettings
 from milliways.router.requests.journal import DeliveredSample
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
-from milliways.wire.errors import LeavingError, ModelFaultError, OverloadedError
+from milliways.wire.errors import (
+    LeavingError,
+    ModelFaultError,
+    OverloadedError,
+    UnavailableError,
+)
 
 # Shorter text is tokenised in less time than a thread takes to start.
 _INLINE_BYTES = 8192
@@ -75,11 +80,14 @@ class Ingress:
         request_timeout_s: float = 600.0,
         metrics: IngressMetrics | None = None,
         readiness: Readiness | None = None,
+        obstacle: Callable[[], str] = lambda: "",
     ) -> None:
+        """`obstacle` says why no request can be served here, and is empty if one can."""
         self.model = model
         self.settings = settings or IngressSettings()
         self.metrics = metrics or IngressMetrics()
-        self.readiness = readiness or Readiness(source)
+        self.readiness = readiness or Readiness(source, obstacle=obstacle)
+        self._obstacle = obstacle
         self.request_timeout_s = request_timeout_s
         self._source = source
         self._num_ongoing = 0
@@ -103,9 +111,12 @@ class Ingress:
         Raises:
             LeavingError: `leave` was called.
             OverloadedError: `max_ongoing_requests` requests are running.
+            UnavailableError: no request can be served here; says why.
         """
         if self._leaves_because:
             raise LeavingError(self._leaves_because)
+        if reason := self._obstacle():
+            raise UnavailableError(reason)
         limit = self.settings.max_ongoing_requests
         if self._num_ongoing >= limit:
             raise OverloadedError(f"the limit of {limit} running requests is reached")

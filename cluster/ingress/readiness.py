@@ -26,7 +26,10 @@ class Readiness:
         source: TokenSource,
         clock: Callable[[], float] = time.monotonic,
         probe_timeout_s: float = PROBE_TIMEOUT_S,
+        obstacle: Callable[[], str] = lambda: "",
     ) -> None:
+        """`obstacle` says why no request can be served here, and is empty if one can."""
+        self._obstacle = obstacle
         self._source = source
         self._clock = clock
         self._probe_timeout_s = probe_timeout_s
@@ -60,7 +63,7 @@ class Readiness:
         Raises:
             UnavailableError: no token can be made; says why.
         """
-        reason = self._draining_reason or await self._cached()
+        reason = self._draining_reason or self._obstacle() or await self._cached()
         if reason is not None:
             raise UnavailableError(reason)
 

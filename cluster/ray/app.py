@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
+from milliways.cluster.control.changes import other_model
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.leaving import LAST_ERRORS_S, leave
 from milliways.cluster.ingress.metrics import IngressMetrics
@@ -32,15 +33,18 @@ from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.autoscaling import GRPC_CALLS
+from milliways.cluster.ray.declaring import check_running, declared_now
 from milliways.cluster.ray.leaving_replica import follow_replica
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller
-from milliways.cluster.settings.config import ClusterConfig, config_from_tree, read_config
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.names import changed, flat
+from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
-from milliways.model.manifest import digest_small_files
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
 from milliways.model.model_dir import resolve_model_dir
-from milliways.wire.errors import ConfigError
-from milliways.wire.view import EMPTY_VIEW, ClusterView
+from milliways.wire.errors import ClusterError, ConfigError
+from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +64,17 @@ HEALTH_CHECK_PERIOD_S = 1.0
 class Directory:
     """A `RouterDirectory` that follows the controller's view."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, declared_at_s: float, files: Manifest = EMPTY_MANIFEST
+    ) -> None:
+        """`files` has the digests of the files of the model that this replica reads itself."""
         self._config = config
+        self._declared = Declared(values=flat(config), at_s=declared_at_s)
         self._view: ClusterView = EMPTY_VIEW
         self._changed = asyncio.Event()
-        # The files that this replica reads itself.
-        self._files = digest_small_files(resolve_model_dir(config.model.path))
+        self._files = files
+        # Why requests cannot be served here, whatever the workers do; empty if they can.
+        self.obstacle = ""
 
     @property
     def view(self) -> ClusterView:
@@ -84,9 +93,15 @@ class Directory:
             raise OtherModelError(path, name, self._files.digests[name], wanted)
 
     def routers(self) -> Sequence[RouterInfo]:
-        if not self._view.manifest_is_whole or self._view.manifest.differing(self._files):
+        is_known = self._view.manifest_is_whole and not self._view.manifest.differing(self._files)
+        if self.obstacle or not is_known:
             return []
         return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
+
+    def controller(self) -> Any:
+        """The controller; if there is none, a new one, with the newest settings known here."""
+        newest = max(self._declared, self._view.declared, key=lambda declared: declared.at_s)
+        return find_or_start_controller(changed(self._config, newest.values), newest.at_s)
 
     async def changed(self) -> None:
         await self._changed.wait()
@@ -95,8 +110,9 @@ class Directory:
         """Asks for newer views, for ever; starts a new controller if there is none."""
         while True:
             try:
-                controller = find_or_start_controller(self._config)
+                controller = self.controller()
                 await controller.begin.remote(self._view)
+                await self._declare(controller)
                 while True:
                     known_epoch = self._view.placement_epoch
                     self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))
@@ -104,7 +120,18 @@ class Directory:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
 
+    async def _declare(self, controller: Any) -> None:
+        """Tells the controller the settings of this replica; it takes them if they are newer."""
+        try:
+            await controller.declare.remote(self._declared)
+        except RayTaskError as error:
+            if not isinstance(error.cause, ClusterError):
+                raise
+            logger.warning("the cluster keeps its settings: %s", error.cause)
+
     def _take(self, view: ClusterView) -> None:
+        differs = other_model(self._declared.values, view.declared.values)
+        self.obstacle = f"another model is served: {differs}" if differs else ""
         if view.placement_epoch > self._view.placement_epoch:
             self._view = view
             changed, self._changed = self._changed, asyncio.Event()
@@ -116,10 +143,11 @@ class Directory:
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
         self._config = config
-        self._directory = Directory(config)
+        files = digest_small_files(resolve_model_dir(config.model.path))
+        self._directory = Directory(config, declared_at_s, files)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()
         self._source = RouterSource(
@@ -137,6 +165,7 @@ class IngressReplica:
             settings,
             request_timeout_s=config.router.request_timeout_s,
             metrics=metrics,
+            obstacle=lambda: self._directory.obstacle,
         )
         self._grpc: IngressGrpcServer | None = None
         self._loop = asyncio.get_running_loop()
@@ -212,15 +241,15 @@ class IngressReplica:
 
     async def _metrics_of_workers(self) -> str:
         try:
-            status = await find_or_start_controller(self._config).status.remote()
+            status = await self._directory.controller().status.remote()
         except RayError as error:
             logger.warning("no metrics of workers: %s", error)
             return ""
         return render_metrics(status)
 
 
-def make_app(config: ClusterConfig) -> serve.Application:
-    """The application of some settings."""
+def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Application:
+    """The application of some settings, and when these were declared."""
     settings = config.ingress
     # Serve's own classes have no types.
     deployment: Any = IngressReplica
@@ -242,7 +271,7 @@ def make_app(config: ClusterConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         # A redeploy starts the new replicas before it ends the old ones.
         max_surge_percent=100,
-    ).bind(config)
+    ).bind(config, declared_at_s)
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -250,8 +279,12 @@ def app(args: dict[str, Any]) -> serve.Application:
 
     Raises:
         ConfigError: names the table, field, value and limit that do not fit.
+        ChangeRefusedError: the cluster that runs cannot take these settings. Serve then keeps the
+            application that it has.
     """
-    return make_app(config_from_args(args))
+    config = config_from_args(args)
+    check_running(config)
+    return make_app(config, declared_now(config).at_s)
 
 
 # What `serve build` wants: an application with its settings.
@@ -259,12 +292,15 @@ default_app = make_app(ClusterConfig())
 
 
 def config_from_args(args: Mapping[str, Any]) -> ClusterConfig:
-    """Settings from Serve's arguments: tables, or YAML text if a command line gave them."""
+    """Settings from Serve's arguments: tables, or YAML text if a command line gave them.
+
+    Variables of the environment in which Serve builds the application override them.
+    """
     tree: dict[str, Any] = {}
     for name, value in args.items():
         if name == "config":
             if len(args) > 1:
                 raise ConfigError("config", value, "the only argument, the path of a TOML file")
-            return read_config(Path(str(value)))
+            return gather(file=Path(str(value)), reads_environment=True).config
         tree[name] = yaml.safe_load(value) if isinstance(value, str) else value
-    return config_from_tree(tree)
+    return gather(given=tree, reads_environment=True).config

@@ -56,7 +56,8 @@ class RayFleet:
     """
 
     def __init__(self, config: ClusterConfig, shell: AsyncTasks) -> None:
-        self._config = config
+        # What the next incarnations are started with.
+        self.config = config
         # Of the model's parts; set before any worker is started.
         self.sizes: ModelBytes | None = None
         self._shell = shell
@@ -73,7 +74,7 @@ class RayFleet:
             return "its process to start"
         nodes: Any = ray.nodes()
         amounts = [node["Resources"] for node in nodes if node["Alive"]]
-        wanted = resources_of(self._config.workers, worker_id)
+        wanted = resources_of(self.config.workers, worker_id)
         return missing_of(wanted, amounts, ray.available_resources())
 
     def load(
@@ -158,10 +159,10 @@ class RayFleet:
         assert self.sizes is not None
         self._end(worker_id)
         if worker_id not in self._groups:
-            self._groups[worker_id] = group_of(self._config.workers, worker_id)
+            self._groups[worker_id] = group_of(self.config.workers, worker_id)
         try:
             group = self._groups[worker_id]
-            actor = start_worker(self._config, worker_id, incarnation, group, self.sizes)
+            actor = start_worker(self.config, worker_id, incarnation, group, self.sizes)
         except ValueError as error:
             # An earlier controller started this incarnation, and died before anybody knew of it.
             # The next one is free, or the one after that.

@@ -24,9 +24,11 @@ from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, SERVE_PROXY_NAME
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import APIType
 from ray.util import list_named_actors
 
 from milliways.cluster.ray.app import APP_NAME, INGRESS_NAME, make_app
+from milliways.cluster.ray.declaring import declared_now
 from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, IngressSettings
 from milliways.wire.errors import RayGoneError, StartupError
@@ -45,7 +47,8 @@ class ServedApplication:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._controller = find_or_start_controller(config)
+        self._declared = declared_now(config)
+        self._controller = find_or_start_controller(config, self._declared.at_s)
 
     def start(self) -> None:
         """Starts the workers and the endpoint; returns before either is ready.
@@ -54,13 +57,9 @@ class ServedApplication:
             StartupError: Serve cannot listen on the address of the settings.
         """
         ray.get(self._controller.begin.remote())
+        ray.get(self._controller.declare.remote(self._declared))
         _open_proxy(self._config.ingress)
-        target = serve.RunTarget(target=make_app(self._config), name=APP_NAME, route_prefix="/")
-        serve.run_many(
-            [target],
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        deploy_ingress(self._config, self._declared.at_s)
 
     def progress(self) -> dict[str, Any]:
         """The start so far, as the controller describes it."""
@@ -129,6 +128,40 @@ def _actors_of_serve(prefix: str) -> list[Any]:
             with suppress(ValueError):
                 found.append(ray.get_actor(entry["name"], namespace=SERVE_NAMESPACE))
     return found
+
+
+def deploy_ingress(config: ClusterConfig, declared_at_s: float) -> None:
+    """Makes Serve run the ingress with these settings; returns before its replicas are ready."""
+    application = make_app(config, declared_at_s)
+    target = serve.RunTarget(target=application, name=APP_NAME, route_prefix="/")
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def wait_for_ingress(timeout_s: float) -> None:
+    """Waits until Serve has replaced all replicas of the ingress.
+
+    Raises:
+        StartupError: it gave up, or takes too long.
+    """
+    until_s = time.monotonic() + timeout_s
+    while True:
+        application = serve.status().applications[APP_NAME]
+        if application.status == "RUNNING":
+            return
+        if application.status == "DEPLOY_FAILED" or time.monotonic() > until_s:
+            raise StartupError(f"the endpoint does not start: {application.message}")
+        time.sleep(POLL_S)
+
+
+def is_deployed_from_file() -> bool:
+    """Whether the application came by `serve deploy` (or KubeRay), whose file then counts."""
+    client: Any = _get_global_client()
+    details = client.get_serve_details()
+    return details["applications"].get(APP_NAME, {}).get("source") == APIType.DECLARATIVE
 
 
 def is_serve_running() -> bool:

@@ -23,8 +23,8 @@ def find_controller() -> Any:
     return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
 
 
-def find_or_start_controller(config: ClusterConfig) -> Any:
-    """The controller of the cluster. One that runs already keeps its own settings."""
+def find_or_start_controller(config: ClusterConfig, declared_at_s: float = 0.0) -> Any:
+    """The controller of the cluster. One that runs already is to be told settings by `declare`."""
     remote: Any = ray.remote(ControllerActor)
     return remote.options(
         name=CONTROLLER_NAME,
@@ -34,7 +34,7 @@ def find_or_start_controller(config: ClusterConfig) -> Any:
         max_restarts=0,
         max_concurrency=1000,
         num_cpus=0,
-    ).remote(config)
+    ).remote(config, declared_at_s)
 
 
 def end_controller(timeout_s: float) -> None:

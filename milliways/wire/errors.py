@@ -3,6 +3,7 @@
 ClusterError
 ├── ConfigError            a setting names table, field, value and limit
 ├── PlacementError         the workers cannot hold the model; says how much is missing
+├── ChangeRefusedError     a running cluster cannot take these settings; says which, and why
 ├── StartupError           the cluster did not start; says which actor waits for which resource
 ├── RayGoneError           Ray's own processes ended or are silent; says which and how
 ├── UnknownModelError      a request names a model that is not served here
@@ -42,6 +43,10 @@ class ConfigError(ClusterError):
 
 class PlacementError(ClusterError):
     """The workers cannot hold the model as configured."""
+
+
+class ChangeRefusedError(ClusterError):
+    """A running cluster cannot take these settings; everything stays as it was."""
 
 
 class StartupError(ClusterError):

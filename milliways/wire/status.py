@@ -106,6 +106,21 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsStatus:
+    """The settings that are declared, by name, and what is not so yet."""
+
+    declared: Mapping[str, Any]
+    # Since 1970; 0 where nobody declared them.
+    declared_at_s: float
+    # Those of `declared` that can be counted.
+    observed: Mapping[str, Any]
+    # In words; empty where everything is as declared.
+    pending: tuple[str, ...]
+    # Why the last step failed, or a declaration was refused; empty where nothing did.
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """What the controller says of the cluster."""
 
@@ -115,6 +130,7 @@ class ClusterStatus:
     uptime_s: float
     deaths: int
     controller_pid: int
+    settings: SettingsStatus
     workers: tuple[WorkerStatus, ...]
 
 

@@ -1,6 +1,6 @@
 """Certificates for gRPC connections, as settings name them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from milliways.wire.errors import ConfigError
 
@@ -15,9 +15,13 @@ class TlsSettings:
     up with RAY_USE_TLS.
     """
 
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+    ca_file: str = field(
+        default="", metadata={"description": "Certificate of the authority.", "strict": True}
+    )
+    cert_file: str = field(
+        default="", metadata={"description": "Certificate of this cluster.", "strict": True}
+    )
+    key_file: str = field(default="", metadata={"description": "Its key.", "strict": True})
 
     def __post_init__(self) -> None:
         given = [bool(path) for path in (self.ca_file, self.cert_file, self.key_file)]

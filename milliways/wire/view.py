@@ -7,6 +7,7 @@ received; workers refuse calls that act on an older view than theirs.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes
@@ -64,6 +65,26 @@ class Member:
         return self.state in (WorkerState.READY, WorkerState.DRAINING)
 
 
+# Later than any time at which both of two declarations of one moment were made.
+_A_MOMENT_S = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """The settings that are wanted, by name, and when they were declared: the latest ones count.
+
+    `at_s` is in seconds since 1970, 0 for settings that nobody declared.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    at_s: float = 0.0
+
+    def with_values(self, values: Mapping[str, Any], now_s: float = 0.0) -> "Declared":
+        """A later declaration with other values for some names."""
+        at_s = max(now_s, self.at_s + _A_MOMENT_S)
+        return Declared(values={**self.values, **values}, at_s=at_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
     """All members under one placement epoch, and the chain of shards of each router's sequences.
@@ -80,6 +101,8 @@ class ClusterView:
     manifest_is_whole: bool = False
     # Sizes of the model, so that a new controller need not read its files; None at first.
     model: ModelBytes | None = None
+    # So that the next controller and every ingress know it, whoever dies.
+    declared: Declared = field(default_factory=Declared)
 
     def holders(self, expert_id: ExpertId) -> tuple[Member, ...]:
         """Members that can compute an expert now, in the order of their ids."""

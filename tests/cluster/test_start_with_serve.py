@@ -1,5 +1,6 @@
 """Serve's own commands: `serve build`, `serve run`, `serve deploy`, with our arguments."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from tests.served_cluster import (
 
 SERVE = [sys.executable, "-m", "ray.serve.scripts"]
 TIMEOUT_S = 200.0
+# The environment of `serve run`, which builds the application.
+SETTINGS = {"MILLIWAYS_WORKERS__LOAD_TIMEOUT_S": "3000"}
 
 
 def test_build_writes_a_file_that_deploys(tmp_path: Path) -> None:
@@ -54,7 +57,7 @@ def serve_run(head: RayHead, *arguments: str) -> Iterator["subprocess.Popen[byte
         process = subprocess.Popen(
             [*SERVE, "run", "milliways.cluster.ray.app:app", *arguments],
             cwd=make_stray_folder(head.folder),
-            env=head.environment | {"PYTHONPATH": "."},
+            env=head.environment | {"PYTHONPATH": ".", **SETTINGS},
             stdout=log,
             stderr=log,
         )
@@ -84,7 +87,10 @@ def complete(port: int) -> str:
 def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     # `serve run` has no option for the port.
     port, (grpc_port,) = head.start_serve(), free_ports(1)
-    args = {"workers": {"count": 2}, "ingress": {"port": port, "grpc_port": grpc_port}}
+    args: dict[str, dict[str, Any]] = {
+        "workers": {"count": 2},
+        "ingress": {"port": port, "grpc_port": grpc_port},
+    }
     given = [
         f"{name}={yaml.safe_dump(table, default_flow_style=True)}" for name, table in args.items()
     ]
@@ -102,6 +108,8 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[3:]] == ["worker-0", "worker-1"]
 
+    assert declared(head)["workers.load_timeout_s"] == 3000.0
+
     file = tmp_path / "serve.yaml"
     application = {
         "name": "milliways",
@@ -112,8 +120,35 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     http_options = {"host": "127.0.0.1", "port": port}
     tree = {"http_options": http_options, "applications": [application]}
     file.write_text(yaml.safe_dump(tree), "utf-8")
+    serve(head, "deploy", str(file), "-a", head.dashboard)
+    wait_until(lambda: is_ready(port), "serve deploy serves", TIMEOUT_S)
+    assert complete(port) == text
+    assert declared(head)["workers.load_timeout_s"] == 3600.0
+
+    # Workers of one model do not serve another one under its name: all stays as it is.
+    args["model"] = {"name": "other"}
+    file.write_text(yaml.safe_dump(tree), "utf-8")
+    serve(head, "deploy", str(file), "-a", head.dashboard)
+    refused = "needs a new generation: model.name: '' -> 'other'"
+    wait_until(
+        lambda: refused in serve(head, "status", "-a", head.dashboard), "it is refused", TIMEOUT_S
+    )
+    assert is_ready(port)
+    assert complete(port) == text
+    assert declared(head)["model.name"] == ""
+
+
+def declared(head: RayHead) -> dict[str, Any]:
+    """The settings that the cluster has."""
+    done = run_command(head.environment, "status", "--json", "--address", head.address)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["settings"]["declared"]
+
+
+def serve(head: RayHead, *arguments: str) -> str:
+    """Runs one of Serve's commands."""
     done = subprocess.run(
-        [*SERVE, "deploy", str(file), "-a", head.dashboard],
+        [*SERVE, *arguments],
         cwd=REPOSITORY,
         env=head.environment,
         capture_output=True,
@@ -122,5 +157,4 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    wait_until(lambda: is_ready(port), "serve deploy serves", TIMEOUT_S)
-    assert complete(port) == text
+    return done.stdout

@@ -68,7 +68,8 @@ def options(command: str) -> set[str]:
         if isinstance(action, argparse._SubParsersAction)
     ]
     actions = commands.choices[command]._actions
-    return {name for action in actions for name in action.option_strings} - {"-h", "--help"}
+    names = {name for action in actions for name in action.option_strings} - {"--help"}
+    return {name for name in names if name.startswith("--")}
 
 
 def _leads_somewhere(document: Path, target: str) -> bool:

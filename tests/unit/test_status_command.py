@@ -5,11 +5,12 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from milliways.cluster.cli.commands import status
+from milliways.cluster.cli.commands import running_controller, status
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.controller_actor import status_of
@@ -38,8 +39,8 @@ def test_news_of_ray_do_not_get_into_the_json(
     )
     monkeypatch.setattr("ray.get", get)
     monkeypatch.setattr("ray.shutdown", lambda: print(NEWS))
-    monkeypatch.setattr(status, "be_quiet", lambda: None)
-    monkeypatch.setattr(status, "head_for", lambda address: None)
+    monkeypatch.setattr(running_controller, "be_quiet", lambda: None)
+    monkeypatch.setattr(running_controller, "head_for", lambda address: None)
     status.run(Namespace(address="127.0.0.1:1", json=True))
     out, err = capsys.readouterr()
     assert json.loads(out) == AS_JSON
@@ -55,6 +56,15 @@ def test_metrics_have_their_names_labels_and_values() -> None:
     lines = render_metrics(CLUSTER).splitlines(keepends=True)
     assert "".join(line for line in lines if not line.startswith("#")) == AS_METRICS
     assert sum(line.startswith("# TYPE") for line in lines) == 20
+
+
+def test_table_says_what_of_the_settings_is_not_so_yet() -> None:
+    assert status.format_status(CLUSTER).splitlines()[1] == (
+        "settings: pending: workers.count: 2 declared, 1 ready"
+    )
+    done = replace(CLUSTER.settings, pending=(), problem="needs a new generation: …")
+    says = "settings: as declared (needs a new generation: …)"
+    assert status.format_settings(done) == says
 
 
 def test_table_has_a_line_for_each_worker() -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from milliways.cluster.cli.commands.status import ask_controller
+from milliways.cluster.cli.commands.running_controller import ControllerGoneError, joined
 from milliways.cluster.settings.config import WorkerSettings
 
 
@@ -20,5 +20,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Makes the controller drain a worker; returns when it is stopped, or ready again."""
     timeout_s = WorkerSettings().load_timeout_s
-    ask_controller(options.address, "drain", options.worker, options.restart, timeout_s=timeout_s)
+    with joined(options.address) as controller:
+        # Should the controller die meanwhile, the next one must know whether it is done.
+        incarnation = controller.ask("incarnation_of", options.worker)
+        order = (options.worker, options.restart)
+        try:
+            controller.ask("drain", *order, timeout_s=timeout_s)
+        except ControllerGoneError:
+            controller.ask_next("finish_drain", *order, incarnation, timeout_s=timeout_s)
     print(f"{options.worker} was {'restarted' if options.restart else 'stopped'}")

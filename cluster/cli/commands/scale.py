@@ -2,7 +2,7 @@
 
 import argparse
 
-from milliways.cluster.cli.commands.status import ask_controller
+from milliways.cluster.cli.commands.running_controller import ControllerGoneError, joined
 from milliways.cluster.settings.config import WorkerSettings
 
 
@@ -16,5 +16,12 @@ def run(options: argparse.Namespace) -> None:
     """Makes the controller add or remove workers; returns when the new placement is served."""
     # The command has the same bounds as the setting.
     settings = WorkerSettings(count=options.workers)
-    ask_controller(options.address, "scale", options.workers, timeout_s=settings.load_timeout_s)
+    with joined(options.address) as controller:
+        # If the controller is not there at all, there is nothing to wait for.
+        controller.ask("whereabouts")
+        order = ("scale", options.workers)
+        try:
+            controller.ask(*order, timeout_s=settings.load_timeout_s)
+        except ControllerGoneError:
+            controller.ask_next(*order, timeout_s=settings.load_timeout_s)
     print(f"{options.workers} workers")

@@ -1,0 +1,113 @@
+"""`milliways apply`: changes settings of a running cluster; prints the difference first."""
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milliways.cluster.cli.commands.running_controller import RunningController, joined
+from milliways.cluster.control.changes import EFFECTS, OF_INGRESS, differences
+from milliways.cluster.settings.config import ClusterConfig
+from milliways.cluster.settings.names import changed, flat
+from milliways.wire.errors import ChangeRefusedError, StartupError
+from milliways.wire.status import SettingsStatus
+from milliways.wire.view import Declared
+
+SETTLE_TIMEOUT_S = 20.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    option = parser.add_argument
+    option(
+        "-f",
+        "--file",
+        type=Path,
+        required=True,
+        metavar="FILE.toml",
+        help="file of settings; those that it does not name stay as they are",
+    )
+    option("--dry-run", action="store_true", help="print the difference only")
+    option("--address", metavar="RAY", help="Ray cluster [the one you started last]")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Declares the settings, and returns when the cluster is so.
+
+    Raises:
+        ChangeRefusedError: a running cluster cannot take them. Everything stays as it was.
+        ConfigError: a setting is invalid, or does not go with those that run.
+        StartupError: the cluster cannot become so now; says why. It goes on trying.
+    """
+    # Ray's messages go to the standard error meanwhile; ours do not.
+    out = sys.stdout
+    with joined(options.address) as controller:
+        running: ClusterConfig = controller.ask("config")
+        wanted = wanted_values(running, options.file)
+        lines: Sequence[str] = controller.ask("plan", wanted)
+        print("\n".join(lines) or "nothing to change", file=out, flush=True)
+        if options.dry_run or not lines:
+            return
+        reaches_ingress = bool(differences(flat(running), wanted, OF_INGRESS))
+        if reaches_ingress:
+            _check_ingress()
+        declared: Declared = controller.ask("apply", wanted)
+        if reaches_ingress:
+            _deploy_ingress(changed(running, declared.values), declared)
+        timeout_s = running.workers.start_timeout_s + running.workers.load_timeout_s
+        _wait(controller, declared, timeout_s)
+    print("done", file=out)
+
+
+def wanted_values(running: ClusterConfig, file: Path) -> Mapping[str, Any]:
+    """The settings that a file, or the environment, changes.
+
+    Raises:
+        ConfigError: one is invalid, or does not go with those that run.
+    """
+    # Not earlier: `--help` needs no pydantic.
+    from milliways.cluster.settings.sources import gather
+
+    gathered = gather(file=file, base=running, reads_environment=True)
+    before, after = flat(running), flat(gathered.config)
+    return {name: after[name] for name in EFFECTS if after[name] != before[name]}
+
+
+def _check_ingress() -> None:
+    from milliways.cluster.ray.serving import is_deployed_from_file
+
+    if is_deployed_from_file():
+        raise ChangeRefusedError(
+            "the ingress was deployed from a file, which has its settings:"
+            " change them there, and give the file to `serve deploy` or the chart"
+        )
+
+
+def _deploy_ingress(config: ClusterConfig, declared: Declared) -> None:
+    from milliways.cluster.ray.serving import deploy_ingress, wait_for_ingress
+
+    deploy_ingress(config, declared.at_s)
+    wait_for_ingress(config.workers.start_timeout_s)
+
+
+def _wait(controller: RunningController, declared: Declared, timeout_s: float) -> None:
+    """Waits until everything is as declared; a controller that is started meanwhile is told it."""
+    until_s = time.monotonic() + timeout_s
+    while True:
+        # The next controller may not have heard of it.
+        controller.ask_next("declare", declared, timeout_s=SETTLE_TIMEOUT_S + 30.0)
+        order = (declared.at_s, SETTLE_TIMEOUT_S)
+        status: SettingsStatus = controller.ask_next(
+            "settle", *order, timeout_s=SETTLE_TIMEOUT_S + 30.0
+        )
+        if status.declared_at_s > declared.at_s:
+            raise StartupError("other settings were declared meanwhile")
+        if not status.pending:
+            return
+        if status.problem:
+            raise StartupError(f"declared, but not so yet: {status.problem}")
+        if time.monotonic() > until_s:
+            late = "; ".join(status.pending)
+            raise StartupError(f"declared, but not so within {timeout_s:g} s: {late}")
