@@ -66,7 +66,12 @@ def check_listeners(ingress: IngressSettings, ours: Collection[int]) -> None:
     Raises:
         StartupError: a process that is not among `ours` listens there; names port and process.
     """
-    for connection in psutil.net_connections("tcp"):
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        # Some systems show connections only to their administrators.
+        return
+    for connection in connections:
         if connection.status != psutil.CONN_LISTEN or connection.pid in ours:
             continue
         address: Any = connection.laddr

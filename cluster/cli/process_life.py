@@ -107,12 +107,7 @@ class ProcessLife:
     def _end(self, end: Callable[[], None]) -> int:
         # What fails because the rest is stopped under it is not worth a word.
         error = self.error if self.wish < Wish.STOP else None
-        code = None
-        if error is None:
-            say("stopping …")
-        else:
-            # Before the ending, which may take some seconds.
-            code = _report(error)
+        say("stopping …")
         ending = threading.Thread(target=_try, args=(end,), name="end", daemon=True)
         ending.start()
         until_s = time.monotonic() + END_TIMEOUT_S
@@ -122,7 +117,8 @@ class ProcessLife:
         if self.wish is Wish.ABORT:
             # A second signal waits for nobody, but leaves no process behind either.
             ending.join(ABORT_TIMEOUT_S)
-        return self._signals.exit_code() if code is None else code
+        # Last of all, where people look for it.
+        return self._signals.exit_code() if error is None else _report(error)
 
 
 def _report(error: BaseException) -> int:

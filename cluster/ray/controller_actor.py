@@ -219,13 +219,16 @@ class ControllerActor:
     async def progress(self) -> dict[str, Any]:
         """How far the start is: what each worker waits for, and how many bytes it has read."""
         controller = await self._begun()
+        # Before the workers are asked, which takes time: what is complete shows every worker ready.
+        is_complete = controller.is_complete and all(
+            record.state is WorkerState.READY for record in controller.workers.values()
+        )
         workers = await asyncio.gather(
             *(self._progress_of(record) for record in controller.workers.values())
         )
         failure = controller.failure
         return {
-            "is_complete": controller.is_complete
-            and all(r.state is WorkerState.READY for r in controller.workers.values()),
+            "is_complete": is_complete,
             "failure": str(failure) if failure else "",
             "workers": workers,
         }

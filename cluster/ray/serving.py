@@ -39,7 +39,7 @@ PROGRESS_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.1
 # What an answer may take beyond the time that running requests have.
-LEAVE_TIMEOUT_S = 10.0
+LEAVE_TIMEOUT_S = 15.0
 
 
 class ServedApplication:
@@ -90,8 +90,7 @@ class ServedApplication:
         Proxies that other applications use as well (not `owns_proxies`) are left alone.
         """
         until_s = time.monotonic() + grace_s
-        # Serve has a remark for everybody who asks for a deployment.
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        _quiet_serve()
         # Twice, because a replica may have started meanwhile.
         for _ in range(2):
             left_s = max(0.0, until_s - time.monotonic())
@@ -102,6 +101,11 @@ class ServedApplication:
                 logger.warning("an ingress replica does not leave: %s", error)
         if owns_proxies:
             _drain_proxies(until_s)
+
+
+def _quiet_serve() -> None:
+    """Serve has a remark for everybody who asks for a deployment, or deletes one."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _drain_proxies(until_s: float) -> None:
@@ -178,6 +182,7 @@ def stop_and_leave(*, keeps_serve: bool) -> None:
 
     `keeps_serve` leaves Serve itself running, for its other applications.
     """
+    _quiet_serve()
     serve.delete(APP_NAME, _blocking=False)
     # Serve would give their requests the time of a planned change.
     for replica in _actors_of_serve(f"{REPLICA_ID_FULL_ID_STR_PREFIX}{APP_NAME}#"):
