@@ -139,7 +139,7 @@ class Traffic:
             sampling=sampling_pb2.SamplingParams(temperature=0.0),
         )
         if cursor:
-            request_id, _, count = cursor.partition("/")
+            request_id, count, *_ = cursor.split("/")
             request.resume.request_id = request_id
             request.resume.received.add(num_tokens=int(count))
         options = [("grpc.use_local_subchannel_pool", 1)]
