@@ -8,7 +8,8 @@ import json
 import sys
 from typing import Any
 
-from milliways.cluster.ray.environment import be_quiet, enter, find_running
+from milliways.cluster.ray.environment import be_quiet, enter
+from milliways.cluster.ray.running_clusters import find_running
 from milliways.cluster.settings.config import config_from_tree
 
 

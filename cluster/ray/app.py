@@ -261,9 +261,7 @@ def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Applica
             "initial_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
-            "policy": {
-                "policy_function": "milliways.cluster.ray.autoscaling:replicas_for_requests"
-            },
+            "policy": {"policy_function": AUTOSCALING_POLICY},
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # After this time Serve kills the replica. It ends its requests itself before.

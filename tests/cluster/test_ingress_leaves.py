@@ -7,7 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,10 @@ from tests.ingresses import demo_engine, demo_model
 from tests.served_cluster import ServedCluster
 
 PROMPT = "Welcome to"
-NUM_TOKENS = 400
-NUM_STREAMS = 4
-# A stream that runs has received this many tokens before the change begins.
+NUM_TOKENS = 300
+# Over each of HTTP and gRPC.
+NUM_CLIENTS = 3
+# The change begins when each client has received this many events.
 NUM_BEFORE = 5
 TIMEOUT_S = 240.0
 
@@ -45,14 +46,57 @@ class Stream:
     is_complete: bool = False
 
 
+class NotBegunError(Exception):
+    """A request was refused before it had begun; its client asks again."""
+
+
 @dataclass
-class Client:
-    """Streams over HTTP and gRPC, each of them on a connection of its own."""
+class Traffic:
+    """Clients that repeat the same request, each time on a new connection, until they are stopped.
+
+    Half of them use HTTP, half gRPC; streams are kept in the order of their beginning.
+    """
 
     cluster: ServedCluster
-    streams: list[Stream] = field(default_factory=list)
+    by_http: list[Stream] = field(default_factory=list)
+    by_grpc: list[Stream] = field(default_factory=list)
 
-    async def by_http(self, stream: Stream, cursor: str = "") -> None:
+    async def run_while(self, change: Callable[[], Awaitable[None]]) -> None:
+        """Runs clients; the change begins when all are served, and they stop after it."""
+        is_over = asyncio.Event()
+        clients = [
+            asyncio.ensure_future(self._repeat(ask, streams, is_over))
+            for ask, streams in ((self.http, self.by_http), (self.grpc, self.by_grpc))
+            for _ in range(NUM_CLIENTS)
+        ]
+        try:
+            while not self._are_all_served():
+                await asyncio.sleep(0.01)
+                self._raise_from(clients)
+            await change()
+            is_over.set()
+            await asyncio.gather(*clients)
+        finally:
+            for client in clients:
+                client.cancel()
+
+    async def _repeat(self, ask: "Ask", streams: list[Stream], is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
+            streams.append(Stream())
+            try:
+                await ask(streams[-1])
+            except NotBegunError:
+                await asyncio.sleep(0.1)
+
+    def _are_all_served(self) -> bool:
+        begun = [
+            sum(stream.num_events >= NUM_BEFORE for stream in streams)
+            for streams in (self.by_http, self.by_grpc)
+        ]
+        return min(begun) >= NUM_CLIENTS
+
+    async def http(self, stream: Stream, cursor: str = "") -> None:
+        """Adds what comes over HTTP, from a cursor on."""
         body = {
             "model": "demo",
             "prompt": PROMPT,
@@ -67,6 +111,9 @@ class Client:
             httpx.AsyncClient(timeout=TIMEOUT_S) as client,
             client.stream("POST", url, json=body, headers=headers) as response,
         ):
+            if response.status_code == 503:
+                assert json.loads(await response.aread())["error"]["code"] == "server_leaving"
+                raise NotBegunError
             assert response.status_code == 200, await response.aread()
             event_id = ""
             async for line in response.aiter_lines():
@@ -83,7 +130,8 @@ class Client:
                     else:
                         stream.text += data["choices"][0]["text"]
 
-    async def by_grpc(self, stream: Stream, cursor: str = "") -> None:
+    async def grpc(self, stream: Stream, cursor: str = "") -> None:
+        """Adds what comes over gRPC, from a cursor on."""
         request = generate_pb2.GenerateRequest(
             text=PROMPT,
             max_tokens=NUM_TOKENS,
@@ -91,7 +139,7 @@ class Client:
             sampling=sampling_pb2.SamplingParams(temperature=0.0),
         )
         if cursor:
-            request_id, _, count = cursor.partition("/")
+            request_id, count, *_ = cursor.split("/")
             request.resume.request_id = request_id
             request.resume.received.add(num_tokens=int(count))
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -104,25 +152,25 @@ class Client:
                     stream.text += "".join(event.text for event in response.events)
                     stream.is_complete |= response.HasField("usage")
             except aio.AioRpcError as error:
-                metadata = dict(error.trailing_metadata() or ())
-                named = error_of(error.details() or "", metadata)
-                assert error.code() is grpc.StatusCode.UNAVAILABLE
+                if not stream.num_events:
+                    raise NotBegunError from error
+                named = error_of(error.details() or "", dict(error.trailing_metadata() or ()))
                 assert isinstance(named, LeavingError), error
+                assert error.code() is grpc.StatusCode.UNAVAILABLE
                 stream.error, stream.cursor = "server_leaving", named.cursor
 
-    async def run_while(self, change: Callable[[], Awaitable[None]]) -> None:
-        """Runs streams of both kinds; the change begins when all have begun."""
-        self.streams = [Stream() for _ in range(2 * NUM_STREAMS)]
-        running = [
-            asyncio.ensure_future((self.by_http, self.by_grpc)[i % 2](stream))
-            for i, stream in enumerate(self.streams)
-        ]
-        while any(stream.num_events < NUM_BEFORE for stream in self.streams):
-            await asyncio.sleep(0.01)
-            failed = [task for task in running if task.done() and task.exception()]
-            assert not failed, failed
-        await change()
-        await asyncio.gather(*running)
+    @property
+    def begun(self) -> list[Stream]:
+        return [stream for stream in self.by_http + self.by_grpc if stream.num_events]
+
+    @staticmethod
+    def _raise_from(clients: Sequence["asyncio.Future[None]"]) -> None:
+        for client in clients:
+            if client.done():
+                client.result()
+
+
+Ask = Callable[[Stream], Awaitable[None]]
 
 
 @pytest.fixture(scope="module")
@@ -156,38 +204,43 @@ async def redeploy(
     assert process.returncode == 0, output.decode()
 
 
+def check_whole(streams: Sequence[Stream], text: str) -> None:
+    """Asserts that each client has the text of an undisturbed run."""
+    assert [stream.error for stream in streams if stream.error] == []
+    assert all(stream.is_complete for stream in streams)
+    assert {stream.text for stream in streams} == {text}
+
+
 def test_redeploy_cuts_no_stream(cluster: ServedCluster, text: str) -> None:
-    client = Client(cluster)
-    asyncio.run(client.run_while(lambda: redeploy(cluster, {"grace_s": 100.0}, replicas=2)))
-    assert [stream.error for stream in client.streams] == [""] * len(client.streams)
-    assert {stream.text for stream in client.streams} == {text}
-    assert all(stream.is_complete for stream in client.streams)
+    traffic = Traffic(cluster)
+    asyncio.run(traffic.run_while(lambda: redeploy(cluster, {"grace_s": 100.0}, replicas=2)))
+    check_whole(traffic.begun, text)
 
 
 def test_scale_in_cuts_no_stream(cluster: ServedCluster, text: str) -> None:
-    client = Client(cluster)
-    asyncio.run(client.run_while(lambda: redeploy(cluster, {"grace_s": 100.0}, replicas=1)))
-    assert [stream.error for stream in client.streams] == [""] * len(client.streams)
-    assert {stream.text for stream in client.streams} == {text}
-    assert all(stream.is_complete for stream in client.streams)
+    traffic = Traffic(cluster)
+    asyncio.run(traffic.run_while(lambda: redeploy(cluster, {"grace_s": 100.0}, replicas=1)))
+    check_whole(traffic.begun, text)
 
 
 def test_streams_over_the_limit_are_resumed_at_their_cursor(
     cluster: ServedCluster, text: str
 ) -> None:
     asyncio.run(redeploy(cluster, {"grace_s": 0.0}, replicas=1))
-    client = Client(cluster)
+    traffic = Traffic(cluster)
     # The application as `milliways serve` started it.
-    asyncio.run(client.run_while(lambda: redeploy(cluster, {})))
-    ended = [stream for stream in client.streams if stream.error]
-    assert {stream.error for stream in ended} <= {"server_leaving"}
-    assert all(stream.cursor for stream in ended)
+    asyncio.run(traffic.run_while(lambda: redeploy(cluster, {})))
 
-    async def resume() -> None:
-        for i, stream in enumerate(client.streams):
-            if stream.error:
-                await (client.by_http, client.by_grpc)[i % 2](stream, stream.cursor)
+    async def resume(streams: Sequence[Stream], ask: Callable[..., Awaitable[None]]) -> None:
+        ended = [stream for stream in streams if stream.error]
+        assert ended and {stream.error for stream in ended} == {"server_leaving"}
+        for stream in ended:
+            stream.error = ""
+            await ask(stream, stream.cursor)
 
-    asyncio.run(resume())
-    assert {stream.text for stream in client.streams} == {text}
-    assert all(stream.is_complete for stream in client.streams)
+    async def resume_all() -> None:
+        await resume(traffic.by_http, traffic.http)
+        await resume(traffic.by_grpc, traffic.grpc)
+
+    asyncio.run(resume_all())
+    check_whole(traffic.begun, text)

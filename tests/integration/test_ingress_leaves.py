@@ -219,7 +219,7 @@ def test_call_over_the_limit_gets_a_cursor_and_the_rest_elsewhere(model: ServedM
         named = error_of(error.details() or "", dict(error.trailing_metadata() or ()))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert isinstance(named, LeavingError)
-        request_id, _, count = named.cursor.partition("/")
+        request_id, count, *_ = named.cursor.split("/")
         request.resume.request_id = request_id
         request.resume.received.add(num_tokens=int(count))
         allow(router, 2 * NUM_TOKENS)
