@@ -39,7 +39,7 @@ class RouterServer:
     ) -> None:
         self._reactor = reactor
         self._router = router
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self._tls = tls or TlsSettings()
         self._server: Any = None
 
@@ -86,7 +86,7 @@ class RouterServer:
         stream = _Stream(lambda: self._router.standby_id)
         routed: RoutedRequest | None = None
         try:
-            routed = routed_request(message, self._request_timeout_s)
+            routed = routed_request(message, self.request_timeout_s)
             stream.num_delivered = {i: len(tokens) for i, tokens in routed.delivered.items()}
             self._router.submit(routed, stream)
             stream.begin()
