@@ -77,7 +77,7 @@ class BlockCopies:
         self._links = links
         self._tasks = tasks
         self._arrays_now = arrays_now
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._timer: Timer | None = None
 
     @property
@@ -162,11 +162,11 @@ class BlockCopies:
             values_CLPRK=values_CLPRK,
         )
         pending = self._links.ask(
-            standby_id, call, step=0, timeout_s=self._timeout_s, is_timed=False
+            standby_id, call, step=0, timeout_s=self.timeout_s, is_timed=False
         )
         pending.when_done(lambda: self._settle(run, pending))
         if not pending.is_done:
-            timeout_s = self._timeout_s * self._links.slowness(standby_id)
+            timeout_s = self.timeout_s * self._links.slowness(standby_id)
             self._links.abandon(standby_id, pending, 2 * timeout_s)
         self.look()
 

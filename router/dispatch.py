@@ -81,7 +81,7 @@ class Dispatcher:
 
     def __init__(self, links: LinkTable, limits: DispatchLimits, tasks: Tasks) -> None:
         self._links = links
-        self._limits = limits
+        self.limits = limits
         self._tasks = tasks
         self.num_resent = 0
         self.num_hedged = 0
@@ -179,7 +179,7 @@ class Dispatcher:
         return links.is_silent(worker_id), not links.is_local(worker_id), num_rows, worker_id
 
     def _hedge_after_s(self, worker_id: str) -> float:
-        limits = self._limits
+        limits = self.limits
         return patience_s(
             self._links.latency_s(worker_id),
             multiple=HEDGE_LATENCIES,
@@ -202,7 +202,7 @@ class Dispatcher:
                 await self._tasks.sleep(layer.caution_s)
             return frozenset()
         incarnation = self._links.incarnation_of(worker_id)
-        timeout_s = self._limits.timeout_s * self._links.slowness(worker_id)
+        timeout_s = self.limits.timeout_s * self._links.slowness(worker_id)
         hedge_after_s = self._hedge_after_s(worker_id)
         pending = self._links.ask(
             worker_id,
@@ -334,7 +334,7 @@ class Dispatcher:
         self._num_parked_now += 1
         try:
             # Bounded, because a worker that was avoided may work again without a change of view.
-            await self._tasks.wait_for(self._links.changed.wait(), self._limits.hedge_after_s)
+            await self._tasks.wait_for(self._links.changed.wait(), self.limits.hedge_after_s)
         finally:
             self._num_parked_now -= 1
 

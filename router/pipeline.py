@@ -64,7 +64,7 @@ class Pipeline:
         self._links = links
         self._dispatcher = dispatcher
         self._tasks = tasks
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
 
     def obstacle(self) -> str:
         """The reason why no step can be finished now; empty if no reason is known."""
@@ -116,7 +116,7 @@ class Pipeline:
                 call = BeginBatch(batch_id, layer, tokens, turn.hidden_TD)
         except (Cancelled, ClusterError):
             self._links.ask(
-                shard.worker_id, AbandonBatch(batch_id), step=step, timeout_s=self._timeout_s
+                shard.worker_id, AbandonBatch(batch_id), step=step, timeout_s=self.timeout_s
             )
             raise
 
@@ -144,7 +144,7 @@ class Pipeline:
             await self._tasks.wait_for(self._links.changed.wait(), wait_s)
 
     async def _answer(self, shard: Member, step: int, call: Call) -> Result:
-        timeout_s = self._timeout_s * self._links.slowness(shard.worker_id)
+        timeout_s = self.timeout_s * self._links.slowness(shard.worker_id)
         pending = self._links.ask(shard.worker_id, call, step=step, timeout_s=timeout_s)
         try:
             is_done = pending.is_done or await self._tasks.wait_for(pending, timeout_s)

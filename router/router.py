@@ -179,6 +179,15 @@ class Router:
             return Refusal(RefusalReason.NOT_HELD, "this router keeps no copies")
         return self.copies.store(call)
 
+    def take_limits(self, limits: RouterLimits) -> None:
+        """Uses other limits from the next step and request on.
+
+        The sizes of a step and of the batch must stay: arrays and programs have them.
+        """
+        self._limits, self.scheduler.limits = limits, limits.scheduler
+        if self.copies is not None:
+            self.copies.timeout_s = limits.copy_timeout_s
+
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Admits a request.
 

@@ -46,7 +46,7 @@ class RouterServer:
     ) -> None:
         self._reactor = reactor
         self._router = router
-        self._request_timeout_s = request_timeout_s
+        self.request_timeout_s = request_timeout_s
         self._tls = tls or TlsSettings()
         self._loads = LoadReports(router.loads)
         self._server: Any = None
@@ -101,7 +101,7 @@ class RouterServer:
         stream = _Stream(lambda: self._router.standby_id, self._loads.note)
         routed: RoutedRequest | None = None
         try:
-            routed = routed_request(message, self._request_timeout_s)
+            routed = routed_request(message, self.request_timeout_s)
             stream.num_delivered = {i: len(tokens) for i, tokens in routed.delivered.items()}
             self._router.submit(routed, stream)
             self._loads.note()

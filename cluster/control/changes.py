@@ -51,14 +51,14 @@ EFFECTS: Mapping[str, Effect] = {
     "workers.load_timeout_s": Effect.LIVE,
     "workers.start_timeout_s": Effect.LIVE,
     "router.max_running": Effect.BY_WORKER,
-    "router.max_waiting": Effect.BY_WORKER,
+    "router.max_waiting": Effect.LIVE,
     "router.max_step_tokens": Effect.BY_WORKER,
-    "router.max_micro_batches": Effect.BY_WORKER,
-    "router.min_micro_batch_tokens": Effect.BY_WORKER,
-    "router.hedge_after_s_min": Effect.BY_WORKER,
-    "router.hedge_after_s": Effect.BY_WORKER,
-    "router.step_timeout_s": Effect.BY_WORKER,
-    "router.request_timeout_s": Effect.BY_WORKER,
+    "router.max_micro_batches": Effect.LIVE,
+    "router.min_micro_batch_tokens": Effect.LIVE,
+    "router.hedge_after_s_min": Effect.LIVE,
+    "router.hedge_after_s": Effect.LIVE,
+    "router.step_timeout_s": Effect.LIVE,
+    "router.request_timeout_s": Effect.LIVE,
     "ingress.host": Effect.START,
     "ingress.port": Effect.START,
     "ingress.grpc_port": Effect.LIVE,
@@ -81,6 +81,10 @@ MODEL = tuple(
     if name.startswith("model.") and effect is Effect.GENERATION
 )
 BY_WORKER = tuple(name for name, effect in EFFECTS.items() if effect is Effect.BY_WORKER)
+# What running routers take from a view.
+OF_ROUTERS = tuple(
+    name for name, effect in EFFECTS.items() if name.startswith("router.") and effect is Effect.LIVE
+)
 # What ingress replicas are built with, besides what they are told by the view.
 OF_INGRESS = (
     "model.chat_template",

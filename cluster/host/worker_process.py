@@ -29,6 +29,11 @@ from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.host.model_files import ModelFiles
 from milliways.cluster.host.peer_parts import PeerParts
 from milliways.cluster.host.rates import Rates
+from milliways.cluster.host.router_limits import (
+    dispatch_limits,
+    router_limits,
+    with_live_settings,
+)
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import flat
 from milliways.model.activations import Activations
@@ -42,7 +47,6 @@ from milliways.model.ops.select import KernelChoice, Residence, select_ops
 from milliways.model.runner import CacheSize
 from milliways.model.tokenizer import Tokenizer
 from milliways.router.dispatch import Dispatcher
-from milliways.router.limits import DispatchLimits, RouterLimits, SchedulerLimits
 from milliways.router.links.connect import Connector
 from milliways.router.links.direct_link import DirectLink
 from milliways.router.links.link_table import LinkTable
@@ -272,13 +276,23 @@ class WorkerProcess:
         self._compute.call(lambda: self._experts.keep_only(kept))
 
     def publish(self, view: ClusterView) -> None:
-        """Gives the router a view."""
+        """Gives the router a view, and the limits that are declared in it."""
+        config = with_live_settings(self._config, view.declared.values)
 
         def take() -> None:
+            if config != self._config:
+                self._take_limits(config)
             self._links.update(view)
             self._router.chain_changed()
 
         self._routing.call(take)
+
+    def _take_limits(self, config: ClusterConfig) -> None:
+        self._config, settings = config, config.router
+        self._router.take_limits(router_limits(settings))
+        self._dispatcher.limits = dispatch_limits(settings)
+        self._pipeline.timeout_s = settings.step_timeout_s
+        self._router_server.request_timeout_s = settings.request_timeout_s
 
     def fence(self, placement_epoch: int) -> None:
         """Makes the core refuse calls that act on an older placement."""
@@ -439,32 +453,17 @@ class WorkerProcess:
             return opened
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
-        limits = DispatchLimits(
-            hedge_after_s=settings.hedge_after_s,
-            hedge_after_s_min=settings.hedge_after_s_min,
-            timeout_s=settings.step_timeout_s,
-        )
-        self._dispatcher = Dispatcher(links, limits, tasks)
-        pipeline = Pipeline(
+        self._dispatcher = Dispatcher(links, dispatch_limits(settings), tasks)
+        self._pipeline = Pipeline(
             model.num_layers, links, self._dispatcher, tasks, settings.step_timeout_s
-        )
-        router_limits = RouterLimits(
-            scheduler=SchedulerLimits(
-                max_running=settings.max_running,
-                max_step_tokens=settings.max_step_tokens,
-                max_waiting=settings.max_waiting,
-            ),
-            max_micro_batches=settings.max_micro_batches,
-            min_micro_batch_tokens=settings.min_micro_batch_tokens,
-            copy_timeout_s=settings.step_timeout_s,
         )
         pool = BlockPool(self._cache_size.num_blocks, self._cache_size.block_size)
         router = Router(
             model,
             pool,
-            router_limits,
+            router_limits(settings),
             links,
-            pipeline,
+            self._pipeline,
             self._detokenizer_for,
             tasks,
             self._kv_now if self._config.workers.kv_standby else None,

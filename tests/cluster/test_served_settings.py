@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.test_served_changes import settled, texts, traffic
 from tests.conftest import REPOSITORY
 from tests.served_cluster import COMMAND_TIMEOUT_S, ServedCluster, wait_until
 
 __all__ = ["texts"]
+
+OTHER_MODEL = '[model]\npath = "/other"\n'
 
 
 def written(folder: Path, text: str) -> str:
@@ -21,21 +21,11 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ('[model]\npath = "/other"\n', "needs a new generation: model.path: 'demo' -> '/other'"),
-        ("[ingress]\nport = 9\n", "needs a new start of the cluster: ingress.port: "),
-        ("[workers]\nexpert_replicas = 9\n", "workers.expert_replicas = 9: must be between 0 and"),
-        ("[workers]\nmemory_gb_each = 0.0001\n", "worker-0 needs "),
-    ],
-)
-def test_refused_settings_change_nothing(
-    cluster: ServedCluster, tmp_path: Path, text: str, says: str
-) -> None:
+def test_refused_settings_change_nothing(cluster: ServedCluster, tmp_path: Path) -> None:
+    says = "needs a new generation: model.path: 'demo' -> '/other'"
     before = cluster.status()
     for dry in ((), ("--dry-run",)):
-        done = cluster.command("apply", "-f", written(tmp_path, text), *dry)
+        done = cluster.command("apply", "-f", written(tmp_path, OTHER_MODEL), *dry)
         assert (done.returncode, done.stdout) == (1, ""), done.stderr
         assert says in done.stderr and "Traceback" not in done.stderr
     after = cluster.status()

@@ -34,7 +34,7 @@ from milliways.wire.calls import (
 )
 from milliways.wire.errors import RefusalReason
 from milliways.wire.placement import ExpertId, ShardPlan
-from milliways.wire.view import Member, WorkerState
+from milliways.wire.view import ClusterView, Declared, Member, WorkerState
 from milliways.workers.core import WorkerCore
 from milliways.workers.devices import Device
 from milliways.workers.experts import ExpertGroup
@@ -135,6 +135,34 @@ def test_status_and_describe_answer_while_experts_come_and_go(
         assert isinstance(result, Refusal) and result.reason is RefusalReason.NOT_HELD
     finally:
         process.stop()
+
+
+def test_router_takes_the_limits_that_a_view_declares(golden_dir: Path) -> None:
+    tree = {
+        "model": {"path": str(golden_dir / "mini8"), "dtype": "float32"},
+        "workers": {"count": 1, "kv_tokens": 64, "warm_up": False, "transport": "grpc"},
+    }
+    config = config_from_tree(tree)
+    faults: list[BaseException] = []
+    process = WorkerProcess(config, "worker-0", 1, LOOPBACK, faults.append)
+    process.start()
+    try:
+        values = {
+            "router.max_waiting": 7,
+            "router.step_timeout_s": 3.0,
+            "router.request_timeout_s": 4.0,
+            # Arrays have this size: it stays until the worker is started again.
+            "router.max_running": 2,
+        }
+        declared = Declared(values=values, at_s=1.0)
+        process.publish(ClusterView(placement_epoch=1, members={}, declared=declared))
+        scheduler = process._router.scheduler.limits
+        assert (scheduler.max_waiting, scheduler.max_running) == (7, config.router.max_running)
+        assert process._dispatcher.limits.timeout_s == process._pipeline.timeout_s == 3.0
+        assert process._router_server.request_timeout_s == 4.0
+    finally:
+        process.stop()
+    assert faults == []
 
 
 def begin(batch_id: int) -> BeginBatch:
