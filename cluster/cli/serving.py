@@ -201,10 +201,14 @@ def _watch_loading(
     """
     bar = Bar(sys.stderr)
     begun_s = time.monotonic()
+    said: set[str] = set()
     try:
         while not stopped.is_set():
             progress = application.progress()
             bar.draw(progress["workers"])
+            for error in new_errors(progress["workers"], said):
+                bar.end()
+                say(error)
             if progress["failure"]:
                 raise PlacementError(progress["failure"])
             if progress["is_complete"]:
@@ -222,6 +226,14 @@ def _time_for(workers: list[dict[str, Any]], settings: WorkerSettings) -> float:
     """Time limit of the start; loading adds to it once all workers have a process."""
     have_processes = all(worker["has_process"] for worker in workers)
     return settings.start_timeout_s + (settings.load_timeout_s if have_processes else 0.0)
+
+
+def new_errors(workers: list[dict[str, Any]], said: set[str]) -> list[str]:
+    """What went wrong in workers that are not ready, each once: `said` has the earlier ones."""
+    errors = {w["last_error"] for w in workers if w["state"] != "ready" and w["last_error"]}
+    new = sorted(errors - said)
+    said |= errors
+    return new
 
 
 def waiting(workers: list[dict[str, Any]]) -> str:

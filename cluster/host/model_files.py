@@ -7,7 +7,7 @@ from milliways.model.checkpoint.checked_tensors import Elsewhere
 from milliways.model.config import ModelConfig
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import Manifest, digest_small_files
-from milliways.model.model_dir import load_tokenizer
+from milliways.model.model_dir import description_dir, load_tokenizer
 from milliways.wire.errors import StartupError
 
 
@@ -23,7 +23,8 @@ class ModelFiles:
         Raises:
             CheckpointError, ModelConfigError, TokenizerError: what is wrong with which file.
         """
-        self._model_dir = model_dir
+        # Where configuration and tokenizer are.
+        self._small_files_dir = description_dir(model_dir)
         self.checkpoint = Checkpoint.open_lazily(model_dir)
         self.tensors = CheckedTensors(self.checkpoint)
         self._small_files = digest_small_files(model_dir)
@@ -54,10 +55,10 @@ class ModelFiles:
         if not differing:
             return
         part = differing[0]
-        now = digest_small_files(self._model_dir)
+        now = digest_small_files(self._small_files_dir)
         if part in now.digests and wanted.differing(now):
             found, right = now.digests[part], wanted.digests[part]
-            raise OtherModelError(self._model_dir / part, part, found, right)
+            raise OtherModelError(self._small_files_dir / part, part, found, right)
         raise StartupError(f"{part} was read when it was another model's; the worker starts again")
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 CACHED_FOR_S = 1.0
 # A probe that takes longer has failed: no token can be made now.
 PROBE_TIMEOUT_S = 10.0
+# Callers are not kept longer than this, whatever a probe waits for.
+ANSWER_WITHIN_S = 0.8
 
 
 class Readiness:
@@ -33,7 +35,7 @@ class Readiness:
         self._source = source
         self._clock = clock
         self._probe_timeout_s = probe_timeout_s
-        self._reason: str | None = None
+        self._reason: str | None = f"no token within {ANSWER_WITHIN_S:g} s so far"
         self._good_until_s = float("-inf")
         self._probe: asyncio.Task[str | None] | None = None
         self._draining_reason: str | None = None
@@ -72,8 +74,14 @@ class Readiness:
             return self._reason
         if self._probe is None:
             self._probe = asyncio.create_task(self._run_probe(), name="readiness probe")
-        # Shielded: other callers may wait for the same probe.
-        return await asyncio.shield(self._probe)
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                # Shielded: other callers may wait for the same probe.
+                return await asyncio.shield(self._probe)
+        except TimeoutError:
+            # A long step delays a token without any fault, so what the last probe said counts.
+            # That probe ended at most `probe_timeout_s` ago, or this one has failed by then.
+            return self._reason
 
     async def _run_probe(self) -> str | None:
         try:

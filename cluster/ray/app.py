@@ -42,7 +42,7 @@ from milliways.cluster.settings.names import changed, flat
 from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
-from milliways.model.model_dir import resolve_model_dir
+from milliways.model.model_dir import description_dir, resolve_model_dir
 from milliways.wire.errors import ClusterError, ConfigError
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
@@ -89,7 +89,7 @@ class Directory:
         """Raises OtherModelError if this replica has read files of another model than is served."""
         for name in self._view.manifest.differing(self._files):
             wanted = self._view.manifest.digests[name]
-            path = resolve_model_dir(self._config.model.path) / name
+            path = description_dir(resolve_model_dir(self._config.model.path)) / name
             raise OtherModelError(path, name, self._files.digests[name], wanted)
 
     def routers(self) -> Sequence[RouterInfo]:
@@ -146,7 +146,7 @@ class IngressReplica:
     def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
         self._config = config
-        files = digest_small_files(resolve_model_dir(config.model.path))
+        files = digest_small_files(description_dir(resolve_model_dir(config.model.path)))
         self._directory = Directory(config, declared_at_s, files)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from milliways.cluster.ingress import readiness as readiness_module
 from milliways.cluster.ingress.ingress import ChoiceEvent, merged
 from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.openai.fields import IGNORED, REFUSED, drop_foreign_fields
@@ -110,6 +111,40 @@ def test_probe_that_hangs_means_not_ready() -> None:
         readiness = Readiness(Hanging(), probe_timeout_s=0.05)
         with pytest.raises(UnavailableError, match=r"no token within 0\.05 s"):
             await readiness.check()
+
+    asyncio.run(main())
+
+
+def test_a_caller_is_answered_at_once_while_a_probe_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when an expert is nowhere: a token may come again, but nobody knows when."""
+    monkeypatch.setattr(readiness_module, "ANSWER_WITHIN_S", 0.02)
+
+    class Slow(CountingSource):
+        def __init__(self) -> None:
+            super().__init__()
+            self.may_answer = asyncio.Event()
+            self.may_answer.set()
+
+        async def probe(self) -> None:
+            await self.may_answer.wait()
+
+    async def main() -> None:
+        now_s, source = 0.0, Slow()
+        readiness = Readiness(source, clock=lambda: now_s, probe_timeout_s=0.3)
+        source.may_answer.clear()
+        with pytest.raises(UnavailableError, match="so far"):
+            await readiness.check()
+        source.may_answer.set()
+        await asyncio.sleep(0.01)
+        await readiness.check()
+        # A slow probe alone does not make it unready, one that fails does.
+        source.may_answer.clear()
+        now_s = 2.0
+        await readiness.check()
+        await asyncio.sleep(0.5)
+        with pytest.raises(UnavailableError, match=r"no token within 0\.3 s"):
+            await readiness.check()
+        source.may_answer.set()
 
     asyncio.run(main())
 

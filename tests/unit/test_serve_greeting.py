@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from milliways.cluster.cli.messages import greeting
+from milliways.cluster.cli.serving import new_errors
 from milliways.cluster.settings.config import config_from_tree
 from milliways.model.demo import DEMO_DIR
 
@@ -25,3 +26,15 @@ def test_line_to_try_is_one_that_the_model_can_answer(tmp_path: Path) -> None:
     (bare / "ckpt-0").symlink_to(DEMO_DIR / "ckpt-0")
     tried = body_to_try(bare)
     assert (tried["model"], tried["prompt"]) == ("bare", [1, 2, 3])
+
+
+def test_what_keeps_a_worker_from_loading_is_said_once() -> None:
+    said: set[str] = set()
+    fault = "worker-1 cannot load: /m/ckpt-0/tensor00003_000: is missing"
+    workers = [
+        {"state": "ready", "last_error": "an old one"},
+        {"state": "loading", "last_error": fault},
+        {"state": "loading", "last_error": ""},
+    ]
+    assert new_errors(workers, said) == [fault]
+    assert new_errors(workers, said) == []

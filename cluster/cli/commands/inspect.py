@@ -12,7 +12,7 @@ from milliways.model.checkpoint import (
 )
 from milliways.model.errors import InvalidRequestError
 from milliways.model.manifest import digest_small_files
-from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.model_dir import description_dir, load_tokenizer, resolve_model_dir
 
 MAX_WORKERS = 4096
 
@@ -49,7 +49,11 @@ def run(options: argparse.Namespace) -> None:
     with Checkpoint.open(path) as checkpoint:
         load_tokenizer(path, checkpoint.config.vocab_size)
         if options.digest:
-            print(digest_model(checkpoint).with_all(digest_small_files(path)).to_json())
+            print(
+                digest_model(checkpoint)
+                .with_all(digest_small_files(description_dir(path)))
+                .to_json()
+            )
             return
         num_verified_bytes = checkpoint.verify() if options.verify else None
         summary = summarize(checkpoint, options.workers)
