@@ -6,7 +6,10 @@ ModelError
 │   ├── UnsafePickleError      an opcode or global outside the allow-list; nothing was executed
 │   ├── CorruptTensorError     truncated, malformed, or with sizes that contradict each other
 │   ├── TensorLayoutError      a missing or extra file, a wrong shape or dtype
-│   └── TensorValueError       NaN, infinity, or a scale that is not positive (found by --verify)
+│   ├── TensorValueError       NaN, infinity, or a scale that is not positive (found by --verify)
+│   ├── OtherModelError        the bytes are not those of the model that is served
+│   └── ChangeableFileError    a mapped file may be changed by others while it is in use
+├── ManifestError          a manifest of digests cannot be read, or is none
 ├── TokenizerError         the tokenizer is missing, unreadable, or has another vocabulary size
 ├── InvalidRequestError    names field, value and limit
 │   └── PromptTooLongError     names both numbers of tokens
@@ -16,9 +19,30 @@ ModelError
 """
 
 from pathlib import Path
+from typing import Any
 
 
-class ModelError(Exception):
+class PicklableError(Exception):
+    """An error that keeps its message and its fields when it is pickled, as Ray does.
+
+    Python pickles an exception as a call of its class with `args`, which is the message alone. That
+    call fails, or gives other fields, for a class whose constructor takes something else.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[PicklableError], args: tuple[Any, ...], fields: dict[str, Any]
+) -> PicklableError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+class ModelError(PicklableError):
     """Root of the tree above."""
 
 
@@ -56,6 +80,28 @@ class TensorLayoutError(CheckpointError):
 
 class TensorValueError(CheckpointError):
     """A tensor holds a value that no model may have: NaN, infinity, or a scale <= 0."""
+
+
+class OtherModelError(CheckpointError):
+    """The bytes of a tensor or a file differ from those of the model that is served."""
+
+    def __init__(self, path: Path | str, part: str, found: str, wanted: str) -> None:
+        reason = f"{part} is not that of the model that is served: its digest is {found}"
+        super().__init__(path, f"{reason}, and not {wanted}")
+        self.part = part
+
+
+class ChangeableFileError(CheckpointError):
+    """A file that stays mapped could be overwritten while tokens are computed from it."""
+
+
+class ManifestError(ModelError):
+    """A file that should have a manifest of digests; names the file and what is wrong."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"manifest {path}: {reason}")
+        self.path = path
+        self.reason = reason
 
 
 class TokenizerError(ModelError):

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from milliways.model.checkpoint import CHECKPOINT_DIR
+from milliways.model.checkpoint import CHECKPOINT_DIR, find_directories
+from milliways.model.checkpoint.layout import TENSOR_PREFIX
+from milliways.model.config import CONFIG_FILE
 from milliways.model.demo import DEMO_DIR
 from milliways.model.errors import CheckpointError
 from milliways.model.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -28,11 +30,22 @@ def resolve_model_dir(name: str) -> Path:
     return path.parent if names_tensors else path
 
 
+def description_dir(model_dir: Path) -> Path:
+    """Where a model's config.json, tokenizer.model and chat_template.json are.
+
+    That is `model_dir`, or the directory around it if `model_dir` holds the tensors themselves.
+    """
+    if any((model_dir / name).is_file() for name in (CONFIG_FILE, TOKENIZER_FILE)):
+        return model_dir
+    holds_tensors = any(model_dir.glob(f"{TENSOR_PREFIX}*"))
+    return find_directories(model_dir)[1] if holds_tensors else model_dir
+
+
 def load_tokenizer(model_dir: Path, vocab_size: int) -> Tokenizer | None:
-    """The model's tokenizer; None if the directory has none.
+    """The model's tokenizer; None if it has none.
 
     Raises:
         TokenizerError: it is unreadable, or its number of pieces is not `vocab_size`.
     """
-    path = model_dir / TOKENIZER_FILE
+    path = description_dir(model_dir) / TOKENIZER_FILE
     return Tokenizer.load(path, vocab_size) if path.is_file() else None

@@ -6,7 +6,7 @@ from the mapped file to its place. `MappedLoader` leaves experts in the files. W
 need is not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import jax
@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from milliways.model.activations import Activations, quantise_head
-from milliways.model.checkpoint import Checkpoint, TensorRole
+from milliways.model.checkpoint import TensorRole, TensorSource
 
 
 @struct.dataclass
@@ -136,8 +136,8 @@ class Loader(Protocol):
     def activations(self) -> Activations: ...
 
     @property
-    def reads_experts(self) -> bool:
-        """Whether `stack` reads the given arrays; otherwise it only records where they are."""
+    def maps_experts(self) -> bool:
+        """Whether `stack` keeps the given arrays in use; otherwise it copies them."""
         ...
 
     def array(self, host: np.ndarray) -> jax.Array:
@@ -148,15 +148,15 @@ class Loader(Protocol):
         """One matrix [K, N] with its scale rows [G, N]."""
         ...
 
-    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
-        """Several matrices of the same shape, stacked in the given order."""
+    def stack(self, parts: Iterable[HostMatrix], count: int) -> Matrix:
+        """`count` matrices of the same shape, at least one, stacked in the given order."""
         ...
 
 
 class DeviceLoader:
     """Keeps arrays as they are."""
 
-    reads_experts = True
+    maps_experts = False
 
     def __init__(self, activations: Activations = Activations.EXACT) -> None:
         self.activations = activations
@@ -167,41 +167,41 @@ class DeviceLoader:
     def matrix(self, weight: np.ndarray, scales: np.ndarray) -> QuantizedMatrix:
         return QuantizedMatrix(weight=self.array(weight), scales=self.array(scales))
 
-    def stack(self, parts: Sequence[HostMatrix]) -> QuantizedMatrix:
+    def stack(self, parts: Iterable[HostMatrix], count: int) -> QuantizedMatrix:
         weights, scales = zip(*parts, strict=True)
         return self.matrix(np.stack(weights), np.stack(scales))
 
 
-def load_model(checkpoint: Checkpoint, loader: Loader) -> ModelParams:
-    """All parameters of a checkpoint."""
-    layers = range(checkpoint.config.num_layers)
+def load_model(source: TensorSource, loader: Loader) -> ModelParams:
+    """All parameters of a model."""
+    layers = range(source.config.num_layers)
     return ModelParams(
-        ends=load_ends(checkpoint, loader),
-        attention_L=tuple(load_attention(checkpoint, layer, loader) for layer in layers),
-        experts_L=tuple(load_experts(checkpoint, layer, loader) for layer in layers),
+        ends=load_ends(source, loader),
+        attention_L=tuple(load_attention(source, layer, loader) for layer in layers),
+        experts_L=tuple(load_experts(source, layer, loader) for layer in layers),
     )
 
 
-def load_ends(checkpoint: Checkpoint, loader: Loader) -> EndParams:
+def load_ends(source: TensorSource, loader: Loader) -> EndParams:
     """Embedding, output head and final norm."""
-    embedding_VD = checkpoint.plain(checkpoint.find(TensorRole.EMBEDDING))
+    embedding_VD = source.plain(source.find(TensorRole.EMBEDDING))
     ends = EndParams(
         embedding_VD=loader.array(embedding_VD),
         head=loader.matrix(*quantise_head(embedding_VD, loader.activations)),
-        final_norm_D=loader.array(checkpoint.plain(checkpoint.find(TensorRole.FINAL_NORM))),
+        final_norm_D=loader.array(source.plain(source.find(TensorRole.FINAL_NORM))),
     )
-    checkpoint.release_maps()
+    source.release_maps()
     return ends
 
 
-def load_attention(checkpoint: Checkpoint, layer: int, loader: Loader) -> AttentionParams:
+def load_attention(source: TensorSource, layer: int, loader: Loader) -> AttentionParams:
     """The attention half of one layer."""
 
     def plain(role: TensorRole) -> jax.Array:
-        return loader.array(checkpoint.plain(checkpoint.find(role, layer)))
+        return loader.array(source.plain(source.find(role, layer)))
 
     def matrix(role: TensorRole) -> Matrix:
-        return loader.matrix(*checkpoint.quantized(checkpoint.find(role, layer)))
+        return loader.matrix(*source.quantized(source.find(role, layer)))
 
     attention = AttentionParams(
         attention_norm_D=plain(TensorRole.PRE_ATTENTION_NORM),
@@ -214,27 +214,30 @@ def load_attention(checkpoint: Checkpoint, layer: int, loader: Loader) -> Attent
         out=matrix(TensorRole.ATTENTION_OUT),
         gate_DE=plain(TensorRole.GATE),
     )
-    checkpoint.release_maps()
+    source.release_maps()
     return attention
 
 
 def load_experts(
-    checkpoint: Checkpoint,
+    source: TensorSource,
     layer: int,
     loader: Loader,
     expert_ids: Sequence[int] | None = None,
 ) -> ExpertParams:
     """Experts of one layer, all or the given ones, stacked in the given order."""
-    ids = range(checkpoint.config.num_experts) if expert_ids is None else expert_ids
+    ids = range(source.config.num_experts) if expert_ids is None else expert_ids
 
     def stack(role: TensorRole) -> Matrix:
-        ahead = loader.reads_experts
-        return loader.stack([checkpoint.expert(layer, role, i, read_ahead=ahead) for i in ids])
+        if not loader.maps_experts:
+            source.expect(layer, role, ids)
+        # One after the other, so that no two experts are in memory twice.
+        parts = (source.expert(layer, role, i, stays_mapped=loader.maps_experts) for i in ids)
+        return loader.stack(parts, len(ids))
 
     experts = ExpertParams(
         gate_proj=stack(TensorRole.EXPERT_LINEAR),
         up_proj=stack(TensorRole.EXPERT_LINEAR_V),
         down_proj=stack(TensorRole.EXPERT_LINEAR_1),
     )
-    checkpoint.release_maps()
+    source.release_maps()
     return experts

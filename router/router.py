@@ -59,6 +59,7 @@ from milliways.wire.errors import (
     RefusedError,
     UnavailableError,
 )
+from milliways.wire.load import Load
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,18 @@ class Router:
     def num_active(self) -> int:
         """Requests that have not ended."""
         return len(self._active)
+
+    def loads(self) -> dict[str, Load]:
+        """How busy the router is with the requests of each ingress."""
+        loads: dict[str, Load] = {}
+        for active in self._active.values():
+            if active.sequences:
+                # Samples share their prompt: what is missing is computed once.
+                missing = min(sequence.num_to_compute - 1 for sequence in active.sequences)
+                load = Load(len(active.sequences), max(0, missing))
+                name = active.routed.ingress_id
+                loads[name] = loads.get(name, Load()) + load
+        return loads
 
     @property
     def standby_id(self) -> str:

@@ -41,10 +41,26 @@ def pack(batch: list[ScheduledSequence]) -> TokenRows:
 def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
     """What is done with the logits of an entry: prompt tokens are scored, then one is drawn."""
     sequence = entry.sequence
+    rows = _scoring_rows(entry) if entry.scored else []
+    if entry.wants_token:
+        rows.append(
+            SampleRow(
+                params=sequence.request.sampling,
+                # A copy, because the sequence may grow before the message is written.
+                token_ids=tuple(sequence.token_ids),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                sample_index=sequence.sample_index,
+            )
+        )
+    return rows
+
+
+def _scoring_rows(entry: ScheduledSequence) -> list[SampleRow]:
+    sequence = entry.sequence
     request = sequence.request
     # Greedy, because nothing is drawn.
     scoring = SamplingParams(temperature=0.0, num_logprobs=request.prompt_logprobs or 0)
-    rows = [
+    return [
         SampleRow(
             params=scoring,
             # Only the number of tokens matters: nothing is drawn.
@@ -55,17 +71,6 @@ def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
         )
         for position in entry.scored
     ]
-    if entry.wants_token:
-        rows.append(
-            SampleRow(
-                params=request.sampling,
-                # A copy, because the sequence may grow before the message is written.
-                token_ids=tuple(sequence.token_ids),
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                sample_index=sequence.sample_index,
-            )
-        )
-    return rows
 
 
 def take_events(entry: ScheduledSequence, drawn: list[SampledToken]) -> list[Event]:

@@ -1,7 +1,8 @@
 """A router's gRPC server: requests of the ingress in, tokens out, in the router's own thread."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from milliways.runtime.tasks import Pending
 from milliways.v1 import router_pb2
 from milliways.wire.channels import add_port
 from milliways.wire.errors import ClusterError
+from milliways.wire.load import Load
 from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, Verbatim, status_of
 from milliways.wire.tls import TlsSettings
@@ -24,6 +26,11 @@ from milliways.wire.tls import TlsSettings
 _SERVICE = "milliways.v1.RouterService"
 # More than a prompt of the longest context takes as 5-byte varints.
 MAX_REQUEST_BYTES = 16 << 20
+# Ingresses hear of a change at once, but not more often than this: each report costs the thread
+# that computes about 0.1 ms.
+REPORT_EVERY_S = 0.02
+# Without a change, a report is repeated after this time: an ingress trusts only recent ones.
+REPEAT_S = 1.0
 
 
 class RouterServer:
@@ -41,6 +48,7 @@ class RouterServer:
         self._router = router
         self.request_timeout_s = request_timeout_s
         self._tls = tls or TlsSettings()
+        self._loads = LoadReports(router.loads)
         self._server: Any = None
 
     def start(self, address: str) -> Pending[str]:
@@ -70,7 +78,14 @@ class RouterServer:
             request_deserializer=router_pb2.PingRequest.FromString,
             response_serializer=router_pb2.PingResponse.SerializeToString,
         )
-        handler = grpc.method_handlers_generic_handler(_SERVICE, {"Route": route, "Ping": ping})
+        watch_load = grpc.unary_stream_rpc_method_handler(
+            self._watch_load,
+            request_deserializer=router_pb2.WatchLoadRequest.FromString,
+            response_serializer=router_pb2.WatchLoadResponse.SerializeToString,
+        )
+        handler = grpc.method_handlers_generic_handler(
+            _SERVICE, {"Route": route, "Ping": ping, "WatchLoad": watch_load}
+        )
         self._server.add_generic_rpc_handlers((handler,))
         port = add_port(self._server, address, self._tls)
         await self._server.start()
@@ -83,12 +98,13 @@ class RouterServer:
     async def _route(
         self, message: router_pb2.RouteRequest, context: Any
     ) -> AsyncIterator[router_pb2.RouteResponse]:
-        stream = _Stream(lambda: self._router.standby_id)
+        stream = _Stream(lambda: self._router.standby_id, self._loads.note)
         routed: RoutedRequest | None = None
         try:
             routed = routed_request(message, self.request_timeout_s)
             stream.num_delivered = {i: len(tokens) for i, tokens in routed.delivered.items()}
             self._router.submit(routed, stream)
+            self._loads.note()
             stream.begin()
         except (ClusterError, InvalidRequestError) as error:
             await _abort(context, error)
@@ -102,10 +118,82 @@ class RouterServer:
         finally:
             # Also if the client is gone: then its blocks are free before the next step.
             self._router.cancel_listener(routed.request_id, stream)
+            self._loads.note()
+
+    async def _watch_load(
+        self, message: router_pb2.WatchLoadRequest, context: Any
+    ) -> AsyncIterator[router_pb2.WatchLoadResponse]:
+        async for load in self._loads.of_others(message.ingress_id):
+            yield router_pb2.WatchLoadResponse(
+                num_sequences=load.num_sequences, num_prompt_tokens=load.num_prompt_tokens
+            )
 
 
 async def _ping(message: router_pb2.PingRequest, context: Any) -> router_pb2.PingResponse:
     return router_pb2.PingResponse()
+
+
+class LoadReports:
+    """Tells ingresses how busy the router is with the requests of others.
+
+    `loads` returns the router's load by ingress. Call `note` when it may have changed.
+    """
+
+    def __init__(
+        self,
+        loads: Callable[[], dict[str, Load]],
+        *,
+        every_s: float = REPORT_EVERY_S,
+        repeat_s: float = REPEAT_S,
+    ) -> None:
+        self._loads = loads
+        self._every_s = every_s
+        self._repeat_s = repeat_s
+        # One for each ingress that listens.
+        self._noted: set[asyncio.Event] = set()
+        # The loads are computed once for all ingresses.
+        self._known: dict[str, Load] = {}
+        self._known_until_s = float("-inf")
+
+    def note(self) -> None:
+        """The load may have changed."""
+        for noted in self._noted:
+            noted.set()
+
+    async def of_others(self, ingress_id: str) -> AsyncGenerator[Load]:
+        """The load without that of one ingress: now, when it changes, and from time to time."""
+        noted = asyncio.Event()
+        self._noted.add(noted)
+        try:
+            while True:
+                load = self._without(ingress_id)
+                yield load
+                repeat_at_s = time.monotonic() + self._repeat_s
+                await asyncio.sleep(self._every_s)
+                while self._without(ingress_id) == load and time.monotonic() < repeat_at_s:
+                    noted.clear()
+                    await _wait(noted, repeat_at_s - time.monotonic())
+                    # Until then, the loads that were computed last count as known.
+                    await asyncio.sleep(self._known_until_s - time.monotonic())
+        finally:
+            self._noted.discard(noted)
+
+    def _without(self, ingress_id: str) -> Load:
+        now_s = time.monotonic()
+        if now_s >= self._known_until_s:
+            self._known = self._loads()
+            self._known_until_s = now_s + self._every_s
+        others = (load for name, load in self._known.items() if name != ingress_id)
+        return sum(others, Load())
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    """Waits for an event, at most this long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
 
 
 class _Stream:
@@ -114,13 +202,14 @@ class _Stream:
     Invariant: `_has_response` is set while `_queue` holds a response or the request has ended.
     """
 
-    def __init__(self, standby_id: Callable[[], str]) -> None:
+    def __init__(self, standby_id: Callable[[], str], on_progress: Callable[[], None]) -> None:
         self.error: ClusterError | None = None
         self.num_delivered: dict[int, int] = {}
         self._queue: list[router_pb2.RouteResponse] = []
         self._has_ended = False
         self._has_response = asyncio.Event()
         self._standby_id = standby_id
+        self._on_progress = on_progress
         self._sent_standby_id = ""
 
     def begin(self) -> None:
@@ -142,6 +231,7 @@ class _Stream:
             self.num_delivered[event.sample_index] = index + 1
             response.events.append(event_to_wire(event, index))
         self._put(response)
+        self._on_progress()
 
     def ended(self, error: ClusterError | None) -> None:
         self.error, self._has_ended = error, True
@@ -206,6 +296,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
         delivered={d.sample_index: tuple(d.token_ids) for d in message.delivered},
         finished=frozenset(d.sample_index for d in message.delivered if d.is_finished),
         num_scored=message.num_delivered_prompt_logprobs,
+        ingress_id=message.ingress_id,
     )
 
 

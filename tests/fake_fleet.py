@@ -5,13 +5,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milliways.cluster.control.controller import Controller
-from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.control.fleet import (
+    Existing,
+    Loaded,
+    LoadFailedError,
+    Spawned,
+    WorkerDiedError,
+)
 from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
 from milliways.cluster.control.targets import ControllerSettings
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
-from milliways.wire.view import ClusterView, WorkerState
+from milliways.wire.view import ClusterView, Member, WorkerState
 
 # Two layers of four experts of 10 bytes each; all of attention takes 20 bytes.
 MODEL = ModelBytes(
@@ -27,6 +34,8 @@ PLENTY_BYTES = 1000
 EVERY_EXPERT = frozenset(ExpertId(layer, expert) for layer in range(2) for expert in range(4))
 SPAWN_S = 1.0
 LOAD_S = 2.0
+# Digests of the bytes of the model, and of others.
+RIGHT, WRONG = "a" * 32, "b" * 32
 
 
 @dataclass(slots=True)
@@ -38,6 +47,7 @@ class FakeWorker:
     death: Pending[None] = field(default_factory=Pending)
     shards: ShardPlan | None = None
     held: frozenset[ExpertId] = frozenset()
+    found: Manifest = EMPTY_MANIFEST
     views: list[ClusterView] = field(default_factory=list)
     fences: list[int] = field(default_factory=list)
     is_draining: bool = False
@@ -68,6 +78,10 @@ class FakeFleet:
         self.without_node: set[str] = set()
         self.silent: set[str] = set()
         self.dies_loading: set[str] = set()
+        # Workers whose disk cannot be read, and what the bytes on the disks of others are.
+        self.unreadable: set[str] = set()
+        self.cannot_start: set[str] = set()
+        self.contents: dict[str, str] = {}
         self.memory_bytes = memory_bytes
         self._tasks = tasks
 
@@ -87,21 +101,40 @@ class FakeFleet:
         )
         if worker_id in self.without_node:
             return Pending()
+        if worker_id in self.cannot_start:
+            return self._after(SPAWN_S, worker, self._fail_to_start)
         return self._after(SPAWN_S, worker, lambda: where)
 
-    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+    def _fail_to_start(self) -> Spawned:
+        raise LoadFailedError("cannot load: /m/config.json: cannot be read")
+
+    def load(
+        self, worker_id: str, shards: ShardPlan, wanted: Manifest, peers: Sequence[Member]
+    ) -> Pending[Loaded]:
         worker = self._alive(worker_id)
 
-        def take_in() -> None:
+        def take_in() -> Loaded:
+            found = self._read(worker_id, shards)
+            if differing := wanted.differing(found):
+                raise LoadFailedError(f"{worker_id} cannot load: {differing[0]} is another")
             worker.shards = shards
             worker.held |= shards.experts
             assert worker.held_bytes() <= self.memory_bytes, "out of memory"
+            worker.found = worker.found.with_all(found)
+            return Loaded(worker.found)
 
         if worker_id not in self.dies_loading:
             return self._after(LOAD_S, worker, take_in)
         # It dies after the other workers are ready.
         self._tasks.call_later(1.5 * LOAD_S, lambda: self.kill(worker_id))
         return self._after(2 * LOAD_S, worker, take_in)
+
+    def _read(self, worker_id: str, shards: ShardPlan) -> Manifest:
+        """The digests of what its disk has."""
+        if worker_id in self.unreadable:
+            raise LoadFailedError(f"{worker_id} cannot load: /m/tensor00007_000: is missing")
+        content = self.contents.get(worker_id, RIGHT)
+        return Manifest({f"expert {e.layer}.{e.expert}": content for e in shards.experts})
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         worker = self._alive(worker_id)
@@ -172,7 +205,10 @@ class FakeFleet:
 
         def give() -> None:
             if worker.is_alive:
-                answer.resolve(make())
+                try:
+                    answer.resolve(make())
+                except LoadFailedError as error:
+                    answer.fail(error)
 
         self._tasks.call_later(delay_s, give)
         return answer

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from random import Random
 
 import grpc
 from grpc import aio
@@ -13,9 +14,11 @@ from milliways.cluster.ingress.routing.router_choice import RouterInfo
 from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
+from milliways.router.server import LoadReports
 from milliways.v1 import router_pb2, router_pb2_grpc
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.errors import OverloadedError
+from milliways.wire.load import Load
 from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import ACCEPTED_KEY, status_of
 from milliways.wire.tls import TlsSettings
@@ -42,6 +45,13 @@ STATUSES = {
     Fault.CANCELLED: grpc.StatusCode.CANCELLED,
     Fault.INTERNAL: grpc.StatusCode.INTERNAL,
 }
+
+
+class InOrder(Random):
+    """Breaks ties in favour of the first router, so that a test can say which one is asked."""
+
+    def random(self) -> float:
+        return 0.0
 
 
 @dataclass
@@ -76,6 +86,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     refusal: Exception | None = None
     # If given, streams wait for this before their first event.
     gate: asyncio.Event | None = None
+    # If given, each response with events acquires this first.
+    tokens_allowed: asyncio.Semaphore | None = None
     events_each: int = 1
     # Sent with the first response.
     standby_id: str = ""
@@ -84,6 +96,12 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     stopping: asyncio.Task[None] | None = None
     asked: list[router_pb2.RouteRequest] = field(default_factory=list)
     num_running: int = 0
+    # What it has of each ingress, beside the requests of a test.
+    loads: dict[str, Load] = field(default_factory=dict)
+    load_reports: LoadReports = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.load_reports = LoadReports(lambda: self.loads)
 
     async def Route(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
         self.asked.append(request)
@@ -99,6 +117,15 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
             await self._stream(request, context)
         finally:
             self.num_running -= 1
+
+    async def WatchLoad(
+        self, request: router_pb2.WatchLoadRequest, context: aio.ServicerContext
+    ) -> None:
+        async for load in self.load_reports.of_others(request.ingress_id):
+            report = router_pb2.WatchLoadResponse(
+                num_sequences=load.num_sequences, num_prompt_tokens=load.num_prompt_tokens
+            )
+            await context.write(report)
 
     async def _stream(self, request: router_pb2.RouteRequest, context: aio.ServicerContext) -> None:
         if self.standby_id:
@@ -116,6 +143,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         stop = self.num_before_fault if is_faulty else len(events)
         for start in range(0, min(stop, len(events)), self.events_each):
             some = events[start : min(start + self.events_each, stop)]
+            if self.tokens_allowed is not None:
+                await self.tokens_allowed.acquire()
             await context.write(router_pb2.RouteResponse(events=some))
         if is_faulty and stop < len(events):
             self.num_faults -= 1

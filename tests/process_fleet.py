@@ -15,21 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from milliways.cluster.control.controller import Controller
-from milliways.cluster.control.fleet import Spawned, WorkerDiedError
+from milliways.cluster.control.fleet import (
+    Loaded,
+    LoadFailedError,
+    Spawned,
+    WorkerDiedError,
+)
 from milliways.cluster.control.targets import ControllerSettings
 from milliways.cluster.ingress.routing.router_choice import RouterInfo
 from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.model.errors import CheckpointError
+from milliways.model.manifest import Manifest
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.status import ProcessStatus
-from milliways.wire.view import ClusterView, WorkerState
+from milliways.wire.view import ClusterView, Member, WorkerState
 from tests.worker_host import WorkerHost
 
 MEMORY_BYTES = 1 << 40
+_OF_FILES = tuple(kind.__name__ for kind in CheckpointError.__subclasses__())
 TIMEOUT_S = 60.0
 
 
@@ -81,8 +89,11 @@ class HostPool:
 class ProcessFleet:
     """A `Fleet` of worker processes; call it in the event loop of its `AsyncTasks`."""
 
-    def __init__(self, hosts: HostPool, config: ClusterConfig, shell: AsyncTasks) -> None:
+    def __init__(
+        self, hosts: HostPool, config: ClusterConfig, shell: AsyncTasks, sizes: ModelBytes
+    ) -> None:
         self._hosts = hosts
+        self._sizes = sizes
         self._config = config
         self._shell = shell
         self._loop = asyncio.get_running_loop()
@@ -103,14 +114,17 @@ class ProcessFleet:
             self._config,
             worker_id,
             incarnation,
+            self._sizes,
             change=lambda s: replace(s, node_id=worker_id, memory_bytes=MEMORY_BYTES),
         )
 
     def missing_resource(self, worker_id: str) -> str:
         return "its process to start"
 
-    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
-        return self._call(worker_id, "load", shards)
+    def load(
+        self, worker_id: str, shards: ShardPlan, wanted: Manifest, peers: Sequence[Member]
+    ) -> Pending[Loaded]:
+        return self._call(worker_id, "load", shards, 0, wanted, peers)
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         return self._call(worker_id, "unload", kept)
@@ -162,7 +176,10 @@ class ProcessFleet:
 
         def then(value: Any, error: str) -> None:
             if error:
-                self._soon(lambda: answer.fail(WorkerDiedError(f"{worker_id}: {error}")))
+                # As the fleet on Ray tells them apart.
+                is_of_files = error.startswith(("CheckpointError", *_OF_FILES))
+                kind = LoadFailedError if is_of_files else WorkerDiedError
+                self._soon(lambda: answer.fail(kind(f"{worker_id} cannot load: {error}")))
             else:
                 self._soon(lambda: answer.resolve(change(value)))
 
@@ -190,7 +207,7 @@ class ProcessCluster:
         model: ModelBytes,
     ) -> None:
         self.shell = AsyncTasks()
-        self.fleet = ProcessFleet(hosts, config, self.shell)
+        self.fleet = ProcessFleet(hosts, config, self.shell, model)
         self.controller = Controller(model, settings, self.fleet, self.shell.tasks)
         self.source = RouterSource(self)
 

@@ -102,7 +102,7 @@ class ShardFactory:
             )
             experts = ExpertShard(decoder)
             attention = loader.load_attention(shard_plan, experts, self._cache_size)
-            for layer, groups in loader.load_experts(member.experts).items():
+            for layer, groups in loader.load_experts(member.experts):
                 experts.add(layer, groups)
             self.bytes_read[member.worker_id] = loader.bytes_read
             self.arrays[member.worker_id] = attention.kv if attention else None

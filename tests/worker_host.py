@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
+from milliways.wire.placement import ModelBytes
 from tests.served_cluster import REPOSITORY, child_environment
 
 EXIT_FAULT = 70
@@ -122,7 +123,9 @@ class _Host:
             self._worker = None
         return getattr(worker, method)(*arguments)
 
-    def _spawn(self, config: ClusterConfig, worker_id: str, incarnation: int) -> Any:
+    def _spawn(
+        self, config: ClusterConfig, worker_id: str, incarnation: int, sizes: ModelBytes
+    ) -> Any:
         # Not before: importing it is most of what a process like this costs.
         import jax
 
@@ -131,7 +134,7 @@ class _Host:
         assert self._worker is None
         devices = jax.local_devices()[: self._num_devices]
         self._worker = WorkerProcess(
-            config, worker_id, incarnation, LOOPBACK, _exit, devices=devices
+            config, worker_id, incarnation, LOOPBACK, _exit, devices=devices, sizes=sizes
         )
         return self._worker.start()
 

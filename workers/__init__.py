@@ -1,7 +1,7 @@
 """A worker: the shards that it computes, and the order in which it computes calls to them.
 
     experts = ExpertShard(decoder)
-    for layer, groups in loader.load_experts(wanted).items():
+    for layer, groups in loader.load_experts(wanted):
         experts.add(layer, groups)
     core = WorkerCore("worker-0", incarnation, experts, attention, tasks)
     core.fence.move(WorkerState.READY)

@@ -118,6 +118,13 @@ class AttentionShard:
     def has_ends(self) -> bool:
         return self._ends is not None
 
+    def params_of(self, layer: int | None) -> AttentionParams | EndParams | None:
+        """The parameters of a layer, or those of the ends for None; None if not here.
+
+        They never change, so any thread may call this.
+        """
+        return self._ends if layer is None else self._params.get(layer)
+
     def layers_on(self, device: Device) -> tuple[int, ...]:
         """The layers that are on one device."""
         return tuple(layer for layer, on in self._devices.items() if on == device)

@@ -115,6 +115,13 @@ class ExpertShard:
             is_spread=table.is_spread,
         )
 
+    def find(self, layer: int, expert_id: int) -> tuple[ExpertGroup, int] | None:
+        """The group that has an expert, and its place in the group's stack; None if not held."""
+        for group in self._table.groups.get(layer, ()):
+            if expert_id in group.expert_ids:
+                return group, group.expert_ids.index(expert_id)
+        return None
+
     def examples(self) -> list[tuple[int, int]]:
         """One (layer, expert) for each device and group size; calls of all run every program."""
         by_size = {

@@ -4,12 +4,12 @@ Each part goes straight to its device.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
 
-from milliways.model.checkpoint import Checkpoint
+from milliways.model.checkpoint import TensorSource
 from milliways.model.decoder import Decoder
 from milliways.model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
 from milliways.model.runner import CacheSize
@@ -27,13 +27,13 @@ class ShardLoader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: TensorSource,
         decoder: Decoder,
         loader: Loader,
         on_progress: Callable[[int], None],
         local: LocalDevices,
     ) -> None:
-        self._checkpoint = checkpoint
+        self._source = source
         self._decoder = decoder
         # Mapped experts stay valid as long as their loader exists.
         self._loader = loader
@@ -42,7 +42,7 @@ class ShardLoader:
 
     @property
     def bytes_read(self) -> int:
-        return self._checkpoint.bytes_read
+        return self._source.bytes_read
 
     def load_attention(
         self, plan: ShardPlan, experts: ExpertShard, cache_size: CacheSize
@@ -53,7 +53,7 @@ class ShardLoader:
         local = self._local
         ends = None
         if plan.has_ends:
-            ends = self._on(local.end_device, lambda: load_ends(self._checkpoint, self._loader))
+            ends = self._on(local.end_device, lambda: load_ends(self._source, self._loader))
         layer_devices = local.layer_devices(plan)
         attention = tuple(
             self._load_layer(layer, device)
@@ -72,32 +72,32 @@ class ShardLoader:
 
     def load_experts(
         self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare] = ()
-    ) -> dict[int, list[ExpertGroup]]:
-        """Loads experts; returns their groups by layer, at most one for each device.
+    ) -> Iterator[tuple[int, list[ExpertGroup]]]:
+        """Loads experts; gives each layer's groups when it has them, at most one for each device.
 
         `shares` is what the devices hold already, which decides where there is room.
         """
-        stacks: defaultdict[tuple[int, Device], list[int]] = defaultdict(list)
+        stacks: defaultdict[int, defaultdict[Device, list[int]]]
+        stacks = defaultdict(lambda: defaultdict(list))
         for expert_id, device in self._local.expert_devices(wanted, shares).items():
-            stacks[(expert_id.layer, device)].append(expert_id.expert)
-        groups: defaultdict[int, list[ExpertGroup]] = defaultdict(list)
-        for (layer, device), expert_ids in stacks.items():
-            groups[layer].append(self._load_stack(layer, expert_ids, device))
-        return groups
+            stacks[expert_id.layer][device].append(expert_id.expert)
+        for layer, on_devices in stacks.items():
+            groups = [self._load_stack(layer, ids, device) for device, ids in on_devices.items()]
+            yield layer, groups
 
     def _load_layer(self, layer: int, device: Device) -> AttentionParams:
-        return self._on(device, lambda: load_attention(self._checkpoint, layer, self._loader))
+        return self._on(device, lambda: load_attention(self._source, layer, self._loader))
 
     def _load_stack(self, layer: int, expert_ids: list[int], device: Device) -> ExpertGroup:
         params = self._on(
-            device, lambda: load_experts(self._checkpoint, layer, self._loader, expert_ids)
+            device, lambda: load_experts(self._source, layer, self._loader, expert_ids)
         )
         return ExpertGroup(tuple(expert_ids), params, device)
 
     def _on(self, device: Device, load: Callable[[], T]) -> T:
         with jax.default_device(device):
             loaded = settle(load(), device)
-        self._on_progress(self._checkpoint.bytes_read)
+        self._on_progress(self._source.bytes_read)
         return loaded
 
 

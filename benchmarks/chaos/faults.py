@@ -29,6 +29,12 @@ class Fault(Enum):
     STALE_EPOCH = "stale-epoch"
     # A worker drops replies; its streams stay open.
     DROP_REPLY = "drop-reply"
+    # The files of the checkpoint are damaged while a worker starts: other weights of the same
+    # shapes, a bit in each file, files that are cut short, files that are missing.
+    SWAP_CHECKPOINT = "swap-checkpoint"
+    FLIP_BIT = "flip-bit"
+    TRUNCATE = "truncate"
+    REMOVE_FILE = "remove-file"
     # Cuts the network between some workers and the others.
     PARTITION = "partition"
 
@@ -41,11 +47,15 @@ IMPOSSIBLE = {
 POSSIBLE = tuple(fault for fault in Fault if fault not in IMPOSSIBLE)
 # A worker injects these into itself. It does so only in a cluster that was started for chaos.
 INJECTED_BY_WORKER = frozenset({Fault.DROP_REPLY})
+# They change files, so they need a cluster with a checkpoint of its own.
+DAMAGES_FILES = frozenset(
+    {Fault.SWAP_CHECKPOINT, Fault.FLIP_BIT, Fault.TRUNCATE, Fault.REMOVE_FILE}
+)
 # Clients may lose a connection through these faults, and through no other.
 BREAKS_CONNECTIONS = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
 # A new worker replaces the killed one, and has to load its shards.
 KILLS_WORKER = frozenset(
-    {Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH}
+    {Fault.KILL_EXPERT, Fault.KILL_ATTENTION, Fault.KILL_ROUTER, Fault.STALE_EPOCH} | DAMAGES_FILES
 )
 
 

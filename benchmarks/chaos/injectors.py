@@ -8,8 +8,10 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from milliways.benchmarks.chaos.disk_faults import damaged
 from milliways.benchmarks.chaos.faults import Fault, PlannedFault
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts, choose
 from milliways.wire.errors import StartupError
@@ -19,6 +21,7 @@ SLOW_STOPPED_S = 0.08
 SLOW_RUNNING_S = 0.04
 EPOCH_TIMEOUT_S = 30.0
 MOST_DROPPED = 4
+REFUSAL_TIMEOUT_S = 30.0
 
 
 class Actuator(Protocol):
@@ -54,6 +57,14 @@ class Actuator(Protocol):
         Raises:
             StartupError: the worker cannot do that.
         """
+        ...
+
+    def ckpt_dir(self) -> Path:
+        """The folder of the tensor files, which faults may change."""
+        ...
+
+    def file_fault_of(self, place: Place) -> str:
+        """What the next incarnation of a worker found wrong with a file; empty if nothing yet."""
         ...
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
@@ -97,6 +108,8 @@ def inject(planned: PlannedFault, actuator: Actuator) -> Injection:
             return _sleep_through(planned, actuator)
         case Fault.DROP_REPLY:
             return _drop_replies(planned, actuator)
+        case Fault.SWAP_CHECKPOINT | Fault.FLIP_BIT | Fault.TRUNCATE | Fault.REMOVE_FILE:
+            return _damage_files(planned, actuator)
         case Fault.PARTITION:
             raise AssertionError("parse_faults refuses it")
 
@@ -154,6 +167,20 @@ def _drop_replies(planned: PlannedFault, actuator: Actuator) -> Injection:
     began_s = time.monotonic()
     num_lost = actuator.drop_replies(place, 1 + planned.draw % MOST_DROPPED)
     return Injection(f"{place.name}, {num_lost} times", began_s, time.monotonic())
+
+
+def _damage_files(planned: PlannedFault, actuator: Actuator) -> Injection:
+    """Kills a worker while files are damaged, until it has noticed and for a while longer."""
+    place = _victim(planned, actuator.workers())
+    began_s = time.monotonic()
+    with damaged(planned.fault, actuator.ckpt_dir(), planned.draw):
+        actuator.send(place, signal.SIGKILL)
+        until_s = began_s + REFUSAL_TIMEOUT_S
+        while not (said := actuator.file_fault_of(place)) and time.monotonic() < until_s:
+            time.sleep(0.1)
+        time.sleep(planned.length_s)
+    end = "noticed" if said else "did not need the files"
+    return Injection(f"{place.name}, which {end}", began_s, time.monotonic(), place)
 
 
 def _sleep_through(planned: PlannedFault, actuator: Actuator) -> Injection:

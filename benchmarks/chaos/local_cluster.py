@@ -10,11 +10,12 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from urllib.error import URLError
-from urllib.request import urlopen
 
-from milliways.cluster.ray.environment import FAULTS_VARIABLE, RunningCluster, find_running_by
+from milliways.cluster.ray.environment import FAULTS_VARIABLE
+from milliways.cluster.ray.running_clusters import RunningCluster, find_running_by
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.wire.errors import StartupError
+from milliways.wire.local_http import open_url
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
@@ -66,7 +67,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]") -> RunningCluster:
 
 
 def _is_ready(url: str) -> bool:
-    with suppress(URLError, OSError), urlopen(f"{url}/ready", timeout=10.0):
+    with suppress(URLError, OSError), open_url(f"{url}/ready", timeout_s=10.0):
         return True
     return False
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -22,6 +23,8 @@ from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.cluster.ray.cluster import join
 from milliways.cluster.ray.start_controller import find_controller
 from milliways.cluster.ray.start_worker import NAMESPACE
+from milliways.model.checkpoint import find_directories
+from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import StartupError
 from milliways.wire.status import ClusterStatus
 from milliways.wire.view import ClusterView, WorkerState
@@ -97,6 +100,17 @@ class RayActuator:
         except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
             raise StartupError(f"{place.name} cannot drop replies: {error}") from error
         return num_lost
+
+    def ckpt_dir(self) -> Path:
+        return find_directories(resolve_model_dir(self.config().model.path))[0]
+
+    def file_fault_of(self, place: Place) -> str:
+        status: ClusterStatus = self._ask_controller("status")
+        for worker in status.workers:
+            is_next = worker.worker_id == place.name and worker.pid != place.pid
+            if is_next and "tensor" in worker.last_error:
+                return worker.last_error
+        return ""
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         self._at(place, lambda: limit_files(place.pid, max_bytes))

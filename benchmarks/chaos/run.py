@@ -1,9 +1,12 @@
 """A run of `milliways chaos`: starts or joins the cluster to break, and runs a trial on it."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
 from milliways.benchmarks.chaos.injectors import Actuator
@@ -12,7 +15,11 @@ from milliways.benchmarks.chaos.local_cluster import local_cluster
 from milliways.benchmarks.chaos.report import Report
 from milliways.benchmarks.chaos.requests import draw_requests
 from milliways.benchmarks.chaos.trial import Plan, Trial
-from milliways.cluster.ray.environment import enter, find_running, use_token
+from milliways.cluster.ray.environment import enter, use_token
+from milliways.cluster.ray.running_clusters import find_running
+from milliways.cluster.settings.config import ClusterConfig, read_config
+from milliways.model.model_dir import resolve_model_dir
+from milliways.wire.errors import StartupError
 
 # `ray_actuator` is imported inside functions. It imports Ray, which reads the token of the cluster
 # from the environment when it is imported.
@@ -35,6 +42,22 @@ class LoadSize:
     num_requests: int = 48
     num_clients: int = 8
     max_tokens: int = 48
+
+
+@contextmanager
+def copied_model(config: str | None) -> Generator[Path]:
+    """A copy of the model that a cluster would serve, for faults that damage files.
+
+    Raises:
+        StartupError: there is no room for a copy.
+    """
+    settings = (read_config(Path(config)) if config else ClusterConfig()).model
+    model_dir = resolve_model_dir(settings.path)
+    with tempfile.TemporaryDirectory(prefix="milliways-chaos-") as folder:
+        try:
+            yield Path(shutil.copytree(model_dir, Path(folder) / model_dir.name))
+        except shutil.Error as error:
+            raise StartupError(f"{model_dir} cannot be copied: {error}") from error
 
 
 @contextmanager

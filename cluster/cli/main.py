@@ -26,9 +26,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import cast
 
-from milliways.model.errors import InvalidRequestError, ModelError
+from milliways.cluster.cli import exit_codes
 from milliways.runtime.user_cache import keep_programs
-from milliways.wire.errors import ClusterError
 
 COMMANDS = {
     "generate": "continue a prompt",
@@ -47,30 +46,23 @@ COMMANDS = {
 
 VERSIONED = ("milliways", "jax", "ray")
 
-EXIT_UNUSABLE = 1
-EXIT_BAD_REQUEST = 2
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `milliways` command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    speak_utf8()
-    keep_programs()
-    options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = options.run
     try:
+        speak_utf8()
+        options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
+        keep_programs()
+        run: Callable[[argparse.Namespace], None] = options.run
         run(options)
         sys.stdout.flush()
-    except InvalidRequestError as error:
-        return _fail(error, EXIT_BAD_REQUEST)
-    except (ModelError, ClusterError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            return _abandon_stdout()
-        return _fail(error, EXIT_UNUSABLE)
+    except BrokenPipeError:
+        return _abandon_stdout()
+    except exit_codes.EXPECTED as error:
+        return exit_codes.report(error)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     return 0
 
 
@@ -110,15 +102,10 @@ def speak_utf8() -> None:
             cast("io.TextIOWrapper", stream).reconfigure(encoding="utf-8", errors=errors)
 
 
-def _fail(error: Exception, exit_code: int) -> int:
-    print(f"milliways: {error}", file=sys.stderr)
-    return exit_code
-
-
 def _abandon_stdout() -> int:
     """The reader went away: gives the interpreter another file to flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_BROKEN_PIPE
+    return exit_codes.BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class Effect(Enum):
 EFFECTS: Mapping[str, Effect] = {
     "model.path": Effect.GENERATION,
     "model.name": Effect.GENERATION,
+    "model.manifest": Effect.GENERATION,
     "model.dtype": Effect.GENERATION,
     "model.activations": Effect.GENERATION,
     "model.experts": Effect.BY_WORKER,
@@ -68,6 +69,7 @@ EFFECTS: Mapping[str, Effect] = {
     "ingress.max_body_bytes": Effect.LIVE,
     "ingress.hedge_after_s_min": Effect.LIVE,
     "ingress.hedge_after_s_max": Effect.LIVE,
+    "ingress.grace_s": Effect.LIVE,
     "tls.ca_file": Effect.START,
     "tls.cert_file": Effect.START,
     "tls.key_file": Effect.START,

@@ -14,6 +14,7 @@ Each decision has a file:
 No token waits for anything here. No clock, thread or Ray: `Tasks` and `Fleet` have those.
 """
 
+import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,10 +38,13 @@ from milliways.cluster.control.targets import (
     with_declared,
 )
 from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.tasks import Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError
 from milliways.wire.placement import ModelBytes
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared, WorkerState
+
+logger = logging.getLogger(__name__)
 
 
 class Controller:
@@ -50,9 +54,16 @@ class Controller:
     """
 
     def __init__(
-        self, model: ModelBytes, settings: ControllerSettings, fleet: Fleet, tasks: Tasks
+        self,
+        model: ModelBytes,
+        settings: ControllerSettings,
+        fleet: Fleet,
+        tasks: Tasks,
+        pinned: Manifest = EMPTY_MANIFEST,
     ) -> None:
+        """`pinned` has the digests of all parts of the model, if they are known beforehand."""
         self._state = ClusterState(model, settings, fleet, tasks)
+        self._state.manifest, self._state.manifest_is_whole = pinned, len(pinned) > 0
         self._tasks = tasks
         self._publisher = ViewPublisher(self._state)
         holdings = Holdings(self._state, self._publisher)
@@ -180,8 +191,19 @@ class Controller:
 
     def _adopt(self, existing: Sequence[Existing], known: ClusterView) -> None:
         views = [known, *(found.view for found in existing)]
-        self._publisher.go_on_from(max(views, key=lambda view: view.placement_epoch))
+        newest = max(views, key=lambda view: view.placement_epoch)
+        self._publisher.go_on_from(newest)
+        state = self._state
+        if state.manifest.differing(newest.manifest):
+            logger.warning("the pinned manifest is not that of the running model, which counts")
+        state.manifest = newest.manifest.with_all(state.manifest)
+        state.manifest_is_whole |= newest.manifest_is_whole
         for found in existing:
+            if state.manifest.differing(found.manifest):
+                # It loaded at the same time as another worker, and nobody has promised it yet. Its
+                # next incarnation replaces it.
+                continue
+            state.manifest = state.manifest.with_all(found.manifest)
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
             record.spawned, record.shards = found.spawned, found.shards
             record.held, record.is_adopted = found.held, True
@@ -199,6 +221,8 @@ class Controller:
                 # It is dead. Its next incarnation must have a higher number than its last one.
                 record = WorkerRecord(member.worker_id, incarnation=member.incarnation)
                 self._supervision.supervise(record)
+                # The known view may still promise it.
+                self._publisher.touch()
 
     def _num_before(self) -> int:
         """The number of workers that an earlier controller's view has."""

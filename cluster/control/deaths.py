@@ -5,6 +5,8 @@ LOST in the next view, whatever else its process may still do. It is started aga
 a pause that grows while it keeps dying.
 """
 
+from typing import TypeVar
+
 from milliways.cluster.control.fleet import WorkerDiedError
 from milliways.cluster.control.state import ClusterState
 from milliways.cluster.control.worker_record import WorkerRecord
@@ -14,9 +16,15 @@ from milliways.wire.view import WorkerState
 RESTART_AFTER_S = 1.0
 BACKOFF_S = 2.0
 BACKOFF_S_MAX = 30.0
+# A file may come back at any moment, and then the cluster must be whole soon.
+RELOAD_S = 1.0
+RELOAD_S_MAX = 4.0
+# A start takes seconds of a processor: it is tried less often.
+UNREADABLE_S = 6.0
 # A worker that was READY for that long came up well: it starts from the shortest pause again.
 STABLE_AFTER_S = 10.0
 MAX_QUICK_DEATHS = 8
+T = TypeVar("T")
 
 
 async def until_death(state: ClusterState, record: WorkerRecord) -> None:
@@ -29,17 +37,17 @@ async def until_death(state: ClusterState, record: WorkerRecord) -> None:
     raise WorkerDiedError(f"the process of {record.worker_id} is gone")
 
 
-async def or_death(state: ClusterState, record: WorkerRecord, pending: Pending[None]) -> None:
-    """Waits for something, at most until the worker dies.
+async def or_death(state: ClusterState, record: WorkerRecord, pending: Pending[T]) -> T:
+    """The result of something that a worker does; waits at most until the worker dies.
 
     Raises:
-        WorkerDiedError: its process is gone, or what was waited for failed.
+        WorkerDiedError: its process is gone. Errors of what was waited for are raised as they are.
     """
     death = state.fleet.death(record.worker_id)
     await state.tasks.first_done((pending, death))
     if not pending.is_done:
         raise WorkerDiedError(f"the process of {record.worker_id} is gone")
-    pending.result()
+    return pending.result()
 
 
 def mark_dead(state: ClusterState, record: WorkerRecord) -> None:
@@ -67,8 +75,15 @@ def loop_note(record: WorkerRecord) -> str:
     return f", it died {record.num_quick_deaths} times in a row"
 
 
+def reload_delay_s(num_failed: int) -> float:
+    """How long to wait before a worker tries again to load what it could not load."""
+    return min(RELOAD_S_MAX, RELOAD_S * 2 ** (num_failed - 1))
+
+
 def restart_delay_s(record: WorkerRecord, *, others_serve: bool) -> float:
     """How long to wait before the next incarnation starts."""
+    if record.num_failed_loads:
+        return UNREADABLE_S
     if record.num_quick_deaths > 2:
         # While nobody serves, there is no work that a restart could disturb. Only a tight loop of
         # starts must not occupy the processors.

@@ -1,13 +1,14 @@
 """What the controller commands: the processes of workers, wherever they run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ShardPlan
-from milliways.wire.view import ClusterView
+from milliways.wire.view import ClusterView, Member
 
 
 def number_of(worker_id: str) -> int:
@@ -19,6 +20,13 @@ class WorkerDiedError(ClusterError):
     """A process is gone, or could not do what it was asked to do."""
 
 
+class LoadFailedError(ClusterError):
+    """A process could not load a part of its shards; it lives, keeps the rest, and may try again.
+
+    The text names the worker, the file and the tensor.
+    """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spawned:
     """Where a process came up."""
@@ -28,6 +36,17 @@ class Spawned:
     node_id: str
     pid: int
     memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a load came to: the digests of all that a worker holds, and files that are at fault.
+
+    Parts of those files came from other workers.
+    """
+
+    manifest: Manifest
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +62,35 @@ class Existing:
     view: ClusterView
     # The settings with which it was started, by name.
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # The digests of what it has loaded.
+    manifest: Manifest = EMPTY_MANIFEST
 
 
 class Fleet(Protocol):
     """Starts processes and talks to them. If that is impossible, fails with WorkerDiedError."""
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]: ...
+    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+        """Starts a process, and ends the one before it.
+
+        May also fail with LoadFailedError: a file that a process needs from its start cannot be
+        read.
+        """
+        ...
 
     def missing_resource(self, worker_id: str) -> str:
         """The reason, as a text for people, why a process that was asked for is not there yet."""
         ...
 
-    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
-        """Makes the worker read its shards. It keeps what it holds already."""
+    def load(
+        self, worker_id: str, shards: ShardPlan, wanted: Manifest, peers: Sequence[Member]
+    ) -> Pending[Loaded]:
+        """Makes the worker read its shards. It keeps what it holds already.
+
+        It may fetch from `peers`, which are ready, what it cannot read from files.
+
+        It refuses bytes that differ from `wanted`, which may have digests of some parts only; the
+        result has the digests of all that it holds. May also fail with LoadFailedError.
+        """
         ...
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]: ...

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from milliways.cluster.control.deaths import or_death
+from milliways.cluster.control.fleet import WorkerDiedError
 from milliways.cluster.control.publishing import ViewPublisher
 from milliways.cluster.control.state import ClusterState
 from milliways.cluster.control.worker_record import WorkerRecord
@@ -19,11 +20,35 @@ class Holdings:
         self._state = state
         self._publisher = publisher
 
+    async def load(self, record: WorkerRecord, plan: ShardPlan) -> None:
+        """Makes a worker load shards of the model that is served, and no other bytes.
+
+        The first worker that loads a part decides which bytes are the model's.
+
+        Raises:
+            WorkerDiedError: the worker died, or holds bytes of another model.
+            LoadFailedError: it could not load a part. It keeps what it has loaded.
+        """
+        state = self._state
+        peers = [other.member() for other in state.ready(besides=record)]
+        loading = state.fleet.load(record.worker_id, plan, state.manifest, peers)
+        loaded = await or_death(state, record, loading)
+        found = loaded.manifest
+        if differing := state.manifest.differing(found):
+            # Another worker loaded these parts at the same time, and was the first to say so.
+            others = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            raise WorkerDiedError(
+                f"{record.worker_id} read other bytes than other workers: {differing[0]}{others}"
+            )
+        state.manifest = state.manifest.with_all(found)
+        record.note_load(loaded.faults)
+
     async def load_more(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:
         """Makes a ready worker load more experts.
 
         Raises:
-            WorkerDiedError: the worker died, or could not load them.
+            WorkerDiedError: the worker died.
+            LoadFailedError: it could not load them.
         """
         assert record.shards is not None
         incarnation = record.incarnation
@@ -35,7 +60,7 @@ class Holdings:
         )
         record.loading |= experts
         try:
-            await or_death(self._state, record, self._state.fleet.load(record.worker_id, more))
+            await self.load(record, more)
         finally:
             record.loading -= experts
         if record.incarnation == incarnation and record.state is not WorkerState.LOST:

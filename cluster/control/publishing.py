@@ -92,12 +92,20 @@ class ViewPublisher:
             for worker_id, record in workers.items()
             if record.shards is not None
         }
-        return ClusterView(
+        view = ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
             members={worker_id: record.member() for worker_id, record in workers.items()},
+            manifest=self._state.manifest,
+            manifest_is_whole=self._state.manifest_is_whole,
+            model=self._state.model,
             chains=chains_of(attention, self._state.model.num_layers),
             declared=self._state.declared,
         )
+        if view.manifest_is_whole or not view.routers() or self._state.lost_experts():
+            return view
+        # Every part has been loaded by somebody: from now on it is known what the model is.
+        self._state.manifest_is_whole = True
+        return replace(view, manifest_is_whole=True)
 
     async def _send_to_everybody(self, view: ClusterView) -> None:
         fleet, epoch = self._state.fleet, view.placement_epoch

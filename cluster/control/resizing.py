@@ -6,7 +6,8 @@ first; only then do others leave.
 
 from collections.abc import Callable, Sequence
 
-from milliways.cluster.control.fleet import WorkerDiedError
+from milliways.cluster.control.deaths import reload_delay_s
+from milliways.cluster.control.fleet import LoadFailedError, WorkerDiedError
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.publishing import ViewPublisher
 from milliways.cluster.control.state import ClusterState
@@ -95,6 +96,7 @@ class Resizing:
 
         Raises:
             PlacementError: the worker is not ready, or others cannot replace it. It is not stopped.
+            LoadFailedError: others cannot load its experts. It is not stopped.
         """
         record = self._state.workers.get(worker_id)
         if record is None or record.state is not WorkerState.READY:
@@ -155,10 +157,16 @@ class Resizing:
 
     async def _load_missing(self, record: WorkerRecord, target: ShardPlan) -> None:
         """Loads what a worker's target has beyond what it holds."""
-        missing = target.experts - record.held
-        if record.state is WorkerState.READY and missing:
+        while record.state is WorkerState.READY and (missing := target.experts - record.held):
             try:
                 await self._holdings.load_more(record, missing)
+            except LoadFailedError as error:
+                # New workers try again too. Until all have loaded, nobody leaves.
+                record.note_failed_load(error)
+                delay_s = reload_delay_s(record.num_failed_loads)
+                self._state.note(record, f"its next try to load, in {delay_s:g} s")
+                await self._tasks.sleep(delay_s)
+                self._state.note(record, "")
             except WorkerDiedError:
                 # Its next incarnation loads the new target as a whole.
                 return

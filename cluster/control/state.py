@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from milliways.cluster.control.fleet import Fleet
 from milliways.cluster.control.targets import ControllerSettings, experts_of, with_declared
 from milliways.cluster.control.worker_record import WorkerRecord
+from milliways.model.manifest import EMPTY_MANIFEST
 from milliways.runtime.tasks import Signal, Tasks
 from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
@@ -44,6 +45,10 @@ class ClusterState:
         self.figures = ControllerFigures()
         # Why the cluster cannot come up, if it cannot.
         self.failure: ClusterError | None = None
+        # What the bytes of the model are: fixed, part by part, by the first worker that loads it.
+        self.manifest = EMPTY_MANIFEST
+        # Whether the manifest has every part of the model; never false again.
+        self.manifest_is_whole = False
         self.changed = Signal()
         # `targets` has new workers.
         self.placed = Signal()

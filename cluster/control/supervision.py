@@ -4,7 +4,9 @@ What happens to a worker:
 
 1. `spawn` starts a process on some node, and returns its address and its memory limit.
 2. It waits for a placement, which is planned as soon as all workers asked for are there.
-3. `load` makes it read its shards. Then it is READY, and all others learn of it by a new view.
+3. `load` makes it read its shards. If a file cannot be read, or has other bytes than the model that
+   is served, it tries again after a pause. Then it is READY, and all others learn of it by a new
+   view.
 4. When it dies (`deaths`), a new view says so at once. Others load the experts that it alone held
    (`losses`). It is started again, after a pause that grows while it keeps dying.
 """
@@ -15,10 +17,11 @@ from milliways.cluster.control.deaths import (
     loop_note,
     mark_dead,
     or_death,
+    reload_delay_s,
     restart_delay_s,
     until_death,
 )
-from milliways.cluster.control.fleet import WorkerDiedError
+from milliways.cluster.control.fleet import LoadFailedError, WorkerDiedError
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
 from milliways.cluster.control.publishing import ViewPublisher
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # What a worker without a process waits for. `Fleet.missing_resource` gives a more exact reason.
 A_NODE = "a node that has room for it"
+LOADING = "its shards to be loaded"
 
 
 class Supervision:
@@ -70,6 +74,9 @@ class Supervision:
             except WorkerDiedError as error:
                 record.last_error = str(error)
                 logger.warning("%s died: %s", record.worker_id, error)
+            except LoadFailedError as error:
+                # It did not even come up: it needs some files before it can be asked to load.
+                record.note_failed_load(error)
             if record.is_leaving or self._state.is_closed:
                 break
             mark_dead(self._state, record)
@@ -101,15 +108,30 @@ class Supervision:
         state.note(record, "a placement, which needs all workers")
         while worker_id not in state.targets:
             await or_death(state, record, state.placed.wait())
-        state.note(record, "its shards to be loaded")
+        state.note(record, LOADING)
         # It loads again if its target changed while it was loading. A worker that is about to leave
         # has no target any more.
         loaded: ShardPlan | None = None
-        while loaded != (target := state.targets.get(worker_id, loaded)):
+        while loaded != (target := state.targets.get(worker_id, record.shards)):
             assert target is not None
-            record.shards = loaded = target
-            await or_death(state, record, state.fleet.load(worker_id, loaded))
-            record.held |= loaded.experts
+            record.shards = target
+            if await self._try_to_load(record, target):
+                loaded = target
+                record.held |= target.experts
+
+    async def _try_to_load(self, record: WorkerRecord, target: ShardPlan) -> bool:
+        """Whether a worker could load its shards; if not, this waits until it may try again."""
+        try:
+            await self._holdings.load(record, target)
+        except LoadFailedError as error:
+            record.note_failed_load(error)
+            delay_s = reload_delay_s(record.num_failed_loads)
+            self._state.note(record, f"its next try to load, in {delay_s:g} s")
+            pause = self._state.tasks.start(self._state.tasks.sleep(delay_s))
+            await or_death(self._state, record, pause)
+            self._state.note(record, LOADING)
+            return False
+        return True
 
     async def _pause(self, record: WorkerRecord) -> None:
         delay_s = restart_delay_s(record, others_serve=self.is_complete)

@@ -1,13 +1,17 @@
 """What the controller knows of a worker, through all of its incarnations."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from milliways.cluster.control.fleet import Spawned
 from milliways.runtime.tasks import Task
+from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ShardPlan
 from milliways.wire.view import Member, WorkerState, moved
+
+logger = logging.getLogger(__name__)
 
 _NOWHERE = Spawned(address="", router_address="", node_id="", pid=0, memory_bytes=0)
 _NOTHING = ShardPlan(first_layer=0, num_layers=0, has_ends=False, experts=frozenset())
@@ -32,6 +36,8 @@ class WorkerRecord:
     # Deaths in a row, each soon after the worker was READY or before it was.
     num_quick_deaths: int = 0
     ready_at_s: float | None = None
+    # Tries to load, in a row, that failed.
+    num_failed_loads: int = 0
     # The task that supervises it.
     task: Task[None] | None = None
     # If true, it is not started again when it ends.
@@ -60,6 +66,26 @@ class WorkerRecord:
             self.move(WorkerState.LOADING)
         self.held = frozenset()
         self.ready_at_s = None
+
+    def note_failed_load(self, error: ClusterError) -> None:
+        """It could not load a file; `error` says which and why."""
+        self.num_failed_loads += 1
+        if self.last_error != str(error):
+            # Not at every try.
+            logger.warning("%s", error)
+        self.last_error = str(error)
+
+    def note_load(self, faults: Sequence[str] = ()) -> None:
+        """It has loaded what it was asked to load; parts of files with `faults` from others."""
+        if self.num_failed_loads:
+            self.num_failed_loads, self.last_error = 0, ""
+        if faults:
+            more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+            self.last_error = (
+                f"{self.worker_id} took parts from other workers, because of its files:"
+                f" {faults[0]}{more}"
+            )
+            logger.warning("%s", self.last_error)
 
     def member(self) -> Member:
         """How others see it: before it has a process and shards too, so that a view has everybody.

@@ -16,9 +16,9 @@ _SCALE_BYTES = 2
 CONTEXTS_BY_DEFAULT = 8
 
 
-def kv_tokens_of(settings: WorkerSettings, model: ModelConfig) -> int:
-    """Positions of KV cache on an attention shard."""
-    return settings.kv_tokens or CONTEXTS_BY_DEFAULT * model.sequence_len
+def kv_tokens_of(settings: WorkerSettings, sequence_len: int) -> int:
+    """Positions of KV cache on an attention shard, for a model of this context length."""
+    return settings.kv_tokens or CONTEXTS_BY_DEFAULT * sequence_len
 
 
 def checkpoint_bytes(checkpoint: Checkpoint, kv_value_bytes: int) -> ModelBytes:
@@ -61,4 +61,5 @@ def _add_up(config: ModelConfig, sizes: dict[int, int], kv_value_bytes: int) -> 
         attention_layer_bytes=-(-attention_bytes // config.num_layers),
         end_bytes=end_bytes,
         kv_layer_bytes_per_token=2 * config.kv_size * kv_value_bytes,
+        sequence_len=config.sequence_len,
     )

@@ -17,14 +17,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from random import Random
 
 import jax
 import jax.numpy as jnp
 
-from milliways.cluster.control.fleet import Existing, Spawned
+from milliways.cluster.control.fleet import Existing, Loaded, Spawned
 from milliways.cluster.host.local_calls import LocalBlocks, LocalCore
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
+from milliways.cluster.host.model_files import ModelFiles
+from milliways.cluster.host.peer_parts import PeerParts
+from milliways.cluster.host.rates import Rates
 from milliways.cluster.host.router_limits import (
     dispatch_limits,
     router_limits,
@@ -34,11 +38,11 @@ from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import flat
 from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
-from milliways.model.checkpoint import Checkpoint
 from milliways.model.config import ModelConfig
 from milliways.model.decoder import Decoder
 from milliways.model.detokenizer import IncrementalDetokenizer
-from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.model.model_dir import resolve_model_dir
 from milliways.model.ops.select import KernelChoice, Residence, select_ops
 from milliways.model.runner import CacheSize
 from milliways.model.tokenizer import Tokenizer
@@ -58,9 +62,10 @@ from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.malloc import keep_freed_blocks
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
+from milliways.wire.addresses import join_address
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
-from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.shm import local_host_id
 from milliways.wire.status import DispatchStatus, ProcessStatus, RouterStatus
 from milliways.wire.view import ClusterView, Member, WorkerState
@@ -68,7 +73,8 @@ from milliways.workers.attention import AttentionShard
 from milliways.workers.call_runner import SteppedAttention
 from milliways.workers.core import WorkerCore
 from milliways.workers.devices import Device, LocalDevices, find_devices
-from milliways.workers.experts import ExpertGroup, ExpertShard
+from milliways.workers.experts import ExpertShard
+from milliways.workers.held_parts import HeldParts
 from milliways.workers.kv_arrays import KvArrays
 from milliways.workers.loading import ShardLoader, shares_now
 from milliways.workers.servers.intake import RouterSessions
@@ -94,27 +100,11 @@ class LoadProgress:
     bytes_wanted: int = 0
 
 
-@dataclass(slots=True)
-class Rates:
-    """The rate of tokens over the last `window_s` seconds."""
-
-    window_s: float = 10.0
-    marks: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
-
-    def per_s(self, num_tokens: int) -> float:
-        """Records the total so far; returns its growth per second within the window."""
-        now_s = time.monotonic()
-        self.marks = [m for m in self.marks if now_s - m[0] <= self.window_s]
-        self.marks.append((now_s, num_tokens))
-        first_s, first = self.marks[0]
-        return (num_tokens - first) / (now_s - first_s) if now_s > first_s else 0.0
-
-
 def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
     """The size of the KV arrays of an attention shard."""
     block_size = config.workers.block_size
     return CacheSize(
-        num_blocks=-(-kv_tokens_of(config.workers, model) // block_size),
+        num_blocks=-(-kv_tokens_of(config.workers, model.sequence_len) // block_size),
         block_size=block_size,
         max_slots=config.router.max_running,
     )
@@ -126,7 +116,8 @@ class WorkerProcess:
     Its own two threads must not call it, because it waits for them. Any other thread may.
 
     `memory_bytes` limits the memory of all its devices together; 0 means no limit. `devices` are
-    the devices that it computes on; by default it finds as many as the settings say.
+    the devices that it computes on; by default it finds as many as the settings say. `sizes` are
+    those of the model's parts; by default all files are scanned for them.
 
     Invariant: once set, `_attention` is never replaced. Only the thread that calls `load` uses it
     until `_hand_over_attention` gives it to another thread; then only that thread uses it.
@@ -141,6 +132,7 @@ class WorkerProcess:
         on_fault: Fault,
         memory_bytes: int = 0,
         devices: Sequence[Device] | None = None,
+        sizes: ModelBytes | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.incarnation = incarnation
@@ -150,24 +142,23 @@ class WorkerProcess:
         keep_freed_blocks()
         # Otherwise XLA would run each small program in another thread, and this one would wait.
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
-        self._model_dir = resolve_model_dir(config.model.path)
-        self._checkpoint = Checkpoint.open(self._model_dir)
-        model = self._checkpoint.config
-        self._tokenizer = load_tokenizer(self._model_dir, model.vocab_size)
+        self._files = ModelFiles(resolve_model_dir(config.model.path))
+        model = self._files.config
         self._cache_size = cache_size_of(config, model)
         ops, loader = select_ops(_kernels(config))
         self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
-        sizes = checkpoint_bytes(self._checkpoint, self._decoder.dtype.itemsize)
+        sizes = sizes or checkpoint_bytes(self._files.checkpoint, self._decoder.dtype.itemsize)
         self._local = LocalDevices(
             devices=tuple(devices or find_devices(config.workers.gpus_each)),
-            parts=PartBytes.of(sizes, kv_tokens_of(config.workers, model)),
+            parts=PartBytes.of(sizes, kv_tokens_of(config.workers, model.sequence_len)),
             memory_bytes=memory_bytes,
         )
         self._loader = ShardLoader(
-            self._checkpoint, self._decoder, loader, self._note_read, self._local
+            self._files.tensors, self._decoder, loader, self._note_read, self._local
         )
         self._experts = ExpertShard(self._decoder)
         self._attention: AttentionShard | None = None
+        self._held_parts = HeldParts(model, self._experts, lambda: self._attention)
         self._shards: ShardPlan | None = None
         # Held by `load`, which sets `_shards` and `_attention`: one load at a time.
         self._loading = threading.Lock()
@@ -202,34 +193,42 @@ class WorkerProcess:
             memory_bytes=self._local.plannable_bytes,
         )
 
-    def load(self, shards: ShardPlan, bytes_wanted: int = 0) -> None:
+    def load(
+        self,
+        shards: ShardPlan,
+        bytes_wanted: int = 0,
+        wanted: Manifest = EMPTY_MANIFEST,
+        peers: Sequence[Member] = (),
+    ) -> Loaded:
         """Reads the parts of the shards that are missing here, then makes the core READY.
 
-        This may take minutes.
+        This may take minutes. `wanted` has the digests of the parts that are known already; the
+        result has those of all that was ever loaded here. A part whose file cannot be read comes
+        from one of the `peers` that hold it. What was loaded before an error is kept.
 
         Raises:
-            CheckpointError: a file cannot be read.
+            CheckpointError: a file cannot be read, or its bytes are not the wanted ones.
             PlacementError: a device has too little memory for its part of the shards.
+            StartupError: what this process has read before is of another model: it must end.
         """
         with self._loading:
             self.progress.bytes_wanted = bytes_wanted
-            if self._shards is None:
+            others = PeerParts(peers, self._config.tls, Random())
+            self._files.expect(wanted, others.fetch)
+            if self._shards is None and self._attention is None:
                 self._local.check(shards)
                 self._attention = self._loader.load_attention(
                     shards, self._experts, self._cache_size
                 )
-            wanted = shards.experts - self._experts.held
-            groups = self._loader.load_experts(wanted, self._shares_now())
+            missing = shards.experts - self._experts.held
+            for layer, groups in self._loader.load_experts(missing, self._shares_now()):
+                self._compute.call(lambda to=layer, new=groups: self._experts.add(to, new))
             self._shards = shards
-            self._compute.call(lambda: self._take_in(groups))
             if self._core.state is WorkerState.LOADING:
                 self._warm_up()
                 self._hand_over_attention()
                 self._compute.call(lambda: self._core.fence.move(WorkerState.READY))
-
-    def _take_in(self, groups: dict[int, list[ExpertGroup]]) -> None:
-        for layer, of_layer in groups.items():
-            self._experts.add(layer, of_layer)
+            return Loaded(self._files.loaded, tuple(self._files.tensors.faults))
 
     def _hand_over_attention(self) -> None:
         """Gives the attention shard to the one thread that uses it from now on.
@@ -259,7 +258,7 @@ class WorkerProcess:
             return
         started_s = time.monotonic()
         warm_up(
-            self._checkpoint.config,
+            self._files.config,
             self._cache_size,
             self._attention,
             self._experts,
@@ -331,7 +330,7 @@ class WorkerProcess:
         self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
         for reactor in (self._routing, self._compute):
             reactor.close()
-        self._checkpoint.close()
+        self._files.close()
 
     def describe(self, spawned: Spawned) -> Existing | None:
         """All that a new controller must know of this worker; None if it must be replaced."""
@@ -349,6 +348,7 @@ class WorkerProcess:
             held=held,
             view=view,
             settings=flat(self._config),
+            manifest=self._files.loaded,
         )
 
     def status(self) -> ProcessStatus:
@@ -417,6 +417,7 @@ class WorkerProcess:
             incarnation=self.incarnation,
             transport=self._config.workers.transport,
             tls=tls,
+            read_held=self._held_parts.read,
         )
         self._router_server = RouterServer(
             self._routing,
@@ -424,7 +425,7 @@ class WorkerProcess:
             request_timeout_s=self._config.router.request_timeout_s,
             tls=tls,
         )
-        any_port = f"{self._host}:0"
+        any_port = join_address(self._host, 0)
         return (
             self._compute.ask(lambda: self._server.start(any_port), START_TIMEOUT_S),
             self._routing.ask(lambda: self._router_server.start(any_port), START_TIMEOUT_S),
@@ -432,7 +433,7 @@ class WorkerProcess:
 
     def _make_router(self) -> tuple[Router, LinkTable]:
         settings, tasks = self._config.router, self._routing.tasks
-        model = self._checkpoint.config
+        model = self._files.config
         connector = Connector(
             self._routing,
             router_id=self.worker_id,
@@ -470,7 +471,7 @@ class WorkerProcess:
         return router, links
 
     def _detokenizer_for(self, request: GenerationRequest) -> Detokenizer:
-        return detokenizer_for(self._tokenizer, request)
+        return detokenizer_for(self._files.tokenizer, request)
 
     def _note_read(self, bytes_read: int) -> None:
         self.progress.bytes_read = bytes_read

@@ -25,7 +25,12 @@ from milliways.cluster.settings.config import IngressSettings
 from milliways.router.requests.journal import DeliveredSample
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
-from milliways.wire.errors import ModelFaultError, OverloadedError, UnavailableError
+from milliways.wire.errors import (
+    LeavingError,
+    ModelFaultError,
+    OverloadedError,
+    UnavailableError,
+)
 
 # Shorter text is tokenised in less time than a thread takes to start.
 _INLINE_BYTES = 8192
@@ -86,31 +91,54 @@ class Ingress:
         self.request_timeout_s = request_timeout_s
         self._source = source
         self._num_ongoing = 0
+        self._leaves_because = ""
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
 
     @property
     def num_ongoing(self) -> int:
         return self._num_ongoing
+
+    def leave(self, reason: str) -> None:
+        """Takes nothing new from now on; what runs goes on."""
+        self._leaves_because = reason
+        self.readiness.drain(reason)
 
     @contextmanager
     def admit(self) -> Generator[None]:
         """Counts a request as running inside the `with` block.
 
         Raises:
+            LeavingError: `leave` was called.
             OverloadedError: `max_ongoing_requests` requests are running.
             UnavailableError: no request can be served here; says why.
         """
+        if self._leaves_because:
+            raise LeavingError(self._leaves_because)
         if reason := self._obstacle():
             raise UnavailableError(reason)
         limit = self.settings.max_ongoing_requests
         if self._num_ongoing >= limit:
             raise OverloadedError(f"the limit of {limit} running requests is reached")
         self._num_ongoing += 1
+        self._is_idle.clear()
         self.metrics.ongoing.set(self._num_ongoing)
         try:
             yield
         finally:
             self._num_ongoing -= 1
             self.metrics.ongoing.set(self._num_ongoing)
+            if not self._num_ongoing:
+                self._is_idle.set()
+
+    async def try_become_idle(self, timeout_s: float) -> bool:
+        """Waits until no request runs; False if some still run after this time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def generate(
         self,

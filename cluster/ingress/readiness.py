@@ -37,10 +37,25 @@ class Readiness:
         self._good_until_s = float("-inf")
         self._probe: asyncio.Task[str | None] | None = None
         self._draining_reason: str | None = None
+        self._drains = asyncio.Event()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining_reason is not None
 
     def drain(self, reason: str) -> None:
         """Makes `check` fail from now on, with this reason."""
         self._draining_reason = reason
+        self._drains.set()
+
+    async def wait_for_drain(self, timeout_s: float) -> None:
+        """Returns when `drain` is called, or after this time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._drains.wait()
+        except TimeoutError:
+            pass
 
     async def check(self) -> None:
         """Returns if a token can be made.

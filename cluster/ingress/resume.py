@@ -5,9 +5,9 @@ may return. The client sends the same body again, to any replica, with the reque
 much it has received:
 
 - HTTP: the header `Last-Event-ID`, which is the id of the last event received,
-  `<request id>/<counts>`. The counts say how many tokens of each choice the client has received,
-  with dots between. Choices run in parallel and interleave differently in each run, so one total
-  would not say which tokens were received.
+  `<request id>/<counts>/<system_fingerprint>`. The counts say how many tokens of each choice the
+  client has received, with dots between. Choices run in parallel and interleave differently in each
+  run, so one total would not say which tokens were received.
 - gRPC: `GenerateRequest.resume` with the count of each sample, the tokens themselves if the client
   kept them, and the number of prompt log-probabilities received. (Over HTTP these come with each
   choice's first token, so they need no count.)
@@ -15,6 +15,8 @@ much it has received:
 Tokens that the client only counts are computed again, but not sent again; the prompt costs little
 if its prefix is still cached. Tokens that the client sends back are processed like a prompt, which
 is faster.
+
+A stream that began on another model is refused: the fingerprint says which one that was.
 
 The server cannot know whether the body is the same as before. A client that changes its body
 receives the rest of another stream. Only a resume point that is impossible for its body is refused.
@@ -32,7 +34,10 @@ from milliways.wire.status_codes import Verbatim, abridged
 LAST_EVENT_ID = "Last-Event-ID"
 # The end of the usage event's id; that event follows the last token.
 _USAGE = "/usage"
-_COUNTS = re.compile(r"\d{1,9}(\.\d{1,9})*", re.ASCII)
+_BODY = re.compile(
+    r"(?P<request_id>[^/]+)/(?P<counts>\d{1,9}(?:\.\d{1,9})*)(?:/(?P<fingerprint>fp_[0-9a-f]{12}))?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class ResumePoint:
     has_usage: bool = False
     # Number of prompt log-probabilities received; used only for requests with one prompt.
     num_scored: int = 0
+    # The `system_fingerprint` of the stream that broke; empty if the client did not send it.
+    fingerprint: str = ""
 
     def check_fits(self, requests: Sequence[GenerationRequest]) -> None:
         """Raises InvalidRequestError if the requests cannot have produced this much."""
@@ -85,9 +92,11 @@ class ResumePoint:
         raise InvalidRequestError(self.field, number, f"at most the {most} that it has")
 
 
-def event_id(request_id: str, counts: Sequence[int], *, has_usage: bool = False) -> str:
+def event_id(
+    request_id: str, counts: Sequence[int], fingerprint: str, *, has_usage: bool = False
+) -> str:
     """The id of an event; `counts` are each choice's tokens up to and including the event."""
-    return f"{request_id}/{'.'.join(map(str, counts))}{_USAGE if has_usage else ''}"
+    return f"{request_id}/{'.'.join(map(str, counts))}/{fingerprint}{_USAGE if has_usage else ''}"
 
 
 def parse_event_id(text: str) -> ResumePoint:
@@ -97,13 +106,17 @@ def parse_event_id(text: str) -> ResumePoint:
         InvalidRequestError: the text does not have the form of an event id.
     """
     body = text.removesuffix(_USAGE)
-    request_id, _, counts = body.partition("/")
-    if not (is_request_id(request_id) and _COUNTS.fullmatch(counts)):
-        limit = "the id of an event: <request id>/<tokens received of each choice, dots between>"
+    match = _BODY.fullmatch(body)
+    if match is None or not is_request_id(match["request_id"]):
+        limit = (
+            "the id of an event:"
+            " <request id>/<tokens received of each choice, dots between>/<system_fingerprint>"
+        )
         raise InvalidRequestError(LAST_EVENT_ID, abridged(text), limit)
     return ResumePoint(
-        request_id=request_id,
-        received=tuple(Received(num_tokens=int(count)) for count in counts.split(".")),
+        request_id=match["request_id"],
+        received=tuple(Received(num_tokens=int(count)) for count in match["counts"].split(".")),
+        fingerprint=match["fingerprint"] or "",
         field=LAST_EVENT_ID,
         has_usage=body != text,
     )

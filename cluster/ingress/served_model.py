@@ -2,8 +2,9 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 from milliways.cluster.ingress.chat_template import ChatTemplate, load_chat_template
@@ -11,7 +12,7 @@ from milliways.cluster.settings.config import ModelSettings
 from milliways.model.config import ModelConfig, load_config
 from milliways.model.detokenizer import prompt_pieces
 from milliways.model.errors import InvalidRequestError
-from milliways.model.model_dir import load_tokenizer, resolve_model_dir
+from milliways.model.model_dir import description_dir, load_tokenizer, resolve_model_dir
 from milliways.model.tokenizer import Tokenizer
 from milliways.wire.errors import UnknownModelError
 from milliways.wire.status_codes import abridged
@@ -27,12 +28,22 @@ class ServedModel:
     chat_template: ChatTemplate = field(default_factory=ChatTemplate)
     created_s: int = 0
     revision: str = ""
+    # The identity of the manifest of the weights that are served; empty while it is not known.
+    weights: Callable[[], str] = str
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Equal fingerprints promise equal tokens for equal requests."""
-        identity = repr((self.name, self.config, self.revision))
-        return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        return _fingerprint(repr((self.name, self.config, self.revision, self.weights())))
+
+    def check_resume(self, field_name: str, fingerprint: str) -> None:
+        """Raises InvalidRequestError if a stream to be resumed began on another model.
+
+        Nothing is checked without a fingerprint: a client need not send it.
+        """
+        if fingerprint not in ("", self.fingerprint):
+            limit = f"{self.fingerprint}, that of the model served here: the rest would not fit"
+            raise InvalidRequestError(field_name, abridged(fingerprint), limit)
 
     def check_name(self, name: str) -> None:
         """Raises UnknownModelError unless `name` is this model's name."""
@@ -85,21 +96,30 @@ class ServedModel:
         return self.tokenizer
 
 
-def load_served_model(settings: ModelSettings) -> ServedModel:
+@lru_cache(maxsize=8)
+def _fingerprint(identity: str) -> str:
+    return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def load_served_model(settings: ModelSettings, weights: Callable[[], str] = str) -> ServedModel:
     """Reads what the ingress needs from a model directory.
+
+    `weights` gives the identity of the weights that are served.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: a file is invalid; the error says why.
     """
     model_dir = resolve_model_dir(settings.path)
-    config = load_config(model_dir)
+    described_in = description_dir(model_dir)
+    config = load_config(described_in)
     return ServedModel(
         name=settings.name or _default_name(settings.path, model_dir),
         config=config,
         tokenizer=load_tokenizer(model_dir, config.vocab_size),
-        chat_template=load_chat_template(model_dir, settings.chat_template),
+        chat_template=load_chat_template(described_in, settings.chat_template),
         created_s=int(time.time()),
         revision=f"{settings.dtype}/{settings.activations}",
+        weights=weights,
     )
 
 

@@ -1,13 +1,15 @@
 """A cluster on Ray: its actors, the Serve application, and starting or joining Ray.
 
     from milliways.cluster.ray.cluster import LocalRay
+    from milliways.cluster.ray.descendants import end_descendants
+    from milliways.cluster.ray.run_folder import RunFolder
     from milliways.cluster.ray.serving import ServedApplication
     from milliways.cluster.settings.config import ClusterConfig
 
-    local = LocalRay()
+    local = LocalRay(RunFolder().path)
     application = ServedApplication(ClusterConfig())
     application.start()                         # three workers, HTTP and gRPC
-    local.stop()
+    end_descendants(timeout_s=5.0)
 
 `start_worker` and `start_controller` start actors; `worker_actor` and `controller_actor` are what
 runs in these; `fleet` is how the controller commands workers.

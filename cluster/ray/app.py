@@ -23,6 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from milliways.cluster.control.changes import other_model
 from milliways.cluster.ingress.ingress import Ingress
+from milliways.cluster.ingress.leaving import LAST_ERRORS_S, leave
 from milliways.cluster.ingress.metrics import IngressMetrics
 from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.public_grpc.server import IngressGrpcServer
@@ -31,20 +32,31 @@ from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
+from milliways.cluster.ray.autoscaling import GRPC_CALLS
 from milliways.cluster.ray.declaring import check_running, declared_now
+from milliways.cluster.ray.leaving_replica import follow_replica
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
 from milliways.cluster.settings.sources import gather
+from milliways.model.errors import OtherModelError
+from milliways.model.manifest import digest_small_files
+from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import ClusterError, ConfigError
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "milliways"
+INGRESS_NAME = "Ingress"
+AUTOSCALING_POLICY = "milliways.cluster.ray.autoscaling:replicas_for_requests"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+# How long a new replica waits, before its first request, to hear how busy the routers are.
+FIRST_LOADS_S = 1.0
+# How much later than a replica's own limit Serve kills it.
+MARGIN_S = 5.0
 # Until one has asked, a dead replica is not replaced.
 HEALTH_CHECK_PERIOD_S = 1.0
 
@@ -59,13 +71,29 @@ class Directory:
         self._changed = asyncio.Event()
         # Why requests cannot be served here, whatever the workers do; empty if they can.
         self.obstacle = ""
+        # The files that this replica reads itself.
+        self._files = digest_small_files(resolve_model_dir(config.model.path))
 
     @property
     def view(self) -> ClusterView:
         return self._view
 
+    @property
+    def weights(self) -> str:
+        """The identity of the weights that are served; empty while it is not known."""
+        return self._view.manifest.identity if self._view.manifest_is_whole else ""
+
+    def check_model(self) -> None:
+        """Raises OtherModelError if this replica has read files of another model than is served."""
+        for name in self._view.manifest.differing(self._files):
+            wanted = self._view.manifest.digests[name]
+            path = resolve_model_dir(self._config.model.path) / name
+            raise OtherModelError(path, name, self._files.digests[name], wanted)
+
     def routers(self) -> Sequence[RouterInfo]:
-        if self.obstacle:
+        if self.obstacle or not self._view.manifest_is_whole:
+            return []
+        if self._view.manifest.differing(self._files):
             return []
         return [RouterInfo(m.worker_id, m.router_address) for m in self._view.routers()]
 
@@ -109,13 +137,14 @@ class Directory:
             changed.set()
 
 
-@serve.deployment(name="Ingress", max_ongoing_requests=512)
+@serve.deployment(name=INGRESS_NAME, max_ongoing_requests=512)
 @serve.ingress()
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
     def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
+        self._config = config
         self._directory = Directory(config, declared_at_s)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()
@@ -127,32 +156,86 @@ class IngressReplica:
             ),
             on_hedge=metrics.hedges.inc,
         )
+        self._source.start()
         self._ingress = Ingress(
-            load_served_model(config.model),
+            load_served_model(config.model, lambda: self._directory.weights),
             self._source,
             settings,
             request_timeout_s=config.router.request_timeout_s,
             metrics=metrics,
             obstacle=lambda: self._directory.obstacle,
         )
-        self._grpc = IngressGrpcServer(
-            self._ingress,
-            host=settings.host,
-            port=settings.grpc_port,
-            tls=config.tls,
-            # With the other replicas on this node.
-            shares_port=True,
+        self._grpc: IngressGrpcServer | None = None
+        self._loop = asyncio.get_running_loop()
+        self._starting = self._loop.create_task(self._start())
+        self._leaving: asyncio.Task[None] | None = None
+        follow_replica(
+            on_leaving=lambda: self._loop.call_soon_threadsafe(self._leave, settings.grace_s),
+            num_calls=self._num_calls,
         )
-        self._starting = asyncio.get_running_loop().create_task(self._grpc.start())
 
     def __serve_build_asgi_app__(self) -> Any:
         # Serve itself echoes request ids.
         return make_http_app(self._ingress, self._metrics_of_workers, echoes_request_id=False)
 
     async def check_health(self) -> None:
-        """Raises if the replica does not follow the controller any more; Serve then replaces it."""
+        """Raises if the replica does not follow the controller any more; Serve then replaces it.
+
+        So it does if the replica has read other files than the workers, which it cannot repair.
+
+        Serve asks for the first time before it sends requests here. By then the replica knows how
+        busy the routers are, unless there is no cluster yet.
+        """
+        await self._starting
+        self._directory.check_model()
         if self._follower.done():
             self._follower.result()
+
+    async def record_autoscaling_stats(self) -> dict[str, int]:
+        """What Serve's autoscaler does not count itself."""
+        return {GRPC_CALLS: self._num_calls()}
+
+    def _num_calls(self) -> int:
+        return self._grpc.num_calls if self._grpc is not None else 0
+
+    async def leave(self, grace_s: float) -> None:
+        """The whole endpoint stops: refuses what is new; returns when nothing runs any more.
+
+        What still runs after `grace_s` ends with an error that names the cursor for a resume.
+        """
+        self._ingress.leave("the endpoint is stopping")
+        await self._leave(grace_s)
+
+    async def __del__(self) -> None:
+        """Serve calls it before it ends the replica, and waits for it."""
+        await self._leave(self._config.ingress.grace_s)
+
+    def _leave(self, grace_s: float) -> "asyncio.Task[None]":
+        """Begins to leave, once. Requests that Serve has sent here already are still taken."""
+        if self._leaving is None:
+            self._leaving = self._loop.create_task(
+                leave(self._ingress, self._grpc, self._source, grace_s)
+            )
+        return self._leaving
+
+    async def _start(self) -> None:
+        try:
+            async with asyncio.timeout(FIRST_LOADS_S):
+                await self._directory.changed()
+                await self._source.first_loads()
+        except TimeoutError:
+            logger.info("the loads of routers are not known yet")
+        settings = self._config.ingress
+        # Not earlier: from then on the kernel gives it connections to the shared port.
+        self._grpc = IngressGrpcServer(
+            self._ingress,
+            host=settings.host,
+            port=settings.grpc_port,
+            tls=self._config.tls,
+            # With the other replicas on this node.
+            shares_port=True,
+        )
+        await self._grpc.start()
 
     async def _metrics_of_workers(self) -> str:
         try:
@@ -176,10 +259,16 @@ def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Applica
             "initial_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
+            "policy": {
+                "policy_function": "milliways.cluster.ray.autoscaling:replicas_for_requests"
+            },
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        graceful_shutdown_timeout_s=5.0,
+        # After this time Serve kills the replica. It ends its requests itself before.
+        graceful_shutdown_timeout_s=settings.grace_s + LAST_ERRORS_S + MARGIN_S,
         graceful_shutdown_wait_loop_s=0.5,
+        # A redeploy starts the new replicas before it ends the old ones.
+        max_surge_percent=100,
     ).bind(config, declared_at_s)
 
 

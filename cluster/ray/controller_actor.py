@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,12 +20,15 @@ from milliways.cluster.control.targets import make_settings, number
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.ray.fleet import RayFleet
-from milliways.cluster.settings.config import ClusterConfig, WorkerSettings
+from milliways.cluster.settings.config import ClusterConfig, ModelSettings, WorkerSettings
 from milliways.cluster.settings.names import changed, flat
 from milliways.model.checkpoint import Checkpoint
+from milliways.model.manifest import EMPTY_MANIFEST, read_manifest
 from milliways.model.model_dir import resolve_model_dir
 from milliways.runtime.async_tasks import AsyncTasks
+from milliways.runtime.fatal import end_process
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
+from milliways.wire.placement import ModelBytes
 from milliways.wire.status import ClusterStatus, ProcessStatus, SettingsStatus, WorkerStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared, WorkerState
 
@@ -59,7 +63,7 @@ class ControllerActor:
         if self._shell is not None:
             await self._has_begun.wait()
             return
-        self._shell = AsyncTasks()
+        self._shell = AsyncTasks(end_process)
         try:
             await self._begin(self._shell, known)
         except BaseException:
@@ -73,22 +77,22 @@ class ControllerActor:
         self._fleet = RayFleet(self._config, shell)
         existing = await self._fleet.find_existing()
         config, declared = self._settings_to_go_on_with(known, existing)
-        with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
-            model = checkpoint_bytes(checkpoint, _VALUE_BYTES[config.model.dtype])
-            kv_tokens = kv_tokens_of(config.workers, checkpoint.config)
-            default_kv_tokens = kv_tokens_of(WorkerSettings(), checkpoint.config)
+        pinned = EMPTY_MANIFEST
+        if config.model.manifest:
+            pinned = read_manifest(Path(config.model.manifest))
+        model = _sizes([known, *(found.view for found in existing)]) or _read_sizes(config.model)
+        self._fleet.sizes = model
         workers = config.workers
         settings = make_settings(
             workers.count,
             workers.expert_replicas,
             workers.attention,
-            kv_tokens,
+            kv_tokens_of(workers, model.sequence_len),
             start_timeout_s=workers.start_timeout_s,
             experts_only=workers.experts_only,
-            default_kv_tokens=default_kv_tokens,
+            default_kv_tokens=kv_tokens_of(WorkerSettings(), model.sequence_len),
         )
-        self._fleet.model = model
-        self._controller = Controller(model, settings, self._fleet, shell.tasks)
+        self._controller = Controller(model, settings, self._fleet, shell.tasks, pinned)
         self._set_config(config)
         self._controller.declare(declared)
         self._controller.start(existing, known)
@@ -331,6 +335,24 @@ class ControllerActor:
                 # It may die while it is asked, or be busy. Neither is for a question to judge.
                 last_error = f"it does not answer: {error}"
         return status_of(record, self._controller.waits_for(record), last_error, process)
+
+
+def _sizes(views: Sequence[ClusterView]) -> ModelBytes | None:
+    """The sizes of the model that runs; None if nothing runs yet.
+
+    They are not read again: the files may be unreadable now, or those of another model.
+    """
+    return max(views, key=lambda view: view.placement_epoch).model
+
+
+def _read_sizes(settings: ModelSettings) -> ModelBytes:
+    """The sizes of a model, from its files.
+
+    Raises:
+        CheckpointError, ModelConfigError: a file is unreadable or invalid; says which and why.
+    """
+    with Checkpoint.open(resolve_model_dir(settings.path)) as checkpoint:
+        return checkpoint_bytes(checkpoint, _VALUE_BYTES[settings.dtype])
 
 
 def status_of(

@@ -6,7 +6,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -18,22 +18,32 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.control.fleet import (
+    Existing,
+    Loaded,
+    LoadFailedError,
+    Spawned,
+    WorkerDiedError,
+)
 from milliways.cluster.ray.resources import missing_of
 from milliways.cluster.ray.start_worker import NAMESPACE, group_of, resources_of, start_worker
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.model.errors import CheckpointError, ModelConfigError, TokenizerError
+from milliways.model.manifest import Manifest
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import UnavailableError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.status import ProcessStatus
-from milliways.wire.view import ClusterView
+from milliways.wire.view import ClusterView, Member
 
 logger = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
 DESCRIBE_TRIES = 3
 DESCRIBE_AGAIN_AFTER_S = 1.0
+# Errors that say that a file of the model is missing, unreadable or another one.
+_UNREADABLE = (CheckpointError, ModelConfigError, TokenizerError)
 _ACTOR_NAME = re.compile(r"worker-\d+-\d+")
 T = TypeVar("T")
 
@@ -48,8 +58,8 @@ class RayFleet:
     def __init__(self, config: ClusterConfig, shell: AsyncTasks) -> None:
         # What the next incarnations are started with.
         self.config = config
-        # Set before anything is loaded.
-        self.model: ModelBytes | None = None
+        # Of the model's parts; set before any worker is started.
+        self.sizes: ModelBytes | None = None
         self._shell = shell
         self._groups: dict[str, PlacementGroup] = {}
         self._actors: dict[str, Any] = {}
@@ -67,9 +77,12 @@ class RayFleet:
         wanted = resources_of(self.config.workers, worker_id)
         return missing_of(wanted, amounts, ray.available_resources())
 
-    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
+    def load(
+        self, worker_id: str, shards: ShardPlan, wanted: Manifest, peers: Sequence[Member]
+    ) -> Pending[Loaded]:
         actor = self._actors[worker_id]
-        return self._call(worker_id, actor.load.remote(shards, self.bytes_of(shards)))
+        loading = actor.load.remote(shards, self.bytes_of(shards), wanted, peers)
+        return self._shell.pending(_answer_of_load(worker_id, loading))
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         return self._call(worker_id, self._actors[worker_id].unload.remote(kept))
@@ -134,7 +147,7 @@ class RayFleet:
 
     def bytes_of(self, shards: ShardPlan) -> int:
         """How many bytes of the checkpoint shards take."""
-        model = self.model
+        model = self.sizes
         assert model is not None
         return (
             shards.num_layers * model.attention_layer_bytes
@@ -143,18 +156,20 @@ class RayFleet:
         )
 
     async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
+        assert self.sizes is not None
         self._end(worker_id)
         if worker_id not in self._groups:
             self._groups[worker_id] = group_of(self.config.workers, worker_id)
         try:
-            actor = start_worker(self.config, worker_id, incarnation, self._groups[worker_id])
+            group = self._groups[worker_id]
+            actor = start_worker(self.config, worker_id, incarnation, group, self.sizes)
         except ValueError as error:
             # An earlier controller started this incarnation, and died before anybody knew of it.
             # The next one is free, or the one after that.
             text = f"incarnation {incarnation} of {worker_id} is taken"
             raise WorkerDiedError(text) from error
         self._watch(worker_id, actor)
-        return await _answer(worker_id, actor.start.remote())
+        return await _answer_of_load(worker_id, actor.start.remote())
 
     def _watch(self, worker_id: str, actor: Any) -> None:
         self._actors[worker_id] = actor
@@ -185,6 +200,23 @@ async def _answer(worker_id: str, reference: Awaitable[T]) -> T:
     try:
         return await reference
     except (RayActorError, RayTaskError) as error:
+        raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
+
+
+async def _answer_of_load(worker_id: str, reference: Awaitable[T]) -> T:
+    """The answer of an actor to a call that makes it read files of the model.
+
+    Raises:
+        LoadFailedError: a file cannot be read, or is not the right one.
+        WorkerDiedError: it is dead, or must not live on.
+    """
+    try:
+        return await reference
+    except RayTaskError as error:
+        if isinstance(error.cause, _UNREADABLE):
+            raise LoadFailedError(f"{worker_id} cannot load: {error.cause}") from error
+        raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
+    except RayActorError as error:
         raise WorkerDiedError(f"{worker_id}: {_first_line(error)}") from error
 
 

@@ -12,25 +12,34 @@ Importing this module imports Ray: do that only after Ray's settings are in the 
 # Ray's own types are unknown in part.
 # pyright: basic
 
+import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE, SERVE_PROXY_NAME
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import APIType
+from ray.util import list_named_actors
 
-from milliways.cluster.ray.app import APP_NAME, make_app
+from milliways.cluster.ray.app import APP_NAME, INGRESS_NAME, make_app
 from milliways.cluster.ray.declaring import declared_now
 from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, IngressSettings
-from milliways.wire.errors import StartupError
+from milliways.wire.errors import RayGoneError, StartupError
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
-POLL_S = 0.5
+POLL_S = 0.1
+# What an answer may take beyond the time that running requests have.
+LEAVE_TIMEOUT_S = 10.0
 
 
 class ServedApplication:
@@ -62,6 +71,63 @@ class ServedApplication:
         application = serve.status().applications.get(APP_NAME)
         if application is not None and application.status == "DEPLOY_FAILED":
             raise StartupError(f"the endpoint does not start: {application.message}")
+
+    def probe(self) -> None:
+        """Asks Ray and Serve for a sign of life.
+
+        Raises:
+            RayGoneError: no node of Ray is alive.
+            Exception: whatever else they answer. They may be starting again.
+        """
+        nodes: Any = ray.nodes()
+        if not any(node["Alive"] for node in nodes):
+            raise RayGoneError("Ray has given up its last node: the cluster ends")
+        serve.status()
+
+    def finish_requests(self, grace_s: float, *, owns_proxies: bool) -> None:
+        """Makes the endpoint take nothing new; returns when what runs has ended, or in `grace_s`.
+
+        Proxies that other applications use as well (not `owns_proxies`) are left alone.
+        """
+        until_s = time.monotonic() + grace_s
+        # Serve has a remark for everybody who asks for a deployment.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # Twice, because a replica may have started meanwhile.
+        for _ in range(2):
+            left_s = max(0.0, until_s - time.monotonic())
+            try:
+                handle = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
+                handle.broadcast("leave", left_s).results(timeout_s=left_s + LEAVE_TIMEOUT_S)
+            except (RayError, RayServeException, TimeoutError) as error:
+                logger.warning("an ingress replica does not leave: %s", error)
+        if owns_proxies:
+            _drain_proxies(until_s)
+
+
+def _drain_proxies(until_s: float) -> None:
+    """Waits until the proxies have handed over what replicas gave them."""
+    proxies = _actors_of_serve(SERVE_PROXY_NAME)
+    try:
+        ray.get([proxy.update_draining.remote(True) for proxy in proxies], timeout=LEAVE_TIMEOUT_S)
+        while time.monotonic() < until_s:
+            asked = [proxy.is_drained.remote() for proxy in proxies]
+            if all(ray.get(asked, timeout=LEAVE_TIMEOUT_S)):
+                return
+            time.sleep(POLL_S)
+    except RayError as error:
+        logger.warning("a proxy does not say whether it is idle: %s", error)
+
+
+def _actors_of_serve(prefix: str) -> list[Any]:
+    """The actors of Serve whose names begin so."""
+    found: list[Any] = []
+    entries: Any = list_named_actors(all_namespaces=True)
+    for entry in entries:
+        if entry["namespace"] == SERVE_NAMESPACE and entry["name"].startswith(prefix):
+            # It may have ended since it was listed.
+            with suppress(ValueError):
+                found.append(ray.get_actor(entry["name"], namespace=SERVE_NAMESPACE))
+    return found
 
 
 def deploy_ingress(config: ClusterConfig, declared_at_s: float) -> None:
@@ -112,6 +178,10 @@ def stop_and_leave(*, keeps_serve: bool) -> None:
 
     `keeps_serve` leaves Serve itself running, for its other applications.
     """
+    serve.delete(APP_NAME, _blocking=False)
+    # Serve would give their requests the time of a planned change.
+    for replica in _actors_of_serve(f"{REPLICA_ID_FULL_ID_STR_PREFIX}{APP_NAME}#"):
+        ray.kill(replica)
     if keeps_serve:
         serve.delete(APP_NAME)
     else:

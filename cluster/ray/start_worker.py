@@ -17,14 +17,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from milliways.cluster.control.fleet import number_of
 from milliways.cluster.ray.worker_actor import WorkerActor
 from milliways.cluster.settings.config import ClusterConfig, WorkerSettings
+from milliways.wire.placement import ModelBytes
 
 NAMESPACE = "milliways"
 
 
 def start_worker(
-    config: ClusterConfig, worker_id: str, incarnation: int, group: PlacementGroup
+    config: ClusterConfig,
+    worker_id: str,
+    incarnation: int,
+    group: PlacementGroup,
+    sizes: ModelBytes,
 ) -> ActorHandle[Any]:
     """Asks Ray to start one incarnation of a worker; Ray does so when the group has a node.
+
+    `sizes` are those of the model's parts, so that the worker reads only the files that it needs.
 
     `max_restarts` is 0: Ray reports a death within 30 ms then, and the controller restarts.
 
@@ -43,7 +50,7 @@ def start_worker(
         num_gpus=settings.gpus_each,
         resources=dict(settings.resources_of(number_of(worker_id))),
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-    ).remote(config, worker_id, incarnation)
+    ).remote(config, worker_id, incarnation, sizes)
 
 
 def group_of(settings: WorkerSettings, worker_id: str) -> PlacementGroup:

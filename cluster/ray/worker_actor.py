@@ -4,44 +4,66 @@
 # pyright: basic
 
 import asyncio
-import logging
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
-from milliways.cluster.control.fleet import Existing, Spawned
+from milliways.cluster.control.fleet import Existing, Loaded, Spawned
 from milliways.cluster.host.local_devices import tell_jax
+from milliways.cluster.host.memory_limit import usable_memory_bytes
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
+from milliways.model.manifest import Manifest
+from milliways.runtime.fatal import end_process
 from milliways.runtime.user_cache import keep_programs
 from milliways.wire.errors import ConfigError, StartupError
-from milliways.wire.placement import ExpertId, ShardPlan
+from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.status import ProcessStatus
-from milliways.wire.view import ClusterView
+from milliways.wire.view import ClusterView, Member
 
-logger = logging.getLogger(__name__)
-
-EXIT_FAULT = 70
+if TYPE_CHECKING:
+    from milliways.cluster.host.worker_process import WorkerProcess
 
 
 class WorkerActor:
     """What the controller calls. `until_gone` never returns: when it fails, the worker is dead."""
 
-    def __init__(self, config: ClusterConfig, worker_id: str, incarnation: int) -> None:
+    def __init__(
+        self, config: ClusterConfig, worker_id: str, incarnation: int, sizes: ModelBytes
+    ) -> None:
         keep_programs()
         tell_jax(config.workers.gpus_each, os.environ)
         # JAX reads its settings when it is imported, which this does.
         from milliways.cluster.host.worker_process import WorkerProcess
 
         host = ray.util.get_node_ip_address() or LOOPBACK
-        self._memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
         self._spawned: Spawned | None = None
-        self._process = WorkerProcess(
-            config, worker_id, incarnation, host, _exit_with, self._memory_bytes
-        )
+
+        def make() -> WorkerProcess:
+            memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
+            return WorkerProcess(
+                config, worker_id, incarnation, host, end_process, memory_bytes, sizes=sizes
+            )
+
+        self._make = make
+        self._made: WorkerProcess | None = None
+
+    @property
+    def _process(self) -> "WorkerProcess":
+        assert self._made is not None, "before start"
+        return self._made
 
     async def start(self) -> Spawned:
-        """Opens the servers; returns their addresses."""
+        """Reads configuration and tokenizer, and opens the servers; returns their addresses.
+
+        Not in the constructor: Ray would not say of which type an error was.
+
+        Raises:
+            CheckpointError, ModelConfigError, TokenizerError: what is wrong with which file.
+        """
+        self._made = await asyncio.to_thread(self._make)
         spawned = await asyncio.to_thread(self._process.start)
         self._spawned = Spawned(
             address=spawned.address,
@@ -59,8 +81,10 @@ class WorkerActor:
         """
         return None if self._spawned is None else self._process.describe(self._spawned)
 
-    async def load(self, shards: ShardPlan, bytes_wanted: int) -> None:
-        await asyncio.to_thread(self._process.load, shards, bytes_wanted)
+    async def load(
+        self, shards: ShardPlan, bytes_wanted: int, wanted: Manifest, peers: Sequence[Member]
+    ) -> Loaded:
+        return await asyncio.to_thread(self._process.load, shards, bytes_wanted, wanted, peers)
 
     async def unload(self, kept: frozenset[ExpertId]) -> None:
         await asyncio.to_thread(self._process.unload, kept)
@@ -98,7 +122,10 @@ class WorkerActor:
 
 
 def _memory_bytes(config: ClusterConfig) -> int:
-    """The memory that a worker may use: that of its GPUs, or an even share of the machine's."""
+    """The memory that a worker may use: that of its GPUs, or an even share of the machine's.
+
+    In a container with a memory limit, that limit is the machine's memory.
+    """
     if config.workers.gpus_each > 0:
         import jax
 
@@ -109,11 +136,4 @@ def _memory_bytes(config: ClusterConfig) -> int:
 
         stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
         return sum(int(s["bytes_limit"]) for s in stats if s)
-    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return round(0.8 * machine_bytes / config.workers.count)
-
-
-def _exit_with(error: BaseException) -> None:
-    """Ends the process after a bug of ours: its state may be wrong, so it must not answer."""
-    logger.critical("a bug; the process ends", exc_info=error)
-    os._exit(EXIT_FAULT)
+    return round(0.8 * usable_memory_bytes() / config.workers.count)

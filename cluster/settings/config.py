@@ -33,6 +33,9 @@ class ModelSettings:
 
     path: str = setting("demo", "Model directory, or `demo`.")
     name: str = setting("", "Name that clients send; empty: the directory's name.")
+    manifest: str = setting(
+        "", "File of digests, from `milliways inspect --digest`; empty: the first load decides."
+    )
     dtype: str = setting(
         "float32", "Format of activations and KV cache.", one_of=("float32", "bfloat16")
     )
@@ -227,6 +230,13 @@ class IngressSettings:
     )
     hedge_after_s_max: float = setting(
         60.0, "The longest wait before a hedge, in seconds.", least=0.001, most=3600
+    )
+    grace_s: float = setting(
+        120.0,
+        "How long running requests may take to end when a replica leaves or the cluster is"
+        " stopped, in seconds.",
+        least=0,
+        most=86400,
     )
 
     def __post_init__(self) -> None:

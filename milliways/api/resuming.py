@@ -25,6 +25,7 @@ from grpc import aio
 
 from milliways.api.errors import StreamChangedError
 from milliways.v1 import generate_pb2
+from milliways.wire.addresses import is_loopback
 from milliways.wire.channels import open_channel
 from milliways.wire.errors import OverloadedError, UnavailableError
 from milliways.wire.status_codes import error_of
@@ -57,7 +58,11 @@ class GenerateClient:
             raise ValueError("addresses: at least one is needed")
         self._clock = clock
         self._is_closed = False
-        self._channels = [open_channel(address, tls or TlsSettings()) for address in addresses]
+        self._channels = [
+            # A proxy of the environment may be the way to a server elsewhere.
+            open_channel(address, tls or TlsSettings(), through_proxies=not is_loopback(address))
+            for address in addresses
+        ]
         # At random, so that clients spread over the servers.
         self._turn = (rng or random.Random()).randrange(len(addresses))
 
@@ -183,6 +188,7 @@ class _Progress:
             self._started = generate_pb2.GenerationStarted()
             self._started.CopyFrom(started)
             self._request.resume.request_id = started.request_id
+            self._request.resume.system_fingerprint = started.system_fingerprint
         elif (self._started.system_fingerprint, self._started.seed) != (
             started.system_fingerprint,
             started.seed,

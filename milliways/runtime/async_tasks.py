@@ -1,7 +1,7 @@
 """Runs `Tasks` inside an asyncio loop, for programs whose libraries use asyncio."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from milliways.runtime.clock import SystemClock
@@ -13,11 +13,13 @@ T = TypeVar("T")
 class AsyncTasks:
     """Owns `Tasks`, and runs them whenever something was resolved or a timer is due.
 
-    Used in the loop's thread.
+    Used in the loop's thread. `on_fault` gets the error of a service task that failed; by default
+    the error is raised in the loop. The other tasks go on in both cases.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_fault: Callable[[BaseException], None] | None = None) -> None:
         self.tasks = Tasks(SystemClock())
+        self._on_fault = on_fault
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_kicked = False
@@ -60,7 +62,18 @@ class AsyncTasks:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.tasks.run_ready()
+        try:
+            self.tasks.run_ready()
+        except Exception as error:
+            # The tasks that were ready after the one that failed.
+            self.kick()
+            if self._on_fault is None:
+                raise
+            self._on_fault(error)
+        finally:
+            self._arm_timer()
+
+    def _arm_timer(self) -> None:
         next_s = self.tasks.next_timer_s()
         if next_s is not None:
             delay_s = max(0.0, next_s - self.tasks.clock.now_s())

@@ -31,13 +31,21 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def open_channel(
-    address: str, tls: TlsSettings, options: Sequence[tuple[str, int]] = CLIENT_OPTIONS
+    address: str,
+    tls: TlsSettings,
+    options: Sequence[tuple[str, int]] = CLIENT_OPTIONS,
+    *,
+    through_proxies: bool = False,
 ) -> aio.Channel:
     """A channel to a peer; it connects at the first call.
+
+    A proxy that the environment names (`http_proxy`, `https_proxy`, `grpc_proxy`) is used only
+    `through_proxies`: it cannot reach the processes of a cluster.
 
     Raises:
         OSError: a certificate file cannot be read.
     """
+    options = [*options, ("grpc.enable_http_proxy", int(through_proxies))]
     if not tls.is_on:
         return aio.insecure_channel(address, options)
     return aio.secure_channel(address, channel_credentials(tls), options)

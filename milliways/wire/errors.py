@@ -5,9 +5,11 @@ ClusterError
 ├── PlacementError         the workers cannot hold the model; says how much is missing
 ├── ChangeRefusedError     a running cluster cannot take these settings; says which, and why
 ├── StartupError           the cluster did not start; says which actor waits for which resource
+├── RayGoneError           Ray's own processes ended or are silent; says which and how
 ├── UnknownModelError      a request names a model that is not served here
 ├── OverloadedError        a bounded queue is full; `retry_after_s`
 ├── UnavailableError       nothing can serve the request now; `retry_after_s`
+│   └── LeavingError           this server stops; another goes on with the request
 ├── DeadlineError          the request's deadline passed
 ├── PoisonedRequestError   several workers died with the request; it is not tried again
 ├── ModelFaultError        the logits were not finite
@@ -22,10 +24,10 @@ ClusterError
 from dataclasses import dataclass
 from enum import Enum
 
-from milliways.model.errors import InvalidRequestError
+from milliways.model.errors import InvalidRequestError, PicklableError
 
 
-class ClusterError(Exception):
+class ClusterError(PicklableError):
     """Root of the tree above."""
 
 
@@ -51,6 +53,10 @@ class StartupError(ClusterError):
     """The cluster did not start in time; says which actor waits for which resource."""
 
 
+class RayGoneError(ClusterError):
+    """The Ray cluster under a running Milliways is gone; says which of its processes, and how."""
+
+
 class UnknownModelError(ClusterError):
     """A request names a model that is not served here."""
 
@@ -73,6 +79,18 @@ class OverloadedError(RetryLaterError):
 
 class UnavailableError(RetryLaterError):
     """Nothing can serve the request now."""
+
+
+class LeavingError(UnavailableError):
+    """This server stops before the request has ended; another server can go on with it.
+
+    `cursor` says what was sent: the request's id and how many tokens of each sample. It is empty if
+    nothing was sent.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0, *, cursor: str = "") -> None:
+        super().__init__(message, retry_after_s)
+        self.cursor = cursor
 
 
 class DeadlineError(ClusterError):

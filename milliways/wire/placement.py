@@ -26,6 +26,8 @@ class ModelBytes:
     attention_layer_bytes: int
     end_bytes: int
     kv_layer_bytes_per_token: int
+    # The model's context length, in tokens; a plan with a size of its own does not need it.
+    sequence_len: int = 0
 
     @property
     def attention_bytes(self) -> int:

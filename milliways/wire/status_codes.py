@@ -13,6 +13,7 @@ from milliways.model.errors import InvalidRequestError
 from milliways.wire.errors import (
     ClusterError,
     DeadlineError,
+    LeavingError,
     ModelFaultError,
     OverloadedError,
     PeerError,
@@ -28,6 +29,8 @@ FIELD_KEY = "milliways-field"
 VALUE_KEY = "milliways-value"
 LIMIT_KEY = "milliways-limit"
 RETRY_AFTER_KEY = "milliways-retry-after-ms"
+# What was sent of a request whose server stops: its id, and how many tokens of each sample.
+CURSOR_KEY = "milliways-cursor"
 # In a router's initial metadata, sent when it admits a request: if the stream breaks later, this
 # shows that the router had the request.
 ACCEPTED_KEY = "milliways-accepted"
@@ -78,6 +81,8 @@ def status_of(error: Exception) -> GrpcStatus:
         metadata.append((FIELD_KEY, error.field))
     elif isinstance(error, RetryLaterError):
         metadata.append((RETRY_AFTER_KEY, str(round(error.retry_after_s * 1000))))
+        if isinstance(error, LeavingError) and error.cursor:
+            metadata.append((CURSOR_KEY, error.cursor))
     return GrpcStatus(
         code=code_of(error).grpc, message=describe(error), trailing_metadata=tuple(metadata)
     )
@@ -95,6 +100,9 @@ def error_of(message: str, trailing_metadata: Mapping[str, str]) -> Exception | 
             Verbatim(trailing_metadata.get(VALUE_KEY, "")),
             trailing_metadata.get(LIMIT_KEY, ""),
         )
+    if kind == LeavingError.__name__:
+        cursor = trailing_metadata.get(CURSOR_KEY, "")
+        return LeavingError(message, _retry_after_s(trailing_metadata), cursor=cursor)
     if kind in _RETRY_LATER:
         return _RETRY_LATER[kind](message, _retry_after_s(trailing_metadata))
     return _BY_MESSAGE[kind](message) if kind in _BY_MESSAGE else None

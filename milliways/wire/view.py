@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from milliways.wire.placement import AttentionRange, ExpertId
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.wire.placement import AttentionRange, ExpertId, ModelBytes
 
 
 class WorkerState(Enum):
@@ -97,6 +98,11 @@ class ClusterView:
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     # So that the next controller and every ingress know it, whoever dies.
     declared: Declared = field(default_factory=Declared)
+    # The bytes of the model that is served, and whether all of its parts are known.
+    manifest: Manifest = EMPTY_MANIFEST
+    manifest_is_whole: bool = False
+    # Sizes of the model, so that a new controller need not read its files; None at first.
+    model: ModelBytes | None = None
 
     def holders(self, expert_id: ExpertId) -> tuple[Member, ...]:
         """Members that can compute an expert now, in the order of their ids."""

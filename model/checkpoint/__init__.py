@@ -8,8 +8,8 @@
         print(weight.shape, scales.dtype, checkpoint.bytes_read)
 
 It owns the layout of the release (`layout`), a scanner that finds arrays in a pickle and executes
-nothing (`pickle_scan`), mapped files (`reader`, `file_map`), the writer (`writer`), and the figures
-of `milliways inspect` (`summary`).
+nothing (`pickle_scan`), mapped files (`reader`, `file_map`), digests of what was read
+(`checked_tensors`), the writer (`writer`), and the figures of `milliways inspect` (`summary`).
 
 Invariants:
 
@@ -19,6 +19,8 @@ Invariants:
 - A written file has the bytes that Python's pickler would have written.
 """
 
+from milliways.model.checkpoint.checked_tensors import CheckedTensors as CheckedTensors
+from milliways.model.checkpoint.checked_tensors import digest_model as digest_model
 from milliways.model.checkpoint.layout import TensorRole as TensorRole
 from milliways.model.checkpoint.layout import TensorSpec as TensorSpec
 from milliways.model.checkpoint.layout import layers_in_file_order as layers_in_file_order
@@ -27,10 +29,12 @@ from milliways.model.checkpoint.layout import tensor_specs as tensor_specs
 from milliways.model.checkpoint.pickle_scan import scan as scan
 from milliways.model.checkpoint.reader import CHECKPOINT_DIR as CHECKPOINT_DIR
 from milliways.model.checkpoint.reader import Checkpoint as Checkpoint
+from milliways.model.checkpoint.reader import find_directories as find_directories
 from milliways.model.checkpoint.records import ArrayRecord as ArrayRecord
 from milliways.model.checkpoint.records import PlainArray as PlainArray
 from milliways.model.checkpoint.records import QuantizedArray as QuantizedArray
 from milliways.model.checkpoint.records import TensorRecord as TensorRecord
+from milliways.model.checkpoint.source import TensorSource as TensorSource
 from milliways.model.checkpoint.summary import CheckpointSummary as CheckpointSummary
 from milliways.model.checkpoint.summary import RoleSummary as RoleSummary
 from milliways.model.checkpoint.summary import ShardMemory as ShardMemory

@@ -57,7 +57,11 @@ class _Global(Enum):
     QUANTIZED = ("__main__", "QuantizedWeight8bit")
 
 
-_GLOBALS: Final[Mapping[tuple[str, str], _Global]] = MappingProxyType({g.value: g for g in _Global})
+# Since version 2, numpy writes the same function under another name.
+_NUMPY_2: Final = {("numpy._core.multiarray", "_reconstruct"): _Global.RECONSTRUCT}
+_GLOBALS: Final[Mapping[tuple[str, str], _Global]] = MappingProxyType(
+    {g.value: g for g in _Global} | _NUMPY_2
+)
 # More dtypes than the release uses, so that the error can name a wrong one.
 _DTYPES: Final[Mapping[str, np.dtype]] = MappingProxyType(
     {

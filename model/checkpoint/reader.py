@@ -1,7 +1,8 @@
 """Reads a released checkpoint in place: arrays are views of mapped files.
 
 1. `Checkpoint.open` finds the configuration, scans every tensor file (a few hundred bytes of each),
-   and compares names, shapes and dtypes with the layout.
+   and compares names, shapes and dtypes with the layout. `Checkpoint.open_lazily` scans each file
+   when it is asked for, so that a process needs only the files of which it holds a part.
 2. `plain`, `quantized` and `expert` map a file on its first use, and return read-only views. The
    kernel reads the bytes when they are used. `bytes_read` counts the bytes of returned views.
 3. `close` releases the maps. A view that was returned before keeps its own map alive.
@@ -11,7 +12,7 @@ It does not compute, copy or convert.
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -53,25 +54,20 @@ _VERIFY_CHUNK_BYTES = 4 * 1024 * 1024
 class Checkpoint:
     """A released checkpoint. `Checkpoint.open` opens one. Several threads may read from it.
 
-    Invariant: `specs[i]` and `records[i]` describe the same tensor, and fit each other.
+    Invariant: `_records[i]` describes the tensor of `specs[i]`, and fits it.
 
     Invariant: `_maps` has the maps in use, by index of the tensor. It is empty after `close`.
 
-    Invariant: a thread that changes `_maps`, `_bytes_read` or `_closed` holds `_lock`.
+    Invariant: a thread that changes `_records`, `_maps`, `_bytes_read` or `_closed` holds `_lock`.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: Path,
-        config: ModelConfig,
-        specs: tuple[TensorSpec, ...],
-        records: tuple[TensorRecord, ...],
-    ) -> None:
-        assert len(specs) == len(records)
+    def __init__(self, ckpt_dir: Path, config: ModelConfig, hint: str = "") -> None:
         self.ckpt_dir = ckpt_dir
         self.config = config
-        self.specs = specs
-        self.records = records
+        self.specs = specs = tensor_specs(config)
+        # What to add to an error about the layout.
+        self._hint = hint
+        self._records: dict[int, TensorRecord] = {}
         self._by_name = MappingProxyType({spec.name: spec for spec in specs})
         self._by_role = MappingProxyType({(spec.role, spec.layer): spec for spec in specs})
         self._lock = threading.Lock()
@@ -89,15 +85,26 @@ class Checkpoint:
             TensorLayoutError: a tensor is missing or extra, or has another shape or dtype.
             CheckpointError: a directory or file cannot be read.
         """
-        ckpt_dir, config_dir = _find_directories(path)
+        checkpoint = cls.open_lazily(path)
+        _check_files(checkpoint.ckpt_dir, checkpoint.specs, checkpoint._hint)
+        for spec in checkpoint.specs:
+            checkpoint.record(spec)
+        return checkpoint
+
+    @classmethod
+    def open_lazily(cls, path: Path) -> "Checkpoint":
+        """Opens a model directory; each tensor file is scanned when it is first asked for.
+
+        Raises:
+            ModelConfigError: config.json is invalid.
+            CheckpointError: there is no such directory.
+        """
+        ckpt_dir, config_dir = find_directories(path)
         config = load_config(config_dir)
         hint = ""
         if not (config_dir / CONFIG_FILE).is_file():
             hint = f" (no {CONFIG_FILE} in {config_dir}, so Grok-1's sizes are expected)"
-        specs = tensor_specs(config)
-        _check_files(ckpt_dir, specs, hint)
-        records = tuple(_scan_tensor(ckpt_dir, spec, hint) for spec in specs)
-        return cls(ckpt_dir, config, specs, records)
+        return cls(ckpt_dir, config, hint)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -121,14 +128,36 @@ class Checkpoint:
             self._maps.clear()
 
     @property
+    def records(self) -> tuple[TensorRecord, ...]:
+        """The places of the arrays of every tensor, in the order of `specs`."""
+        return tuple(self.record(spec) for spec in self.specs)
+
+    def record(self, spec: TensorSpec) -> TensorRecord:
+        """The places of a tensor's arrays. Its file is scanned if it was not yet.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is not that of this tensor.
+        """
+        with self._lock:
+            if spec.index not in self._records:
+                self._records[spec.index] = _scan_tensor(self.ckpt_dir, spec, self._hint)
+            return self._records[spec.index]
+
+    def forget(self, spec: TensorSpec) -> None:
+        """Scans and maps the file of a tensor again when it is next asked for."""
+        with self._lock:
+            self._records.pop(spec.index, None)
+            self._maps.pop(spec.index, None)
+
+    @property
     def bytes_read(self) -> int:
         """The bytes of all views returned so far. Bytes that are returned twice count twice."""
         return self._bytes_read
 
     @property
     def bytes_scanned(self) -> int:
-        """The bytes that the scans read."""
-        return sum(record.num_scanned_bytes for record in self.records)
+        """The bytes that the scans read so far."""
+        return sum(record.num_scanned_bytes for record in self._records.values())
 
     def find(self, role: TensorRole, layer: int | None = None) -> TensorSpec:
         """The tensor of a role. All roles but the embedding and the final norm need a `layer`."""
@@ -137,7 +166,7 @@ class Checkpoint:
     def plain(self, tensor: str | TensorSpec) -> Float32[np.ndarray, "..."]:
         """A whole float32 tensor."""
         spec = self._spec(tensor)
-        record = self.records[spec.index]
+        record = self.record(spec)
         assert isinstance(record, PlainArray), f"{spec.name} is quantised"
         return self._hand_out(self._map(spec), record.array)
 
@@ -150,19 +179,28 @@ class Checkpoint:
         file_map.expect_all()
         return self._hand_out(file_map, record.weight), self._hand_out(file_map, record.scales)
 
+    def expect(self, layer: int, role: TensorRole, expert_ids: Sequence[int]) -> None:
+        """Tells the kernel to read these experts in the background."""
+        spec, record = self._quantized_record(self.find(role, layer))
+        file_map = self._map(spec)
+        for array in (record.weight, record.scales):
+            for expert_id in expert_ids:
+                one = slice_of(array, expert_id)
+                file_map.fetch(one.offset, one.num_bytes)
+
     def expert(
-        self, layer: int, role: TensorRole, expert_id: int, *, read_ahead: bool = True
+        self, layer: int, role: TensorRole, expert_id: int, *, stays_mapped: bool = False
     ) -> tuple[Int8[np.ndarray, "K N"], BFloat16[np.ndarray, "G N"]]:
         """The weights and scales of one expert of one layer. No other bytes are read.
 
-        With `read_ahead`, the kernel begins to read them now; otherwise when they are used.
+        The kernel begins to read them now; with `stays_mapped`, it reads them when they are used.
         """
         assert role.is_expert and 0 <= expert_id < self.config.num_experts
         spec, record = self._quantized_record(self.find(role, layer))
         file_map = self._map(spec)
         arrays = (record.weight, record.scales)
-        slices = [_slice_of(array, expert_id) for array in arrays]
-        if read_ahead:
+        slices = [slice_of(array, expert_id) for array in arrays]
+        if not stays_mapped:
             for one in slices:
                 file_map.fetch(one.offset, one.num_bytes)
         weight, scales = (self._hand_out(file_map, one) for one in slices)
@@ -182,15 +220,15 @@ class Checkpoint:
 
     def _quantized_record(self, tensor: str | TensorSpec) -> tuple[TensorSpec, QuantizedArray]:
         spec = self._spec(tensor)
-        record = self.records[spec.index]
+        record = self.record(spec)
         assert isinstance(record, QuantizedArray), f"{spec.name} is not quantised"
         return spec, record
 
     def _map(self, spec: TensorSpec) -> FileMap:
+        record = self.record(spec)
         with self._lock:
             assert not self._closed, "the checkpoint is closed"
             if spec.index not in self._maps:
-                record = self.records[spec.index]
                 file_map = FileMap(record.path, record.num_file_bytes)
                 if spec.role.is_expert:
                     file_map.expect_slices()
@@ -203,22 +241,26 @@ class Checkpoint:
         return file_map.view(record.dtype, record.shape, record.offset)
 
 
-def _slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
+def slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
     """The place of one expert of a stack."""
     num_bytes = record.num_bytes // record.shape[0]
     offset = record.offset + expert_id * num_bytes
     return ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
 
 
-def _find_directories(path: Path) -> tuple[Path, Path]:
-    """The directory of the tensors, and the directory of the configuration."""
+def find_directories(path: Path) -> tuple[Path, Path]:
+    """The directory of the tensors, and that of the configuration and the model's other files.
+
+    A path without `ckpt-0` is the directory of the tensors, whatever its name. The other files are
+    in it if config.json is, otherwise beside it.
+    """
     # Links are not resolved: if ckpt-0 is a link, config.json is beside the link.
     path = Path(os.path.abspath(path))
     if not path.is_dir():
         raise CheckpointError(path, "is not a directory")
     if (path / CHECKPOINT_DIR).is_dir():
         return path / CHECKPOINT_DIR, path
-    return path, path.parent
+    return path, path if (path / CONFIG_FILE).is_file() else path.parent
 
 
 def _check_files(ckpt_dir: Path, specs: tuple[TensorSpec, ...], hint: str) -> None:

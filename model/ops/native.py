@@ -9,7 +9,7 @@ import ctypes
 import dataclasses
 import mmap
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -108,7 +108,7 @@ def use_kernel_set(name: str) -> bool:
 class NativeLoader:
     """Packs matrices for the kernels. Plain arrays are copied unchanged."""
 
-    reads_experts = True
+    maps_experts = False
 
     def __init__(self, activations: Activations = Activations.EXACT) -> None:
         self.activations = activations
@@ -121,11 +121,11 @@ class NativeLoader:
         return _hand_over(own)
 
     def matrix(self, weight: np.ndarray, scales: np.ndarray) -> Matrix:
-        stack = _pack([(weight, scales)], self._kind(weight))
+        stack = _pack([(weight, scales)], 1, self._kind)
         return dataclasses.replace(stack, panels=stack.panels[0], scales=stack.scales[0])
 
-    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
-        return _pack(parts, self._kind(parts[0][0]))
+    def stack(self, parts: Iterable[HostMatrix], count: int) -> Matrix:
+        return _pack(parts, count, self._kind)
 
     def _kind(self, weight: np.ndarray) -> int:
         if weight.dtype == np.int16:
@@ -144,7 +144,7 @@ class MappedLoader(NativeLoader):
     keeps their files mapped.
     """
 
-    reads_experts = False
+    maps_experts = True
 
     def __init__(self, activations: Activations = Activations.EXACT) -> None:
         super().__init__(activations)
@@ -152,13 +152,13 @@ class MappedLoader(NativeLoader):
         self._views: list[np.ndarray] = []
         weakref.finalize(self, _unmap, self._numbers, self._views)
 
-    def stack(self, parts: Sequence[HostMatrix]) -> Matrix:
-        numbers = [self._register(weight) for weight, _ in parts]
-        num_in, num_out = parts[0][0].shape
+    def stack(self, parts: Iterable[HostMatrix], count: int) -> Matrix:
+        weights, scales = zip(*parts, strict=True)
+        num_in, num_out = weights[0].shape
         return MappedMatrix(
-            regions=jnp.asarray(np.asarray(numbers, np.int32)),
-            scales=_padded_scales([scales for _, scales in parts]),
-            kind=self._kind(parts[0][0]),
+            regions=jnp.asarray(np.asarray([self._register(w) for w in weights], np.int32)),
+            scales=_padded_scales(scales),
+            kind=self._kind(weights[0]),
             num_in=num_in,
             num_out=num_out,
         )
@@ -317,21 +317,28 @@ def _weights_and_scales(matrix: Matrix) -> tuple[Array, Array]:
     return _packed(matrix).panels, _packed(matrix).scales
 
 
-def _pack(parts: Sequence[HostMatrix], kind: int) -> PackedMatrix:
-    """Copies matrices of the same shape into panels, directly from their mapped files."""
-    (num_in, num_out), (num_groups, _) = parts[0][0].shape, parts[0][1].shape
-    panel_bytes = library().mw_panel_bytes(kind, num_in, num_groups)
-    assert panel_bytes > 0, (kind, num_in, num_groups)
-    num_panels = -(-num_out // PANEL_COLUMNS)
-    panels = _aligned_empty((len(parts), num_panels, panel_bytes), np.dtype(np.uint8))
-    for one_panels, (weight, _) in zip(panels, parts, strict=True):
+def _pack(
+    parts: Iterable[HostMatrix], count: int, kind_of: Callable[[np.ndarray], int]
+) -> PackedMatrix:
+    """Copies matrices of the same shape into panels, one after the other."""
+    panels: np.ndarray | None = None
+    all_scales: list[np.ndarray] = []
+    kind = num_in = num_out = 0
+    for weight, scales in parts:
+        if panels is None:
+            kind, (num_in, num_out) = kind_of(weight), weight.shape
+            panel_bytes = library().mw_panel_bytes(kind, num_in, len(scales))
+            assert panel_bytes > 0, (kind, num_in, len(scales))
+            num_panels = -(-num_out // PANEL_COLUMNS)
+            panels = _aligned_empty((count, num_panels, panel_bytes), np.dtype(np.uint8))
         contiguous = np.ascontiguousarray(weight)
-        library().mw_pack(
-            contiguous.ctypes.data, kind, num_in, num_out, num_groups, one_panels.ctypes.data
-        )
+        place = panels[len(all_scales)].ctypes.data
+        library().mw_pack(contiguous.ctypes.data, kind, num_in, num_out, len(scales), place)
+        all_scales.append(scales)
+    assert panels is not None and len(all_scales) == count
     return PackedMatrix(
         panels=_hand_over(panels),
-        scales=_padded_scales([scales for _, scales in parts]),
+        scales=_padded_scales(all_scales),
         kind=kind,
         num_in=num_in,
         num_out=num_out,

@@ -17,7 +17,7 @@ class RoutedRequest:
 
     `delivered` are the tokens of each sample that another router drew; samples in `finished` have
     ended. `num_scored` log-probabilities of the prompt were delivered; if a token was delivered,
-    this is the number of all wanted ones.
+    this is the number of all wanted ones. `ingress_id` names the ingress that sent it.
     """
 
     request_id: str
@@ -26,6 +26,7 @@ class RoutedRequest:
     delivered: Mapping[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     finished: frozenset[int] = frozenset()
     num_scored: int = 0
+    ingress_id: str = ""
 
 
 def max_completion_tokens(request: GenerationRequest, config: ModelConfig) -> int:

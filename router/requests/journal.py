@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milliways.router.requests.request import GenerationRequest
+from milliways.wire.load import Load
 
 
 class OutOfOrderError(Exception):
@@ -72,6 +73,15 @@ class Journal:
     def is_complete(self) -> bool:
         is_scored = self._num_scored == self.request.num_to_score
         return is_scored and (self.request.max_tokens == 0 or all(self._is_finished))
+
+    def load(self, *, is_in_prefill: bool) -> Load:
+        """What is left of the request for the router that runs it.
+
+        `is_in_prefill` says that this router has sent nothing yet: it still has to compute prompt
+        and delivered tokens, unless they are in its prefix cache.
+        """
+        tokens = max(map(len, self._token_ids)) + len(self.request.prompt_ids)
+        return Load(self._is_finished.count(False), tokens if is_in_prefill else 0)
 
     def try_score(self, position: int, token_id: int) -> bool:
         """Notes the log-probability of a prompt token; False if the client has it already.

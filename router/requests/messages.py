@@ -17,7 +17,9 @@ _TO_WIRE = {
 _FROM_WIRE = {number: reason for reason, number in _TO_WIRE.items()}
 
 
-def route_request(journal: Journal, request_id: str, timeout_s: float) -> router_pb2.RouteRequest:
+def route_request(
+    journal: Journal, request_id: str, timeout_s: float, ingress_id: str = ""
+) -> router_pb2.RouteRequest:
     """A call that runs a request, or continues it after the tokens that were delivered."""
     request = journal.request
     return router_pb2.RouteRequest(
@@ -39,6 +41,7 @@ def route_request(journal: Journal, request_id: str, timeout_s: float) -> router
         ],
         prompt_logprobs=request.prompt_logprobs,
         num_delivered_prompt_logprobs=journal.num_scored,
+        ingress_id=ingress_id,
     )
 
 

@@ -1,6 +1,7 @@
 """Worker processes under the controller: same tokens for any spread, transport and death."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -195,6 +196,56 @@ def test_death_in_the_middle_costs_no_token(
         config = config_of(model, spread, transport)
         async with process_cluster(hosts, config, settings_of(spread), model.sizes) as cluster:
             await survive(cluster, model, spread, victim)
+
+    asyncio.run(main())
+
+
+def copy_of(model: Model, folder: Path) -> Model:
+    return replace(model, path=Path(shutil.copytree(model.path, folder / "model")))
+
+
+def test_a_worker_whose_files_are_gone_gets_its_parts_from_others(
+    hosts: HostPool, model: Model, tmp_path: Path
+) -> None:
+    spread, copy = Spread(3, 2, AttentionCut.REPLICATED), copy_of(model, tmp_path)
+
+    async def main() -> None:
+        config = config_of(copy, spread, "shm")
+        async with process_cluster(hosts, config, settings_of(spread), copy.sizes) as cluster:
+            for path in (copy.path / "ckpt-0").iterdir():
+                path.unlink()
+            await survive(cluster, copy, spread, "worker-1")
+            record = cluster.controller.workers["worker-1"]
+            assert "took parts from other workers" in record.last_error
+            assert str(copy.path / "ckpt-0" / "tensor0") in record.last_error
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_read_other_bytes_waits_for_the_right_ones(
+    hosts: HostPool, model: Model, tmp_path: Path
+) -> None:
+    """Nobody else holds its experts, so that it needs its files."""
+    spread, copy = Spread(2, 1, AttentionCut.REPLICATED), copy_of(model, tmp_path)
+
+    async def main() -> None:
+        config = config_of(copy, spread, "shm")
+        async with process_cluster(hosts, config, settings_of(spread), copy.sizes) as cluster:
+            kept = {path: path.read_bytes() for path in (copy.path / "ckpt-0").iterdir()}
+            for path, content in kept.items():
+                # The last byte is in the last expert's scales, or in a plain array.
+                path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+            cluster.fleet.kill("worker-1")
+            workers = cluster.controller.workers
+            await cluster.until(
+                lambda: any("is not that of the model" in r.last_error for r in workers.values()),
+                "somebody has refused a file",
+            )
+            assert not cluster.controller.is_complete
+            for path, content in kept.items():
+                path.write_bytes(content)
+            await cluster.until_ready()
+            assert await served(cluster, copy.wanted, at_a_time=4) == copy.expected
 
     asyncio.run(main())
 

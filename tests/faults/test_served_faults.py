@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from milliways.cluster.ray.environment import RunningCluster
+from milliways.cluster.ray.running_clusters import RunningCluster
 from tests.faults.leftovers import left_as_found
 from tests.served_cluster import ServedCluster, run_command
 

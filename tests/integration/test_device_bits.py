@@ -76,7 +76,7 @@ class Worker:
         """As a worker that a new placement tells what it shall hold."""
         shares = shares_now(self.local, self.attention, self.experts)
         wanted_now = wanted - self.experts.held
-        for layer, groups in self.loader.load_experts(wanted_now, shares).items():
+        for layer, groups in self.loader.load_experts(wanted_now, shares):
             self.experts.add(layer, groups)
         self.experts.keep_only(wanted)
 

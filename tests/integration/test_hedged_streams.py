@@ -18,6 +18,7 @@ from tests.fake_routers import (
     Directory,
     FakeRouter,
     Fault,
+    InOrder,
     expected_events,
     full,
     running,
@@ -73,7 +74,7 @@ def run(
     async def main() -> None:
         hedges = Hedges()
         async with running(*routers) as directory:
-            source = RouterSource(directory, hedging=LIMITS, on_hedge=hedges.add)
+            source = RouterSource(directory, random=InOrder(), hedging=LIMITS, on_hedge=hedges.add)
             try:
                 await scenario(source, directory, hedges)
             finally:
@@ -255,7 +256,7 @@ def test_source_that_closes_leaves_no_task() -> None:
     async def main() -> None:
         silent = deaf_after(3)
         async with running(silent) as directory:
-            source = RouterSource(directory, hedging=LIMITS)
+            source = RouterSource(directory, random=InOrder(), hedging=LIMITS)
             stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 60)
             events = [await anext(stream) for _ in range(3)]
             await asyncio.sleep(2 * LIMITS.after_s_max)

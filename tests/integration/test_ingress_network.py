@@ -24,7 +24,7 @@ from milliways.wire.channels import open_channel
 from milliways.wire.errors import UnavailableError
 from milliways.wire.tls import TlsSettings
 from tests.certificates import make_certificates
-from tests.fake_routers import Directory, FakeRouter, expected_events, running, start
+from tests.fake_routers import Directory, FakeRouter, InOrder, expected_events, running, start
 from tests.ingresses import demo_model, make_ingress
 from tests.sources import CountingSource
 
@@ -58,7 +58,7 @@ def test_request_leaves_a_router_process_that_dies_or_freezes(number: signal.Sig
     async def main(pid: int, info: RouterInfo) -> list[TokenEvent]:
         async with running(FakeRouter()) as directory:
             directory.set([info, *directory.infos])
-            source = RouterSource(directory)
+            source = RouterSource(directory, random=InOrder())
             events: list[TokenEvent] = []
             stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 60)
             hurt_s = 0.0
@@ -80,7 +80,7 @@ def test_routers_are_reached_by_mutual_tls(tmp_path: Path) -> None:
     tls, others = make_certificates(tmp_path / "ours"), make_certificates(tmp_path / "others")
 
     async def ask(router: FakeRouter, settings: TlsSettings | None) -> list[TokenEvent]:
-        source = RouterSource(Directory([router.info]), tls=settings)
+        source = RouterSource(Directory([router.info]), random=InOrder(), tls=settings)
         try:
             stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 2)
             return [event async for event in stream]
@@ -157,7 +157,7 @@ def test_closing_the_source_ends_its_streams() -> None:
     async def main() -> None:
         router = FakeRouter(gate=asyncio.Event())
         async with running(router) as directory:
-            source = RouterSource(directory)
+            source = RouterSource(directory, random=InOrder())
             stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 60)
             task = asyncio.ensure_future(anext(stream))
             while not router.asked:
@@ -174,7 +174,7 @@ def test_router_that_left_the_directory_keeps_its_stream() -> None:
         gate = asyncio.Event()
         router, other = FakeRouter(gate=gate), FakeRouter()
         async with running(router, other) as directory:
-            source = RouterSource(directory)
+            source = RouterSource(directory, random=InOrder())
             stream = source.generate(REQUEST, request_id="r", deadline_s=time.monotonic() + 60)
             task = asyncio.ensure_future(anext(stream))
             while not router.asked:

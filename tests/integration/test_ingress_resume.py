@@ -3,8 +3,8 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.openai.app import make_http_app
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.requests.sequence import TokenEvent
-from milliways.wire.errors import UnavailableError
+from milliways.router.requests.sequence import Event, TokenEvent
+from milliways.wire.errors import LeavingError, UnavailableError
 from tests.http_apps import CHAT, COMPLETIONS, body, chat_body, run
 from tests.ingresses import demo_model, local_source, make_ingress, served
 from tests.sources import CountingSource, LocalSource, counted_events
 
 ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
-Event = tuple[str, str]
+SseEvent = tuple[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def reordered(request: GenerationRequest) -> list[TokenEvent]:
     return sorted(partly_hidden(request), key=lambda event: -event.sample_index)
 
 
-def sse_events(text: str) -> list[Event]:
+def sse_events(text: str) -> list[SseEvent]:
     """The id and data of each event of a stream."""
-    events: list[Event] = []
+    events: list[SseEvent] = []
     for block in text.split("\n\n")[:-1]:
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         events.append((fields.get("id", ""), fields["data"]))
@@ -61,14 +61,14 @@ def sse_events(text: str) -> list[Event]:
 
 async def streamed(
     client: httpx.AsyncClient, path: str, ask: Any, last_id: str = ""
-) -> list[Event]:
+) -> list[SseEvent]:
     headers = {"Last-Event-ID": last_id} if last_id else {}
     response = await client.post(path, json=ask, headers=headers)
     assert response.status_code == 200, response.text
     return sse_events(response.text)
 
 
-def by_choice(events: list[Event]) -> list[list[str]]:
+def by_choice(events: list[SseEvent]) -> list[list[str]]:
     """The data of each choice in order, then the data that belongs to no choice."""
     choices: dict[int, list[str]] = {}
     for _, data in events:
@@ -129,7 +129,7 @@ def test_connection_cut_after_any_event_loses_nothing(
 
     async def scenario(urls: list[str]) -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            whole: list[Event] = []
+            whole: list[SseEvent] = []
             num_cuts = 0
             while not whole or num_cuts < len(whole) - 1:
                 num_cuts += 1
@@ -154,7 +154,7 @@ def zero_of(event_id: str) -> str:
     return f"{request_id}/{'.'.join('0' for _ in counts.split('.'))}"
 
 
-async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int) -> list[Event]:
+async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int) -> list[SseEvent]:
     """Reads the first events of a stream, then closes its connection."""
     text = ""
     async with client.stream("POST", url, json=ask) as response:
@@ -227,21 +227,50 @@ def test_unavailable_is_an_http_error_before_the_stream_begins(model: ServedMode
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
-def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
-    """The example of docs/resume.md; connections break before and after every second event."""
+def documented_stream() -> Callable[..., Iterator[str]]:
+    """The client of docs/resume.md."""
     text = (Path(__file__).resolve().parents[2] / "docs" / "resume.md").read_text("utf-8")
     example: dict[str, Any] = {}
     exec(re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0], example)
+    return example["stream"]
+
+
+def test_documented_client_gets_the_whole_stream(model: ServedModel) -> None:
+    """Connections break before and after every second event."""
     ask = body(max_tokens=9, stream=True, n=2)
     ingress = make_ingress(CountingSource(), model)
     with served(lambda: BreaksOff(make_http_app(ingress), num_events=2)) as url:
-        chunks = [json.loads(data) for data in example["stream"](url + COMPLETIONS, ask, 30.0)]
+        chunks = [json.loads(data) for data in documented_stream()(url + COMPLETIONS, ask, 30.0)]
     assert len({chunk["id"] for chunk in chunks}) == 1
     expected = counted_events(GenerationRequest(prompt_ids=(100,), max_tokens=9, num_samples=2))
     for sample in range(2):
         choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == sample]
         texts = [event.text for event in expected if event.sample_index == sample]
         assert [choice["text"] for choice in choices] == texts
+
+
+def test_documented_client_goes_on_when_a_server_leaves(model: ServedModel) -> None:
+    ask = body(max_tokens=9, stream=True)
+    source = LeavesOnce(error=LeavingError("the server stops"), num_before_error=4)
+    with served(lambda: make_http_app(make_ingress(source, model))) as url:
+        received = list(documented_stream()(url + COMPLETIONS, ask, 30.0))
+    texts = [json.loads(data)["choices"][0]["text"] for data in received]
+    expected = counted_events(GenerationRequest(prompt_ids=(100,), max_tokens=9))
+    assert texts == [event.text for event in expected]
+    assert len(source.requests) == 2
+
+
+class LeavesOnce(CountingSource):
+    """The first request fails."""
+
+    async def generate(self, request: GenerationRequest, **options: Any) -> AsyncGenerator[Event]:
+        try:
+            async with aclosing(super().generate(request, **options)) as events:
+                async for event in events:
+                    yield event
+        except LeavingError:
+            self.error = None
+            raise
 
 
 class BreaksOff:

@@ -21,7 +21,17 @@ from milliways.wire.errors import (
     PoisonedRequestError,
     UnavailableError,
 )
-from tests.fake_routers import Directory, FakeRouter, Fault, expected_events, full, running, start
+from milliways.wire.load import Load
+from tests.fake_routers import (
+    Directory,
+    FakeRouter,
+    Fault,
+    InOrder,
+    expected_events,
+    full,
+    running,
+    start,
+)
 
 NUM_TOKENS = 4
 
@@ -58,7 +68,7 @@ def run(
     async def main() -> None:
         async with running(*routers) as directory:
             limit = max_attempts_without_progress
-            source = RouterSource(directory, max_attempts_without_progress=limit)
+            source = RouterSource(directory, random=InOrder(), max_attempts_without_progress=limit)
             try:
                 await scenario(source, directory)
             finally:
@@ -334,5 +344,43 @@ def test_probe_makes_a_token_or_says_why_not() -> None:
         # A token came just now, so no probe is sent.
         await source.probe()
         assert len(router.asked) == num_failed + 1
+
+    run(scenario, router)
+
+
+def test_request_goes_where_other_ingresses_have_least() -> None:
+    routers = FakeRouter(loads={"other": Load(64, 0)}), FakeRouter(loads={"other": Load(1, 0)})
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        await source.first_loads()
+        assert await collect(source, request_for()) == expected_events(request_for())
+        routers[0].loads = {}
+        routers[0].load_reports.note()
+        while source._choice.weight("r0", time.monotonic()) > 0:
+            await asyncio.sleep(0.01)
+        assert await collect(source, request_for()) == expected_events(request_for())
+
+    run(scenario, *routers)
+    assert [len(router.asked) for router in routers] == [1, 1]
+    assert len({router.asked[0].ingress_id for router in routers}) == 1
+
+
+def test_requests_of_an_ingress_are_not_in_what_it_hears() -> None:
+    router = FakeRouter(gate=asyncio.Event())
+
+    async def scenario(source: RouterSource, directory: Directory) -> None:
+        await source.first_loads()
+        asked = asyncio.ensure_future(collect(source, request_for(num_samples=3)))
+        while not router.asked:
+            await asyncio.sleep(0.01)
+        router.loads = {router.asked[0].ingress_id: Load(3, 0), "other": Load(5, 0)}
+        router.load_reports.note()
+        while source._choice.weight("r0", time.monotonic()) < 5:
+            await asyncio.sleep(0.01)
+        prompt_weight = Load(0, 1).weight
+        assert source._choice.weight("r0", time.monotonic()) == 5 + 3 + prompt_weight
+        router.gate.set()
+        await asked
+        assert source._choice.weight("r0", time.monotonic()) == 5
 
     run(scenario, router)

@@ -29,7 +29,7 @@ from milliways.v1 import generate_pb2, generate_pb2_grpc, sampling_pb2
 from milliways.wire.errors import ModelFaultError
 from tests import fake_routers
 from tests.demo_requests import PROMPT
-from tests.fake_routers import FakeRouter, Fault
+from tests.fake_routers import FakeRouter, Fault, InOrder
 from tests.http_apps import COMPLETIONS, body, post, run, sse_data
 from tests.ingresses import demo_engine, demo_model, local_source, make_ingress, served
 from tests.sources import CountingSource, LocalSource, counted_events, counted_scores
@@ -323,7 +323,7 @@ def test_routers_that_break_off_anywhere_give_every_score_once(
             for n in (num_first, num_second)
         ]
         async with fake_routers.running(*routers, FakeRouter(events_each=2)) as directory:
-            source = RouterSource(directory)
+            source = RouterSource(directory, random=InOrder())
             try:
                 return [event async for event in deadline_stream(source, request)]
             finally:

@@ -69,7 +69,7 @@ def test_experts_equal_the_plain_kernels(
 
         def stack(num_in: int, num_out: int, num_groups: int):
             parts = [random_matrix(rng, num_in, num_out, num_groups) for _ in range(num_experts)]
-            return loader.stack(parts)
+            return loader.stack(parts, num_experts)
 
         return ExpertParams(
             gate_proj=stack(width, hidden, groups[0]),

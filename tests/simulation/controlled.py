@@ -1,13 +1,21 @@
 """The real controller over simulated processes. If it dies, the next one is started."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import TypeVar
 
 from milliways.cluster.control.controller import Controller
-from milliways.cluster.control.fleet import Existing, Spawned, WorkerDiedError
+from milliways.cluster.control.fleet import (
+    Existing,
+    Loaded,
+    LoadFailedError,
+    Spawned,
+    WorkerDiedError,
+)
 from milliways.cluster.control.targets import ControllerSettings
+from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.runtime.tasks import Pending
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.view import ClusterView, Member, WorkerState
@@ -16,13 +24,16 @@ from tests.memory_cluster import Channel, MemoryCluster, Process
 from tests.simulation.cluster import Simulation
 from tests.simulation.fake_model import FakeExperts
 from tests.simulation.ingress import Ingress
-from tests.simulation.scenario import Scenario
+from tests.simulation.scenario import DiskChange, Scenario
 from tests.simulation.supervisor import Supervisor
 
-Load = Callable[[Process, ShardPlan], None]
+Load = Callable[[Process, ShardPlan, Manifest], Manifest]
 ExpertsOf = Callable[[Process], FakeExperts]
 Describe = Callable[[Process], Existing | None]
+T = TypeVar("T")
 
+# The digest of every part of the model that is served.
+RIGHT = "a" * 32
 # As long as the real fleet waits for a worker's description.
 DESCRIBE_TIMEOUT_S = 5.0
 
@@ -79,8 +90,13 @@ class SimulatedFleet:
             found.append(existing)
         return found
 
-    def load(self, worker_id: str, shards: ShardPlan) -> Pending[None]:
-        return self._send(worker_id, lambda p: self._load(p, shards), self._random.random() * 0.1)
+    def load(
+        self, worker_id: str, shards: ShardPlan, wanted: Manifest, peers: Sequence[Member]
+    ) -> Pending[Loaded]:
+        def load(process: Process) -> Loaded:
+            return Loaded(self._load(process, shards, wanted))
+
+        return self._send(worker_id, load, self._random.random() * 0.1)
 
     def unload(self, worker_id: str, kept: frozenset[ExpertId]) -> Pending[None]:
         def unload(process: Process) -> None:
@@ -154,16 +170,21 @@ class SimulatedFleet:
         return answered.result() if is_in_time else None
 
     def _send(
-        self, worker_id: str, act: Callable[[Process], None], takes_s: float = 0.0
-    ) -> Pending[None]:
+        self, worker_id: str, act: Callable[[Process], T], takes_s: float = 0.0
+    ) -> Pending[T]:
         """Makes a process run `act`; done when its answer arrives, failed when it dies."""
-        done: Pending[None] = Pending()
+        done: Pending[T] = Pending()
         process = self._latest[worker_id]
         there, back = self._channels[process]
 
         def run() -> None:
-            act(process)
-            back.send(lambda: done.resolve(None))
+            try:
+                value = act(process)
+            except LoadFailedError as error:
+                failed = error
+                back.send(lambda: done.fail(failed))
+            else:
+                back.send(lambda: done.resolve(value))
 
         there.send(lambda: process.tasks.call_later(takes_s, run) and None)
         died = WorkerDiedError(f"{worker_id} died")
@@ -294,9 +315,15 @@ class ControlledSimulation(Simulation):
     def __init__(self, scenario: Scenario) -> None:
         # The shards that each process loaded last.
         self.plans: dict[Process, ShardPlan] = {}
+        # The digests of all that each process has loaded.
+        self.found: dict[Process, Manifest] = {}
+        # The bytes on the disk of each worker, where they are not the right ones; None: unreadable.
+        self.disks: dict[str, str | None] = {}
         super().__init__(scenario)
 
     def run(self) -> None:
+        for change in self.scenario.disks:
+            self._at(change.at_s, lambda c=change: self._change_disk(c))
         for at_s, num_workers in self.scenario.scalings:
             self._at(at_s, lambda n=num_workers: self._scale(n))
         super().run()
@@ -312,6 +339,12 @@ class ControlledSimulation(Simulation):
         if not self.scenario.scalings:
             states = [record.state for record in controller.workers.values()]
             assert states == [WorkerState.READY] * controller_settings(self.scenario).num_workers
+
+    def _change_disk(self, change: DiskChange) -> None:
+        # What the first load finds is the model, whatever it is.
+        if self.ingress.view.manifest_is_whole:
+            self.log.append(f"{self.cluster.clock.now_s():.4f} disk of {change.worker_id} changes")
+            self.disks[change.worker_id] = change.content
 
     def _scale(self, num_workers: int) -> None:
         """Scales the cluster; a scaling that is impossible changes nothing."""
@@ -332,10 +365,17 @@ class ControlledSimulation(Simulation):
             self._describe,
         )
 
-    def _load_shards(self, process: Process, shards: ShardPlan) -> None:
+    def _load_shards(self, process: Process, shards: ShardPlan, wanted: Manifest) -> Manifest:
+        """Loads what can be read and is not of another model, expert by expert."""
         core = process.core
         assert core is not None
         experts, attention = self.shards[process]
+        found = self._read(process, core.worker_id, shards)
+        if differing := wanted.differing(found):
+            raise LoadFailedError(f"{process.name} cannot load: {differing[0]} is another")
+        self.found[process] = self.found.get(process, EMPTY_MANIFEST).with_all(found)
+        if self.disks.get(core.worker_id, RIGHT) != RIGHT:
+            experts.wrong |= shards.experts - experts.held
         experts.held.update(shards.experts)
         self.plans[process] = shards
         if core.state is WorkerState.LOADING:
@@ -343,6 +383,15 @@ class ControlledSimulation(Simulation):
             core.attach(attention)
             self.shards[process] = (experts, attention)
             core.fence.move(WorkerState.READY)
+        return self.found[process]
+
+    def _read(self, process: Process, worker_id: str, shards: ShardPlan) -> Manifest:
+        """The digests of what a process reads of its shards that it does not hold yet."""
+        missing = shards.experts - self.shards[process][0].held
+        disk = self.disks.get(worker_id, RIGHT)
+        if disk is None and missing:
+            raise LoadFailedError(f"{worker_id} cannot load: a file is missing")
+        return Manifest({f"expert {e.layer}.{e.expert}": disk or RIGHT for e in missing})
 
     def _describe(self, process: Process) -> Existing | None:
         """All that a new controller has to know; None where it has to be started anew."""
@@ -358,6 +407,7 @@ class ControlledSimulation(Simulation):
             shards=replace(self.plans[process], experts=held),
             held=held,
             view=router.links.view,
+            manifest=self.found[process],
         )
 
     def _make_core(self, member: Member, process: Process) -> WorkerCore:

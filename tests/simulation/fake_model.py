@@ -213,6 +213,8 @@ class FakeExperts:
 
     def __init__(self, config: ModelConfig, held: Iterable[ExpertId]) -> None:
         self.held = set(held)
+        # Those of the held ones whose bytes are another model's; they compute something else.
+        self.wrong: set[ExpertId] = set()
         self.refusals: deque[RefusalReason] = deque()
         self.compute_s = 0.0
         self.spend: Callable[[float], None] = _no_time
@@ -238,7 +240,9 @@ class FakeExperts:
         ids_N = call.expert_ids_TA[rows, columns]
         if not all(ExpertId(call.layer, int(e)) in self.held for e in ids_N):
             raise RuntimeError("run without a call of fault_of before")
-        return call.rows_TD[rows] * (ids_N + 1)[:, None].astype(np.float32) + np.float32(call.layer)
+        is_wrong_N = np.array([ExpertId(call.layer, int(e)) in self.wrong for e in ids_N], bool)
+        factors_N = ids_N + 1 + is_wrong_N
+        return call.rows_TD[rows] * factors_N[:, None].astype(np.float32) + np.float32(call.layer)
 
 
 @dataclass(slots=True)

@@ -51,6 +51,15 @@ class Strike:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskChange:
+    """From a moment on, a worker's files have other bytes, or none (None) can be read."""
+
+    at_s: float
+    worker_id: str
+    content: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One run."""
 
@@ -69,6 +78,8 @@ class Scenario:
     # Settings of the real controller; and its scalings, as (time, number of workers).
     wanted: ControllerSettings | None = None
     scalings: tuple[tuple[float, int], ...] = ()
+    # What becomes of the disks of workers.
+    disks: tuple[DiskChange, ...] = ()
 
     def __str__(self) -> str:
         return f"seed-{self.seed}"
@@ -138,6 +149,20 @@ def random_controlled_scenario(seed: int, num_faults: int = 0) -> Scenario:
             for _ in range(random.choice((0, 0, 1, 2)))
         ),
     )
+
+
+def with_bad_disks(scenario: Scenario) -> Scenario:
+    """The same run, while files of some workers are other ones, or missing, for some time."""
+    random = Random(scenario.seed)
+    disks: list[DiskChange] = []
+    for number in range(5):
+        if random.random() < 0.6:
+            worker_id, at_s = f"worker-{number}", random.uniform(0.2, 1.5)
+            content = random.choice(("b" * 32, None))
+            disks.append(DiskChange(at_s=at_s, worker_id=worker_id, content=content))
+            back_s = at_s + random.choice((0.1, 2.0, 20.0))
+            disks.append(DiskChange(at_s=back_s, worker_id=worker_id, content="a" * 32))
+    return dataclasses.replace(scenario, disks=tuple(disks))
 
 
 def with_standby(scenario: Scenario) -> Scenario:

@@ -7,7 +7,7 @@ To repeat a failing seed: `pytest tests/simulation -k seed-17-led`, or
 import pytest
 
 from tests.simulation.controlled import ControlledSimulation
-from tests.simulation.scenario import random_controlled_scenario
+from tests.simulation.scenario import random_controlled_scenario, with_bad_disks
 
 MAX_FAULTS = 4
 
@@ -26,3 +26,9 @@ def test_experts_that_are_being_loaded_are_not_unloaded(seed: int, num_faults: i
 def test_a_cluster_can_shrink_while_a_removed_worker_restarts() -> None:
     # In this seed a worker dies, and loads again when the new placement no longer names it.
     ControlledSimulation(random_controlled_scenario(2005, MAX_FAULTS)).run()
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}-disk")
+def test_files_that_change_or_come_back_late_cost_no_token(seed: int) -> None:
+    """A worker that computed with other bytes would give other tokens."""
+    ControlledSimulation(with_bad_disks(random_controlled_scenario(seed, 6))).run()

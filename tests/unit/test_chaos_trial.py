@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from milliways.benchmarks.chaos import injectors, trial
 from milliways.benchmarks.chaos.answers import Answer, Outcome
-from milliways.benchmarks.chaos.faults import Fault
+from milliways.benchmarks.chaos.faults import DAMAGES_FILES, Fault
 from milliways.benchmarks.chaos.report import Report
 from milliways.benchmarks.chaos.requests import draw_requests
 from milliways.benchmarks.chaos.trial import Plan, Trial
@@ -41,6 +42,9 @@ class FakeActuator:
         self._heals_after_s = heals_after_s
         self._num_healed = num_healed
         self._victim = PLACE
+        # The files of a checkpoint, and what was in them each time a worker was asked.
+        self.model_dir: Path | None = None
+        self.seen: list[dict[str, bytes]] = []
 
     def workers(self) -> Sequence[WorkerFacts]:
         return [WorkerFacts(place=PLACE, num_experts=1, num_layers=1, is_router=True)]
@@ -70,6 +74,16 @@ class FakeActuator:
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         raise AssertionError
+
+    def ckpt_dir(self) -> Path:
+        assert self.model_dir is not None
+        return self.model_dir
+
+    def file_fault_of(self, place: Place) -> str:
+        assert self.model_dir is not None
+        now = {path.name: path.read_bytes() for path in self.model_dir.iterdir()}
+        self.seen.append(now)
+        return "worker-0 cannot load: a file"
 
     def drop_replies(self, place: Place, count: int) -> int:
         raise AssertionError
@@ -157,3 +171,23 @@ def test_missing_ingress_or_proxy_breaks_the_promise(
 ) -> None:
     actuator = FakeActuator(heals_after_s=3.0, num_healed=0)
     assert not run(actuator, monkeypatch, fault, duration_s=5.0).holds
+
+
+@pytest.mark.parametrize("fault", sorted(DAMAGES_FILES, key=lambda fault: fault.value))
+def test_files_are_damaged_while_a_worker_starts_and_whole_again_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Fault
+) -> None:
+    ckpt_dir = tmp_path / "ckpt-0"
+    ckpt_dir.mkdir()
+    for number in range(6):
+        (ckpt_dir / f"tensor{number:05d}_000").write_bytes(bytes([number]) * (600 + number % 2))
+    before = {path.name: path.read_bytes() for path in ckpt_dir.iterdir()}
+    actuator = FakeActuator(heals_after_s=2.0)
+    actuator.model_dir = ckpt_dir
+    report = run(actuator, monkeypatch, fault, duration_s=1.0)
+    assert report.holds and len(actuator.kills) == len(actuator.seen) > 0
+    for seen in actuator.seen:
+        differing = {name for name, content in before.items() if seen.get(name) != content}
+        assert len(differing) >= 3
+    assert {path.name: path.read_bytes() for path in ckpt_dir.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt-0"]

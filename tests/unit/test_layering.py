@@ -29,7 +29,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "workers": ("runtime", "model", "wire", "workers.servers"),
     # The settings take defaults from the limits that they set.
     "cluster.settings": ("wire", "router"),
-    "cluster.control": ("runtime", "wire"),
+    # Of the model, control knows sizes and digests.
+    "cluster.control": ("runtime", "model", "wire"),
     "cluster.ingress": ("v1", "model", "wire", "router.requests", "cluster.settings"),
     "cluster.host": (
         *("runtime", "model", "wire", "router", "router.requests", "router.links"),
@@ -45,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("v1", "runtime", "model", "wire", "router", "router.requests", "router.links"),
         *("workers.servers", "cluster.settings", "cluster.control", "cluster.host"),
     ),
-    "benchmarks.chaos": ("v1", "wire", "cluster.settings", "cluster.ray", "api"),
+    "benchmarks.chaos": ("v1", "model", "wire", "cluster.settings", "cluster.ray", "api"),
     "benchmarks": ("runtime", "model", "cluster.host", "benchmarks.speed"),
     "cluster.cli": (
         *("runtime", "model", "wire", "router.requests"),

@@ -10,6 +10,7 @@ from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
 from milliways.wire.errors import UnavailableError
 from milliways.wire.view import ClusterView, Declared, Member, WorkerState
+from tests.conftest import REPOSITORY
 from tests.ingresses import demo_model
 from tests.sources import CountingSource
 
@@ -19,6 +20,7 @@ with warnings.catch_warnings():
     from milliways.cluster.ray.app import Directory
 
 CONFIG = ClusterConfig()
+MINI8 = str(REPOSITORY / "tests" / "golden" / "mini8")
 
 
 def view_of(config: ClusterConfig) -> ClusterView:
@@ -35,11 +37,12 @@ def view_of(config: ClusterConfig) -> ClusterView:
         members={"worker-0": member},
         chains={"worker-0": ("worker-0",)},
         declared=Declared(values=flat(config), at_s=1.0),
+        manifest_is_whole=True,
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("model.path", "/m"), ("model.name", "other"), ("model.dtype", "bfloat16")]
+    ("name", "value"), [("model.path", MINI8), ("model.name", "other"), ("model.dtype", "bfloat16")]
 )
 def test_ingress_of_another_model_takes_no_routers(name: str, value: str) -> None:
     directory = Directory(changed(CONFIG, {name: value}), declared_at_s=2.0)

@@ -145,6 +145,7 @@ def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
     async def spawn_twice() -> None:
         shell = AsyncTasks()
         fleet = RayFleet(ClusterConfig(), shell)
+        fleet.sizes = MODEL
         await shell.wait(fleet.spawn("worker-3", 1))
         assert fake.killed == []
         await shell.wait(fleet.spawn("worker-3", 2))

@@ -15,6 +15,7 @@ from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.request import GenerationRequest
 
 ID = "019f00000000aaaaaaaaaaaaaaaaaaaa"
+FINGERPRINT = "fp_0123456789ab"
 
 
 def test_request_ids_are_unique_and_hold_their_time() -> None:
@@ -22,6 +23,11 @@ def test_request_ids_are_unique_and_hold_their_time() -> None:
     assert len(ids) == 1000
     assert all(map(is_request_id, ids))
     assert 1_700_000_000 < created_s_of(ids.pop()) < 10_000_000_000
+
+
+def test_event_id_without_a_fingerprint_is_taken() -> None:
+    """Clients that began before fingerprints were part of it."""
+    assert parse_event_id(f"{ID}/3.4").fingerprint == ""
 
 
 def test_seed_of_an_id_and_prompt_never_changes() -> None:
@@ -33,8 +39,9 @@ def test_seed_of_an_id_and_prompt_never_changes() -> None:
 
 @given(st.lists(st.integers(0, 10**9 - 1), min_size=1, max_size=128), st.booleans())
 def test_event_id_says_what_was_received(counts: list[int], has_usage: bool) -> None:
-    point = parse_event_id(event_id(ID, counts, has_usage=has_usage))
+    point = parse_event_id(event_id(ID, counts, FINGERPRINT, has_usage=has_usage))
     assert (point.request_id, point.has_usage) == (ID, has_usage)
+    assert point.fingerprint == FINGERPRINT
     assert [received.num_tokens for received in point.received] == counts
 
 
@@ -52,6 +59,9 @@ def test_event_id_says_what_was_received(counts: list[int], has_usage: bool) -> 
         f"{ID}/1,2",
         f"{ID}/1/2",
         f"{ID}/1/usage/usage",
+        f"{ID}/1/fp_",
+        f"{ID}/1/fp_0123456789AB",
+        f"{ID}/1/{FINGERPRINT}/{FINGERPRINT}",
         f"{ID}/1234567890",
         f"{ID}/\u0661",
         f"{ID.upper()}/1",
@@ -70,5 +80,5 @@ def test_malformed_event_id_is_refused(text: str) -> None:
 def test_impossible_counts_are_refused(counts: list[int]) -> None:
     request = GenerationRequest(prompt_ids=(1,), max_tokens=3, num_samples=2)
     with pytest.raises(InvalidRequestError) as caught:
-        parse_event_id(event_id(ID, counts)).check_fits([request])
+        parse_event_id(event_id(ID, counts, FINGERPRINT)).check_fits([request])
     assert caught.value.field == LAST_EVENT_ID

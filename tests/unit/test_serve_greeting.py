@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from milliways.cluster.cli.commands.serve import greeting
+from milliways.cluster.cli.messages import greeting
 from milliways.cluster.settings.config import config_from_tree
 from milliways.model.demo import DEMO_DIR
 

@@ -17,6 +17,7 @@ from milliways.wire.limits import LinkLimits
 from milliways.wire.tls import TlsSettings
 from milliways.wire.transports import AUTO, allowed_transports, load_class
 from milliways.workers.servers.intake import RouterSessions
+from milliways.workers.servers.parts import PartServer, ReadHeld
 from milliways.workers.servers.transport import ServedWorker, TransportServer
 
 _SERVERS = "milliways.workers.servers"
@@ -36,8 +37,9 @@ class WorkerServer:
         transport: str = AUTO,
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
+        read_held: ReadHeld | None = None,
     ) -> None:
-        """`transport` is the setting `workers.transport`.
+        """`transport` is the setting `workers.transport`; `read_held` gives parts of the model.
 
         Raises:
             ConfigError: there is no such transport.
@@ -50,6 +52,7 @@ class WorkerServer:
             limits=limits or LinkLimits(),
         )
         self._tls = tls or TlsSettings()
+        self._parts = None if read_held is None else PartServer(read_held)
         self._server: Any = None
         self.transports: dict[str, TransportServer] = {
             allowed.name: load_class(_SERVERS, allowed.server)(self._worker)
@@ -88,6 +91,8 @@ class WorkerServer:
             response_serializer=pb.HelloResponse.SerializeToString,
         )
         handlers: dict[str, Any] = {"Hello": hello}
+        if self._parts is not None:
+            handlers["ReadPart"] = self._parts.handler()
         for server in self.transports.values():
             handlers.update(server.rpc_handlers())
         return handlers

@@ -4,10 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from milliways.benchmarks.chaos.faults import (
+    DAMAGES_FILES,
     IMPOSSIBLE,
     INJECTED_BY_WORKER,
     POSSIBLE,
@@ -20,18 +21,20 @@ from milliways.benchmarks.chaos.resource_usage import Sample, as_records, format
 from milliways.benchmarks.chaos.run import (
     LoadSize,
     Target,
+    copied_model,
     joined_cluster,
     run_trial,
     started_cluster,
 )
 from milliways.benchmarks.chaos.trial import Plan
-from milliways.cluster.cli.commands.serve import say
+from milliways.cluster.cli.messages import say
 from milliways.cluster.ray.environment import be_quiet
 from milliways.wire.errors import ClusterError, ConfigError
 
 MAX_REQUESTS = 10_000
 MAX_CLIENTS = 256
 DEFAULT = LoadSize()
+NEEDS_OWN_CLUSTER = INJECTED_BY_WORKER | DAMAGES_FILES
 
 
 class PromiseBrokenError(ClusterError):
@@ -53,7 +56,7 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
         help=f"faults to inject, of {', '.join(fault.value for fault in Fault)};"
         f" {', '.join(fault.value for fault in IMPOSSIBLE)} is refused, with the reason"
         f" [all others; with --address all but"
-        f" {', '.join(fault.value for fault in INJECTED_BY_WORKER)}]",
+        f" {', '.join(fault.value for fault in POSSIBLE if fault in NEEDS_OWN_CLUSTER)}]",
     )
     option(
         "--requests",
@@ -154,8 +157,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _faults(options: argparse.Namespace) -> tuple[Fault, ...]:
     if options.faults is not None:
-        return parse_faults(options.faults)
-    left_out = INJECTED_BY_WORKER if options.address else frozenset[Fault]()
+        faults = parse_faults(options.faults)
+        if options.address and (damaging := DAMAGES_FILES.intersection(faults)):
+            name = min(fault.value for fault in damaging)
+            raise ConfigError("--faults", name, "left out with --address: it damages a checkpoint")
+        return faults
+    left_out = NEEDS_OWN_CLUSTER if options.address else frozenset[Fault]()
     return tuple(fault for fault in POSSIBLE if fault not in left_out)
 
 
@@ -185,8 +192,11 @@ def _target(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator
         if value is not None:
             arguments += [f"--{name.replace('_', '-')}", value]
     say("starting a cluster …")
-    with started_cluster(arguments) as target:
-        yield target
+    with ExitStack() as stack:
+        if DAMAGES_FILES.intersection(faults):
+            model_dir = stack.enter_context(copied_model(options.config))
+            arguments += ["--model", str(model_dir)]
+        yield stack.enter_context(started_cluster(arguments))
 
 
 def _confirm(options: argparse.Namespace, faults: tuple[Fault, ...]) -> None:

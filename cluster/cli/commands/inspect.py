@@ -3,8 +3,15 @@
 import argparse
 import json
 
-from milliways.model.checkpoint import Checkpoint, format_summary, summarize, to_json
+from milliways.model.checkpoint import (
+    Checkpoint,
+    digest_model,
+    format_summary,
+    summarize,
+    to_json,
+)
 from milliways.model.errors import InvalidRequestError
+from milliways.model.manifest import digest_small_files
 from milliways.model.model_dir import load_tokenizer, resolve_model_dir
 
 MAX_WORKERS = 4096
@@ -25,6 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read every tensor; fail if a value is NaN or infinite, or a scale is not above 0",
     )
+    parser.add_argument(
+        "--digest",
+        action="store_true",
+        help="read every byte; print a manifest of digests only, for model.manifest",
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -36,6 +48,9 @@ def run(options: argparse.Namespace) -> None:
     path = resolve_model_dir(options.path)
     with Checkpoint.open(path) as checkpoint:
         load_tokenizer(path, checkpoint.config.vocab_size)
+        if options.digest:
+            print(digest_model(checkpoint).with_all(digest_small_files(path)).to_json())
+            return
         num_verified_bytes = checkpoint.verify() if options.verify else None
         summary = summarize(checkpoint, options.workers)
         if options.json:

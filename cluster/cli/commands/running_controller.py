@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-from milliways.cluster.ray.environment import be_quiet, enter, find_running, head_for
+from milliways.cluster.ray.environment import be_quiet, enter, head_for
+from milliways.cluster.ray.running_clusters import find_running
 from milliways.wire.errors import ClusterError, StartupError, UnavailableError
 
 ANSWER_TIMEOUT_S = 30.0

@@ -29,6 +29,7 @@ ALIASES = {
     "ingress.host": "--host",
     "ingress.port": "--port",
     "ingress.grpc_port": "--grpc-port",
+    "ingress.grace_s": "--grace",
 }
 
 

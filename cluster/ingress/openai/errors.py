@@ -8,14 +8,15 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
-from milliways.wire.errors import RetryLaterError, UnknownModelError, code_of
+from milliways.wire.errors import LeavingError, RetryLaterError, UnknownModelError, code_of
 from milliways.wire.status_codes import describe
 
-# OpenAI's `error.code` for the errors that have one.
+# `error.code` for the errors that have one; all but the last are OpenAI's.
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (PromptTooLongError, "context_length_exceeded"),
     (InvalidRequestError, "invalid_value"),
     (UnknownModelError, "model_not_found"),
+    (LeavingError, "server_leaving"),
 )
 
 

@@ -52,6 +52,10 @@ class Sender:
         body = piece.encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
+    async def end(self) -> None:
+        """Ends the body."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
     async def _send(self, message: dict[str, object]) -> None:
         await self._connection[2](message)
 

@@ -29,6 +29,7 @@ from milliways.cluster.ingress.request_id import new_request_id
 from milliways.cluster.ingress.resume import LAST_EVENT_ID, ResumePoint, event_id, parse_event_id
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
+from milliways.wire.errors import LeavingError
 
 _DONE = "data: [DONE]\n\n"
 # Approximate size in JSON of one log-probability.
@@ -78,7 +79,7 @@ def _exchange(
             request_id = resume.request_id if resume else new_request_id()
             ask = await off_loop(lambda: read_ask(body, ingress.model, request_id), len(body))
             outcome.model = ingress.model.name
-            _check_resume(resume, ask)
+            _check_resume(resume, ask, ingress.model)
             answer = make_answer(ask, ingress.model, request_id)
             stream = ingress.generate(ask.requests, request_id, resume=resume)
             async with aclosing(stream) as events:
@@ -99,12 +100,13 @@ def _exchange(
     return Exchange(handle, ingress.settings.max_body_bytes, on_disconnect)
 
 
-def _check_resume(resume: ResumePoint | None, ask: Ask) -> None:
+def _check_resume(resume: ResumePoint | None, ask: Ask, model: ServedModel) -> None:
     if resume is None:
         return
     if not ask.stream:
         raise InvalidRequestError(LAST_EVENT_ID, "given", "left out without stream")
     resume.check_fits(ask.requests)
+    model.check_resume(resume.field, resume.fingerprint)
 
 
 async def _collect(events: AsyncGenerator[IngressEvent], answer: Answer) -> None:
@@ -124,8 +126,11 @@ async def _stream(
 ) -> None:
     """Sends chunks, then [DONE]. A client may resume a stream that ended without [DONE].
 
+    If this server stops before, an error event takes the place of [DONE].
+
     An error before the first chunk is raised, and becomes an HTTP error.
     """
+    sent_id = ""
     try:
         async for event in events:
             if isinstance(event, PromptEvent):
@@ -135,20 +140,26 @@ async def _stream(
             if chunk is not None and event.is_new:
                 if not sender.has_begun:
                     await sender.begin_events()
-                await sender.send_piece(_sse(chunk, event_id(request_id, answer.counts)))
+                sent_id = _name(answer, request_id)
+                await sender.send_piece(_sse(chunk, sent_id))
         # A client that resumed after the last token has no chunk to receive.
         if not sender.has_begun:
             await sender.begin_events()
         if answer.ask.draws_nothing:
-            name = event_id(request_id, answer.counts)
+            name = _name(answer, request_id)
             piece = await _off_loop(answer, answer.only_chunk, lambda chunk: _sse(chunk, name))
             await sender.send_piece(piece)
     except Exception as error:
         if not sender.has_begun:
             raise
         outcome.fail(error, http_status(error))
-        await sender.send_piece(_sse(error_body(error)))
-        await sender.send_piece(_DONE, is_last=True)
+        # With the id of the last event, since the client has received as much as before.
+        await sender.send_piece(_sse(error_body(error), sent_id))
+        if isinstance(error, LeavingError):
+            # Not the end of the stream: the client gets the rest elsewhere.
+            await sender.end()
+        else:
+            await sender.send_piece(_DONE, is_last=True)
         return
     await _end(answer, sender, request_id)
 
@@ -163,9 +174,15 @@ async def _off_loop(
 async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bool = False) -> None:
     """Sends the usage, if the client asked for it, and [DONE]."""
     if answer.ask.include_usage and not has_usage:
-        name = event_id(request_id, answer.counts, has_usage=True)
+        name = _name(answer, request_id, has_usage=True)
         await sender.send_piece(_sse(answer.usage_chunk(), name))
     await sender.send_piece(_DONE, is_last=True)
+
+
+def _name(answer: Answer, request_id: str, *, has_usage: bool = False) -> str:
+    """The id of an event that comes now."""
+    fingerprint = answer.model.fingerprint
+    return event_id(request_id, answer.counts, fingerprint, has_usage=has_usage)
 
 
 def _sse(data: dict[str, Any], event_id: str = "") -> str:

@@ -1,6 +1,5 @@
 """grpc.health.v1: reports SERVING while a token can be made."""
 
-import asyncio
 from typing import Any
 
 import grpc
@@ -41,7 +40,10 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             if status != last_sent:
                 await context.write(Status(status=status))
                 last_sent = status
-            await asyncio.sleep(self._poll_s)
+            if self._readiness.is_draining:
+                # It stays so, and an open call would keep the server from stopping.
+                return
+            await self._readiness.wait_for_drain(self._poll_s)
 
     async def _status(self, service: str) -> Status.ServingStatus:
         if service not in self._services:

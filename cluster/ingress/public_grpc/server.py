@@ -10,6 +10,7 @@ from milliways.cluster.ingress.public_grpc.malformed_requests import MalformedRe
 from milliways.cluster.ingress.public_grpc.service import SERVICE, GenerateServicer
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.v1 import generate_pb2_grpc
+from milliways.wire.addresses import join_address
 from milliways.wire.channels import SERVER_OPTIONS, add_port
 from milliways.wire.tls import TlsSettings
 
@@ -46,17 +47,25 @@ class IngressGrpcServer:
             OSError: the port is taken, or a certificate file cannot be read.
         """
         self._ingress = ingress
-        self._server = _make_server(ingress, shares_port)
-        # An IPv6 address contains colons.
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.port = _bind(self._server, address, tls or TlsSettings())
+        self._servicer = GenerateServicer(ingress)
+        self._server = _make_server(ingress, self._servicer, shares_port)
+        self.port = _bind(self._server, join_address(host, port), tls or TlsSettings())
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of GenerateService that have not ended."""
+        return self._servicer.num_calls
 
     async def start(self) -> None:
         """Begins to accept calls."""
         await self._server.start()
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Accepts no more calls; those that run have `grace_s` to end, then they are cancelled."""
+        """Closes the port and accepts no more calls; health checks say that it does not serve.
+
+        Calls that run have `grace_s` to end, then they are cancelled. Clients are told at once to
+        connect elsewhere for the next call.
+        """
         self._ingress.readiness.drain("the server is stopping")
         await self._server.stop(grace_s)
 
@@ -65,7 +74,7 @@ class IngressGrpcServer:
         await self._server.wait_for_termination()
 
 
-def _make_server(ingress: Ingress, shares_port: bool) -> aio.Server:
+def _make_server(ingress: Ingress, servicer: GenerateServicer, shares_port: bool) -> aio.Server:
     max_message_bytes = ingress.settings.max_body_bytes
     server = aio.server(
         interceptors=[MalformedRequestInterceptor()],
@@ -80,7 +89,7 @@ def _make_server(ingress: Ingress, shares_port: bool) -> aio.Server:
     )
     # Generated code has no types.
     generate_pb2_grpc.add_GenerateServiceServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
-        GenerateServicer(ingress), server
+        servicer, server
     )
     health_pb2_grpc.add_HealthServicer_to_server(  # pyright: ignore[reportUnknownMemberType]
         HealthServicer(ingress.readiness, (SERVICE,)), server

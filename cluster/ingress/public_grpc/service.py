@@ -1,6 +1,6 @@
 """GenerateService, the public gRPC API: decodes requests, streams tokens, answers with statuses."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 import grpc
 from grpc import aio
 
-from milliways.cluster.ingress.ingress import Ingress, PromptEvent, off_loop
+from milliways.cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
 from milliways.cluster.ingress.openai.requests import DEFAULT_MAX_TOKENS
 from milliways.cluster.ingress.outcome import log_error
 from milliways.cluster.ingress.request_id import is_request_id, new_request_id, seed_of
-from milliways.cluster.ingress.resume import Received, ResumePoint
+from milliways.cluster.ingress.resume import Received, ResumePoint, event_id
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.v1 import generate_pb2, generate_pb2_grpc
-from milliways.wire.errors import code_of
+from milliways.wire.errors import LeavingError, code_of
 from milliways.wire.sampling import decode_params
 from milliways.wire.status_codes import GrpcStatus, Verbatim, abridged, status_of
 
@@ -113,8 +113,10 @@ def _resume(
         received=tuple(received),
         field="resume.received.num_tokens",
         num_scored=message.resume.num_prompt_logprobs,
+        fingerprint=message.resume.system_fingerprint,
     )
     point.check_fits([request])
+    model.check_resume("resume.system_fingerprint", point.fingerprint)
     return point
 
 
@@ -153,6 +155,8 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
 
     def __init__(self, ingress: Ingress) -> None:
         self._ingress = ingress
+        # Calls that have not ended.
+        self.num_calls = 0
 
     async def Generate(self, request: generate_pb2.GenerateRequest, context: Context) -> None:
         await self._run(context, lambda: self._generate(request, context))
@@ -189,7 +193,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             counts = ask.counts
             timeout_s = context.time_remaining()
             stream = self._ingress.generate([ask.request], ask.request_id, timeout_s, ask.resume)
-            async with aclosing(stream) as events:
+            async with aclosing(_with_cursor(stream, ask, counts, model)) as events:
                 async for choice in events:
                     if isinstance(choice, PromptEvent):
                         scores = scores_to_wire(choice.scores)
@@ -235,6 +239,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
     ) -> Message:
         """Runs one call, counts it, and turns an error into a status."""
         code = grpc.StatusCode.CANCELLED.name
+        self.num_calls += 1
         try:
             answer = await work()
             code = grpc.StatusCode.OK.name
@@ -245,7 +250,21 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             log_error(error, code_of(error).http, context.peer())
             return await abort(context, status)
         finally:
+            self.num_calls -= 1
             self._ingress.metrics.count_request("grpc", self._ingress.model.name, code)
+
+
+async def _with_cursor(
+    stream: AsyncGenerator[IngressEvent], ask: GrpcAsk, counts: list[int], model: ServedModel
+) -> AsyncGenerator[IngressEvent]:
+    """The same stream. If this server stops before its end, the error says what was sent."""
+    async with aclosing(stream) as events:
+        try:
+            async for event in events:
+                yield event
+        except LeavingError as error:
+            cursor = event_id(ask.request_id, counts, model.fingerprint)
+            raise LeavingError(str(error), error.retry_after_s, cursor=cursor) from error
 
 
 def _started(ask: GrpcAsk, model: ServedModel) -> generate_pb2.GenerationStarted:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_choice import Assignment, RouterInfo
 from milliways.cluster.ingress.routing.router_connection import RouterConnection
 from milliways.v1 import router_pb2
 
@@ -29,6 +29,7 @@ class Attempt:
 
     router: RouterInfo
     connection: RouterConnection
+    assignment: Assignment
     since_s: float
 
 

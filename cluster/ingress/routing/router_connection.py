@@ -1,6 +1,7 @@
-"""A connection to one router: opens its streams, and notices when the router is silent."""
+"""A connection to one router: opens its streams, listens to its load, notices its silence."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,14 +12,20 @@ from milliways.cluster.ingress.routing.router_choice import RouterInfo
 from milliways.cluster.ingress.routing.silence import HedgeLimits, SilenceDetector
 from milliways.v1 import router_pb2
 from milliways.wire.channels import open_channel
+from milliways.wire.load import Load
 from milliways.wire.tls import TlsSettings
+
+logger = logging.getLogger(__name__)
 
 # Generated stubs have no types.
 Route = aio.UnaryStreamMultiCallable[router_pb2.RouteRequest, router_pb2.RouteResponse]
+WatchLoad = aio.UnaryStreamMultiCallable[router_pb2.WatchLoadRequest, router_pb2.WatchLoadResponse]
 Ping = aio.UnaryUnaryMultiCallable[router_pb2.PingRequest, router_pb2.PingResponse]
 
 _SERVICE = "/milliways.v1.RouterService"
 _PING_TIMEOUT_S = 1.0
+# After this time, a router that ended its reports is asked for them again.
+_WATCH_AGAIN_S = 0.5
 # Codes that say nothing about the router: the call did not reach it, or ended on our side.
 _NO_ANSWERS = (
     grpc.StatusCode.UNAVAILABLE,
@@ -29,6 +36,9 @@ _NO_ANSWERS = (
 
 class RouterConnection:
     """A gRPC channel to one router, kept while the router is listed or has a stream.
+
+    `on_load` is called with each report of what other ingresses have there; `ingress_id` is the
+    name of this one.
 
     While a stream is open, or the router is silent, a task checks the `SilenceDetector` several
     times within its patience. Each check that finds the router silent calls all listeners.
@@ -42,6 +52,9 @@ class RouterConnection:
         tls: TlsSettings,
         limits: HedgeLimits,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        ingress_id: str,
+        on_load: Callable[[Load], None],
     ) -> None:
         self._channel = open_channel(router.address, tls)
         self.route: Route = self._channel.unary_stream(
@@ -54,11 +67,19 @@ class RouterConnection:
             request_serializer=router_pb2.PingRequest.SerializeToString,
             response_deserializer=router_pb2.PingResponse.FromString,
         )
+        self._watch_load: WatchLoad = self._channel.unary_stream(
+            f"{_SERVICE}/WatchLoad",
+            request_serializer=router_pb2.WatchLoadRequest.SerializeToString,
+            response_deserializer=router_pb2.WatchLoadResponse.FromString,
+        )
         self._silence = SilenceDetector(limits)
         self._clock = clock
         self._listeners: set[Callable[[], None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
+        # Whether the router has said how busy it is, or cannot be asked.
+        self.has_answered = asyncio.Event()
+        self._following = asyncio.create_task(self._follow_load(ingress_id, on_load))
 
     @property
     def is_silent(self) -> bool:
@@ -86,11 +107,25 @@ class RouterConnection:
 
     async def close(self) -> None:
         """Closes the channel, which ends its open streams."""
-        tasks = [task for task in (self._watching, self._pinging) if task is not None]
+        optional = (self._watching, self._pinging, self._following)
+        tasks = [task for task in optional if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._channel.close(None)
+
+    async def _follow_load(self, ingress_id: str, on_load: Callable[[Load], None]) -> None:
+        request = router_pb2.WatchLoadRequest(ingress_id=ingress_id)
+        while True:
+            try:
+                async for report in self._watch_load(request):
+                    on_load(Load(report.num_sequences, report.num_prompt_tokens))
+                    self.has_answered.set()
+            except aio.AioRpcError as error:
+                # An older router has no such method. The last report fades meanwhile.
+                logger.debug("no load of a router: %s", error.code())
+            self.has_answered.set()
+            await asyncio.sleep(_WATCH_AGAIN_S)
 
     async def _watch(self) -> None:
         silence = self._silence

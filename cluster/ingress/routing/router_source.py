@@ -1,5 +1,7 @@
 """A source of tokens over many routers, which hides the failures of single routers.
 
+From its start, the source has a connection to each router and hears how busy it is.
+
 Steps of a request:
 
 1. `RouterChoice` picks a router; `Route` opens a stream of tokens.
@@ -19,6 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from random import Random
 
 import grpc
 from grpc import aio
@@ -48,6 +51,7 @@ from milliways.router.requests.sequence import Event, PromptScores
 from milliways.wire.errors import (
     ClusterError,
     DeadlineError,
+    LeavingError,
     OverloadedError,
     UnavailableError,
 )
@@ -83,8 +87,8 @@ class _Run:
 class RouterSource:
     """A `TokenSource` over the routers of a directory.
 
-    *Invariant:* `_connections` holds a connection to each router that has a stream of ours. A
-    router's connection is closed once the directory no longer lists it and it has no stream.
+    *Invariant:* `_connections` holds a connection to each router that is listed or has a stream of
+    ours. It is closed once the directory no longer lists the router and it has no stream.
     """
 
     def __init__(
@@ -96,19 +100,33 @@ class RouterSource:
         on_hedge: Callable[[], None] = lambda: None,
         max_attempts_without_progress: int = 3,
         clock: Callable[[], float] = time.monotonic,
+        random: Random | None = None,
     ) -> None:
         self._directory = directory
+        self._ingress_id = new_request_id()
         self._hedging = hedging or HedgeLimits()
         self._on_hedge = on_hedge
         self._tls = tls or TlsSettings()
         self._max_attempts_without_progress = max_attempts_without_progress
         self._clock = clock
-        self._choice = RouterChoice()
+        self._choice = RouterChoice(random or Random())
         # By worker and address: a worker that restarts at another address needs a new connection.
         self._connections: dict[tuple[str, str], RouterConnection] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
         self._token_at_s = float("-inf")
         self._is_closed = False
+
+    def start(self) -> None:
+        """Connects to the routers, in a running event loop; the first request does it as well."""
+        if self._following is None:
+            self._following = asyncio.create_task(self._follow_directory())
+
+    async def first_loads(self) -> None:
+        """Returns when each router that is listed has said how busy it is, or cannot be asked."""
+        self.start()
+        for router in self._directory.routers():
+            await self._connect(router).has_answered.wait()
 
     async def generate(
         self,
@@ -140,10 +158,13 @@ class RouterSource:
                 if not streams.attempts:
                     self._begin(run, await self._choose(run))
                 attempt, item = await streams.next()
+                self._check_open()
                 try:
                     for event in _new_events(item, journal):
                         await streams.keep_only(attempt)
                         retries.progressed()
+                        left = journal.load(is_in_prefill=False)
+                        self._choice.progressed(attempt.assignment, left)
                         self._token_at_s = attempt.since_s = self._clock()
                         yield event
                 except RouterSilentError:
@@ -184,11 +205,18 @@ class RouterSource:
             raise UnavailableError(str(error)) from error
 
     async def close(self) -> None:
-        """Closes all channels; streams still open end with UnavailableError."""
+        """Closes all channels; streams still open, and later ones, end with LeavingError."""
         self._is_closed = True
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         connections = list(self._connections.values())
         self._connections.clear()
         await asyncio.gather(*(connection.close() for connection in connections), *self._closing)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LeavingError("this server stops; another one goes on with the request")
 
     async def _choose(self, run: _Run) -> RouterInfo:
         """Picks the router to try next; waits if there is none.
@@ -196,11 +224,12 @@ class RouterSource:
         Raises:
             OverloadedError: no router has room, and the request has no token yet.
             UnavailableError: no router was available before the deadline.
+            LeavingError: the source was closed.
         """
         journal, retries, deadline_s = run.journal, run.retries, run.deadline_s
         while True:
-            if self._is_closed:
-                raise UnavailableError("the ingress is stopping")
+            self._check_open()
+            self.start()
             routers = self._directory.routers()
             self._close_unlisted(routers)
             untried = [router for router in routers if router.worker_id not in retries.avoided]
@@ -221,6 +250,14 @@ class RouterSource:
                 raise UnavailableError(retries.reason)
             await self._wait_for_change(min(retries.next_round(), deadline_s - now_s))
 
+    async def _follow_directory(self) -> None:
+        while True:
+            routers = self._directory.routers()
+            self._close_unlisted(routers)
+            for router in routers:
+                self._connect(router)
+            await self._directory.changed()
+
     async def _wait_for_change(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
@@ -232,12 +269,13 @@ class RouterSource:
         """Sends the request to a router, with its journal."""
         worker_id, now_s = router.worker_id, self._clock()
         timeout_s = max(0.001, run.deadline_s - now_s)
-        self._choice.begin(worker_id, run.journal.request.prompt_ids)
+        load = run.journal.load(is_in_prefill=True)
+        assignment = self._choice.begin(worker_id, run.journal.request.prompt_ids, load)
         run.streams.begin(
-            Attempt(router, self._connect(router), now_s),
-            route_request(run.journal, run.request_id, timeout_s),
+            Attempt(router, self._connect(router), assignment, now_s),
+            route_request(run.journal, run.request_id, timeout_s, self._ingress_id),
             timeout_s,
-            on_end=lambda: self._choice.end(worker_id),
+            on_end=lambda: self._choice.end(assignment),
         )
 
     def _hedge(self, run: _Run) -> None:
@@ -298,7 +336,14 @@ class RouterSource:
     def _connect(self, router: RouterInfo) -> RouterConnection:
         key = (router.worker_id, router.address)
         if key not in self._connections:
-            self._connections[key] = RouterConnection(router, self._tls, self._hedging, self._clock)
+            self._connections[key] = RouterConnection(
+                router,
+                self._tls,
+                self._hedging,
+                self._clock,
+                ingress_id=self._ingress_id,
+                on_load=lambda load: self._choice.report(router.worker_id, load, self._clock()),
+            )
         return self._connections[key]
 
     def _silent(self, routers: Sequence[RouterInfo]) -> set[str]:

@@ -35,14 +35,16 @@ class GenerateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., num_samples: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., echo: _Optional[bool] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("request_id", "received", "num_prompt_logprobs")
+    __slots__ = ("request_id", "received", "num_prompt_logprobs", "system_fingerprint")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     received: _containers.RepeatedCompositeFieldContainer[ReceivedTokens]
     num_prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., received: _Optional[_Iterable[_Union[ReceivedTokens, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    system_fingerprint: str
+    def __init__(self, request_id: _Optional[str] = ..., received: _Optional[_Iterable[_Union[ReceivedTokens, _Mapping]]] = ..., num_prompt_logprobs: _Optional[int] = ..., system_fingerprint: _Optional[str] = ...) -> None: ...
 
 class ReceivedTokens(_message.Message):
     __slots__ = ("sample_index", "num_tokens", "token_ids", "is_finished")

@@ -27,8 +27,22 @@ class PingResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class WatchLoadRequest(_message.Message):
+    __slots__ = ("ingress_id",)
+    INGRESS_ID_FIELD_NUMBER: _ClassVar[int]
+    ingress_id: str
+    def __init__(self, ingress_id: _Optional[str] = ...) -> None: ...
+
+class WatchLoadResponse(_message.Message):
+    __slots__ = ("num_sequences", "num_prompt_tokens")
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_sequences: int
+    num_prompt_tokens: int
+    def __init__(self, num_sequences: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
+
 class RouteRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "max_tokens", "sampling", "num_samples", "stop", "ignore_eos", "timeout_ms", "delivered", "prompt_logprobs", "num_delivered_prompt_logprobs")
+    __slots__ = ("request_id", "prompt_token_ids", "max_tokens", "sampling", "num_samples", "stop", "ignore_eos", "timeout_ms", "delivered", "prompt_logprobs", "num_delivered_prompt_logprobs", "ingress_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +54,7 @@ class RouteRequest(_message.Message):
     DELIVERED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_DELIVERED_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    INGRESS_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -51,7 +66,8 @@ class RouteRequest(_message.Message):
     delivered: _containers.RepeatedCompositeFieldContainer[DeliveredTokens]
     prompt_logprobs: int
     num_delivered_prompt_logprobs: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., num_samples: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ..., num_delivered_prompt_logprobs: _Optional[int] = ...) -> None: ...
+    ingress_id: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., num_samples: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ..., num_delivered_prompt_logprobs: _Optional[int] = ..., ingress_id: _Optional[str] = ...) -> None: ...
 
 class DeliveredTokens(_message.Message):
     __slots__ = ("sample_index", "token_ids", "is_finished")

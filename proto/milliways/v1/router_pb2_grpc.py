@@ -45,6 +45,11 @@ class RouterServiceStub:
                 request_serializer=milliways_dot_v1_dot_router__pb2.PingRequest.SerializeToString,
                 response_deserializer=milliways_dot_v1_dot_router__pb2.PingResponse.FromString,
                 _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/milliways.v1.RouterService/WatchLoad',
+                request_serializer=milliways_dot_v1_dot_router__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=milliways_dot_v1_dot_router__pb2.WatchLoadResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -65,6 +70,14 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchLoad(self, request, context):
+        """Says how busy the router is with the requests of other ingresses: at once, when it has changed,
+        and every second. It never ends by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Ping,
                     request_deserializer=milliways_dot_v1_dot_router__pb2.PingRequest.FromString,
                     response_serializer=milliways_dot_v1_dot_router__pb2.PingResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=milliways_dot_v1_dot_router__pb2.WatchLoadRequest.FromString,
+                    response_serializer=milliways_dot_v1_dot_router__pb2.WatchLoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class RouterService:
             '/milliways.v1.RouterService/Ping',
             milliways_dot_v1_dot_router__pb2.PingRequest.SerializeToString,
             milliways_dot_v1_dot_router__pb2.PingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milliways.v1.RouterService/WatchLoad',
+            milliways_dot_v1_dot_router__pb2.WatchLoadRequest.SerializeToString,
+            milliways_dot_v1_dot_router__pb2.WatchLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,30 @@ REFUSAL_REASON_MALFORMED: RefusalReason
 REFUSAL_REASON_UNKNOWN_BATCH: RefusalReason
 REFUSAL_REASON_FAULT: RefusalReason
 
+class ReadPartRequest(_message.Message):
+    __slots__ = ("tensor", "expert")
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    tensor: str
+    expert: int
+    def __init__(self, tensor: _Optional[str] = ..., expert: _Optional[int] = ...) -> None: ...
+
+class ReadPartResponse(_message.Message):
+    __slots__ = ("arrays", "piece")
+    ARRAYS_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    arrays: _containers.RepeatedCompositeFieldContainer[PartArray]
+    piece: bytes
+    def __init__(self, arrays: _Optional[_Iterable[_Union[PartArray, _Mapping]]] = ..., piece: _Optional[bytes] = ...) -> None: ...
+
+class PartArray(_message.Message):
+    __slots__ = ("dtype", "shape")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class HelloRequest(_message.Message):
     __slots__ = ("router_id", "host_id", "wanted")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]

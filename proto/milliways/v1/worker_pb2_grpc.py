@@ -46,6 +46,11 @@ class WorkerServiceStub:
                 request_serializer=milliways_dot_v1_dot_worker__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=milliways_dot_v1_dot_worker__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.ReadPart = channel.unary_stream(
+                '/milliways.v1.WorkerService/ReadPart',
+                request_serializer=milliways_dot_v1_dot_worker__pb2.ReadPartRequest.SerializeToString,
+                response_deserializer=milliways_dot_v1_dot_worker__pb2.ReadPartResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -67,6 +72,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadPart(self, request, context):
+        """A part of the model that this worker holds, for a worker that cannot read its file. The first
+        response has the arrays, the others their bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +92,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=milliways_dot_v1_dot_worker__pb2.ExchangeRequest.FromString,
                     response_serializer=milliways_dot_v1_dot_worker__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'ReadPart': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadPart,
+                    request_deserializer=milliways_dot_v1_dot_worker__pb2.ReadPartRequest.FromString,
+                    response_serializer=milliways_dot_v1_dot_worker__pb2.ReadPartResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +155,33 @@ class WorkerService:
             '/milliways.v1.WorkerService/Exchange',
             milliways_dot_v1_dot_worker__pb2.ExchangeRequest.SerializeToString,
             milliways_dot_v1_dot_worker__pb2.ExchangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadPart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/milliways.v1.WorkerService/ReadPart',
+            milliways_dot_v1_dot_worker__pb2.ReadPartRequest.SerializeToString,
+            milliways_dot_v1_dot_worker__pb2.ReadPartResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ applications:
       - name: Ingress
         # Each replica opens its gRPC port on its node.
         max_replicas_per_node: 1
+        # So a new replica can start only when an old one has ended.
+        max_surge_percent: 0
         ray_actor_options:
           num_cpus: 1
           resources:
