@@ -35,6 +35,10 @@ class Fault(Enum):
     FLIP_BIT = "flip-bit"
     TRUNCATE = "truncate"
     REMOVE_FILE = "remove-file"
+    # Planned changes, which may cut no connection: every replica of the ingress is replaced; there
+    # is one replica more for a while, and it leaves again.
+    REDEPLOY = "redeploy"
+    INGRESS_LEAVES = "ingress-leaves"
     # Cuts the network between some workers and the others.
     PARTITION = "partition"
 

@@ -59,6 +59,14 @@ class Actuator(Protocol):
         """
         ...
 
+    def deploy_ingress(self, num_replicas: int) -> None:
+        """Deploys the ingress anew, with this number of replicas; waits until they serve.
+
+        Raises:
+            StartupError: they do not come.
+        """
+        ...
+
     def ckpt_dir(self) -> Path:
         """The folder of the tensor files, which faults may change."""
         ...
@@ -110,6 +118,10 @@ def inject(planned: PlannedFault, actuator: Actuator) -> Injection:
             return _drop_replies(planned, actuator)
         case Fault.SWAP_CHECKPOINT | Fault.FLIP_BIT | Fault.TRUNCATE | Fault.REMOVE_FILE:
             return _damage_files(planned, actuator)
+        case Fault.REDEPLOY:
+            return _change_ingress(actuator, [0])
+        case Fault.INGRESS_LEAVES:
+            return _change_ingress(actuator, [1, 0])
         case Fault.PARTITION:
             raise AssertionError("parse_faults refuses it")
 
@@ -181,6 +193,15 @@ def _damage_files(planned: PlannedFault, actuator: Actuator) -> Injection:
         time.sleep(planned.length_s)
     end = "noticed" if said else "did not need the files"
     return Injection(f"{place.name}, which {end}", began_s, time.monotonic(), place)
+
+
+def _change_ingress(actuator: Actuator, num_more: Sequence[int]) -> Injection:
+    """Deploys the ingress again and again, each time with so many replicas more than at first."""
+    began_s = time.monotonic()
+    num_replicas = len(actuator.ingress())
+    for number in num_more:
+        actuator.deploy_ingress(num_replicas + number)
+    return Injection("the ingress", began_s, time.monotonic())
 
 
 def _sleep_through(planned: PlannedFault, actuator: Actuator) -> Injection:

@@ -21,8 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.cluster.ray.cluster import join
+from milliways.cluster.ray.declaring import declared_now
+from milliways.cluster.ray.serving import deploy_ingress, wait_for_ingress
 from milliways.cluster.ray.start_controller import find_controller
 from milliways.cluster.ray.start_worker import NAMESPACE
+from milliways.cluster.settings.config import IngressSettings
+from milliways.cluster.settings.names import changed
 from milliways.model.checkpoint import find_directories
 from milliways.model.model_dir import resolve_model_dir
 from milliways.wire.errors import StartupError
@@ -100,6 +104,28 @@ class RayActuator:
         except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
             raise StartupError(f"{place.name} cannot drop replies: {error}") from error
         return num_lost
+
+    def deploy_ingress(self, num_replicas: int) -> None:
+        ingress: IngressSettings = self.config().ingress
+        # Another value of any setting makes Serve replace all replicas.
+        grace_s = ingress.grace_s + 1.0
+        declared = declared_now(
+            changed(
+                self.config(),
+                {
+                    "ingress.min_replicas": num_replicas,
+                    "ingress.max_replicas": num_replicas,
+                    "ingress.grace_s": grace_s,
+                },
+            )
+        )
+        deploy_ingress(changed(self.config(), declared.values), declared.at_s)
+        wait_for_ingress(PATIENCE_S)
+        until_s = time.monotonic() + PATIENCE_S
+        while len(self.ingress()) != num_replicas:
+            if time.monotonic() > until_s:
+                raise StartupError(f"the ingress does not come to {num_replicas} replicas")
+            time.sleep(POLL_S)
 
     def ckpt_dir(self) -> Path:
         return find_directories(resolve_model_dir(self.config().model.path))[0]

@@ -45,6 +45,8 @@ class FakeActuator:
         # The files of a checkpoint, and what was in them each time a worker was asked.
         self.model_dir: Path | None = None
         self.seen: list[dict[str, bytes]] = []
+        # How many replicas of the ingress were asked for, each time.
+        self.deployed: list[int] = []
 
     def workers(self) -> Sequence[WorkerFacts]:
         return [WorkerFacts(place=PLACE, num_experts=1, num_layers=1, is_router=True)]
@@ -74,6 +76,9 @@ class FakeActuator:
 
     def limit_files(self, place: Place, max_bytes: int | None) -> None:
         raise AssertionError
+
+    def deploy_ingress(self, num_replicas: int) -> None:
+        self.deployed.append(num_replicas)
 
     def ckpt_dir(self) -> Path:
         assert self.model_dir is not None
@@ -191,3 +196,14 @@ def test_files_are_damaged_while_a_worker_starts_and_whole_again_after(
         assert len(differing) >= 3
     assert {path.name: path.read_bytes() for path in ckpt_dir.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt-0"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "wanted"), [(Fault.REDEPLOY, [1]), (Fault.INGRESS_LEAVES, [2, 1])]
+)
+def test_planned_changes_of_the_ingress(
+    monkeypatch: pytest.MonkeyPatch, fault: Fault, wanted: list[int]
+) -> None:
+    actuator = FakeActuator(heals_after_s=2.0)
+    assert run(actuator, monkeypatch, fault, duration_s=1.0).holds
+    assert actuator.deployed[: len(wanted)] == wanted
