@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from milliways.cluster.cli import exit_codes
@@ -55,11 +55,11 @@ class ProcessLife:
         # nohup and shells have some signals ignored; a terminal's Ctrl-C is always meant.
         ignored = {n for n in HANDLED if signal.getsignal(n) is signal.SIG_IGN} - {signal.SIGINT}
         handled = [number for number in HANDLED if number not in ignored]
+        self._handle(handled)
         threading.Thread(target=self._work, args=(work,), name="serve", daemon=True).start()
         while not self._has_worked and self.error is None:
-            for number in handled:
-                # Again and again, because Ray installs its own when it connects.
-                signal.signal(number, self._take)
+            # Again and again, because Ray installs its own when it connects.
+            self._handle(handled)
             if self._signals.must_end(is_serving=self.is_serving):
                 break
             self._wakes.wait(POLL_S)
@@ -70,6 +70,10 @@ class ProcessLife:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+    def _handle(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            signal.signal(number, self._take)
 
     def guard(self, check: Callable[[], None]) -> None:
         """Calls `check` every second from now on; an error that it raises ends the process."""
