@@ -21,6 +21,7 @@ Invariants:
 
 from milliways.model.checkpoint.checked_tensors import CheckedTensors as CheckedTensors
 from milliways.model.checkpoint.checked_tensors import digest_model as digest_model
+from milliways.model.checkpoint.checked_tensors import part_names as part_names
 from milliways.model.checkpoint.layout import TensorRole as TensorRole
 from milliways.model.checkpoint.layout import TensorSpec as TensorSpec
 from milliways.model.checkpoint.layout import layers_in_file_order as layers_in_file_order

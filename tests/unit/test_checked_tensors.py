@@ -8,8 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milliways.model.checkpoint import CheckedTensors, Checkpoint, TensorRole, digest_model
-from milliways.model.checkpoint.checked_tensors import part_names
+from milliways.cluster.cli.commands.serve import check_manifest
+from milliways.model.checkpoint import (
+    CheckedTensors,
+    Checkpoint,
+    TensorRole,
+    digest_model,
+    part_names,
+)
 from milliways.model.demo import DEMO_DIR
 from milliways.model.errors import (
     ChangeableFileError,
@@ -221,3 +227,15 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, text: str, reason
 def test_a_manifest_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="No such file"):
         read_manifest(tmp_path / "none.json")
+
+
+def test_a_manifest_of_another_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with Checkpoint.open(DEMO_DIR) as checkpoint:
+        whole = digest_model(checkpoint)
+        path.write_text(whole.to_json())
+        check_manifest(path, checkpoint)
+        rest = Manifest({name: digest for name, digest in whole.digests.items() if name != PART})
+        path.write_text(rest.to_json())
+        with pytest.raises(ManifestError, match=r"has no digest of .*linear_v/w\[5\]"):
+            check_manifest(path, checkpoint)

@@ -11,7 +11,9 @@ from milliways.cluster.cli.commands.setting_flags import (
 )
 from milliways.cluster.cli.listening import settle_addresses
 from milliways.cluster.cli.serving import JoinedCluster, LocalCluster
-from milliways.model.checkpoint import Checkpoint
+from milliways.model.checkpoint import Checkpoint, part_names
+from milliways.model.errors import ManifestError
+from milliways.model.manifest import read_manifest
 from milliways.model.model_dir import resolve_model_dir
 
 
@@ -38,7 +40,20 @@ def run(options: argparse.Namespace) -> None:
     config = gathered.config
     # These checks come first, because starting Ray takes ten seconds.
     config = dataclasses.replace(config, ingress=settle_addresses(config.ingress))
-    with Checkpoint.open(resolve_model_dir(config.model.path)):
-        pass
+    with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
+        if config.model.manifest:
+            check_manifest(Path(config.model.manifest), checkpoint)
     cluster = JoinedCluster(config, options.address) if options.address else LocalCluster(config)
     cluster.run()
+
+
+def check_manifest(path: Path, checkpoint: Checkpoint) -> None:
+    """Checks that a manifest is one of this model, before any worker starts.
+
+    Raises:
+        ManifestError: it cannot be read, or has no digest of a part of the model.
+    """
+    missing = read_manifest(path).missing_of(part_names(checkpoint))
+    if missing:
+        reason = f"has no digest of {missing[0]}, and of {len(missing) - 1} more parts of the model"
+        raise ManifestError(path, reason)
