@@ -20,6 +20,7 @@ Invariants:
 """
 
 from milliways.model.checkpoint.checked_tensors import CheckedTensors as CheckedTensors
+from milliways.model.checkpoint.checked_tensors import check_unchangeable as check_unchangeable
 from milliways.model.checkpoint.checked_tensors import digest_model as digest_model
 from milliways.model.checkpoint.checked_tensors import part_names as part_names
 from milliways.model.checkpoint.layout import TensorRole as TensorRole

@@ -133,7 +133,7 @@ class CheckedTensors:
         def read(record: TensorRecord) -> list[np.ndarray]:
             assert isinstance(record, QuantizedArray), f"{spec.name} is not quantised"
             if stays_mapped:
-                _check_unchangeable(record.path)
+                check_unchangeable(record.path)
             places = [slice_of(array, expert_id) for array in (record.weight, record.scales)]
             return self._read(spec, part_name(spec, expert_id), record, places)
 
@@ -262,8 +262,13 @@ def _read_array(
     return array
 
 
-def _check_unchangeable(path: Path) -> None:
-    """Raises ChangeableFileError if somebody could write the file while it is mapped."""
+def check_unchangeable(path: Path) -> None:
+    """Checks that nobody can write a file while it is mapped.
+
+    Raises:
+        ChangeableFileError: it has a write permission, and its file system is writable.
+        CheckpointError: it cannot be examined.
+    """
     try:
         is_writable = path.stat().st_mode & _WRITABLE
         is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milliways.cluster.cli.commands.serve import check_manifest
+from milliways.cluster.cli.commands.serve import check_manifest, check_mapped
 from milliways.model.checkpoint import (
     CheckedTensors,
     Checkpoint,
@@ -188,6 +188,17 @@ def test_an_expert_stays_mapped_only_where_nobody_may_write(model_dir: Path) -> 
     weight, _ = tensors.expert(LAYER, ROLE, EXPERT, stays_mapped=True)
     assert not weight.flags.writeable
     assert PART in tensors.found.digests
+
+
+def test_mapped_experts_are_refused_before_anything_starts(model_dir: Path) -> None:
+    paths = sorted((model_dir / "ckpt-0").iterdir())
+    for path in paths:
+        path.chmod(0o444)
+    with Checkpoint.open(model_dir) as checkpoint:
+        check_mapped(checkpoint)
+        path_of(model_dir).chmod(0o464)
+        with pytest.raises(ChangeableFileError, match=path_of(model_dir).name):
+            check_mapped(checkpoint)
 
 
 def test_small_files_belong_to_the_model(model_dir: Path) -> None:

@@ -11,10 +11,12 @@ from milliways.cluster.cli.commands.setting_flags import (
 )
 from milliways.cluster.cli.listening import settle_addresses
 from milliways.cluster.cli.serving import JoinedCluster, LocalCluster
-from milliways.model.checkpoint import Checkpoint, part_names
+from milliways.model.checkpoint import Checkpoint, check_unchangeable, part_names
 from milliways.model.errors import ManifestError
 from milliways.model.manifest import read_manifest
 from milliways.model.model_dir import resolve_model_dir
+
+MAPPED = "mapped"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,8 @@ def run(options: argparse.Namespace) -> None:
     with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
         if config.model.manifest:
             check_manifest(Path(config.model.manifest), checkpoint)
+        if config.model.experts == MAPPED:
+            check_mapped(checkpoint)
     cluster = JoinedCluster(config, options.address) if options.address else LocalCluster(config)
     cluster.run()
 
@@ -57,3 +61,14 @@ def check_manifest(path: Path, checkpoint: Checkpoint) -> None:
     if missing:
         reason = f"has no digest of {missing[0]}, and of {len(missing) - 1} more parts of the model"
         raise ManifestError(path, reason)
+
+
+def check_mapped(checkpoint: Checkpoint) -> None:
+    """Checks that nobody can change the experts that would stay in their files.
+
+    Raises:
+        ChangeableFileError: somebody can.
+    """
+    for spec in checkpoint.specs:
+        if spec.role.is_expert:
+            check_unchangeable(checkpoint.record(spec).path)
