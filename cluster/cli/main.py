@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         speak_utf8()
-        options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
+        # Before the command's module: JAX reads this when it is imported.
         keep_programs()
+        options = build_parser(chosen=next(iter(arguments), None)).parse_args(arguments)
         run: Callable[[argparse.Namespace], None] = options.run
         run(options)
         sys.stdout.flush()

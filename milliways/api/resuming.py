@@ -24,6 +24,7 @@ import grpc
 from grpc import aio
 
 from milliways.api.errors import StreamChangedError
+from milliways.model.errors import InvalidRequestError
 from milliways.v1 import generate_pb2
 from milliways.wire.addresses import is_loopback
 from milliways.wire.channels import open_channel
@@ -31,6 +32,7 @@ from milliways.wire.errors import OverloadedError, UnavailableError
 from milliways.wire.status_codes import error_of
 from milliways.wire.tls import TlsSettings
 
+_FINGERPRINT_FIELD = "resume.system_fingerprint"
 _METHOD = "/milliways.v1.GenerateService/Generate"
 _FIRST_BACKOFF_S = 0.02
 _LAST_BACKOFF_S = 1.0
@@ -214,6 +216,8 @@ def _retry_after_s(error: aio.AioRpcError | UnavailableError, *, waits_if_full: 
         return 0.0
     if isinstance(named, OverloadedError) and waits_if_full:
         return named.retry_after_s
+    if isinstance(named, InvalidRequestError) and named.field == _FINGERPRINT_FIELD:
+        raise StreamChangedError(str(named)) from error
     if named is not None or error.code() not in _BROKEN:
         raise error
     return 0.0

@@ -40,13 +40,19 @@ class Cutting:
             return
         num_left = self.before_pieces.pop(0) if self.before_pieces else -1
 
+        is_cut = False
+
         async def send_some(message: Message) -> None:
-            nonlocal num_left
+            nonlocal num_left, is_cut
+            if is_cut:
+                # A dead process sends nothing any more, whatever it would like to say.
+                raise ConnectionCutError
             if message["type"] == "http.response.body":
                 if num_left == 0:
                     # A client must ignore an incomplete event.
                     cut = message | {"body": message["body"][:-3], "more_body": True}
                     await send(cut)
+                    is_cut = True
                     raise ConnectionCutError
                 num_left -= 1
             await send(message)

@@ -71,7 +71,7 @@ def test_every_event_says_how_many_tokens_came_with_it(model: ServedModel) -> No
     response = post(CountingSource(), model, COMPLETIONS, json=body(stream=True))
     ids = [line for line in response.text.split("\n") if line.startswith("id: ")]
     name = json.loads(response.text.split("data: ")[1].split("\n")[0])["id"].removeprefix("cmpl-")
-    assert ids == [f"id: {name}/{n}" for n in (1, 2, 3)]
+    assert ids == [f"id: {name}/{n}/{model.fingerprint}" for n in (1, 2, 3)]
 
 
 def test_chat_has_openai_shape(model: ServedModel) -> None:

@@ -163,7 +163,7 @@ def test_closing_the_source_ends_its_streams() -> None:
             while not router.asked:
                 await asyncio.sleep(0.005)
             await source.close()
-            with pytest.raises(UnavailableError, match="stopping"):
+            with pytest.raises(UnavailableError, match="this server stops"):
                 await task
 
     asyncio.run(main())

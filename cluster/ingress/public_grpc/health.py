@@ -35,12 +35,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         last_sent: int | None = None
         while True:
+            # Asked first: a probe that began before the drain would say that all is well.
+            is_last = self._readiness.is_draining
             # `Readiness` caches: all watchers together cause at most one probe a second.
             status = await self._status(request.service)
             if status != last_sent:
                 await context.write(Status(status=status))
                 last_sent = status
-            if self._readiness.is_draining:
+            if is_last:
                 # It stays so, and an open call would keep the server from stopping.
                 return
             await self._readiness.wait_for_drain(self._poll_s)
