@@ -74,8 +74,8 @@ spec:
   automountServiceAccountToken: false
   {{- end }}
   {{- if eq .role "ingress" }}
-  # Running streams have this time to end when the pod must stop.
-  terminationGracePeriodSeconds: 120
+  # Running streams have ingress.grace_s to end when the pod must stop, and then their last errors.
+  terminationGracePeriodSeconds: {{ add 30 (int (dig "ingress" "grace_s" 120 .root.Values.config)) }}
   {{- end }}
   securityContext:
     runAsNonRoot: true
