@@ -22,6 +22,7 @@ from milliways.model.params import Loader, load_experts
 from milliways.runtime.malloc import keep_freed_blocks
 from milliways.runtime.user_cache import user_cache_dir
 
+MOST_TIMES = 1.05
 _PIECE_BYTES = 1 << 20
 
 
@@ -50,9 +51,11 @@ def main() -> None:
     print("| GB/s | median | best |\n|---|---:|---:|")
     for name, of_one in rates.items():
         print(f"| {name} | {statistics.median(of_one):.2f} | {max(of_one):.2f} |")
-    _, mapped, digested = (statistics.median(of_one) for of_one in rates.values())
-    verdict = "reached" if digested >= mapped / 1.05 else "missed"
-    print(f"with digests {mapped / digested:.2f} times as long (aim: at most 1.05, {verdict})")
+    _, mapped, digested = rates.values()
+    # Within a round, because the machine's speed changes from round to round.
+    ratio = statistics.median(m / d for m, d in zip(mapped, digested, strict=True))
+    verdict = "reached" if ratio <= MOST_TIMES else "missed"
+    print(f"with digests {ratio:.2f} times as long (aim: at most {MOST_TIMES}, {verdict})")
 
 
 def load(source: TensorSource, loader: Loader) -> int:

@@ -15,7 +15,9 @@ A part whose digest differs from the wanted one is not handed out.
 import os
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,6 +64,9 @@ class CheckedTensors:
 
     Invariant: `found` has the digest of each part that was handed out, and of no other one. A
     thread that changes `_found` or `_bytes_read` holds `_lock`.
+
+    Invariant: `_coming` has the experts that were expected and are not read yet; `_ahead` is the
+    one before them, which is being read. Only the thread that asks for experts uses both.
     """
 
     def __init__(self, checkpoint: Checkpoint, wanted: Manifest = EMPTY_MANIFEST) -> None:
@@ -71,6 +76,10 @@ class CheckedTensors:
         self.faults: list[str] = []
         self._checkpoint = checkpoint
         self._lock = threading.Lock()
+        # Reads the next expert while the last one is packed.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reads-weights")
+        self._coming: deque[tuple[TensorSpec, int]] = deque()
+        self._ahead: tuple[TensorSpec, int, Future[list[np.ndarray]]] | None = None
         self._found: dict[str, str] = {}
         self._bytes_read = 0
 
@@ -96,7 +105,7 @@ class CheckedTensors:
             assert isinstance(record, PlainArray), f"{tensor.name} is quantised"
             return self._read(tensor, part_name(tensor), record, [record.array])
 
-        (array,) = self._from_file_or_elsewhere(tensor, None, read)
+        (array,) = self._or_elsewhere(tensor, None, lambda: self._from_file(tensor, read))
         return array
 
     def quantized(self, tensor: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +113,7 @@ class CheckedTensors:
             assert isinstance(record, QuantizedArray), f"{tensor.name} is not quantised"
             return self._read(tensor, part_name(tensor), record, [record.weight, record.scales])
 
-        weight, scales = self._from_file_or_elsewhere(tensor, None, read)
+        weight, scales = self._or_elsewhere(tensor, None, lambda: self._from_file(tensor, read))
         return weight, scales
 
     def expect(self, layer: int, role: TensorRole, expert_ids: Sequence[int]) -> None:
@@ -112,6 +121,9 @@ class CheckedTensors:
         # Only advice. What is wrong with the file is said when it is read.
         with suppress(CheckpointError):
             self._advise(self._checkpoint.record(spec), expert_ids)
+        self._coming = deque((spec, expert_id) for expert_id in expert_ids)
+        self._ahead = None
+        self._read_ahead()
 
     def _advise(self, record: TensorRecord, expert_ids: Sequence[int]) -> None:
         with open_regular(record.path) as (fd, _):
@@ -129,32 +141,43 @@ class CheckedTensors:
             ChangeableFileError: it is to stay mapped, and somebody may write the file.
         """
         spec = self.find(role, layer)
+        if stays_mapped:
+            check_unchangeable(self._checkpoint.record(spec).path)
+            self._read_expert(spec, expert_id)
+            return self._checkpoint.expert(layer, role, expert_id, stays_mapped=True)
+        ahead, self._ahead = self._ahead, None
+        is_it = ahead is not None and ahead[:2] == (spec, expert_id)
+        self._read_ahead()
+        read = ahead[2].result if is_it and ahead is not None else None
+        weight, scales = self._or_elsewhere(
+            spec, expert_id, read or (lambda: self._read_expert(spec, expert_id))
+        )
+        return weight, scales
 
+    def _read_ahead(self) -> None:
+        """Begins to read the next expert that is expected."""
+        if self._coming:
+            spec, expert_id = self._coming.popleft()
+            reading = self._reader.submit(self._read_expert, spec, expert_id)
+            self._ahead = (spec, expert_id, reading)
+
+    def _read_expert(self, spec: TensorSpec, expert_id: int) -> list[np.ndarray]:
         def read(record: TensorRecord) -> list[np.ndarray]:
             assert isinstance(record, QuantizedArray), f"{spec.name} is not quantised"
-            if stays_mapped:
-                check_unchangeable(record.path)
             places = [slice_of(array, expert_id) for array in (record.weight, record.scales)]
             return self._read(spec, part_name(spec, expert_id), record, places)
 
-        if stays_mapped:
-            self._from_file(spec, read)
-            return self._checkpoint.expert(layer, role, expert_id, stays_mapped=True)
-        weight, scales = self._from_file_or_elsewhere(spec, expert_id, read)
-        return weight, scales
+        return self._from_file(spec, read)
 
     def release_maps(self) -> None:
         self._checkpoint.release_maps()
 
-    def _from_file_or_elsewhere(
-        self,
-        spec: TensorSpec,
-        expert_id: int | None,
-        read: Callable[[TensorRecord], list[np.ndarray]],
+    def _or_elsewhere(
+        self, spec: TensorSpec, expert_id: int | None, read: Callable[[], list[np.ndarray]]
     ) -> list[np.ndarray]:
         """The arrays of a part. If nobody else has them either, the file's error is raised."""
         try:
-            return self._from_file(spec, read)
+            return read()
         except CheckpointError as error:
             part = part_name(spec, expert_id)
             wanted = self.wanted.digests.get(part)
