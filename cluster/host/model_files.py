@@ -62,5 +62,6 @@ class ModelFiles:
         raise StartupError(f"{part} was read when it was another model's; the worker starts again")
 
     def close(self) -> None:
-        """Releases all maps of files."""
+        """Releases all maps of files, and ends the thread that reads ahead."""
+        self.tensors.close()
         self.checkpoint.close()

@@ -46,6 +46,9 @@ from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 # The arrays of a part from somewhere else than its file; empty if nobody has them.
 Elsewhere = Callable[[TensorSpec, int | None], list[np.ndarray]]
 
+# The arrays of a part, and their digest.
+Part = tuple[list[np.ndarray], str]
+
 # Small enough for the processor's second cache: a piece is digested while it is there.
 _PIECE_BYTES = 512 * 1024
 _WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -79,7 +82,7 @@ class CheckedTensors:
         # Reads the next expert while the last one is packed.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reads-weights")
         self._coming: deque[tuple[TensorSpec, int]] = deque()
-        self._ahead: tuple[TensorSpec, int, Future[list[np.ndarray]]] | None = None
+        self._ahead: tuple[TensorSpec, int, Future[Part]] | None = None
         self._found: dict[str, str] = {}
         self._bytes_read = 0
 
@@ -101,7 +104,7 @@ class CheckedTensors:
         return self._checkpoint.find(role, layer)
 
     def plain(self, tensor: TensorSpec) -> np.ndarray:
-        def read(record: TensorRecord) -> list[np.ndarray]:
+        def read(record: TensorRecord) -> Part:
             assert isinstance(record, PlainArray), f"{tensor.name} is quantised"
             return self._read(tensor, part_name(tensor), record, [record.array])
 
@@ -109,7 +112,7 @@ class CheckedTensors:
         return array
 
     def quantized(self, tensor: TensorSpec) -> tuple[np.ndarray, np.ndarray]:
-        def read(record: TensorRecord) -> list[np.ndarray]:
+        def read(record: TensorRecord) -> Part:
             assert isinstance(record, QuantizedArray), f"{tensor.name} is not quantised"
             return self._read(tensor, part_name(tensor), record, [record.weight, record.scales])
 
@@ -143,15 +146,17 @@ class CheckedTensors:
         spec = self.find(role, layer)
         if stays_mapped:
             check_unchangeable(self._checkpoint.record(spec).path)
-            self._read_expert(spec, expert_id)
+            arrays, digest = self._read_expert(spec, expert_id)
+            self._note(part_name(spec, expert_id), digest, arrays)
             return self._checkpoint.expert(layer, role, expert_id, stays_mapped=True)
         ahead, self._ahead = self._ahead, None
-        is_it = ahead is not None and ahead[:2] == (spec, expert_id)
         self._read_ahead()
-        read = ahead[2].result if is_it and ahead is not None else None
-        weight, scales = self._or_elsewhere(
-            spec, expert_id, read or (lambda: self._read_expert(spec, expert_id))
-        )
+        if ahead is not None and ahead[:2] == (spec, expert_id):
+            weight, scales = self._or_elsewhere(spec, expert_id, ahead[2].result)
+        else:
+            weight, scales = self._or_elsewhere(
+                spec, expert_id, lambda: self._read_expert(spec, expert_id)
+            )
         return weight, scales
 
     def _read_ahead(self) -> None:
@@ -161,8 +166,8 @@ class CheckedTensors:
             reading = self._reader.submit(self._read_expert, spec, expert_id)
             self._ahead = (spec, expert_id, reading)
 
-    def _read_expert(self, spec: TensorSpec, expert_id: int) -> list[np.ndarray]:
-        def read(record: TensorRecord) -> list[np.ndarray]:
+    def _read_expert(self, spec: TensorSpec, expert_id: int) -> Part:
+        def read(record: TensorRecord) -> Part:
             assert isinstance(record, QuantizedArray), f"{spec.name} is not quantised"
             places = [slice_of(array, expert_id) for array in (record.weight, record.scales)]
             return self._read(spec, part_name(spec, expert_id), record, places)
@@ -173,26 +178,26 @@ class CheckedTensors:
         self._checkpoint.release_maps()
 
     def _or_elsewhere(
-        self, spec: TensorSpec, expert_id: int | None, read: Callable[[], list[np.ndarray]]
+        self, spec: TensorSpec, expert_id: int | None, read: Callable[[], Part]
     ) -> list[np.ndarray]:
         """The arrays of a part. If nobody else has them either, the file's error is raised."""
+        part = part_name(spec, expert_id)
         try:
-            return read()
+            arrays, digest = read()
+            self._note(part, digest, arrays)
+            return arrays
         except CheckpointError as error:
-            part = part_name(spec, expert_id)
             wanted = self.wanted.digests.get(part)
             if wanted is None or self.elsewhere is None:
                 raise
             arrays = self.elsewhere(spec, expert_id)
             if not arrays or digest_of(arrays) != wanted:
                 raise
-            self._note(part, wanted, sum(array.nbytes for array in arrays))
+            self._note(part, wanted, arrays)
             self.faults.append(str(error))
             return arrays
 
-    def _from_file(
-        self, spec: TensorSpec, read: Callable[[TensorRecord], list[np.ndarray]]
-    ) -> list[np.ndarray]:
+    def _from_file(self, spec: TensorSpec, read: Callable[[TensorRecord], Part]) -> Part:
         """Reads from the places that the scan found. After an error, the next call scans again."""
         try:
             return read(self._checkpoint.record(spec))
@@ -203,7 +208,7 @@ class CheckedTensors:
 
     def _read(
         self, spec: TensorSpec, part: str, record: TensorRecord, places: Sequence[ArrayRecord]
-    ) -> list[np.ndarray]:
+    ) -> Part:
         """Copies of arrays of a file, whose digest is as wanted."""
         hasher = xxhash.xxh3_128()
         with open_regular(record.path) as (fd, num_bytes):
@@ -215,13 +220,18 @@ class CheckedTensors:
         wanted = self.wanted.digests.get(part, digest)
         if digest != wanted:
             raise OtherModelError(record.path, part, digest, wanted)
-        self._note(part, digest, sum(place.num_bytes for place in places))
-        return arrays
+        return arrays, digest
 
-    def _note(self, part: str, digest: str, num_bytes: int) -> None:
+    def _note(self, part: str, digest: str, arrays: Sequence[np.ndarray]) -> None:
+        """A part is handed out. One that was only read ahead is not noted."""
         with self._lock:
             self._found[part] = digest
-            self._bytes_read += num_bytes
+            self._bytes_read += sum(array.nbytes for array in arrays)
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._coming.clear()
+        self._reader.shutdown()
 
 
 def digest_of(arrays: Sequence[np.ndarray]) -> str:

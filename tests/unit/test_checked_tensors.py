@@ -250,3 +250,11 @@ def test_a_manifest_of_another_model_is_refused_before_anything_starts(tmp_path:
         path.write_text(rest.to_json())
         with pytest.raises(ManifestError, match=r"has no digest of .*linear_v/w\[5\]"):
             check_manifest(path, checkpoint)
+
+
+def test_a_part_that_was_only_read_ahead_is_not_said_to_be_loaded(model_dir: Path) -> None:
+    tensors = tensors_of(model_dir)
+    tensors.expect(LAYER, ROLE, [2, EXPERT])
+    tensors.expert(LAYER, ROLE, 2)
+    tensors.close()
+    assert list(tensors.found.digests) == [PART.replace("[5]", "[2]")]
