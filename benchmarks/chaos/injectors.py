@@ -21,7 +21,8 @@ SLOW_STOPPED_S = 0.08
 SLOW_RUNNING_S = 0.04
 EPOCH_TIMEOUT_S = 30.0
 MOST_DROPPED = 4
-REFUSAL_TIMEOUT_S = 30.0
+NOTICE_TIMEOUT_S = 30.0
+NOTICE_POLL_S = 0.1
 
 
 class Actuator(Protocol):
@@ -187,9 +188,9 @@ def _damage_files(planned: PlannedFault, actuator: Actuator) -> Injection:
     began_s = time.monotonic()
     with damaged(planned.fault, actuator.ckpt_dir(), planned.draw):
         actuator.send(place, signal.SIGKILL)
-        until_s = began_s + REFUSAL_TIMEOUT_S
+        until_s = began_s + NOTICE_TIMEOUT_S
         while not (said := actuator.file_fault_of(place)) and time.monotonic() < until_s:
-            time.sleep(0.1)
+            time.sleep(NOTICE_POLL_S)
         time.sleep(planned.length_s)
     end = "noticed" if said else "did not need the files"
     return Injection(f"{place.name}, which {end}", began_s, time.monotonic(), place)
