@@ -1,8 +1,8 @@
 """Copies of KV blocks: sends a router's own to its standby, and keeps those of other routers.
 
-`Standby` decides what to send next; this module reads the blocks, sends them and reports what
-happened. One call is sent at a time, between other callbacks of the router's thread: a step never
-waits for an answer, at most for the reading of one run. Blocks of other routers are kept like
+`Standby` decides what to send next; this module has the blocks read, sends them and reports what
+happened. One run is read and sent at a time, between other callbacks of the router's thread: a step
+never waits for an answer, at most for the reading of one run. Blocks of other routers are kept like
 blocks that were computed here and freed, and evicted like them: the last ones of a sequence first.
 """
 
@@ -19,9 +19,15 @@ from milliways.runtime.tasks import Pending, Tasks, Timer
 from milliways.wire.calls import BlocksStored, Refusal, Result, StoreBlocks
 from milliways.wire.errors import RefusalReason
 
+KeysAndValues = tuple[np.ndarray, np.ndarray]
+
 
 class BlockArrays(Protocol):
-    """The keys and values of the blocks of a router's pool; used in the router's thread."""
+    """The keys and values of the blocks of a router's pool; used in the router's thread.
+
+    If another thread computes steps, it also reads and writes blocks, in the order of these calls
+    and of the steps: so what is read is what was there before the next step.
+    """
 
     @property
     def first_layer(self) -> int: ...
@@ -31,8 +37,8 @@ class BlockArrays(Protocol):
         """Bytes of the keys and values of one block, in all layers."""
         ...
 
-    def read_blocks(self, block_ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values [C, L, P, R, K] of blocks, copied."""
+    def read_blocks(self, block_ids: tuple[int, ...]) -> KeysAndValues | Pending[KeysAndValues]:
+        """Keys and values [C, L, P, R, K] of blocks, copied; at once, or later."""
         ...
 
     def write_block(
@@ -57,7 +63,7 @@ ArraysNow = Callable[[], BlockArrays | None]
 class BlockCopies:
     """Owns the sending of a router's blocks, and the keeping of other routers' blocks.
 
-    Invariant: at most one turn is scheduled (`_timer`).
+    Invariant: at most one turn is scheduled (`_timer`), and none while a run is read.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class BlockCopies:
         self._arrays_now = arrays_now
         self.timeout_s = timeout_s
         self._timer: Timer | None = None
+        self._is_reading = False
 
     @property
     def standby_id(self) -> str:
@@ -96,7 +103,7 @@ class BlockCopies:
 
     def look(self) -> None:
         """Blocks may have become full: sends some of them in the next turn of the thread."""
-        if self._timer is None and self.standby.peer is not None:
+        if self._timer is None and not self._is_reading and self.standby.peer is not None:
             self._timer = self._tasks.call_later(0.0, self._take_turn)
 
     def store(self, call: StoreBlocks) -> Result:
@@ -153,9 +160,28 @@ class BlockCopies:
         run = self.standby.next_run(self._scheduler.running, arrays.block_bytes, now_s)
         if run is None:
             return
-        keys_CLPRK, values_CLPRK = arrays.read_blocks(run.block_ids)
+        read = arrays.read_blocks(run.block_ids)
+        if isinstance(read, tuple):
+            self._send(standby_id, run, arrays.first_layer, *read)
+            return
+        self._is_reading = True
+
+        def send() -> None:
+            self._is_reading = False
+            self._send(standby_id, run, arrays.first_layer, *read.result())
+
+        read.when_done(send)
+
+    def _send(
+        self,
+        standby_id: str,
+        run: Run,
+        first_layer: int,
+        keys_CLPRK: np.ndarray,
+        values_CLPRK: np.ndarray,
+    ) -> None:
         call = StoreBlocks(
-            first_layer=arrays.first_layer,
+            first_layer=first_layer,
             parent=run.parent,
             token_ids_CP=np.array(run.token_ids, np.int32).reshape(len(run.block_ids), -1),
             keys_CLPRK=keys_CLPRK,

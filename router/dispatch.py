@@ -14,7 +14,7 @@ Every expert is computed, and no sum is taken here: the attention shard combines
 worker dies with the same rows, they are not sent to the remaining workers (see `suspects`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +76,23 @@ class _Assignment:
     places: np.ndarray
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AskedCall:
+    """A call that a worker has got, and how long to wait before others are asked as well.
+
+    `incarnation` is that of the connection over which it went, None if none was open.
+    """
+
+    worker_id: str
+    incarnation: tuple[str, int] | None
+    places: np.ndarray
+    pending: Pending[Result]
+    hedge_after_s: float
+    timeout_s: float
+    # Since it was sent.
+    waited_s: float = 0.0
+
+
 class Dispatcher:
     """Owns the choice of replicas, and the time limits for their answers."""
 
@@ -118,6 +135,47 @@ class Dispatcher:
         )
         await self._fill(layer, np.flatnonzero(is_missing_N), frozenset())
         return layer.outputs_ND.reshape(num_rows, num_selected, width)
+
+    async def complete(
+        self,
+        step: int,
+        given: ExpertInput,
+        is_missing_N: np.ndarray,
+        asked: Sequence[AskedCall],
+        caution_s: float | None = None,
+    ) -> np.ndarray:
+        """Outputs [N, D] of the missing places of a layer, in order; other calls filled the rest.
+
+        `asked` are calls to workers that have not filled their places: they may do so later, or
+        have failed. Each is treated as if `run_experts` had sent it. `caution_s` and the errors are
+        those of `run_experts`.
+        """
+        width = given.rows_TD.shape[1]
+        wanted = np.flatnonzero(is_missing_N)
+        layer = _Layer(
+            step=step,
+            given=given,
+            outputs_ND=np.zeros((len(is_missing_N), width), given.rows_TD.dtype),
+            is_missing_N=is_missing_N.copy(),
+            caution_s=caution_s,
+        )
+        unasked = is_missing_N.copy()
+        for call in asked:
+            unasked[call.places] = False
+        going_on = [self._go_on(layer, call) for call in asked]
+        if unasked.any():
+            going_on.append(self._fill(layer, np.flatnonzero(unasked), frozenset()))
+        await self._tasks.gather(going_on)
+        return layer.outputs_ND[wanted]
+
+    def ask_again_after(self, worker_id: str) -> tuple[float, float]:
+        """When others are asked as well, and when a worker is given up: seconds after asking it."""
+        timeout_s = self.limits.timeout_s * self._links.slowness(worker_id)
+        return self._hedge_after_s(worker_id), timeout_s
+
+    async def _go_on(self, layer: _Layer, call: AskedCall) -> None:
+        avoided = await self._follow(layer, call, frozenset())
+        await self._fill(layer, call.places, avoided)
 
     async def _fill(self, layer: _Layer, places: np.ndarray, avoided: frozenset[str]) -> None:
         """Fills all of these places, each by a worker that is not avoided.
@@ -202,8 +260,7 @@ class Dispatcher:
                 await self._tasks.sleep(layer.caution_s)
             return frozenset()
         incarnation = self._links.incarnation_of(worker_id)
-        timeout_s = self.limits.timeout_s * self._links.slowness(worker_id)
-        hedge_after_s = self._hedge_after_s(worker_id)
+        hedge_after_s, timeout_s = self.ask_again_after(worker_id)
         pending = self._links.ask(
             worker_id,
             _call(layer, places),
@@ -212,18 +269,36 @@ class Dispatcher:
             num_rows=len(places),
             late_after_s=hedge_after_s,
         )
+        call = AskedCall(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            places=places,
+            pending=pending,
+            hedge_after_s=hedge_after_s,
+            timeout_s=timeout_s,
+        )
+        return await self._follow(layer, call, avoided)
+
+    async def _follow(
+        self, layer: _Layer, call: AskedCall, avoided: frozenset[str]
+    ) -> frozenset[str]:
+        """Waits for a call that was sent, and asks others if it takes too long; as `_try`."""
+        worker_id, places, pending = call.worker_id, call.places, call.pending
+        incarnation, hedge_after_s = call.incarnation, call.hedge_after_s
         avoided |= {worker_id}
         try:
-            is_done = pending.is_done or await self._tasks.wait_for(pending, hedge_after_s)
+            wait_s = max(0.0, hedge_after_s - call.waited_s)
+            is_done = pending.is_done or await self._tasks.wait_for(pending, wait_s)
             if not is_done:
                 self._links.mark_late(worker_id)
-                left_s = timeout_s - hedge_after_s
+                left_s = call.timeout_s - max(hedge_after_s, call.waited_s)
+                assignment = _Assignment(worker_id, places)
                 await self._hedge(layer, assignment, pending, avoided, left_s)
                 if pending.is_done and pending.error is None and layer.missing(places).size:
                     self._links.hedged_too_early(worker_id, hedge_after_s)
         finally:
             if not pending.is_done:
-                self._links.abandon(worker_id, pending, 2 * timeout_s)
+                self._links.abandon(worker_id, pending, 2 * call.timeout_s)
         try:
             if pending.is_done:
                 self._take(layer, worker_id, places, pending)

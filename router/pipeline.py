@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from milliways.model.sampling_params import SampledToken
 from milliways.router.dispatch import Dispatcher
 from milliways.router.links.link_table import LinkTable
-from milliways.runtime.tasks import Cancelled, Tasks
+from milliways.router.step_exchange import StepExchange
+from milliways.runtime.tasks import Cancelled, Pending, Tasks
 from milliways.wire.calls import (
     AbandonBatch,
     AdvanceBatch,
@@ -49,6 +50,8 @@ class Pipeline:
     """Owns the path of a router's micro-batches through the attention shards of its chain.
 
     `chain` may change at any time; a micro-batch that began goes on with the chain of its start.
+    With an `exchange`, a shard of this process that has all layers computes them in one turn, and
+    the exchange sends rows to experts.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Pipeline:
         dispatcher: Dispatcher,
         tasks: Tasks,
         timeout_s: float,
+        exchange: StepExchange | None = None,
     ) -> None:
         self.chain: Sequence[Member] = ()
         self._num_layers = num_layers
@@ -65,6 +69,16 @@ class Pipeline:
         self._dispatcher = dispatcher
         self._tasks = tasks
         self.timeout_s = timeout_s
+        self._exchange = exchange
+
+    @property
+    def computes_at_once(self) -> bool:
+        """Whether a step is one turn, so that several micro-batches would only wait in line."""
+        return self._exchange_of(self.chain) is not None
+
+    def _exchange_of(self, chain: Sequence[Member]) -> StepExchange | None:
+        is_here = len(chain) == 1 and chain[0].worker_id == self._links.router_id
+        return self._exchange if is_here else None
 
     def obstacle(self) -> str:
         """The reason why no step can be finished now; empty if no reason is known."""
@@ -99,18 +113,23 @@ class Pipeline:
         # Kept to the end: with a new chain, keys and values are lost, so the next step takes it.
         chain = self.chain
         shard, call = self._shard_at(chain, 0), BeginBatch(batch_id, 0, tokens)
+        exchange, failure, is_done = self._exchange_of(chain), None, False
+        if exchange is not None:
+            failure = exchange.begin(step, batch_id, caution_s)
         try:
             while True:
-                turn = await self._ask(shard, step, call)
+                turn = await self._ask(shard, step, call, failure)
                 while isinstance(turn, ExpertInput):
                     outputs_TAD = await self._dispatcher.run_experts(step, turn, caution_s)
                     turn = await self._ask(
-                        shard, step, AdvanceBatch(batch_id, turn.layer, outputs_TAD)
+                        shard, step, AdvanceBatch(batch_id, turn.layer, outputs_TAD), failure
                     )
                 if isinstance(turn, Drawn):
+                    is_done = True
                     return turn.tokens
                 layer = shard.first_layer + shard.num_layers
                 if layer == self._num_layers and not tokens.samples:
+                    is_done = True
                     return ()
                 shard = self._shard_at(chain, layer)
                 call = BeginBatch(batch_id, layer, tokens, turn.hidden_TD)
@@ -119,6 +138,9 @@ class Pipeline:
                 shard.worker_id, AbandonBatch(batch_id), step=step, timeout_s=self.timeout_s
             )
             raise
+        finally:
+            if exchange is not None:
+                exchange.end(batch_id, is_done=is_done)
 
     def _shard_at(self, chain: Sequence[Member], layer: int) -> Member:
         """The shard that begins with a layer; after the last one, that with the output head."""
@@ -128,10 +150,18 @@ class Pipeline:
                 return member
         raise ShardLostError(PeerLostError("nobody", f"holds attention from layer {layer} on"))
 
-    async def _ask(self, shard: Member, step: int, call: Call) -> Turn:
-        """One turn of a shard. No other worker has this shard: without a reply it is lost."""
+    async def _ask(
+        self, shard: Member, step: int, call: Call, failure: Pending[None] | None
+    ) -> Turn:
+        """One turn of a shard. No other worker has this shard: without a reply it is lost.
+
+        A `failure` is that of the exchange: its error is raised.
+        """
         while True:
-            result = await self._answer(shard, step, call)
+            if failure is not None:
+                result = await self._answer_at_once(shard, step, call, failure)
+            else:
+                result = await self._answer(shard, step, call)
             if not isinstance(result, Refusal):
                 assert isinstance(result, ExpertInput | Departure | Drawn)
                 return result
@@ -142,6 +172,20 @@ class Pipeline:
             # without limit. To compute everything again would only load a busy worker more.
             wait_s = BACK_OFF_S if result.reason is RefusalReason.OVERLOADED else 10 * BACK_OFF_S
             await self._tasks.wait_for(self._links.changed.wait(), wait_s)
+
+    async def _answer_at_once(
+        self, shard: Member, step: int, call: Call, failure: Pending[None]
+    ) -> Result:
+        """As `_answer`, without a time limit: the shard waits for experts within this turn."""
+        pending = self._links.ask(shard.worker_id, call, step=step, timeout_s=0.0)
+        if not pending.is_done:
+            await self._tasks.first_done((pending, failure))
+        if failure.is_done:
+            failure.result()
+        try:
+            return pending.result()
+        except PeerError as error:
+            raise ShardLostError(error) from error
 
     async def _answer(self, shard: Member, step: int, call: Call) -> Result:
         timeout_s = self.timeout_s * self._links.slowness(shard.worker_id)

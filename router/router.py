@@ -286,9 +286,9 @@ class Router:
             return
         self.figures.num_steps += 1
         self.figures.num_positions += sum(entry.num_tokens for entry in scheduled)
-        batches = split_step(
-            scheduled, self._limits.max_micro_batches, self._limits.min_micro_batch_tokens
-        )
+        limits = self._limits
+        max_batches = 1 if self._pipeline.computes_at_once else limits.max_micro_batches
+        batches = split_step(scheduled, max_batches, limits.min_micro_batch_tokens)
         computing = self._tasks.start(
             self._tasks.gather(self._compute(b, caution_s) for b in batches)
         )

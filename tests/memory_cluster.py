@@ -173,6 +173,7 @@ class MemoryLink:
 
     transport = "memory"
     is_local = False
+    exchange_link = 0
 
     def __init__(
         self,
@@ -266,6 +267,7 @@ class DirectLink:
 
     transport = "direct"
     is_local = True
+    exchange_link = 0
 
     def __init__(self, core: WorkerCore) -> None:
         self._core = core

@@ -7,6 +7,9 @@ A batch does not stop at layers whose experts are all in this process, and no ar
 goes through the host. Consecutive layers that are whole on one device run as one program. If a
 layer's experts are on several devices, its rows go to all of these at once, and come back.
 
+With an exchange, a batch does not stop at any layer: programs of several layers ask for the
+outputs of experts themselves, wherever these are (`model/ops/native/exchange.h`).
+
 The blocks belong to one router at a time. That router decides which block belongs to which
 sequence; a new router starts with empty blocks. It may also read and write whole blocks (`kv`).
 """
@@ -14,6 +17,7 @@ sequence; a new router starts with empty blocks. It may also read and write whol
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -42,10 +46,24 @@ from milliways.workers.programs import (
     attend_and_deal,
     combine_and_attend,
     gather_and_combine,
+    pass_and_exchange,
     pass_through,
 )
 
 MAX_BATCHES = 16
+# A program with an exchange has as many layers as possible up to this, so that all of its runs have
+# the same number: then one compiled program serves them all.
+MAX_LAYERS_AT_ONCE = 16
+
+
+class ExchangeNode(Protocol):
+    """What a shard uses of an exchange: its number, and which batches nobody needs any more."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def given_up(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -95,7 +113,9 @@ class AttentionShard:
         whole_layer: Callable[[int], tuple[ExpertGroup, ...] | None],
         layer_devices: Sequence[Device],
         end_device: Device,
+        node: ExchangeNode | None = None,
     ) -> None:
+        """With a `node`, all layers must be here, on one device."""
         self.first_layer = first_layer
         self.num_layers = len(attention)
         self.cache_size = cache_size
@@ -113,10 +133,17 @@ class AttentionShard:
         self._pass = pass_through(decoder)
         self._deal = attend_and_deal(decoder)
         self._gather = gather_and_combine(decoder)
+        self._node = node
+        self._exchange = pass_and_exchange(decoder)
 
     @property
     def has_ends(self) -> bool:
         return self._ends is not None
+
+    @property
+    def has_exchange(self) -> bool:
+        """Whether batches stop at no layer."""
+        return self._node is not None
 
     def params_of(self, layer: int | None) -> AttentionParams | EndParams | None:
         """The parameters of a layer, or those of the ends for None; None if not here.
@@ -189,6 +216,10 @@ class AttentionShard:
 
     def _run(self, owner: Owner, batch_id: int, batch: _Batch) -> Turn:
         """Computes from before a layer to the next stop."""
+        if self._node is not None:
+            self._pass_with_exchange(batch, self._node)
+            if self._node.given_up >= batch_id:
+                return Drawn(())
         self._pass_local_layers(batch)
         if batch.layer in self._params:
             return self._attend_and_stop(owner, batch_id, batch)
@@ -200,6 +231,22 @@ class AttentionShard:
         unembed = partial(self._parts.unembed, self._ends)
         ops, max_rows = self._decoder.ops, self.cache_size.max_logits_rows
         return Drawn(tuple(draw_from_hidden(unembed, hidden_WD, batch.samples, ops, max_rows)))
+
+    def _pass_with_exchange(self, batch: _Batch, node: ExchangeNode) -> None:
+        """Runs all layers that follow."""
+        step = _layers_at_once(self.num_layers)
+        while batch.layer in self._params:
+            layers = range(batch.layer, batch.layer + step)
+            batch.hidden_TD, caches = self._exchange(
+                tuple(self._params[layer] for layer in layers),
+                batch.hidden_TD,
+                batch.step,
+                tuple(self.kv.layers[layer] for layer in layers),
+                self.kv.visible_NP[batch.device],
+                np.array((node.number, batch.layer), np.int32),
+            )
+            self.kv.layers.update(zip(layers, caches, strict=True))
+            batch.layer = layers.stop
 
     def _pass_local_layers(self, batch: _Batch) -> None:
         """Runs the next layers, as long as their experts are all here."""
@@ -381,6 +428,12 @@ class AttentionShard:
         # Once for all layers: otherwise each layer would copy the host's arrays to the device.
         devices = dict.fromkeys((self._end_device, *self.kv.visible_NP))
         return {device: StepBatch(*jax.device_put(arrays, device)) for device in devices}
+
+
+def _layers_at_once(num_layers: int) -> int:
+    """The largest divisor that is not above MAX_LAYERS_AT_ONCE."""
+    most = min(num_layers, MAX_LAYERS_AT_ONCE)
+    return next(count for count in range(most, 0, -1) if num_layers % count == 0)
 
 
 def _blocks_per_sequence(sequence_len: int, size: CacheSize) -> int:

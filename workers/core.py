@@ -77,7 +77,7 @@ class WorkerCore:
     """Owns a worker's fence and the queue of other processes' calls.
 
     Used from the compute thread, except for `direct`, which belongs to the thread of the router in
-    this process, and for `has_co_arrivals` and the counts, which any thread may read.
+    this process, for `in_steps`, which belongs to the thread of compiled steps, and for `has_co_arrivals` and the counts, which any thread may read.
 
     Invariant: `_num_waiting_rows` is the sum of the rows in `_queue`; every call in `_queue` is
     replied to once.
@@ -95,6 +95,7 @@ class WorkerCore:
         """`attention` is for `attach`."""
         self.fence = WorkerFence(worker_id, incarnation)
         self.direct = CallRunner(self.fence, experts)
+        self.in_steps = CallRunner(self.fence, experts)
         self.queued = CallRunner(self.fence, experts)
         self._tasks = tasks
         self._limits = limits or CoreLimits()
@@ -121,7 +122,7 @@ class WorkerCore:
 
     @property
     def num_calls(self) -> int:
-        return self.direct.num_calls + self.queued.num_calls
+        return self.direct.num_calls + self.in_steps.num_calls + self.queued.num_calls
 
     @property
     def num_merged_calls(self) -> int:
@@ -138,7 +139,7 @@ class WorkerCore:
     def attach(self, attention: AttentionRunner | None) -> None:
         """Gives an attention shard to all callers, if one thread runs everything.
 
-        A worker with two threads attaches its shard to `direct` or to `queued`, in that thread.
+        Otherwise the shard is attached to the one runner whose thread uses it, in that thread.
         """
         stepped = SteppedAttention(attention) if attention is not None else None
         self.direct.attach(stepped)

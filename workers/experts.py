@@ -5,7 +5,7 @@ placement that adds experts adds groups. A call runs every group that holds one 
 groups on different devices compute at the same time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,7 +58,13 @@ class ExpertShard:
     expert is in at most one group.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        on_change: Callable[[Sequence[tuple[int, ExpertGroup]]], None] | None = None,
+    ) -> None:
+        """`on_change` is told each group with its layer; dropped groups live until it returns."""
+        self._on_change = on_change
         self._decoder = decoder
         self._config = decoder.config
         self._table = _Table({}, {}, False)
@@ -93,6 +99,7 @@ class ExpertShard:
             whole_layers=whole_layers,
             is_spread=table.is_spread or len(devices) > 1,
         )
+        self._tell()
 
     def keep_only(self, wanted: Iterable[ExpertId]) -> None:
         """Drops each group that holds no wanted expert. A group with a wanted one is kept whole."""
@@ -114,6 +121,12 @@ class ExpertShard:
             },
             is_spread=table.is_spread,
         )
+        # The old table, and so the arrays of the dropped groups, is alive until this returns.
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(tuple(self._table.all_groups()))
 
     def find(self, layer: int, expert_id: int) -> tuple[ExpertGroup, int] | None:
         """The group that has an expert, and its place in the group's stack; None if not held."""

@@ -14,7 +14,7 @@ from milliways.model.decoder import Decoder
 from milliways.model.params import AttentionParams, Loader, load_attention, load_ends, load_experts
 from milliways.model.runner import CacheSize
 from milliways.wire.placement import ExpertId, ShardPlan
-from milliways.workers.attention import AttentionShard
+from milliways.workers.attention import AttentionShard, ExchangeNode
 from milliways.workers.devices import Device, LocalDevices, settle
 from milliways.workers.experts import ExpertGroup, ExpertShard
 from milliways.workers.spreading import DeviceShare
@@ -45,9 +45,16 @@ class ShardLoader:
         return self._source.bytes_read
 
     def load_attention(
-        self, plan: ShardPlan, experts: ExpertShard, cache_size: CacheSize
+        self,
+        plan: ShardPlan,
+        experts: ExpertShard,
+        cache_size: CacheSize,
+        node: ExchangeNode | None = None,
     ) -> AttentionShard | None:
-        """The attention shard of a plan; None if the plan has none."""
+        """The attention shard of a plan; None if the plan has none.
+
+        It uses the `node` if it has all layers.
+        """
         if not plan.has_attention:
             return None
         local = self._local
@@ -68,6 +75,7 @@ class ShardLoader:
             experts.whole_layer,
             layer_devices,
             local.end_device,
+            node if plan.has_ends and plan.num_layers == self._decoder.config.num_layers else None,
         )
 
     def load_experts(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from milliways.model.decoder import AttentionResult, Decoder
 from milliways.model.kv_cache import LayerCache, StepBatch, read_block, write_block
+from milliways.model.ops.native import exchange
 from milliways.model.params import AttentionParams, ExpertParams
 from milliways.model.runner import jitted_parts
 
@@ -59,6 +60,32 @@ def pass_through(decoder: Decoder) -> Callable[..., tuple[jax.Array, tuple[Layer
         return hidden_TD, tuple(kept)
 
     return jax.jit(run, donate_argnums=(4,))
+
+
+@cache
+def pass_and_exchange(
+    decoder: Decoder,
+) -> Callable[..., tuple[jax.Array, tuple[LayerCache, ...]]]:
+    """Several layers whose experts may be anywhere, as one program: an exchange asks for them."""
+    parts = jitted_parts(decoder)
+
+    def run(
+        attention_L: tuple[AttentionParams, ...],
+        hidden_TD: jax.Array,
+        step: StepBatch,
+        caches_L: tuple[LayerCache, ...],
+        visible_NP: jax.Array,
+        where_2: jax.Array,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        kept: list[LayerCache] = []
+        for layer, (params, layer_cache) in enumerate(zip(attention_L, caches_L, strict=True)):
+            result = parts.attention_half(params, hidden_TD, step, layer_cache, visible_NP)
+            outputs_TAD = exchange(result.expert_input_TD, result.expert_ids_TA, where_2, layer)
+            hidden_TD = parts.combine(params, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
+            kept.append(result.cache)
+        return hidden_TD, tuple(kept)
+
+    return jax.jit(run, donate_argnums=(3,))
 
 
 @cache

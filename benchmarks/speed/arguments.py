@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milliways.benchmarks.speed.bench_model import BENCH_NAME, ensure_bench_model
+from milliways.benchmarks.speed.bench_model import MODEL_NAMES, ensure_bench_model
 from milliways.model.errors import InvalidRequestError
 from milliways.model.model_dir import resolve_model_dir
 from milliways.runtime.user_cache import user_cache_dir
 
 
 def find_model(name: str) -> Path:
-    """The model's directory; the model `bench` is made if the cache does not have it yet."""
-    if name != BENCH_NAME:
+    """The model's directory; `bench` and `deep` are made if the cache does not have them yet."""
+    if name not in MODEL_NAMES:
         return resolve_model_dir(name)
-    report("looking for the bench model; making it if it is missing")
-    return ensure_bench_model(user_cache_dir() / "models")
+    report(f"looking for the {name} model; making it if it is missing")
+    return ensure_bench_model(user_cache_dir() / "models", name)
 
 
 def counts_of(name: str, text: str) -> tuple[int, ...]:

@@ -1,9 +1,13 @@
-"""The model that speed is measured with: Grok-1's shape, a billion parameters, random weights.
+"""The models that speed is measured with: Grok-1's shape, random weights.
+
+`bench` has a billion parameters, so it shows what the arithmetic costs. `deep` has as many layers
+as Grok-1 and is narrow, so it shows what is done between the layers.
 
 Random weights are as fast as trained ones if the gate spreads tokens over all experts. The scales
 below keep every activation near 1, and make the gate's choices as clear as in a trained model.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -38,10 +42,27 @@ BENCH_CONFIG = ModelConfig(
     output_multiplier_scale=3**-0.5,
     attn_output_multiplier=128**-0.5,
 )
-SEED = 42
+DEEP_NAME = "deep"
+DEEP_CONFIG = dataclasses.replace(
+    BENCH_CONFIG,
+    emb_size=256,
+    key_size=64,
+    num_q_heads=4,
+    num_layers=64,
+    vocab_size=2048,
+    ffn_size=512,
+    sequence_len=1024,
+    embedding_multiplier_scale=16.0,
+)
+SEED, _DEEP_SEED = 42, 7
 
-# If the weights change, this name must change too. Otherwise old copies would still be used.
-_DIR_NAME = "bench-1"
+# If the weights change, these folders' names must change too. Otherwise old copies would still be
+# used.
+_MODELS = {
+    BENCH_NAME: ("bench-1", BENCH_CONFIG, SEED),
+    DEEP_NAME: ("deep-1", DEEP_CONFIG, _DEEP_SEED),
+}
+MODEL_NAMES = tuple(_MODELS)
 # The number of scale rows of the matrices that the release quantised in row blocks.
 _NUM_SCALE_ROWS = {TensorRole.EXPERT_LINEAR_1: 8, TensorRole.ATTENTION_OUT: 8}
 _NORM_SCALE = {TensorRole.POST_ATTENTION_NORM: 0.5, TensorRole.POST_MOE_NORM: 0.4}
@@ -51,11 +72,12 @@ _INT8_MAX = 127
 _INT8_STD = (((2 * _INT8_MAX + 1) ** 2 - 1) / 12) ** 0.5
 
 
-def ensure_bench_model(cache_dir: Path) -> Path:
-    """The bench model's directory. The model (1.3 GB) is made if the cache does not have it."""
-    model_dir = cache_dir / _DIR_NAME
+def ensure_bench_model(cache_dir: Path, name: str = BENCH_NAME) -> Path:
+    """A model's directory. The model (`bench`: 1.3 GB) is made if the cache does not have it."""
+    folder, config, seed = _MODELS[name]
+    model_dir = cache_dir / folder
     if not model_dir.is_dir():
-        write_random_model(model_dir, BENCH_CONFIG, SEED)
+        write_random_model(model_dir, config, seed)
     return model_dir
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from milliways.cluster.host.local_steps import LocalSteps
 from milliways.router.router import Router
 from milliways.runtime.reactor import Reactor
 from milliways.wire.calls import Call, Fence, Refusal, Result, RunExperts, StoreBlocks
@@ -21,22 +22,34 @@ class LocalCore:
 
     A call is computed at once, without the queue. Only calls to experts are queued, while routers
     of other processes call experts as well: in the queue, calls to one layer become one batch,
-    which reads the weights once.
+    which reads the weights once. With `steps`, calls to the attention shard go to that thread.
     """
 
-    def __init__(self, core: WorkerCore, compute: Reactor, routing: Reactor) -> None:
+    def __init__(
+        self,
+        core: WorkerCore,
+        compute: Reactor,
+        routing: Reactor,
+        steps: LocalSteps | None = None,
+    ) -> None:
         self._core = core
+        self._steps = steps
         self._compute = compute
         self._routing = routing
 
     def submit(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:
         if isinstance(call, RunExperts) and self._core.has_co_arrivals(fence.router_id):
             self._compute.post(lambda: self._queue(call, fence, partial(self._post, reply)))
+        elif self._steps is not None and not isinstance(call, RunExperts | StoreBlocks):
+            self._steps.submit(call, fence, reply)
         else:
             reply(self._core.direct.compute_now(call, fence))
 
     def router_gone(self, router_id: str) -> None:
-        self._core.direct.release(router_id)
+        if self._steps is not None:
+            self._steps.release(router_id)
+        else:
+            self._core.direct.release(router_id)
         self._compute.post(lambda: self._core.router_gone(router_id))
 
     def _queue(self, call: Call, fence: Fence, reply: Callable[[Result], None]) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 
 from milliways.cluster.control.fleet import Existing, Loaded, Spawned
 from milliways.cluster.host.local_calls import LocalBlocks, LocalCore
+from milliways.cluster.host.local_steps import LocalSteps
 from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
 from milliways.cluster.host.model_files import ModelFiles
 from milliways.cluster.host.peer_parts import PeerParts
@@ -34,18 +36,17 @@ from milliways.cluster.host.router_limits import (
     router_limits,
     with_live_settings,
 )
+from milliways.cluster.host.shard_settings import cache_size_of, kernels_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import flat
-from milliways.model.activations import Activations
 from milliways.model.block_pool import BlockPool
-from milliways.model.config import ModelConfig
 from milliways.model.decoder import Decoder
 from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.model.model_dir import resolve_model_dir
-from milliways.model.ops.select import KernelChoice, Residence, select_ops
-from milliways.model.runner import CacheSize
+from milliways.model.ops.select import select_ops
 from milliways.model.tokenizer import Tokenizer
+from milliways.router.block_copies import BlockArrays
 from milliways.router.dispatch import Dispatcher
 from milliways.router.links.connect import Connector
 from milliways.router.links.direct_link import DirectLink
@@ -57,12 +58,14 @@ from milliways.router.requests.sequence import Detokenizer, NoText
 from milliways.router.router import Listener, Router
 from milliways.router.server import RouterServer
 from milliways.router.standby import StandbyFigures
+from milliways.router.step_exchange import StepExchange
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.malloc import keep_freed_blocks
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
 from milliways.wire.addresses import join_address
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
@@ -75,8 +78,8 @@ from milliways.workers.core import WorkerCore
 from milliways.workers.devices import Device, LocalDevices, find_devices
 from milliways.workers.experts import ExpertShard
 from milliways.workers.held_parts import HeldParts
-from milliways.workers.kv_arrays import KvArrays
 from milliways.workers.loading import ShardLoader, shares_now
+from milliways.workers.native_experts import give_experts, give_fence, make_node
 from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.reply_dropper import ReplyDropper
 from milliways.workers.servers.worker_server import WorkerServer
@@ -98,16 +101,6 @@ class LoadProgress:
 
     bytes_read: int = 0
     bytes_wanted: int = 0
-
-
-def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
-    """The size of the KV arrays of an attention shard."""
-    block_size = config.workers.block_size
-    return CacheSize(
-        num_blocks=-(-kv_tokens_of(config.workers, model.sequence_len) // block_size),
-        block_size=block_size,
-        max_slots=config.router.max_running,
-    )
 
 
 class WorkerProcess:
@@ -145,7 +138,7 @@ class WorkerProcess:
         self._files = ModelFiles(resolve_model_dir(config.model.path))
         model = self._files.config
         self._cache_size = cache_size_of(config, model)
-        ops, loader = select_ops(_kernels(config))
+        ops, loader = select_ops(kernels_of(config))
         self._decoder = Decoder(config=model, dtype=jnp.dtype(config.model.dtype), ops=ops)
         sizes = sizes or checkpoint_bytes(self._files.checkpoint, self._decoder.dtype.itemsize)
         self._local = LocalDevices(
@@ -156,7 +149,10 @@ class WorkerProcess:
         self._loader = ShardLoader(
             self._files.tensors, self._decoder, loader, self._note_read, self._local
         )
-        self._experts = ExpertShard(self._decoder)
+        self._node = make_node(
+            self._decoder, loader, self._local.devices, config.router.max_step_tokens
+        )
+        self._experts = ExpertShard(self._decoder, partial(give_experts, self._node))
         self._attention: AttentionShard | None = None
         self._held_parts = HeldParts(model, self._experts, lambda: self._attention)
         self._shards: ShardPlan | None = None
@@ -173,6 +169,10 @@ class WorkerProcess:
             clock, make_loop=AsyncioLoop, on_fault=on_fault, name=f"{worker_id}-router"
         )
         self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
+        self._core.fence.on_change = partial(give_fence, self._node, self._core.fence)
+        self._steps = (
+            LocalSteps(self._node, self._core, self._routing) if self._node is not None else None
+        )
         self._router, self._links = self._make_router()
         if config.workers.kv_standby:
             own_blocks = LocalBlocks(self._router, self._compute, self._routing)
@@ -218,7 +218,7 @@ class WorkerProcess:
             if self._shards is None and self._attention is None:
                 self._local.check(shards)
                 self._attention = self._loader.load_attention(
-                    shards, self._experts, self._cache_size
+                    shards, self._experts, self._cache_size, self._node
                 )
             missing = shards.experts - self._experts.held
             for layer, groups in self._loader.load_experts(missing, self._shares_now()):
@@ -240,15 +240,19 @@ class WorkerProcess:
         if self._attention is None:
             return
         shard = SteppedAttention(self._attention)
-        if self._attention.has_ends:
+        if self._attention.has_ends and self._steps is not None:
+            self._steps.take_shard(shard, self._attention.has_exchange)
+        elif self._attention.has_ends:
             self._routing.call(lambda: self._core.direct.attach(shard))
         else:
             self._compute.call(lambda: self._core.queued.attach(shard))
 
-    def _kv_now(self) -> KvArrays | None:
+    def _kv_now(self) -> BlockArrays | None:
         """The arrays that the router's block ids index; None if this process does not have them."""
         shard = self._attention
-        return shard.kv if shard is not None and shard.has_ends else None
+        if shard is None or not shard.has_ends:
+            return None
+        return self._steps.blocks_of(shard.kv) if self._steps is not None else shard.kv
 
     def _shares_now(self) -> list[DeviceShare]:
         return shares_now(self._local, self._attention, self._experts)
@@ -309,12 +313,16 @@ class WorkerProcess:
         Waits at most DROP_TIMEOUT_S for these calls; returns how many replies were dropped.
         """
         with self._dropping:
-            dropper = ReplyDropper(self._sessions, count)
+            dropper = ReplyDropper(self._sessions, count, self._rings())
             until_s = time.monotonic() + DROP_TIMEOUT_S
             self._compute.call(dropper.install)
             while dropper.num_left and time.monotonic() < until_s:
                 time.sleep(DROP_POLL_S)
             return count - self._compute.call(dropper.remove)
+
+    def _rings(self) -> ExchangeNode | None:
+        """The node, if routers of other processes call experts through it."""
+        return self._node if self._node is not None and self._node.num_rings else None
 
     def submit(self, routed: RoutedRequest, listener: Listener) -> None:
         """Gives the router a request without gRPC. The listener is called in the router thread.
@@ -328,8 +336,12 @@ class WorkerProcess:
         """Stops the servers and ends the threads."""
         self._routing.ask(self._router_server.stop, STOP_TIMEOUT_S)
         self._compute.ask(self._server.stop, STOP_TIMEOUT_S)
+        if self._steps is not None:
+            self._steps.close()
         for reactor in (self._routing, self._compute):
             reactor.close()
+        if self._node is not None:
+            self._node.close()
         self._files.close()
 
     def describe(self, spawned: Spawned) -> Existing | None:
@@ -362,6 +374,7 @@ class WorkerProcess:
 
     def _status(self, router: RouterStatus) -> ProcessStatus:
         shards, core = self._shards, self._core
+        exchanged = self._node.counts() if self._node is not None else (0, 0, 0)
         return ProcessStatus(
             placement_epoch=core.fence.placement_epoch,
             layers=(shards.first_layer, shards.num_layers) if shards else (0, 0),
@@ -370,9 +383,9 @@ class WorkerProcess:
             devices=self._local.status(self._shares_now()),
             bytes_read=self._loader.bytes_read,
             bytes_wanted=self.progress.bytes_wanted,
-            calls=core.num_calls,
-            merged_calls=core.num_merged_calls,
-            rows=core.num_rows,
+            calls=core.num_calls + exchanged[0],
+            merged_calls=core.num_merged_calls + exchanged[1],
+            rows=core.num_rows + exchanged[2],
             waiting_calls=core.num_waiting,
             router=router,
         )
@@ -418,6 +431,7 @@ class WorkerProcess:
             transport=self._config.workers.transport,
             tls=tls,
             read_held=self._held_parts.read,
+            node=self._node,
         )
         self._router_server = RouterServer(
             self._routing,
@@ -441,9 +455,10 @@ class WorkerProcess:
             wanted=self._config.workers.transport,
             tls=self._config.tls,
             limits=LinkLimits(),
+            node=self._node,
         )
 
-        own_core = LocalCore(self._core, self._compute, self._routing)
+        own_core = LocalCore(self._core, self._compute, self._routing, self._steps)
 
         def connect(member: Member) -> Pending[WorkerLink]:
             if member.worker_id != self.worker_id:
@@ -454,8 +469,12 @@ class WorkerProcess:
 
         links = LinkTable(self.worker_id, self.incarnation, connect, tasks)
         self._dispatcher = Dispatcher(links, dispatch_limits(settings), tasks)
+        exchange = None
+        if self._node is not None and self._steps is not None:
+            exchange = StepExchange(self._node, links, self._dispatcher, tasks, self._decoder.dtype)
+            self._steps.attach(exchange)
         self._pipeline = Pipeline(
-            model.num_layers, links, self._dispatcher, tasks, settings.step_timeout_s
+            model.num_layers, links, self._dispatcher, tasks, settings.step_timeout_s, exchange
         )
         pool = BlockPool(self._cache_size.num_blocks, self._cache_size.block_size)
         router = Router(
@@ -480,13 +499,3 @@ class WorkerProcess:
 def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
     """The detokenizer of a request. It makes no text if the model has no tokenizer."""
     return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
-
-
-def _kernels(config: ClusterConfig) -> KernelChoice:
-    threads = config.workers.threads_each or max(1, round(config.workers.cpus_each))
-    return KernelChoice(
-        activations=Activations(config.model.activations),
-        residence=Residence(config.model.experts),
-        deterministic=config.model.deterministic,
-        num_threads=threads,
-    )

@@ -5,7 +5,9 @@ A worker and a router on one host exchange:
 
     router                          worker
     HELLO version, router_id   ->
-                               <-   WELCOME version, incarnation, worker_id
+                               <-   WELCOME version, incarnation, has exchange, worker_id
+    BELL + file, RING shape, + file  ->              if both sides exchange rows natively
+                               <-   BELL + file      (see wire/exchange.py)
     SEGMENT id, size, + file   ->
     CALL region, header        ->                     payload in the region
     CALL_INLINE message        ->                     payload in the message, as on gRPC
@@ -26,7 +28,7 @@ from typing import NamedTuple
 from milliways.runtime.reactor import Reactor
 from milliways.wire.tensors import MalformedMessageError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _PREFIX = struct.Struct("<IB")
 _RECEIVE_BYTES = 64 << 10
@@ -34,10 +36,11 @@ _RECEIVE_BYTES = 64 << 10
 _ANCILLARY_BYTES = socket.CMSG_LEN(4 * 4)
 
 _HELLO = struct.Struct("<I")
-_WELCOME = struct.Struct("<IQ")
+_WELCOME = struct.Struct("<IQ?")
 _SEGMENT = struct.Struct("<IQ")
 _CALL = struct.Struct("<IQQQQ")
 _RESULT = struct.Struct("<Q")
+_RING = struct.Struct("<QQQ")
 
 
 class FrameKind(IntEnum):
@@ -50,6 +53,8 @@ class FrameKind(IntEnum):
     CALL_INLINE = 5
     RESULT = 6
     RESULT_INLINE = 7
+    BELL = 8
+    RING = 9
 
 
 class HelloFrame(NamedTuple):
@@ -68,15 +73,29 @@ class HelloFrame(NamedTuple):
 class WelcomeFrame(NamedTuple):
     version: int
     incarnation: int
+    has_exchange: bool
     worker_id: str
 
     def pack(self) -> bytes:
-        return _WELCOME.pack(self.version, self.incarnation) + self.worker_id.encode()
+        return _WELCOME.pack(*self[:-1]) + self.worker_id.encode()
 
     @classmethod
     def unpack(cls, body: bytes) -> "WelcomeFrame":
-        (version, incarnation), rest = _unpack(_WELCOME, body)
-        return cls(version, incarnation, _text(rest))
+        (version, incarnation, has_exchange), rest = _unpack(_WELCOME, body)
+        return cls(version, incarnation, bool(has_exchange), _text(rest))
+
+
+class RingFrame(NamedTuple):
+    num_slots: int
+    request_bytes: int
+    response_bytes: int
+
+    def pack(self) -> bytes:
+        return _RING.pack(*self)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "RingFrame":
+        return cls(*_unpack(_RING, body)[0])
 
 
 class SegmentFrame(NamedTuple):

@@ -20,6 +20,11 @@ class WorkerLink(Protocol):
         """Whether the worker's core is in this process, so that calls are not copied."""
         ...
 
+    @property
+    def exchange_link(self) -> int:
+        """The link's number in the router's exchange node, if it has a ring; else 0."""
+        ...
+
     def ask(self, call: Call, fence: Fence) -> Pending[Result]:
         """Sends a call. The result may be a Refusal.
 

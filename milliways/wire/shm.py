@@ -47,12 +47,37 @@ class Segment:
             raise MalformedMessageError(text)
 
 
-def make_segment(num_bytes: int) -> tuple[Segment, int]:
-    """A new segment and its file, which the caller sends to the peer and then closes."""
+def make_file(num_bytes: int) -> int:
+    """A new anonymous file of a fixed size, filled with zeros; the caller closes it."""
     fd = os.memfd_create("milliways", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def check_file(fd: int, num_bytes: int) -> None:
+    """Checks a file that a peer made, before it is mapped.
+
+    Raises:
+        MalformedMessageError: it has another size, or is not sealed against shrinking.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        actual_bytes = os.fstat(fd).st_size
+    except OSError as error:
+        raise MalformedMessageError(f"a file that cannot be shared: {error}") from error
+    if seals & _SEALS != _SEALS or actual_bytes != num_bytes or not num_bytes:
+        raise MalformedMessageError(f"a file of {actual_bytes} bytes, not a sealed {num_bytes}")
+
+
+def make_segment(num_bytes: int) -> tuple[Segment, int]:
+    """A new segment and its file, which the caller sends to the peer and then closes."""
+    fd = make_file(num_bytes)
+    try:
         return Segment(fd, num_bytes), fd
     except BaseException:
         os.close(fd)
@@ -63,16 +88,13 @@ def attach_segment(fd: int, num_bytes: int) -> Segment:
     """Maps a segment that a peer made; the caller closes the file.
 
     Raises:
-        MalformedMessageError: it has another size, or is not sealed against shrinking.
+        MalformedMessageError: it cannot be mapped, or `check_file` refuses it.
     """
+    check_file(fd, num_bytes)
     try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        actual_bytes = os.fstat(fd).st_size
-        if seals & _SEALS == _SEALS and actual_bytes == num_bytes and num_bytes:
-            return Segment(fd, num_bytes)
+        return Segment(fd, num_bytes)
     except OSError as error:
         raise MalformedMessageError(f"a segment that cannot be mapped: {error}") from error
-    raise MalformedMessageError(f"a segment of {actual_bytes} bytes, not a sealed {num_bytes}")
 
 
 class RegionAllocator:

@@ -43,6 +43,7 @@ _TARGETS = (
     "write_rows",
     "gumbel",
     "summarize_rows",
+    "exchange",
 )
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB. Each token reads all weights, and with small pages the
@@ -98,6 +99,14 @@ def sources() -> str:
 def kernel_set() -> str:
     """The kernels that run: `avx2` or `portable`."""
     return library().mw_kernels().decode()
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Rounds float32 values as the exchange does with outputs of experts, for tests."""
+    values = np.ascontiguousarray(values, np.float32)
+    rounded = np.empty(values.shape, jnp.bfloat16)
+    library().mw_to_bfloat16(values.ctypes.data, values.size, rounded.ctypes.data)
+    return rounded
 
 
 def use_kernel_set(name: str) -> bool:
@@ -287,6 +296,27 @@ class NativeOps:
         )
 
 
+def exchange(
+    rows_TD: Float[Array, "T D"],
+    expert_ids_TA: Int[Array, "T A"],
+    where_2: Int[Array, " 2"],
+    layer: int,
+) -> Float[Array, "T A D"]:
+    """The outputs of each row's chosen experts, wherever they are; zeros for an id of -1.
+
+    `where_2` has the number of an exchange node and that of a program's first layer, from which
+    `layer` counts. Nodes are not part of the program, so one program serves every placement. It
+    blocks until all outputs are there, or the node's batch is given up.
+
+    For XLA it is a function of its arguments, which it is: if it were declared to have a side
+    effect, XLA would copy the KV cache in every layer.
+    """
+    shape = (*expert_ids_TA.shape, rows_TD.shape[1])
+    outputs = jax.ShapeDtypeStruct(shape, rows_TD.dtype)
+    ask = _target("exchange", outputs)
+    return ask(rows_TD, expert_ids_TA.astype(jnp.int32), where_2, layer=np.int64(layer))
+
+
 def _target(name: str, outputs: Any, **options: Any) -> Callable[..., Any]:
     library()
     return jax.ffi.ffi_call(f"milliways_{name}", outputs, **options)
@@ -395,5 +425,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.mw_set_num_threads.argtypes = (ctypes.c_int,)
     loaded.mw_kernels.restype = ctypes.c_char_p
     loaded.mw_sources.restype = ctypes.c_char_p
+    loaded.mw_to_bfloat16.restype = None
+    loaded.mw_to_bfloat16.argtypes = (pointer, int64, pointer)
     loaded.mw_use_kernels.restype = ctypes.c_int
     loaded.mw_use_kernels.argtypes = (ctypes.c_char_p,)

@@ -21,6 +21,7 @@ class BoundedLink:
     """
 
     is_local = False
+    exchange_link = 0
 
     def __init__(self, worker_id: str, limits: LinkLimits) -> None:
         self._worker_id = worker_id

@@ -8,6 +8,7 @@ from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
 from milliways.v1 import worker_pb2 as pb
 from milliways.wire.errors import ConfigError, PeerLostError
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.tls import TlsSettings
@@ -31,8 +32,11 @@ class Connector:
         wanted: str = AUTO,
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
+        node: ExchangeNode | None = None,
     ) -> None:
         """`wanted` is the setting `workers.transport`; `host_id` is that of `local_host_id`.
+
+        With a `node`, links open rings for the exchange in compiled steps, where they can.
 
         Raises:
             ConfigError: there is no such transport.
@@ -42,6 +46,7 @@ class Connector:
         self._wanted = wanted
         self._tls = tls or TlsSettings()
         self._limits = limits or LinkLimits()
+        self._node = node
         self._hello = pb.HelloRequest(router_id=router_id, host_id=host_id)
         # Best first.
         self._links: dict[str, LinkClass] = {
@@ -59,7 +64,7 @@ class Connector:
 
     async def _connect(self, member: Member) -> WorkerLink:
         channel = WorkerChannel(self._reactor, member, self._tls, self._limits)
-        opening = Opening(self._reactor, self._router_id, member, self._limits, channel)
+        opening = Opening(self._reactor, self._router_id, member, self._limits, channel, self._node)
         try:
             response = await channel.hello(self._hello)
             _check_identity(member, response)

@@ -18,6 +18,7 @@ class DirectLink:
 
     transport = "direct"
     is_local = True
+    exchange_link = 0
 
     def __init__(self, worker_id: str, sink: CallSink, router_id: str) -> None:
         self._worker_id = worker_id

@@ -124,6 +124,41 @@ class LinkTable:
         half_lives = (self._tasks.clock.now_s() - peer.slow_since_s) / SLOWNESS_HALF_LIFE_S
         return max(1.0, peer.slowness * 0.5**half_lives)
 
+    def exchange_links(self) -> dict[str, int]:
+        """The numbers of the links that have a ring, by worker; see `wire.exchange`."""
+        return {
+            worker_id: peer.link.exchange_link
+            for worker_id, peer in self._peers.items()
+            if peer.link is not None and peer.link.exchange_link
+        }
+
+    def note_latency(self, worker_id: str, longest_s: float, num_answers: int) -> None:
+        """A worker answered so many calls that were not asked here, the slowest in `longest_s`."""
+        peer = self._peers.get(worker_id)
+        if peer is not None:
+            fading = LATENCY_FADING**num_answers
+            peer.latency.observe(longest_s, fading=fading, counts=True)
+            peer.is_silent = False
+
+    def follow(
+        self,
+        worker_id: str,
+        pending: Pending[Result],
+        *,
+        num_rows: int,
+        waited_s: float,
+        late_after_s: float,
+    ) -> None:
+        """Treats a call like those of `ask` that was sent over the open link `waited_s` ago."""
+        peer = self._peers.get(worker_id)
+        if peer is None or peer.link is None:
+            return
+        link, asked_at_s = peer.link, self._tasks.clock.now_s() - waited_s
+        peer.num_rows_out += num_rows
+        pending.when_done(
+            lambda: self._answered(peer, link, pending, num_rows, asked_at_s, late_after_s)
+        )
+
     def incarnation_of(self, worker_id: str) -> tuple[str, int] | None:
         """The worker and incarnation that the open connection leads to; None if none is open."""
         peer = self._peers.get(worker_id)

@@ -14,6 +14,7 @@ from milliways.runtime.reactor import Reactor
 from milliways.v1 import worker_pb2 as pb
 from milliways.wire.channels import open_channel
 from milliways.wire.errors import PeerLostError
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.tls import TlsSettings
@@ -70,6 +71,8 @@ class Opening:
     member: Member
     limits: LinkLimits
     channel: WorkerChannel
+    # The router's end of exchanges in compiled steps, if its shard computes such steps.
+    node: ExchangeNode | None = None
     _is_taken: bool = field(default=False, init=False)
 
     def take_channel(self) -> WorkerChannel:

@@ -1,5 +1,9 @@
-"""A link to a worker on the same host: payload in shared memory, a Unix socket for the messages."""
+"""A link to a worker on the same host: payload in shared memory, a Unix socket for the messages.
 
+If both sides exchange rows in compiled steps, the link also opens a ring (`wire.exchange`).
+"""
+
+import os
 import socket
 
 from milliways.router.links.bounded_link import BoundedLink
@@ -16,6 +20,7 @@ from milliways.wire.calls import (
     RunExperts,
 )
 from milliways.wire.errors import PeerLostError
+from milliways.wire.exchange import ExchangeNode, bell_bytes
 from milliways.wire.frames import (
     PROTOCOL_VERSION,
     CallFrame,
@@ -23,10 +28,11 @@ from milliways.wire.frames import (
     FrameSocket,
     HelloFrame,
     ResultFrame,
+    RingFrame,
     SegmentFrame,
     WelcomeFrame,
 )
-from milliways.wire.shm import Region, SharedMemory
+from milliways.wire.shm import Region, SharedMemory, check_file, make_file
 from milliways.wire.tensors import ALIGNMENT, MalformedMessageError, PayloadReader
 
 # Bytes for a row's expert ids in a response whose size is not known yet: 16 experts a token.
@@ -65,7 +71,10 @@ class ShmLink(BoundedLink):
         member, limits = opening.member, opening.limits
         super().__init__(member.worker_id, limits)
         self.opened = Pending[None]()
-        self._welcome = WelcomeFrame(PROTOCOL_VERSION, member.incarnation, member.worker_id)
+        self._welcome = WelcomeFrame(PROTOCOL_VERSION, member.incarnation, False, member.worker_id)
+        self._node = opening.node
+        # The file of a ring that the worker has not accepted yet.
+        self._ring_fd: int | None = None
         self._regions: dict[int, Region] = {}
         self._memory = SharedMemory(limits.first_segment_bytes, limits.max_shared_bytes)
         # D as results have shown it, because BeginBatch at layer 0 does not say it.
@@ -135,12 +144,43 @@ class ShmLink(BoundedLink):
             self._take_result(ResultFrame.unpack(body))
         elif kind == FrameKind.RESULT_INLINE:
             self._take_inline(body)
+        elif kind == FrameKind.BELL:
+            self._open_ring()
         else:
             raise MalformedMessageError(f"a frame of unexpected kind {kind}")
 
     def _check(self, welcome: WelcomeFrame) -> None:
-        if welcome != self._welcome:
+        if welcome._replace(has_exchange=False) != self._welcome:
             raise MalformedMessageError(f"{welcome}, not {self._welcome}")
+        if welcome.has_exchange and self._node is not None:
+            self._offer_ring(self._node)
+        else:
+            self.opened.resolve(None)
+
+    def _offer_ring(self, node: ExchangeNode) -> None:
+        shape = node.ring_shape
+        self._ring_fd = make_file(shape.num_bytes)
+        self._frames.send(FrameKind.BELL, b"", os.dup(node.bell_fd))
+        frame = RingFrame(shape.num_slots, shape.request_bytes, shape.response_bytes)
+        self._frames.send(FrameKind.RING, frame.pack(), os.dup(self._ring_fd))
+
+    def _open_ring(self) -> None:
+        """The worker has accepted the ring, and sends its bell."""
+        ring_fd, self._ring_fd = self._ring_fd, None
+        if ring_fd is None or self._node is None:
+            raise MalformedMessageError("a bell for no ring")
+        try:
+            if not self._frames.files:
+                raise MalformedMessageError("a bell without its file")
+            bell_fd = self._frames.files.popleft()
+            try:
+                check_file(bell_fd, bell_bytes())
+                incarnation = self._welcome.incarnation
+                self.exchange_link = self._node.open_link(ring_fd, bell_fd, incarnation)
+            finally:
+                os.close(bell_fd)
+        finally:
+            os.close(ring_fd)
         self.opened.resolve(None)
 
     def _take_result(self, frame: ResultFrame) -> None:
@@ -171,6 +211,11 @@ class ShmLink(BoundedLink):
         self._frames.close()
         self._regions.clear()
         self._memory.close()
+        if self._ring_fd is not None:
+            os.close(self._ring_fd)
+            self._ring_fd = None
+        if self._node is not None and self.exchange_link:
+            self._node.close_link(self.exchange_link)
         self.opened.fail(PeerLostError(self._worker_id, reason))
 
 

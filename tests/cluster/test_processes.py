@@ -297,7 +297,7 @@ def test_standby_of_a_dead_router_computes_only_what_was_not_copied(
     hosts: HostPool, model: Model, transport: str
 ) -> None:
     spread = Spread(3, 2, AttentionCut.REPLICATED)
-    # The longest prompt. The first router gets it, since all are idle.
+    # The longest prompt. The first router gets it: all are idle, and chance is seeded.
     index = max(range(len(model.wanted)), key=lambda i: len(model.wanted_long[i].prompt_ids))
     wanted, expected = model.wanted_long[index], model.expected_long[index]
     killed_at = LONG - 4

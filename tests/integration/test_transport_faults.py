@@ -89,7 +89,7 @@ def test_bad_frame_closes_its_connection_only(router: Router, name: str) -> None
             connection.connect(f"\0{server.shm.socket_name}")
             connection.sendall(BAD_FRAMES[name])
             received = rest_of(connection)
-        welcome = WelcomeFrame(PROTOCOL_VERSION, INCARNATION, WORKER_ID).pack()
+        welcome = WelcomeFrame(PROTOCOL_VERSION, INCARNATION, False, WORKER_ID).pack()
         assert received in (b"", frame(FrameKind.WELCOME, welcome))
         call = random_call(1, 4)
         assert_outputs(router.ask(link, call), call)

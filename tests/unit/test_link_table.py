@@ -21,6 +21,7 @@ class FakeLink:
 
     transport = "fake"
     is_local = False
+    exchange_link = 0
 
     def __init__(self) -> None:
         self.asked: list[Pending[Result]] = []

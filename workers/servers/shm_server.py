@@ -15,6 +15,7 @@ from milliways.v1 import worker_pb2 as pb
 from milliways.wire import codec
 from milliways.wire.calls import Refusal, Result
 from milliways.wire.errors import RefusalReason
+from milliways.wire.exchange import RingShape, bell_bytes
 from milliways.wire.fields import Fields
 from milliways.wire.frames import (
     PROTOCOL_VERSION,
@@ -23,10 +24,11 @@ from milliways.wire.frames import (
     FrameSocket,
     HelloFrame,
     ResultFrame,
+    RingFrame,
     SegmentFrame,
     WelcomeFrame,
 )
-from milliways.wire.shm import Segment, attach_segment, local_host_id
+from milliways.wire.shm import Segment, attach_segment, check_file, local_host_id
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
 from milliways.workers.servers.intake import Intake
 from milliways.workers.servers.transport import ServedWorker, TransportServer
@@ -101,7 +103,13 @@ class _Connection:
 
     def __init__(self, worker: ServedWorker, accepted: socket.socket) -> None:
         self.when_closed = _nothing
-        self._welcome = WelcomeFrame(PROTOCOL_VERSION, worker.incarnation, worker.worker_id)
+        self._node = worker.node
+        self._welcome = WelcomeFrame(
+            PROTOCOL_VERSION, worker.incarnation, worker.node is not None, worker.worker_id
+        )
+        # The router's ring, once it is served, and the router's bell before that.
+        self._ring = 0
+        self._bell_fd: int | None = None
         self._limits = worker.limits
         self._intake = Intake(worker.sessions, self._send)
         self._segments: dict[int, Segment] = {}
@@ -123,6 +131,10 @@ class _Connection:
         self._intake.close()
         self._segments.clear()
         self._targets.clear()
+        self._close_bell()
+        if self._node is not None and self._ring:
+            self._node.detach(self._ring)
+            self._ring = 0
         self.when_closed()
 
     def _on_frame(self, kind: int, body: bytes) -> None:
@@ -136,6 +148,12 @@ class _Connection:
             self._submit(fields, payload, _NO_TARGET)
         elif kind == FrameKind.SEGMENT:
             self._attach(SegmentFrame.unpack(body))
+        elif kind == FrameKind.BELL:
+            self._close_bell()
+            self._bell_fd = self._take_file()
+            check_file(self._bell_fd, bell_bytes())
+        elif kind == FrameKind.RING:
+            self._serve_ring(RingFrame.unpack(body))
         else:
             raise MalformedMessageError(f"a frame of unexpected kind {kind}")
 
@@ -151,9 +169,7 @@ class _Connection:
         self._intake.greet(hello.router_id)
 
     def _attach(self, frame: SegmentFrame) -> None:
-        if not self._frames.files:
-            raise MalformedMessageError("a segment without its file")
-        file = self._frames.files.popleft()
+        file = self._take_file()
         try:
             shared_bytes = sum(segment.num_bytes for segment in self._segments.values())
             if (
@@ -163,6 +179,36 @@ class _Connection:
             ):
                 raise MalformedMessageError(f"one segment too many, or twice the same: {frame}")
             self._segments[frame.segment_id] = attach_segment(file, frame.num_bytes)
+        finally:
+            os.close(file)
+
+    def _take_file(self) -> int:
+        if not self._frames.files:
+            raise MalformedMessageError("a frame without its file")
+        return self._frames.files.popleft()
+
+    def _close_bell(self) -> None:
+        if self._bell_fd is not None:
+            os.close(self._bell_fd)
+            self._bell_fd = None
+
+    def _serve_ring(self, frame: RingFrame) -> None:
+        """Serves the router's ring, and sends the bell of this worker."""
+        file = self._take_file()
+        try:
+            if self._node is None or self._bell_fd is None or self._ring:
+                raise MalformedMessageError("a ring without a bell, or a second one")
+            shape = RingShape(
+                num_slots=frame.num_slots,
+                request_bytes=frame.request_bytes,
+                response_bytes=frame.response_bytes,
+            )
+            check_file(file, shape.num_bytes)
+            if shape.num_bytes > self._limits.max_shared_bytes:
+                raise MalformedMessageError(f"a ring of {shape.num_bytes} bytes")
+            self._ring = self._node.attach(file, self._bell_fd, shape)
+            self._close_bell()
+            self._frames.send(FrameKind.BELL, b"", os.dup(self._node.bell_fd))
         finally:
             os.close(file)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from milliways.runtime.reactor import Reactor
 from milliways.v1 import worker_pb2 as pb
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.workers.servers.intake import RouterSessions
 
@@ -22,6 +23,8 @@ class ServedWorker:
     worker_id: str
     incarnation: int
     limits: LinkLimits = field(default_factory=LinkLimits)
+    # What takes rows off the rings of routers on this host, if the kernels can do that.
+    node: ExchangeNode | None = None
 
 
 class TransportServer:

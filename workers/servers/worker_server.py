@@ -13,6 +13,7 @@ from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
 from milliways.v1 import worker_pb2 as pb
 from milliways.wire.channels import add_port
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.tls import TlsSettings
 from milliways.wire.transports import AUTO, allowed_transports, load_class
@@ -38,8 +39,11 @@ class WorkerServer:
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
         read_held: ReadHeld | None = None,
+        node: ExchangeNode | None = None,
     ) -> None:
         """`transport` is the setting `workers.transport`; `read_held` gives parts of the model.
+
+        A `node` serves the rings of routers on this host.
 
         Raises:
             ConfigError: there is no such transport.
@@ -50,6 +54,7 @@ class WorkerServer:
             worker_id=worker_id,
             incarnation=incarnation,
             limits=limits or LinkLimits(),
+            node=node,
         )
         self._tls = tls or TlsSettings()
         self._parts = None if read_held is None else PartServer(read_held)

@@ -17,7 +17,7 @@ from milliways.benchmarks.speed.arguments import (
     report,
     write_json,
 )
-from milliways.benchmarks.speed.bench_model import BENCH_NAME
+from milliways.benchmarks.speed.bench_model import BENCH_NAME, DEEP_NAME
 from milliways.benchmarks.speed.engines import EngineBench, compare_engines
 from milliways.benchmarks.speed.machine import num_usable_cores
 from milliways.benchmarks.speed.peers import DEFAULT_PEERS, PEERS, PeerSetting
@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option(
         "--model",
-        metavar=f"{BENCH_NAME}|{DEMO_NAME}|DIR",
+        metavar=f"{BENCH_NAME}|{DEEP_NAME}|{DEMO_NAME}|DIR",
         default=BENCH_NAME,
         help=f"model to measure with; {BENCH_NAME} has a billion random parameters, and is made"
         " on first use [%(default)s]",

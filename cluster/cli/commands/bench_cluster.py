@@ -11,7 +11,7 @@ from milliways.benchmarks.speed.arguments import (
     report,
     write_json,
 )
-from milliways.benchmarks.speed.bench_model import BENCH_NAME
+from milliways.benchmarks.speed.bench_model import BENCH_NAME, DEEP_NAME
 from milliways.benchmarks.speed.distribution import ClusterBench, measure_cluster
 from milliways.benchmarks.speed.workload import workloads_of
 from milliways.cluster.cli.commands.options import ACTIVATION_NAMES, DTYPE_NAMES
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option(
         "--model",
-        metavar=f"{BENCH_NAME}|{DEMO_NAME}|DIR",
+        metavar=f"{BENCH_NAME}|{DEEP_NAME}|{DEMO_NAME}|DIR",
         default=BENCH_NAME,
         help="model to measure with [%(default)s]",
     )

@@ -28,27 +28,12 @@ constexpr int kSpins = 1500;
 constexpr int kMaxTasks = (1 << 20) - 1024;
 constexpr int kMaxThreads = 256;
 
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // The processors in a control group's quota, rounded up; a large number if there is no quota.
 int num_processors_of_quota() {
   std::ifstream file("/sys/fs/cgroup/cpu.max");
   double quota_us, period_us;
   if (!(file >> quota_us >> period_us) || period_us <= 0) return kMaxThreads;
   return static_cast<int>(std::ceil(quota_us / period_us));
-}
-
-int num_usable_processors() {
-  cpu_set_t set;
-  const bool is_known = sched_getaffinity(0, sizeof set, &set) == 0;
-  const int count = is_known ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
-  return std::clamp(std::min(count, num_processors_of_quota()), 1, kMaxThreads);
 }
 
 // While a task runs, subnormal numbers count as zero. XLA sets this in its threads; ours must do
@@ -116,7 +101,7 @@ class Pool {
     work();
     for (int spins = 0; num_done_.load(std::memory_order_acquire) < num_tasks; spins++) {
       // A thread that was preempted during its task may need this processor.
-      if (spins < kSpins) pause();
+      if (spins < kSpins) pause_thread();
       else sched_yield();
     }
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
@@ -142,7 +127,7 @@ class Pool {
     const FlushTinyNumbers flush;
     uint64_t seen = Ticket{ticket_.load()}.region();
     while (!stopping_.load(std::memory_order_relaxed)) {
-      for (int i = 0; i < kSpins && region() == seen; i++) pause();
+      for (int i = 0; i < kSpins && region() == seen; i++) pause_thread();
       if (region() == seen) sleep_while(seen);
       seen = region();
       work();
@@ -199,6 +184,21 @@ void run_alone(int num_tasks, const std::function<void(int)>& task) {
 }
 
 }  // namespace
+
+void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int num_usable_processors() {
+  cpu_set_t set;
+  const bool is_known = sched_getaffinity(0, sizeof set, &set) == 0;
+  const int count = is_known ? CPU_COUNT(&set) : std::thread::hardware_concurrency();
+  return std::clamp(std::min(count, num_processors_of_quota()), 1, kMaxThreads);
+}
 
 void run_tasks(int num_tasks, const std::function<void(int)>& task) {
   const FlushTinyNumbers flush;

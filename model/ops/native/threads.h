@@ -21,4 +21,9 @@ void run_tasks(int num_tasks, const std::function<void(int)>& task);
 void set_num_threads(int num_threads);
 int num_threads();
 
+// The processors that this process may use: its affinity, and the quota of its control group.
+int num_usable_processors();
+// A short pause, for loops that wait.
+void pause_thread();
+
 }  // namespace milliways
