@@ -204,6 +204,7 @@ class Controller:
                 # next incarnation replaces it.
                 continue
             state.manifest = state.manifest.with_all(found.manifest)
+            state.small_files = found.small_files or state.small_files
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
             record.spawned, record.shards = found.spawned, found.shards
             record.held, record.is_adopted = found.held, True
