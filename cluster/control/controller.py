@@ -26,7 +26,7 @@ from milliways.cluster.control.fleet import Existing, Fleet
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
 from milliways.cluster.control.publishing import ViewPublisher
-from milliways.cluster.control.reconciling import Reconciler, pending, running
+from milliways.cluster.control.reconciling import Reconciler, by_worker, pending, running
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState, ControllerFigures
 from milliways.cluster.control.supervision import A_NODE, Supervision
@@ -160,6 +160,16 @@ class Controller:
     def pending(self) -> list[str]:
         """What of the declared settings is not so yet, as texts for people."""
         return pending(self._state)
+
+    @property
+    def by_worker(self) -> dict[str, dict[str, Any]]:
+        """What workers were started with where it is not declared so, by worker and name."""
+        return by_worker(self._state)
+
+    @property
+    def unconfirmed(self) -> tuple[str, ...]:
+        """Workers that have not confirmed the newest view, in order."""
+        return self._publisher.behind
 
     @property
     def is_changing(self) -> bool:
