@@ -97,20 +97,31 @@ def load_config(model_dir: Path) -> ModelConfig:
     path = model_dir / CONFIG_FILE
     if not path.is_file():
         return GROK_1
-    raw = _read_object(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelConfigError(
+            CONFIG_FILE, str(path), f"cannot be read: {error.strerror}"
+        ) from error
+    return parse_config(content, path)
+
+
+def parse_config(content: bytes, path: Path) -> ModelConfig:
+    """The configuration in the content of a file.
+
+    Raises:
+        ModelConfigError: as `load_config`.
+    """
+    raw = _parse_object(content, path)
     try:
         return config_from_dict(raw)
     except ModelConfigError as error:
         raise ModelConfigError(error.field, error.value, error.reason, path) from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _parse_object(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelConfigError(
-            CONFIG_FILE, str(path), f"cannot be read: {error.strerror}"
-        ) from error
+        raw = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelConfigError(CONFIG_FILE, str(path), f"is not JSON: {error}") from error
     if not isinstance(raw, dict):

@@ -112,12 +112,17 @@ def digest_small_files(model_dir: Path, names: Iterable[str] = SMALL_FILES) -> M
     return Manifest({name: _digest_file(model_dir / name) for name in names})
 
 
-def _digest_file(path: Path) -> str:
+def digest_of(content: bytes) -> str:
+    """The digest of some bytes."""
     # Imported here: clients import this module, and digest nothing.
     import xxhash
 
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def _digest_file(path: Path) -> str:
     try:
-        return xxhash.xxh3_128_hexdigest(path.read_bytes())
+        return digest_of(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return ABSENT
     except OSError as error:

@@ -38,14 +38,24 @@ class Tokenizer:
             TokenizerError: the file is missing or unreadable, is not a SentencePiece model, or its
                 number of pieces is not `vocab_size`.
         """
-        processor = SentencePieceProcessor()
         try:
             serialized = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return cls.parse(serialized, path, vocab_size)
+
+    @classmethod
+    def parse(cls, serialized: bytes, path: Path, vocab_size: int | None) -> "Tokenizer":
+        """From the content of a file; `path` is for messages.
+
+        Raises:
+            TokenizerError: as `load`.
+        """
+        processor = SentencePieceProcessor()
+        try:
             processor.LoadFromSerializedProto(serialized)
-        except (OSError, RuntimeError) as error:
-            raise TokenizerError(
-                f"{path}: cannot be read as a SentencePiece model: {error}"
-            ) from error
+        except RuntimeError as error:
+            raise _unreadable(path, error) from error
         num_pieces = processor.vocab_size()
         if vocab_size is not None and num_pieces != vocab_size:
             raise TokenizerError(
@@ -125,6 +135,10 @@ class Tokenizer:
     def _check(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise InvalidRequestError("token id", token_id, f"in 0..{self.vocab_size - 1}")
+
+
+def _unreadable(path: Path, error: Exception) -> TokenizerError:
+    return TokenizerError(f"{path}: cannot be read as a SentencePiece model: {error}")
 
 
 def _probe_first_space(processor: SentencePieceProcessor) -> bool:

@@ -15,6 +15,7 @@ from milliways.cluster.control.fleet import (
 from milliways.cluster.control.planner import AttentionCut, PlacementPolicy
 from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.clock import FakeClock
 from milliways.runtime.tasks import Pending, Tasks
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
@@ -80,12 +81,16 @@ class FakeFleet:
         self.dies_loading: set[str] = set()
         # Workers whose disk cannot be read, and what the bytes on the disks of others are.
         self.unreadable: set[str] = set()
+        # Workers whose configuration cannot be read, and what those of others have read.
         self.cannot_start: set[str] = set()
+        self.small_files: SmallFiles | None = None
         self.contents: dict[str, str] = {}
         self.memory_bytes = memory_bytes
         self._tasks = tasks
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+    def spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Pending[Spawned]:
         worker = FakeWorker(worker_id, incarnation)
         assert all(
             w.incarnation < incarnation for w in self.all_workers if w.worker_id == worker_id
@@ -101,7 +106,7 @@ class FakeFleet:
         )
         if worker_id in self.without_node:
             return Pending()
-        if worker_id in self.cannot_start:
+        if worker_id in self.cannot_start and small_files is None:
             return self._after(SPAWN_S, worker, self._fail_to_start)
         return self._after(SPAWN_S, worker, lambda: where)
 
@@ -121,7 +126,7 @@ class FakeFleet:
             worker.held |= shards.experts
             assert worker.held_bytes() <= self.memory_bytes, "out of memory"
             worker.found = worker.found.with_all(found)
-            return Loaded(worker.found)
+            return Loaded(worker.found, small_files=self.small_files)
 
         if worker_id not in self.dies_loading:
             return self._after(LOAD_S, worker, take_in)

@@ -1,8 +1,9 @@
 """Fake routers without a model: servers of RouterService that count, and fail on demand."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from random import Random
@@ -11,6 +12,7 @@ import grpc
 from grpc import aio
 
 from milliways.cluster.ingress.routing.router_choice import RouterInfo
+from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.router.requests.messages import event_to_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
@@ -203,6 +205,19 @@ def request_of(message: router_pb2.RouteRequest) -> GenerationRequest:
 
 def expected_events(request: GenerationRequest) -> list[TokenEvent]:
     return [replace(event) for event in counted_events(request)]
+
+
+async def collect(
+    source: RouterSource,
+    request: GenerationRequest,
+    request_id: str = "r",
+    timeout_s: float = 60.0,
+) -> list[TokenEvent]:
+    """All events of a request."""
+    deadline_s = time.monotonic() + timeout_s
+    stream = source.generate(request, request_id=request_id, deadline_s=deadline_s)
+    async with aclosing(stream) as events:
+        return [event async for event in events]
 
 
 @asynccontextmanager

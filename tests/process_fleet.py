@@ -28,6 +28,7 @@ from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.errors import CheckpointError
 from milliways.model.manifest import Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import TokenEvent
 from milliways.runtime.async_tasks import AsyncTasks
@@ -102,7 +103,9 @@ class ProcessFleet:
         self._workers: dict[str, WorkerHost] = {}
         self._deaths: dict[str, Pending[None]] = {}
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+    def spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Pending[Spawned]:
         death: Pending[None] = Pending()
         self._deaths[worker_id] = death
         dead = self._workers.pop(worker_id, None)
@@ -117,6 +120,7 @@ class ProcessFleet:
             worker_id,
             incarnation,
             self._sizes,
+            small_files,
             change=lambda s: replace(s, node_id=worker_id, memory_bytes=MEMORY_BYTES),
         )
 

@@ -92,6 +92,8 @@ CLUSTER = ClusterStatus(
         declared_at_s=1.5,
         observed={"workers.count": 1},
         pending=("workers.count: 2 declared, 1 ready",),
+        by_worker={"worker-0": {"workers.threads_each": 1}},
+        unconfirmed=("worker-0",),
         problem="",
     ),
     workers=(ANSWERING, SILENT),
@@ -110,6 +112,8 @@ AS_JSON: dict[str, Any] = {
         "declared_at_s": 1.5,
         "observed": {"workers.count": 1},
         "pending": ["workers.count: 2 declared, 1 ready"],
+        "by_worker": {"worker-0": {"workers.threads_each": 1}},
+        "unconfirmed": ["worker-0"],
         "problem": "",
     },
     "workers": [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
+from milliways.model.small_files import SmallFiles
 from milliways.wire.placement import ModelBytes
 from tests.served_cluster import REPOSITORY, child_environment
 
@@ -124,7 +125,12 @@ class _Host:
         return getattr(worker, method)(*arguments)
 
     def _spawn(
-        self, config: ClusterConfig, worker_id: str, incarnation: int, sizes: ModelBytes
+        self,
+        config: ClusterConfig,
+        worker_id: str,
+        incarnation: int,
+        sizes: ModelBytes,
+        small_files: SmallFiles | None,
     ) -> Any:
         # Not before: importing it is most of what a process like this costs.
         import jax
@@ -134,7 +140,14 @@ class _Host:
         assert self._worker is None
         devices = jax.local_devices()[: self._num_devices]
         self._worker = WorkerProcess(
-            config, worker_id, incarnation, LOOPBACK, _exit, devices=devices, sizes=sizes
+            config,
+            worker_id,
+            incarnation,
+            LOOPBACK,
+            _exit,
+            devices=devices,
+            sizes=sizes,
+            small_files=small_files,
         )
         return self._worker.start()
 

@@ -77,7 +77,8 @@ class WorkerCore:
     """Owns a worker's fence and the queue of other processes' calls.
 
     Used from the compute thread, except for `direct`, which belongs to the thread of the router in
-    this process, for `in_steps`, which belongs to the thread of compiled steps, and for `has_co_arrivals` and the counts, which any thread may read.
+    this process, for `in_steps`, which belongs to the thread of compiled steps, and for
+    `has_co_arrivals` and the counts, which any thread may read.
 
     Invariant: `_num_waiting_rows` is the sum of the rows in `_queue`; every call in `_queue` is
     replied to once.

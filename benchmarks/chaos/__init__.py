@@ -1,17 +1,17 @@
 """Breaks a running cluster on purpose, and compares every token with the undisturbed run.
 
     from milliways.benchmarks.chaos.faults import Fault
-    from milliways.benchmarks.chaos.run import LoadSize, run_trial, started_cluster
+    from milliways.benchmarks.chaos.run import LoadSize, report_of, run_trial, started_cluster
     from milliways.benchmarks.chaos.trial import Plan
 
     plan = Plan(faults=(Fault.KILL_ROUTER,), seed=0, duration_s=10.0)
     with started_cluster(["--workers", "3"]) as cluster:
-        report = run_trial(cluster, plan, LoadSize(), print)
-    assert report.holds
+        heard = run_trial(cluster, plan, LoadSize(), print)
+    assert report_of(plan, LoadSize(), heard, ended=[]).holds
 
 It owns the requests of the load (`requests`), the clients (`clients`, `load`), the faults and the
-code that injects them (`faults`, `victims`, `injectors`), and the report (`report`). `milliways
-chaos` reads the command line and prints.
+code that injects them (`faults`, `victims`, `injectors`; `endings` for those that end a cluster),
+and the report (`report`). `milliways chaos` reads the command line and prints.
 
 Invariants:
 

@@ -87,12 +87,13 @@ class Client(Protocol):
 class HttpClient:
     """Reads server-sent events as they arrive; resumes with `Last-Event-ID`."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._url = url
         self._model = model
+        self._timeout_s = timeout_s
 
     def send(self, request: ChaosRequest, answer: Answer) -> None:
-        deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
+        deadline_s = time.monotonic() + self._timeout_s
         events = _Events(answer)
         backoff_s = FIRST_BACKOFF_S
         while True:
@@ -163,9 +164,15 @@ class _Events:
 class GrpcClient:
     """Uses a `GenerateClient`, which resumes broken streams, in the event loop of a thread."""
 
-    def __init__(self, client: GenerateClient, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        client: GenerateClient,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> None:
         self._client = client
         self._loop = loop
+        self._timeout_s = timeout_s
 
     def send(self, request: ChaosRequest, answer: Answer) -> None:
         asyncio.run_coroutine_threadsafe(self._send(request, answer), self._loop).result()
@@ -173,7 +180,7 @@ class GrpcClient:
     async def _send(self, request: ChaosRequest, answer: Answer) -> None:
         stream = self._client.generate(
             request.grpc_message(),
-            timeout_s=REQUEST_TIMEOUT_S,
+            timeout_s=self._timeout_s,
             when_broken=lambda error: answer.note_break(time.monotonic(), error),
         )
         try:
@@ -190,17 +197,22 @@ class GrpcClient:
 
 
 @contextmanager
-def open_clients(endpoint: Endpoint) -> Generator[dict[Surface, Client]]:
+def open_clients(
+    endpoint: Endpoint, timeout_s: float | None = None
+) -> Generator[dict[Surface, Client]]:
     """One client for each protocol; several threads may use the same client.
+
+    A request ends with an error after `timeout_s`, or after `REQUEST_TIMEOUT_S`.
 
     Raises:
         StartupError: no Milliways server answers.
     """
-    http_client = HttpClient(endpoint.http, endpoint.model())
+    timeout_s = timeout_s or REQUEST_TIMEOUT_S
+    http_client = HttpClient(endpoint.http, endpoint.model(), timeout_s)
     with _loop() as loop:
         client = asyncio.run_coroutine_threadsafe(_make(endpoint), loop).result(CLOSE_TIMEOUT_S)
         try:
-            yield {Surface.HTTP: http_client, Surface.GRPC: GrpcClient(client, loop)}
+            yield {Surface.HTTP: http_client, Surface.GRPC: GrpcClient(client, loop, timeout_s)}
         finally:
             asyncio.run_coroutine_threadsafe(client.close(), loop).result(CLOSE_TIMEOUT_S)
 

@@ -39,6 +39,9 @@ class Fault(Enum):
     # is one replica more for a while, and it leaves again.
     REDEPLOY = "redeploy"
     INGRESS_LEAVES = "ingress-leaves"
+    # They end the cluster: it is told to, and finishes what runs; its Ray is gone.
+    SIGTERM = "sigterm"
+    KILL_RAYLET = "kill-raylet"
     # Cuts the network between some workers and the others.
     PARTITION = "partition"
 
@@ -55,6 +58,10 @@ INJECTED_BY_WORKER = frozenset({Fault.DROP_REPLY})
 DAMAGES_FILES = frozenset(
     {Fault.SWAP_CHECKPOINT, Fault.FLIP_BIT, Fault.TRUNCATE, Fault.REMOVE_FILE}
 )
+# Each of them ends a cluster of its own, which this run started.
+ENDS_CLUSTER = frozenset({Fault.SIGTERM, Fault.KILL_RAYLET})
+# No process is left that could answer the requests that ran.
+LOSES_REQUESTS = frozenset({Fault.KILL_RAYLET})
 # Clients may lose a connection through these faults, and through no other.
 BREAKS_CONNECTIONS = frozenset({Fault.KILL_INGRESS, Fault.KILL_PROXY})
 # A new worker replaces the killed one, and has to load its shards.

@@ -123,6 +123,8 @@ def inject(planned: PlannedFault, actuator: Actuator) -> Injection:
             return _change_ingress(actuator, [0])
         case Fault.INGRESS_LEAVES:
             return _change_ingress(actuator, [1, 0])
+        case Fault.SIGTERM | Fault.KILL_RAYLET:
+            raise AssertionError("it has a cluster of its own: see `endings`")
         case Fault.PARTITION:
             raise AssertionError("parse_faults refuses it")
 

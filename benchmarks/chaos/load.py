@@ -23,6 +23,8 @@ class Load:
         self._num_clients = num_clients
         self._lock = threading.Lock()
         self._outcomes: list[Outcome] = []
+        # By the client's thread.
+        self._running: dict[int, Answer] = {}
         self._wanted: Mapping[int, Answer] | None = None
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
@@ -31,6 +33,17 @@ class Load:
     def num_ended(self) -> int:
         """How many requests ended since the last `stop`."""
         return len(self._outcomes)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many running requests have no token yet."""
+        with self._lock:
+            return sum(not answer.token_times_s for answer in self._running.values())
+
+    def begin_no_more(self) -> None:
+        """Has the clients send no further request; those that run go on."""
+        with self._lock:
+            self._stopped.set()
 
     def run_once(self) -> list[Outcome]:
         """Sends every request once; outcomes are in the order of the requests."""
@@ -49,7 +62,7 @@ class Load:
         With `at_once`, no further request is sent. Otherwise the clients send all that are left.
         """
         if at_once:
-            self._stopped.set()
+            self.begin_no_more()
         for thread in self._threads:
             thread.join()
         outcomes, self._outcomes = self._outcomes, []
@@ -65,21 +78,23 @@ class Load:
             thread.start()
 
     def _work(self, indices: Iterator[int]) -> None:
-        while not self._stopped.is_set():
+        while True:
             with self._lock:
-                index = next(indices, None)
-            if index is None:
-                return
-            outcome = self._send(index)
+                index = None if self._stopped.is_set() else next(indices, None)
+                if index is None:
+                    return
+                answer = Answer.of(self._requests[index])
+                self._running[threading.get_ident()] = answer
+            outcome = self._send(index, answer)
             if self._wanted is not None:
                 # The tokens of a run of an hour would not fit into memory.
                 outcome = outcome.compared(self._wanted)
             with self._lock:
                 self._outcomes.append(outcome)
+                del self._running[threading.get_ident()]
 
-    def _send(self, index: int) -> Outcome:
+    def _send(self, index: int, answer: Answer) -> Outcome:
         request = self._requests[index]
-        answer = Answer.of(request)
         started_s, error = time.monotonic(), ""
         try:
             self._clients[request.surface].send(request, answer)

@@ -9,6 +9,8 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import BinaryIO
 from urllib.error import URLError
 
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
@@ -22,8 +24,21 @@ STOP_TIMEOUT_S = 30.0
 POLL_S = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A `milliways serve` that serves."""
+
+    running: RunningCluster
+    process: "subprocess.Popen[bytes]"
+    _log: BinaryIO
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return _read(self._log)
+
+
 @contextmanager
-def local_cluster(arguments: Sequence[str]) -> Generator[RunningCluster]:
+def local_cluster(arguments: Sequence[str]) -> Generator[LocalCluster]:
     """Starts a cluster and waits until it is ready; at the end, stops it.
 
     Raises:
@@ -42,16 +57,20 @@ def local_cluster(arguments: Sequence[str]) -> Generator[RunningCluster]:
             start_new_session=True,
         )
         try:
-            yield _wait_until_ready(process)
+            yield LocalCluster(_wait_until_ready(process), process, log)
         except StartupError as error:
-            log.seek(0)
-            raise StartupError(f"{error}\n{log.read().decode(errors='replace')}") from error
+            raise StartupError(f"{error}\n{_read(log)}") from error
         finally:
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_TIMEOUT_S)
             process.kill()
             process.wait()
+
+
+def _read(log: BinaryIO) -> str:
+    # The process writes through the same file description, whose place must stay at the end.
+    return os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]") -> RunningCluster:

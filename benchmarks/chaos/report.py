@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from milliways.benchmarks.chaos.answers import Outcome
-from milliways.benchmarks.chaos.faults import BREAKS_CONNECTIONS, Fault
+from milliways.benchmarks.chaos.faults import (
+    BREAKS_CONNECTIONS,
+    ENDS_CLUSTER,
+    LOSES_REQUESTS,
+    Fault,
+)
 from milliways.benchmarks.chaos.requests import ChaosRequest
 
 MAX_COMPLAINTS = 20
@@ -35,6 +40,45 @@ class FaultRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How `milliways serve` ended after a fault that ends a cluster."""
+
+    fault: Fault
+    # None: it did not end.
+    exit_code: int | None
+    # The last line that it said; empty if it was silent.
+    reason: str
+    after_s: float
+    # Processes that outlived it.
+    num_left: int
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not as promised."""
+        promised = _EXIT_CODES[self.fault]
+        if self.exit_code is None:
+            return (f"has not ended within {self.after_s:.0f} s",)
+        found: list[str] = []
+        if self.exit_code != promised:
+            found.append(f"ended with exit code {self.exit_code}, not {promised}")
+        if _REASONS.get(self.fault, "") not in self.reason:
+            found.append(f"did not say why it ended: {self.reason!r}")
+        if self.num_left:
+            found.append(f"left {self.num_left} processes")
+        return tuple(found)
+
+    def __str__(self) -> str:
+        code = "did not end" if self.exit_code is None else f"exit code {self.exit_code}"
+        said = f": {self.reason}" if self.reason else ""
+        return f"{self.fault.value}: {code} after {self.after_s:.1f} s{said}"
+
+
+# What `milliways serve` promises (docs/operations.md).
+_EXIT_CODES = {Fault.SIGTERM: 0, Fault.KILL_RAYLET: 1}
+_REASONS = {Fault.KILL_RAYLET: "raylet was killed by SIGKILL"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A row of the table: the effects of one kind of fault, or of all faults."""
 
@@ -54,10 +98,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The rows of the table, and the complaints."""
+    """The rows of the table, the complaints, and how clusters ended that a fault ended."""
 
     rows: tuple[Row, ...]
     complaints: tuple[str, ...]
+    endings: tuple[Ending, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -75,6 +120,7 @@ class Report:
             "holds": self.holds,
             "complaints": list(self.complaints),
             "rows": [_record(row) for row in self.rows],
+            "endings": [str(ending) for ending in self.endings],
         }
 
 
@@ -83,6 +129,7 @@ def make_report(
     undisturbed: Sequence[Outcome],
     disturbed: Sequence[Outcome],
     records: Sequence[FaultRecord],
+    endings: Sequence[Ending] = (),
 ) -> Report:
     """Compares every answer with the undisturbed one, and counts."""
     wanted = {outcome.request_index: outcome.answer for outcome in undisturbed}
@@ -93,24 +140,42 @@ def make_report(
         if its:
             rows.append(_row(fault.value, _running(disturbed, its), its))
     rows.append(_row("all", disturbed, records))
+    kept = [one for one in [*undisturbed, *disturbed] if not _may_be_lost(one, records)]
     complaints = [
         f"{requests[outcome.request_index]}: {outcome.error or outcome.difference}"
-        for outcome in [*undisturbed, *disturbed]
+        for outcome in kept
         if outcome.error or outcome.difference
     ]
     complaints += [
         f"{requests[outcome.request_index]}: its connection broke, which no fault explains:"
         f" {one.reason}"
-        for outcome in [*undisturbed, *disturbed]
+        for outcome in kept
         for one in outcome.answer.breaks
         if not _is_expected(one.at_s, records)
     ]
     complaints += [
         f"{one.fault.value} of {one.victim}: not fully replicated again"
         for one in records
-        if one.restored_s is None
+        if one.restored_s is None and one.fault not in ENDS_CLUSTER
     ]
-    return Report(tuple(rows), tuple(complaints))
+    complaints += [
+        f"{ending.fault.value}: `milliways serve` {problem}"
+        for ending in endings
+        for problem in ending.problems
+    ]
+    return Report(tuple(rows), tuple(complaints), tuple(endings))
+
+
+def _may_be_lost(outcome: Outcome, records: Sequence[FaultRecord]) -> bool:
+    """Whether a request may have failed, because nobody was left to answer it.
+
+    Even then its answer may not differ.
+    """
+    return not outcome.difference and any(
+        outcome.was_running(one.began_s, one.ended_s)
+        for one in records
+        if one.fault in LOSES_REQUESTS
+    )
 
 
 def _is_expected(broke_at_s: float, records: Sequence[FaultRecord]) -> bool:
@@ -137,7 +202,7 @@ def _row(name: str, outcomes: Sequence[Outcome], records: Sequence[FaultRecord])
         else [one.stall_s() for one in outcomes]
     )
     first_tokens_s = [one.first_token_s for one in (hit if records else outcomes)]
-    recoveries = [s.recovery_s for s in records]
+    recoveries = [s.recovery_s for s in records if s.fault not in ENDS_CLUSTER]
     return Row(
         name=name,
         count=len(records),
@@ -184,6 +249,7 @@ def format_report(report: Report) -> str:
         "stall: the longest wait between two tokens of a stream that was hit, around the fault",
         "first: the wait for the first token",
     ]
+    lines += map(str, report.endings)
     lines += report.complaints[:MAX_COMPLAINTS]
     left = len(report.complaints) - MAX_COMPLAINTS
     if left > 0:

@@ -1,20 +1,25 @@
-"""A run of `milliways chaos`: starts or joins the cluster to break, and runs a trial on it."""
+"""A run of `milliways chaos`: starts or joins the cluster to break, and runs a trial on it.
+
+Faults that end a cluster come at the end of the run, each on a cluster of its own.
+"""
 
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
+from milliways.benchmarks.chaos.endings import Ended, end_a_cluster
+from milliways.benchmarks.chaos.faults import Fault
 from milliways.benchmarks.chaos.injectors import Actuator
 from milliways.benchmarks.chaos.load import Load
 from milliways.benchmarks.chaos.local_cluster import local_cluster
-from milliways.benchmarks.chaos.report import Report
+from milliways.benchmarks.chaos.report import Report, make_report
 from milliways.benchmarks.chaos.requests import draw_requests
-from milliways.benchmarks.chaos.trial import Plan, Trial
+from milliways.benchmarks.chaos.trial import Heard, Plan, Trial
 from milliways.cluster.ray.environment import enter, use_token
 from milliways.cluster.ray.running_clusters import find_running
 from milliways.cluster.settings.config import ClusterConfig, read_config
@@ -67,7 +72,8 @@ def started_cluster(serve_arguments: Sequence[str]) -> Generator[Target]:
     Raises:
         StartupError: the cluster does not become ready.
     """
-    with local_cluster(serve_arguments) as running:
+    with local_cluster(serve_arguments) as cluster:
+        running = cluster.running
         enter(running)
         from milliways.benchmarks.chaos.ray_actuator import joined
 
@@ -94,7 +100,7 @@ def joined_cluster(address: str, http: str | None, grpc: str | None) -> Generato
         yield Target(endpoint, actuator)
 
 
-def run_trial(target: Target, plan: Plan, size: LoadSize, say: Callable[[str], None]) -> Report:
+def run_trial(target: Target, plan: Plan, size: LoadSize, say: Callable[[str], None]) -> Heard:
     """Sends the load to the cluster and injects the faults of the plan.
 
     Raises:
@@ -104,6 +110,43 @@ def run_trial(target: Target, plan: Plan, size: LoadSize, say: Callable[[str], N
     with open_clients(target.endpoint) as clients:
         load = Load(requests, clients, size.num_clients)
         return Trial(requests, load, target.actuator, say).run(plan)
+
+
+def run_endings(
+    faults: Sequence[Fault],
+    serve_arguments: Sequence[str],
+    plan: Plan,
+    size: LoadSize,
+    say: Callable[[str], None],
+) -> tuple[Ended, ...]:
+    """Ends a cluster by each of these faults, under the load of the plan's seed.
+
+    Raises:
+        StartupError: a cluster does not become ready.
+    """
+    requests = draw_requests(size.num_requests, size.max_tokens, plan.seed)
+    ended: list[Ended] = []
+    for fault in faults:
+        say(f"starting a cluster for {fault.value} …")
+        ended.append(end_a_cluster(fault, serve_arguments, requests, size.num_clients))
+        say(str(ended[-1].ending))
+    return tuple(ended)
+
+
+def report_of(plan: Plan, size: LoadSize, heard: Heard | None, ended: Sequence[Ended]) -> Report:
+    """What the trial and the clusters that were ended say together."""
+    parts = [one.heard for one in ended]
+    if heard is not None:
+        parts.insert(0, heard)
+    report = make_report(
+        draw_requests(size.num_requests, size.max_tokens, plan.seed),
+        [outcome for part in parts for outcome in part.undisturbed],
+        [outcome for part in parts for outcome in part.disturbed],
+        [record for part in parts for record in part.records],
+        [one.ending for one in ended],
+    )
+    problems = [part.problem for part in parts if part.problem]
+    return replace(report, complaints=(*problems, *report.complaints))
 
 
 def _set_token(address: str) -> None:

@@ -6,16 +6,19 @@
    injected and the time is over. With `Plan.every_s`, faults come at fixed intervals instead, and
    the run does not wait for replication.
 3. The requests that still run get their answers, and all answers are compared.
+
+Faults that end a cluster come later, each on a cluster of its own (`endings`).
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from milliways.benchmarks.chaos.answers import Outcome
 from milliways.benchmarks.chaos.faults import KILLS_WORKER, Fault, PlannedFault, plan_faults
 from milliways.benchmarks.chaos.injectors import Actuator, Injection, inject
 from milliways.benchmarks.chaos.load import Load
-from milliways.benchmarks.chaos.report import FaultRecord, Report, make_report
+from milliways.benchmarks.chaos.report import FaultRecord
 from milliways.benchmarks.chaos.requests import ChaosRequest
 from milliways.benchmarks.chaos.victims import Replication
 from milliways.wire.errors import ClusterError, StartupError
@@ -34,6 +37,17 @@ class Plan:
     duration_s: float
     # Seconds between two faults; None: inject the next one after full replication.
     every_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What clients of one cluster heard, and what was done to it meanwhile."""
+
+    undisturbed: tuple[Outcome, ...]
+    disturbed: tuple[Outcome, ...]
+    records: tuple[FaultRecord, ...]
+    # Why the run ended early; otherwise empty.
+    problem: str = ""
 
 
 class Trial:
@@ -56,7 +70,7 @@ class Trial:
         self._say = say
         self._records: list[FaultRecord] = []
 
-    def run(self, plan: Plan) -> Report:
+    def run(self, plan: Plan) -> Heard:
         """Runs the plan. Takes `plan.duration_s` and the time to recover from the last fault."""
         actuator = self._actuator
         baseline = Replication.of(actuator.view(), actuator.ingress(), actuator.proxies())
@@ -74,10 +88,7 @@ class Trial:
             problem = f"a fault could not be injected: {error}"
         finally:
             disturbed = self._load.stop()
-        report = make_report(self._requests, undisturbed, disturbed, self._records)
-        if problem:
-            report = Report(report.rows, (problem, *report.complaints))
-        return report
+        return Heard(tuple(undisturbed), tuple(disturbed), tuple(self._records), problem)
 
     def _run_in_turn(self, plan: Plan, baseline: Replication) -> None:
         until_s = time.monotonic() + plan.duration_s

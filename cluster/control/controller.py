@@ -26,7 +26,7 @@ from milliways.cluster.control.fleet import Existing, Fleet
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
 from milliways.cluster.control.publishing import ViewPublisher
-from milliways.cluster.control.reconciling import Reconciler, pending, running
+from milliways.cluster.control.reconciling import Reconciler, by_worker, pending, running
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState, ControllerFigures
 from milliways.cluster.control.supervision import A_NODE, Supervision
@@ -162,6 +162,16 @@ class Controller:
         return pending(self._state)
 
     @property
+    def by_worker(self) -> dict[str, dict[str, Any]]:
+        """What workers were started with where it is not declared so, by worker and name."""
+        return by_worker(self._state)
+
+    @property
+    def unconfirmed(self) -> tuple[str, ...]:
+        """Workers that have not confirmed the newest view, in order."""
+        return self._publisher.behind
+
+    @property
     def is_changing(self) -> bool:
         """Whether a change of the cluster goes on."""
         return self._changing is not None and not self._changing.is_done
@@ -204,6 +214,7 @@ class Controller:
                 # next incarnation replaces it.
                 continue
             state.manifest = state.manifest.with_all(found.manifest)
+            state.small_files = found.small_files or state.small_files
             record = WorkerRecord(found.worker_id, incarnation=found.incarnation)
             record.spawned, record.shards = found.spawned, found.shards
             record.held, record.is_adopted = found.held, True

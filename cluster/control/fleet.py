@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ShardPlan
@@ -42,11 +43,13 @@ class Spawned:
 class Loaded:
     """What a load came to: the digests of all that a worker holds, and files that are at fault.
 
-    Parts of those files came from other workers.
+    What is in those files came from other workers.
     """
 
     manifest: Manifest
     faults: tuple[str, ...] = ()
+    # The contents of the files beside the tensors, for the next process that starts.
+    small_files: SmallFiles | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,7 @@ class Existing:
     view: ClusterView
     # The digests of what it has loaded.
     manifest: Manifest = EMPTY_MANIFEST
+    small_files: SmallFiles | None = None
     # The settings with which it was started, by name.
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -69,11 +73,13 @@ class Existing:
 class Fleet(Protocol):
     """Starts processes and talks to them. If that is impossible, fails with WorkerDiedError."""
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+    def spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Pending[Spawned]:
         """Starts a process, and ends the one before it.
 
-        May also fail with LoadFailedError: a file that a process needs from its start cannot be
-        read.
+        The process goes by `small_files`, which another one has read. Without them it reads its
+        own, and may also fail with LoadFailedError: one of them cannot be read.
         """
         ...
 

@@ -41,6 +41,7 @@ class Holdings:
                 f"{record.worker_id} read other bytes than other workers: {differing[0]}{others}"
             )
         state.manifest = state.manifest.with_all(found)
+        state.small_files = loaded.small_files or state.small_files
         record.note_load(loaded.faults)
 
     async def load_more(self, record: WorkerRecord, experts: frozenset[ExpertId]) -> None:

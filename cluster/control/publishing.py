@@ -31,6 +31,15 @@ class ViewPublisher:
         self._published_epoch = 0
         # Workers that did not answer when the view was sent to them last.
         self._unconfirmed: set[str] = set()
+        # The newest view that each worker has confirmed.
+        self._confirmed_epochs: dict[str, int] = {}
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """Workers that have not confirmed the newest view, in order."""
+        alive = [m.worker_id for m in self.view.members.values() if m.can_compute]
+        newest = self.view.placement_epoch
+        return tuple(sorted(w for w in alive if self._confirmed_epochs.get(w, 0) < newest))
 
     def go_on_from(self, view: ClusterView) -> None:
         """Takes an earlier controller's view, which its workers have."""
@@ -72,11 +81,13 @@ class ViewPublisher:
             # others from it.
             sending.cancel()
 
-    async def confirmed(self, worker_id: str, answer: Pending[None]) -> None:
+    async def confirmed(self, worker_id: str, answer: Pending[None]) -> bool:
         """Waits for a worker's answer, up to a timeout: a silent worker must not delay others."""
-        if not await self._tasks.wait_for(answer, self._state.settings.timeout_s):
+        has_answered = await self._tasks.wait_for(answer, self._state.settings.timeout_s)
+        if not has_answered:
             logger.warning("%s does not answer", worker_id)
             self._unconfirmed.add(worker_id)
+        return has_answered
 
     async def _wait_for_change(self) -> None:
         """Waits for a change, or until the view must be sent again to workers that were silent."""
@@ -111,5 +122,10 @@ class ViewPublisher:
         fleet, epoch = self._state.fleet, view.placement_epoch
         alive = [m.worker_id for m in view.members.values() if m.can_compute]
         self._unconfirmed = set()
-        await self._tasks.gather(self.confirmed(w, fleet.publish(w, view)) for w in alive)
+        await self._tasks.gather(self._give(w, view) for w in alive)
         await self._tasks.gather(self.confirmed(w, fleet.fence(w, epoch)) for w in alive)
+
+    async def _give(self, worker_id: str, view: ClusterView) -> None:
+        answer = self._state.fleet.publish(worker_id, view)
+        if await self.confirmed(worker_id, answer) and answer.error is None:
+            self._confirmed_epochs[worker_id] = view.placement_epoch

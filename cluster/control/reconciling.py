@@ -91,6 +91,16 @@ def pending(state: ClusterState) -> list[str]:
     return texts
 
 
+def by_worker(state: ClusterState) -> dict[str, dict[str, Any]]:
+    """What workers were started with where it is not declared so, by worker and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in running(state):
+        old = differences(record.started_with, state.declared.values, BY_WORKER)
+        if old:
+            found[record.worker_id] = {change.name: change.before for change in old}
+    return found
+
+
 class Reconciler:
     """Takes steps while no other change of the cluster goes on."""
 

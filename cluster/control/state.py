@@ -6,6 +6,7 @@ from milliways.cluster.control.fleet import Fleet
 from milliways.cluster.control.targets import ControllerSettings, experts_of, with_declared
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.model.manifest import EMPTY_MANIFEST
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.tasks import Signal, Tasks
 from milliways.wire.errors import ClusterError
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
@@ -49,6 +50,8 @@ class ClusterState:
         self.manifest = EMPTY_MANIFEST
         # Whether the manifest has every part of the model; never false again.
         self.manifest_is_whole = False
+        # The files beside the tensors, as a worker with the bytes of the manifest has read them.
+        self.small_files: SmallFiles | None = None
         self.changed = Signal()
         # `targets` has new workers.
         self.placed = Signal()

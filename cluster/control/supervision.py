@@ -104,7 +104,8 @@ class Supervision:
         record.started_with = state.declared.values
         state.last_incarnations[worker_id] = record.incarnation
         state.note(record, A_NODE)
-        record.spawned = await state.fleet.spawn(worker_id, record.incarnation)
+        spawning = state.fleet.spawn(worker_id, record.incarnation, state.small_files)
+        record.spawned = await spawning
         state.note(record, "a placement, which needs all workers")
         while worker_id not in state.targets:
             await or_death(state, record, state.placed.wait())

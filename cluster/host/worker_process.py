@@ -43,8 +43,8 @@ from milliways.model.block_pool import BlockPool
 from milliways.model.decoder import Decoder
 from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
-from milliways.model.model_dir import resolve_model_dir
 from milliways.model.ops.select import select_ops
+from milliways.model.small_files import SmallFiles
 from milliways.model.tokenizer import Tokenizer
 from milliways.router.block_copies import BlockArrays
 from milliways.router.dispatch import Dispatcher
@@ -110,7 +110,8 @@ class WorkerProcess:
 
     `memory_bytes` limits the memory of all its devices together; 0 means no limit. `devices` are
     the devices that it computes on; by default it finds as many as the settings say. `sizes` are
-    those of the model's parts; by default all files are scanned for them.
+    those of the model's parts; by default all files are scanned for them. `small_files` are those
+    of the model, if other workers have read them.
 
     Invariant: once set, `_attention` is never replaced. Only the thread that calls `load` uses it
     until `_hand_over_attention` gives it to another thread; then only that thread uses it.
@@ -126,6 +127,7 @@ class WorkerProcess:
         memory_bytes: int = 0,
         devices: Sequence[Device] | None = None,
         sizes: ModelBytes | None = None,
+        small_files: SmallFiles | None = None,
     ) -> None:
         self.worker_id = worker_id
         self.incarnation = incarnation
@@ -135,7 +137,7 @@ class WorkerProcess:
         keep_freed_blocks()
         # Otherwise XLA would run each small program in another thread, and this one would wait.
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # pyright: ignore[reportUnknownMemberType]
-        self._files = ModelFiles(resolve_model_dir(config.model.path))
+        self._files = ModelFiles(config.model.path, small_files)
         model = self._files.config
         self._cache_size = cache_size_of(config, model)
         ops, loader = select_ops(kernels_of(config))
@@ -228,7 +230,8 @@ class WorkerProcess:
                 self._warm_up()
                 self._hand_over_attention()
                 self._compute.call(lambda: self._core.fence.move(WorkerState.READY))
-            return Loaded(self._files.loaded, tuple(self._files.tensors.faults))
+            files = self._files
+            return Loaded(files.loaded, tuple(files.faults), files.small_files)
 
     def _hand_over_attention(self) -> None:
         """Gives the attention shard to the one thread that uses it from now on.
@@ -360,6 +363,7 @@ class WorkerProcess:
             held=held,
             view=view,
             manifest=self._files.loaded,
+            small_files=self._files.small_files,
             settings=flat(self._config),
         )
 

@@ -182,6 +182,8 @@ class ControllerActor:
             declared_at_s=controller.declared.at_s,
             observed={"workers.count": num_ready},
             pending=tuple(controller.pending),
+            by_worker=controller.by_worker,
+            unconfirmed=controller.unconfirmed,
             problem=controller.reconciler.problem or self._refused,
         )
 

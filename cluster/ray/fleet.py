@@ -30,6 +30,7 @@ from milliways.cluster.ray.start_worker import NAMESPACE, group_of, resources_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.errors import CheckpointError, ModelConfigError, TokenizerError
 from milliways.model.manifest import Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.tasks import Pending
 from milliways.wire.errors import UnavailableError
@@ -65,8 +66,10 @@ class RayFleet:
         self._actors: dict[str, Any] = {}
         self._deaths: dict[str, Pending[None]] = {}
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
-        return self._shell.pending(self._spawn(worker_id, incarnation))
+    def spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Pending[Spawned]:
+        return self._shell.pending(self._spawn(worker_id, incarnation, small_files))
 
     def missing_resource(self, worker_id: str) -> str:
         group = self._groups.get(worker_id)
@@ -155,7 +158,9 @@ class RayFleet:
             + shards.has_ends * model.end_bytes
         )
 
-    async def _spawn(self, worker_id: str, incarnation: int) -> Spawned:
+    async def _spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Spawned:
         assert self.sizes is not None
         self._end(worker_id)
         if worker_id not in self._groups:
@@ -169,7 +174,7 @@ class RayFleet:
             text = f"incarnation {incarnation} of {worker_id} is taken"
             raise WorkerDiedError(text) from error
         self._watch(worker_id, actor)
-        return await _answer_of_load(worker_id, actor.start.remote())
+        return await _answer_of_load(worker_id, actor.start.remote(small_files))
 
     def _watch(self, worker_id: str, actor: Any) -> None:
         self._actors[worker_id] = actor

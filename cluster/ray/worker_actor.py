@@ -16,6 +16,7 @@ from milliways.cluster.host.memory_limit import usable_memory_bytes
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from milliways.model.manifest import Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.fatal import end_process
 from milliways.runtime.user_cache import keep_programs
 from milliways.wire.errors import ConfigError, StartupError
@@ -41,10 +42,17 @@ class WorkerActor:
         host = ray.util.get_node_ip_address() or LOOPBACK
         self._spawned: Spawned | None = None
 
-        def make() -> WorkerProcess:
+        def make(small_files: SmallFiles | None) -> WorkerProcess:
             memory_bytes = round(config.workers.memory_gb_each * 1e9) or _memory_bytes(config)
             return WorkerProcess(
-                config, worker_id, incarnation, host, end_process, memory_bytes, sizes=sizes
+                config,
+                worker_id,
+                incarnation,
+                host,
+                end_process,
+                memory_bytes,
+                sizes=sizes,
+                small_files=small_files,
             )
 
         self._make = make
@@ -55,15 +63,17 @@ class WorkerActor:
         assert self._made is not None, "before start"
         return self._made
 
-    async def start(self) -> Spawned:
-        """Reads configuration and tokenizer, and opens the servers; returns their addresses.
+    async def start(self, small_files: SmallFiles | None) -> Spawned:
+        """Opens the servers; returns their addresses.
+
+        Configuration and tokenizer are those that other workers have read, or are read now.
 
         Not in the constructor: Ray would not say of which type an error was.
 
         Raises:
             CheckpointError, ModelConfigError, TokenizerError: what is wrong with which file.
         """
-        self._made = await asyncio.to_thread(self._make)
+        self._made = await asyncio.to_thread(self._make, small_files)
         spawned = await asyncio.to_thread(self._process.start)
         self._spawned = Spawned(
             address=spawned.address,

@@ -116,6 +116,10 @@ class SettingsStatus:
     observed: Mapping[str, Any]
     # In words; empty where everything is as declared.
     pending: tuple[str, ...]
+    # What workers were started with where it is not declared so, by worker and name.
+    by_worker: Mapping[str, Mapping[str, Any]]
+    # Workers that have not confirmed the newest view, with which their routers take live settings.
+    unconfirmed: tuple[str, ...]
     # Why the last step failed, or a declaration was refused; empty where nothing did.
     problem: str
 

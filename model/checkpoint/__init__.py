@@ -32,6 +32,7 @@ from milliways.model.checkpoint.pickle_scan import scan as scan
 from milliways.model.checkpoint.reader import CHECKPOINT_DIR as CHECKPOINT_DIR
 from milliways.model.checkpoint.reader import Checkpoint as Checkpoint
 from milliways.model.checkpoint.reader import find_directories as find_directories
+from milliways.model.checkpoint.reader import missing_config_hint as missing_config_hint
 from milliways.model.checkpoint.records import ArrayRecord as ArrayRecord
 from milliways.model.checkpoint.records import PlainArray as PlainArray
 from milliways.model.checkpoint.records import QuantizedArray as QuantizedArray

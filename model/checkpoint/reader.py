@@ -101,10 +101,8 @@ class Checkpoint:
         """
         ckpt_dir, config_dir = find_directories(path)
         config = load_config(config_dir)
-        hint = ""
-        if not (config_dir / CONFIG_FILE).is_file():
-            hint = f" (no {CONFIG_FILE} in {config_dir}, so Grok-1's sizes are expected)"
-        return cls(ckpt_dir, config, hint)
+        has_config = (config_dir / CONFIG_FILE).is_file()
+        return cls(ckpt_dir, config, "" if has_config else missing_config_hint(config_dir))
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -246,6 +244,11 @@ def slice_of(record: ArrayRecord, expert_id: int) -> ArrayRecord:
     num_bytes = record.num_bytes // record.shape[0]
     offset = record.offset + expert_id * num_bytes
     return ArrayRecord(record.dtype, record.shape[1:], offset, num_bytes)
+
+
+def missing_config_hint(config_dir: Path) -> str:
+    """What to add to an error about the layout of a model without a configuration."""
+    return f" (no {CONFIG_FILE} in {config_dir}, so Grok-1's sizes are expected)"
 
 
 def find_directories(path: Path) -> tuple[Path, Path]:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 
 import pytest
 from grpc import aio
@@ -12,13 +11,13 @@ from milliways.cluster.ingress.routing.router_source import RouterSource
 from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.requests.request import GenerationRequest
-from milliways.router.requests.sequence import TokenEvent
 from milliways.v1 import router_pb2
 from tests.fake_routers import (
     Directory,
     FakeRouter,
     Fault,
     InOrder,
+    collect,
     expected_events,
     full,
     running,
@@ -30,7 +29,6 @@ REQUEST = GenerationRequest(
 )
 # The tests do not depend on these numbers, but a router that works must answer within them.
 LIMITS = HedgeLimits(after_s_min=0.2, after_s_max=0.4)
-TIMEOUT_S = 60.0
 
 
 class Hedges:
@@ -60,14 +58,6 @@ def deaf_after(num_tokens: int) -> DeafRouter:
     return router
 
 
-async def collect(source: RouterSource, request_id: str = "r") -> list[TokenEvent]:
-    stream = source.generate(
-        REQUEST, request_id=request_id, deadline_s=time.monotonic() + TIMEOUT_S
-    )
-    async with aclosing(stream) as events:
-        return [event async for event in events]
-
-
 def run(
     scenario: Callable[[RouterSource, Directory, Hedges], Awaitable[None]], *routers: FakeRouter
 ) -> None:
@@ -88,10 +78,10 @@ def test_requests_of_a_silent_router_go_to_another(num_tokens: int) -> None:
     routers = [deaf_after(num_tokens), FakeRouter(events_each=2)]
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
-        assert await collect(source) == expected_events(REQUEST)
+        assert await collect(source, REQUEST) == expected_events(REQUEST)
         assert hedges.count == 1
         # Other routers are preferred until it answers.
-        assert await collect(source) == expected_events(REQUEST)
+        assert await collect(source, REQUEST) == expected_events(REQUEST)
         assert len(routers[0].asked) == 1
         # The loser's stream ends, and its blocks are freed.
         while routers[0].num_running:
@@ -107,7 +97,7 @@ def test_slow_router_that_answers_pings_keeps_its_request() -> None:
     routers = [DeafRouter(gate=gate), FakeRouter()]
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         await asyncio.sleep(5 * LIMITS.after_s_max)
         gate.set()
         assert await task == expected_events(REQUEST)
@@ -124,7 +114,7 @@ def test_silent_router_that_sends_the_next_token_first_wins() -> None:
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         assert silent.gate is not None
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not other.num_running:
             await asyncio.sleep(0.005)
         silent.is_deaf = False
@@ -134,7 +124,7 @@ def test_silent_router_that_sends_the_next_token_first_wins() -> None:
         while other.num_running:
             await asyncio.sleep(0.005)
         # It gets more time now, and the next request: its name comes first.
-        assert await collect(source) == expected_events(REQUEST)
+        assert await collect(source, REQUEST) == expected_events(REQUEST)
         assert [len(silent.asked), len(other.asked)] == [2, 1]
 
     run(scenario, silent, other)
@@ -152,7 +142,7 @@ def test_break_of_one_of_two_leaves_the_other(is_silent_first: bool) -> None:
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         directory.set([silent.info, other.info])
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not other.num_running:
             await asyncio.sleep(0.005)
         directory.set([silent.info, other.info, third.info])
@@ -174,7 +164,7 @@ def test_full_second_router_costs_nothing() -> None:
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         assert silent.gate is not None
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not other.asked:
             await asyncio.sleep(0.005)
         await asyncio.sleep(LIMITS.after_s_max)
@@ -189,7 +179,7 @@ def test_full_second_router_is_retried_when_the_silent_one_breaks() -> None:
     silent, other = deaf_after(0), FakeRouter(refusal=full())
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not other.asked:
             await asyncio.sleep(0.005)
         # By now the full router has refused, and only the silent one has the request.
@@ -206,7 +196,7 @@ def test_second_router_that_appears_later_gets_the_request() -> None:
     silent, late = deaf_after(3), FakeRouter()
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not silent.asked:
             await asyncio.sleep(0.005)
         await asyncio.sleep(2 * LIMITS.after_s_max)
@@ -226,7 +216,7 @@ def test_client_that_leaves_frees_both_routers() -> None:
     other = FakeRouter(gate=asyncio.Event())
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
-        task = asyncio.create_task(collect(source))
+        task = asyncio.create_task(collect(source, REQUEST))
         while not other.num_running:
             await asyncio.sleep(0.005)
         task.cancel()
@@ -243,10 +233,10 @@ def test_concurrent_requests_close_an_unlisted_router_once() -> None:
 
     async def scenario(source: RouterSource, directory: Directory, hedges: Hedges) -> None:
         directory.set([router.info for router in gone])
-        await asyncio.gather(*(collect(source, f"r{i}") for i in range(5)))
+        await asyncio.gather(*(collect(source, REQUEST, f"r{i}") for i in range(5)))
         assert [len(router.asked) for router in gone] == [1] * 5
         directory.set([left.info])
-        given = await asyncio.gather(*(collect(source, f"r{i}") for i in range(5)))
+        given = await asyncio.gather(*(collect(source, REQUEST, f"r{i}") for i in range(5)))
         assert given == [expected_events(REQUEST)] * 5
 
     run(scenario, left, *gone)

@@ -27,6 +27,7 @@ from tests.fake_routers import (
     FakeRouter,
     Fault,
     InOrder,
+    collect,
     expected_events,
     full,
     running,
@@ -45,15 +46,6 @@ def request_for(num_samples: int = 1, prompt: tuple[int, ...] = (100,)) -> Gener
         stop=("a", "b"),
         ignore_eos=True,
     )
-
-
-async def collect(
-    source: RouterSource, request: GenerationRequest, timeout_s: float = 20.0
-) -> list[TokenEvent]:
-    deadline_s = time.monotonic() + timeout_s
-    stream = source.generate(request, request_id="r", deadline_s=deadline_s)
-    async with aclosing(stream) as events:
-        return [event async for event in events]
 
 
 def by_sample(events: list[TokenEvent]) -> list[TokenEvent]:
@@ -139,7 +131,7 @@ def test_next_router_receives_all_delivered_tokens() -> None:
     routers = [FakeRouter(fault=Fault.UNAVAILABLE, num_before_fault=7), FakeRouter()]
 
     async def scenario(source: RouterSource, directory: Directory) -> None:
-        await collect(source, request)
+        await collect(source, request, timeout_s=20.0)
 
     run(scenario, *routers)
     (first,), (second,) = routers[0].asked, routers[1].asked

@@ -16,6 +16,7 @@ from milliways.cluster.control.fleet import (
 )
 from milliways.cluster.control.targets import ControllerSettings
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.tasks import Pending
 from milliways.wire.placement import ExpertId, ModelBytes, ShardPlan
 from milliways.wire.view import ClusterView, Member, WorkerState
@@ -58,7 +59,9 @@ class SimulatedFleet:
         self._deaths: dict[Process, Pending[None]] = {}
         self._channels: dict[Process, tuple[Channel, Channel]] = {}
 
-    def spawn(self, worker_id: str, incarnation: int) -> Pending[Spawned]:
+    def spawn(
+        self, worker_id: str, incarnation: int, small_files: SmallFiles | None
+    ) -> Pending[Spawned]:
         spawned: Pending[Spawned] = Pending()
 
         def come_up() -> None:

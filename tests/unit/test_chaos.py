@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 
 from milliways.benchmarks.chaos.answers import Answer, Choice, Outcome, difference
 from milliways.benchmarks.chaos.faults import (
+    ENDS_CLUSTER,
     IMPOSSIBLE,
     POSSIBLE,
     Fault,
@@ -21,8 +23,15 @@ from milliways.benchmarks.chaos.faults import (
     plan_faults,
 )
 from milliways.benchmarks.chaos.histogram import BOUNDS_S, counts, draw_histogram
-from milliways.benchmarks.chaos.report import FaultRecord, format_report, make_report, percentile
-from milliways.benchmarks.chaos.requests import MODES, Surface, draw_requests
+from milliways.benchmarks.chaos.load import Load
+from milliways.benchmarks.chaos.report import (
+    Ending,
+    FaultRecord,
+    format_report,
+    make_report,
+    percentile,
+)
+from milliways.benchmarks.chaos.requests import MODES, ChaosRequest, Surface, draw_requests
 from milliways.benchmarks.chaos.resource_usage import Sample, format_growth, growth, take_sample
 from milliways.benchmarks.chaos.victims import Place, Replication, WorkerFacts, choose
 from milliways.v1 import router_pb2
@@ -289,6 +298,89 @@ def test_cluster_that_does_not_recover_breaks_the_promise() -> None:
     ]
     run = [outcome(0, 0.0, answer(1, 2))]
     assert not make_report(REQUESTS, run, run, records).holds
+
+
+def ending(fault: Fault, **more: Any) -> Ending:
+    shown = {"exit_code": 0, "reason": "finishing requests", "after_s": 3.0, "num_left": 0} | more
+    return Ending(fault=fault, **shown)
+
+
+RAYLET_GONE = {"exit_code": 1, "reason": "Ray's raylet was killed by SIGKILL: the cluster ends"}
+
+
+@pytest.mark.parametrize(
+    ("how", "problems"),
+    [
+        (ending(Fault.SIGTERM), []),
+        (ending(Fault.SIGTERM, exit_code=1), ["ended with exit code 1, not 0"]),
+        (ending(Fault.SIGTERM, num_left=2), ["left 2 processes"]),
+        (ending(Fault.SIGTERM, exit_code=None, after_s=180.0), ["has not ended within 180 s"]),
+        (ending(Fault.KILL_RAYLET, **RAYLET_GONE), []),
+        (ending(Fault.KILL_RAYLET, exit_code=1, reason=""), ["did not say why it ended: ''"]),
+        (
+            ending(Fault.KILL_RAYLET, **RAYLET_GONE | {"exit_code": 0}),
+            ["ended with exit code 0, not 1"],
+        ),
+    ],
+)
+def test_cluster_that_is_ended_must_end_as_promised(how: Ending, problems: list[str]) -> None:
+    assert list(how.problems) == problems
+    run = [outcome(0, 0.0, answer(1, 2))]
+    report = make_report(REQUESTS, run, run, [], [how])
+    assert report.holds == (not problems)
+    assert str(how) in format_report(report)
+
+
+def test_requests_may_be_lost_with_ray_but_not_on_sigterm() -> None:
+    undisturbed = [outcome(0, 0.0, answer(1, 2))]
+    lost = outcome(0, 9.0, answer(1), error="connection refused")
+    lost.answer.note_break(10.5, OSError("reset"))
+    other = outcome(0, 9.0, answer(7, 2))
+    later = outcome(0, 15.0, answer(1), error="connection refused")
+
+    def holds(fault: Fault, *disturbed: Outcome) -> bool:
+        record = FaultRecord(
+            fault=fault, victim="serve", began_s=10.0, ended_s=12.0, restored_s=None
+        )
+        return make_report(REQUESTS, undisturbed, disturbed, [record]).holds
+
+    assert holds(Fault.KILL_RAYLET, lost)
+    assert not holds(Fault.SIGTERM, lost)
+    for fault in ENDS_CLUSTER:
+        assert holds(fault, outcome(0, 9.0, answer(1, 2)))
+        assert not holds(fault, other)
+        assert not holds(fault, later)
+
+
+class SlowClient:
+    """Sends one token when it is told to, and the rest when it is told again."""
+
+    def __init__(self) -> None:
+        self.num_sent = 0
+        self.first, self.rest = threading.Event(), threading.Event()
+
+    def send(self, request: ChaosRequest, answer: Answer) -> None:
+        self.num_sent += 1
+        for told, reason in ((self.first, ""), (self.rest, "length")):
+            assert told.wait(30.0)
+            for choice in answer.choices:
+                choice.add([1], "a", None, reason)
+            answer.token_times_s.append(0.0)
+
+
+def test_load_that_begins_no_more_finishes_what_runs() -> None:
+    client = SlowClient()
+    load = Load(REQUESTS[:3], dict.fromkeys(Surface, client), num_clients=2)
+    load.start()
+    wait_until(lambda: client.num_sent == 2)
+    load.begin_no_more()
+    assert load.num_waiting == 2
+    client.first.set()
+    wait_until(lambda: load.num_waiting == 0)
+    assert load.num_ended == 0
+    client.rest.set()
+    assert [one.error for one in load.stop()] == ["", ""]
+    assert client.num_sent == 2
 
 
 def test_outcome_that_dropped_its_tokens_after_comparison_counts_the_same() -> None:

@@ -1,11 +1,13 @@
 """The controller and disks that cannot be read, or have other bytes than the served model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.deaths import RELOAD_S_MAX, UNREADABLE_S
 from milliways.cluster.control.fleet import Existing
 from milliways.model.manifest import Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.wire.view import EMPTY_VIEW, WorkerState
 from tests.fake_fleet import LOAD_S, MODEL, RIGHT, SPAWN_S, WRONG, Bench
 
@@ -124,6 +126,7 @@ def existing_of(bench: Bench) -> Sequence[Existing]:
                     held=worker.held,
                     view=worker.views[-1],
                     manifest=worker.found,
+                    small_files=bench.fleet.small_files,
                 )
             )
     return found
@@ -184,3 +187,29 @@ def test_a_process_that_cannot_even_start_is_started_again_soon() -> None:
     assert "config.json" in record.last_error
     bench.fleet.cannot_start.clear()
     assert bench.run_until(bench.is_up) <= UNREADABLE_S + SPAWN_S + LOAD_S
+
+
+SMALL_FILES = SmallFiles(Path("/m"), Path("/m/ckpt-0"), {"config.json": b"{}"})
+
+
+def test_a_process_that_cannot_read_its_configuration_starts_with_that_of_others() -> None:
+    bench = Bench(3)
+    bench.fleet.small_files = SMALL_FILES
+    bench.start().up()
+    bench.fleet.cannot_start.add("worker-1")
+    bench.fleet.kill("worker-1")
+    bench.up().check()
+    assert bench.controller.workers["worker-1"].incarnation == 2
+
+
+def test_a_new_controller_learns_the_configuration_from_the_workers_that_are_left() -> None:
+    bench = Bench(3)
+    bench.fleet.small_files = SMALL_FILES
+    bench.start().up()
+    bench.controller.close()
+    bench.fleet.kill("worker-1")
+    bench.fleet.cannot_start = {"worker-0", "worker-1", "worker-2"}
+    existing = existing_of(bench)
+    again = Controller(MODEL, bench.controller._state.settings, bench.fleet, bench.tasks)
+    bench.controller = again
+    bench.start(existing).up().check()

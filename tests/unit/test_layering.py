@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "workers": ("runtime", "model", "wire", "workers.servers"),
     # The settings take defaults from the limits that they set.
     "cluster.settings": ("wire", "router"),
-    # Of the model, control knows sizes and digests.
+    # Of the model, control knows sizes, digests, and the bytes of the files beside the tensors.
     "cluster.control": ("runtime", "model", "wire"),
     "cluster.ingress": ("v1", "model", "wire", "router.requests", "cluster.settings"),
     "cluster.host": (
@@ -47,7 +47,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("workers.servers", "cluster.settings", "cluster.control", "cluster.host"),
     ),
     "benchmarks.chaos": ("v1", "model", "wire", "cluster.settings", "cluster.ray", "api"),
-    "benchmarks": ("runtime", "model", "cluster.host", "benchmarks.speed"),
+    "benchmarks": ("runtime", "model", "cluster.host", "benchmarks.speed", "benchmarks.chaos"),
     "cluster.cli": (
         *("runtime", "model", "wire", "router.requests"),
         *("cluster.settings", "cluster.control", "cluster.host", "cluster.ray"),

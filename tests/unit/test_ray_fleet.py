@@ -16,6 +16,7 @@ from milliways.cluster.ray import fleet as ray_fleet
 from milliways.cluster.ray.fleet import RayFleet
 from milliways.cluster.ray.start_worker import NAMESPACE
 from milliways.cluster.settings.config import ClusterConfig
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.wire.errors import UnavailableError
 from milliways.wire.placement import ModelBytes, ShardPlan
@@ -128,7 +129,7 @@ def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
     """It may be alive: one that could not load its shards still has its GPUs."""
     fake = FakeRay(monkeypatch, silent)
 
-    async def start() -> Spawned:
+    async def start(small_files: SmallFiles | None) -> Spawned:
         return EXISTING.spawned
 
     first, second = (
@@ -146,9 +147,9 @@ def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
         shell = AsyncTasks()
         fleet = RayFleet(ClusterConfig(), shell)
         fleet.sizes = MODEL
-        await shell.wait(fleet.spawn("worker-3", 1))
+        await shell.wait(fleet.spawn("worker-3", 1, None))
         assert fake.killed == []
-        await shell.wait(fleet.spawn("worker-3", 2))
+        await shell.wait(fleet.spawn("worker-3", 2, None))
 
     asyncio.run(spawn_twice())
     assert fake.killed == [first]

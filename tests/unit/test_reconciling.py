@@ -161,6 +161,8 @@ def test_workers_are_started_again_one_after_another() -> None:
     bench = started(3)
     bench.controller.declare(declared(2.0, workers__threads_each=2))
     assert len(bench.controller.pending) == 3
+    old = {"workers.threads_each": VALUES["workers.threads_each"]}
+    assert bench.controller.by_worker == dict.fromkeys(("worker-0", "worker-1", "worker-2"), old)
     for _ in steps_until_settled(bench):
         records = bench.controller.workers.values()
         assert sum(record.state is not WorkerState.READY for record in records) <= 1
@@ -168,8 +170,23 @@ def test_workers_are_started_again_one_after_another() -> None:
     assert [record.incarnation for record in records] == [2, 2, 2]
     assert all(record.started_with["workers.threads_each"] == 2 for record in records)
     assert bench.controller.figures.num_deaths == 0
+    assert bench.controller.by_worker == {}
     assert set(bench.replicas().values()) == {2}
     bench.check()
+
+
+def test_worker_that_has_not_confirmed_live_settings_is_named() -> None:
+    bench = started(3)
+    bench.run_for(1.0)
+    assert bench.controller.unconfirmed == ()
+    bench.fleet.silent.add("worker-1")
+    bench.controller.declare(declared(2.0, router__step_timeout_s=9.0))
+    bench.run_for(30.0)
+    assert bench.controller.unconfirmed == ("worker-1",)
+    bench.fleet.silent.clear()
+    bench.run_for(30.0)
+    assert bench.controller.unconfirmed == ()
+    assert bench.fleet.now["worker-1"].views[-1].declared.values["router.step_timeout_s"] == 9.0
 
 
 def test_worker_that_dies_meanwhile_comes_back_with_the_new_settings() -> None:

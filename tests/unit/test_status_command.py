@@ -60,9 +60,11 @@ def test_metrics_have_their_names_labels_and_values() -> None:
 
 def test_table_says_what_of_the_settings_is_not_so_yet() -> None:
     assert status.format_status(CLUSTER).splitlines()[1] == (
-        "settings: pending: workers.count: 2 declared, 1 ready"
+        "settings: pending: workers.count: 2 declared, 1 ready, not yet confirmed by worker-0"
     )
-    done = replace(CLUSTER.settings, pending=(), problem="needs a new generation: …")
+    done = replace(
+        CLUSTER.settings, pending=(), unconfirmed=(), problem="needs a new generation: …"
+    )
     says = "settings: as declared (needs a new generation: …)"
     assert status.format_settings(done) == says
 

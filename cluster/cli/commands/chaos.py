@@ -9,6 +9,7 @@ from pathlib import Path
 
 from milliways.benchmarks.chaos.faults import (
     DAMAGES_FILES,
+    ENDS_CLUSTER,
     IMPOSSIBLE,
     INJECTED_BY_WORKER,
     POSSIBLE,
@@ -23,6 +24,8 @@ from milliways.benchmarks.chaos.run import (
     Target,
     copied_model,
     joined_cluster,
+    report_of,
+    run_endings,
     run_trial,
     started_cluster,
 )
@@ -34,7 +37,7 @@ from milliways.wire.errors import ClusterError, ConfigError
 MAX_REQUESTS = 10_000
 MAX_CLIENTS = 256
 DEFAULT = LoadSize()
-NEEDS_OWN_CLUSTER = INJECTED_BY_WORKER | DAMAGES_FILES
+NEEDS_OWN_CLUSTER = INJECTED_BY_WORKER | DAMAGES_FILES | ENDS_CLUSTER
 
 
 class PromiseBrokenError(ClusterError):
@@ -139,15 +142,21 @@ def run(options: argparse.Namespace) -> None:
     """
     faults = _faults(options)
     _check(options)
+    in_turn = tuple(fault for fault in faults if fault not in ENDS_CLUSTER)
+    last = tuple(fault for fault in faults if fault in ENDS_CLUSTER)
     plan = Plan(
-        faults=faults, seed=options.seed, duration_s=options.duration, every_s=options.every
+        faults=in_turn, seed=options.seed, duration_s=options.duration, every_s=options.every
     )
     size = LoadSize(
         num_requests=options.requests, num_clients=options.clients, max_tokens=options.tokens
     )
     be_quiet()
-    with _target(options, faults) as target, watched(target.pid) as samples:
-        report = run_trial(target, plan, size, say)
+    heard, samples = None, list[Sample]()
+    if in_turn:
+        with _target(options, in_turn) as target, watched(target.pid) as samples:
+            heard = run_trial(target, plan, size, say)
+    ended = run_endings(last, _serve_arguments(options), plan, size, say)
+    report = report_of(plan, size, heard, ended)
     print(format_report(report))
     print(format_growth(samples))
     _write(options, report, samples)
@@ -158,9 +167,10 @@ def run(options: argparse.Namespace) -> None:
 def _faults(options: argparse.Namespace) -> tuple[Fault, ...]:
     if options.faults is not None:
         faults = parse_faults(options.faults)
-        if options.address and (damaging := DAMAGES_FILES.intersection(faults)):
-            name = min(fault.value for fault in damaging)
-            raise ConfigError("--faults", name, "left out with --address: it damages a checkpoint")
+        for kinds, does in ((DAMAGES_FILES, "damages a checkpoint"), (ENDS_CLUSTER, "ends it")):
+            if options.address and (refused := kinds.intersection(faults)):
+                name = min(fault.value for fault in refused)
+                raise ConfigError("--faults", name, f"left out with --address: it {does}")
         return faults
     left_out = NEEDS_OWN_CLUSTER if options.address else frozenset[Fault]()
     return tuple(fault for fault in POSSIBLE if fault not in left_out)
@@ -186,17 +196,23 @@ def _target(options: argparse.Namespace, faults: tuple[Fault, ...]) -> Generator
             _confirm(options, faults)
             yield target
         return
-    arguments: list[str] = []
-    for name in ("workers", "expert_replicas", "attention", "transport", "config"):
-        value = getattr(options, name)
-        if value is not None:
-            arguments += [f"--{name.replace('_', '-')}", value]
+    arguments = _serve_arguments(options)
     say("starting a cluster …")
     with ExitStack() as stack:
         if DAMAGES_FILES.intersection(faults):
             model_dir = stack.enter_context(copied_model(options.config))
             arguments += ["--model", str(model_dir)]
         yield stack.enter_context(started_cluster(arguments))
+
+
+def _serve_arguments(options: argparse.Namespace) -> list[str]:
+    """Arguments of `milliways serve` for the clusters that the run starts."""
+    arguments: list[str] = []
+    for name in ("workers", "expert_replicas", "attention", "transport", "config"):
+        value = getattr(options, name)
+        if value is not None:
+            arguments += [f"--{name.replace('_', '-')}", value]
+    return arguments
 
 
 def _confirm(options: argparse.Namespace, faults: tuple[Fault, ...]) -> None:

@@ -49,6 +49,8 @@ def format_status(status: ClusterStatus) -> str:
 def format_settings(settings: SettingsStatus) -> str:
     """Whether everything is as declared, or what is not, and why."""
     problem = f" ({settings.problem})" if settings.problem else ""
+    if settings.unconfirmed:
+        problem = f", not yet confirmed by {', '.join(settings.unconfirmed)}{problem}"
     if not settings.pending:
         return f"settings: as declared{problem}"
     return f"settings: pending: {'; '.join(settings.pending)}{problem}"
