@@ -198,8 +198,15 @@ class AttentionShard:
             return Drawn(())
         hidden_WD = np.asarray(batch.hidden_TD)[batch.logits_rows_W]
         unembed = partial(self._parts.unembed, self._ends)
-        ops, max_rows = self._decoder.ops, self.cache_size.max_logits_rows
-        return Drawn(tuple(draw_from_hidden(unembed, hidden_WD, batch.samples, ops, max_rows)))
+        drawn = draw_from_hidden(
+            unembed,
+            hidden_WD,
+            batch.samples,
+            self._decoder.ops,
+            self.cache_size.max_logits_rows,
+            self._decoder.config.sequence_len,
+        )
+        return Drawn(tuple(drawn))
 
     def _pass_local_layers(self, batch: _Batch) -> None:
         """Runs the next layers, as long as their experts are all here."""

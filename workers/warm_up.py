@@ -18,7 +18,6 @@ from milliways.workers.experts import ExpertShard
 from milliways.workers.kv_arrays import KvArrays
 
 _OWNER = ("warm-up", 0)
-_NUM_LOGPROBS = (0, 1)
 
 
 def warm_up(
@@ -36,8 +35,7 @@ def warm_up(
         on_size(num_tokens)
         _run_experts(config, experts, dtype, num_tokens)
         if attention is not None:
-            for num_logprobs in _NUM_LOGPROBS:
-                _run_attention(config, cache_size, attention, dtype, num_tokens, num_logprobs)
+            _run_attention(config, cache_size, attention, dtype, num_tokens)
     if attention is not None:
         if copies_blocks:
             _copy_block(attention.kv)
@@ -75,9 +73,8 @@ def _run_attention(
     attention: AttentionShard,
     dtype: np.dtype,
     num_tokens: int,
-    num_logprobs: int,
 ) -> None:
-    tokens = _tokens(config, cache_size, num_tokens, num_logprobs)
+    tokens = _tokens(config, cache_size, num_tokens)
     hidden_TD = np.zeros((num_tokens, config.emb_size), np.float32)
     shape = (num_tokens, config.num_selected_experts, config.emb_size)
     outputs_TAD = np.zeros(shape, dtype)
@@ -92,17 +89,14 @@ def _run_attention(
             turn = attention.advance(_OWNER, AdvanceBatch(batch_id, turn.layer, outputs_TAD))
 
 
-def _tokens(
-    config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
-) -> TokenRows:
+def _tokens(config: ModelConfig, cache_size: CacheSize, num_tokens: int) -> TokenRows:
     """`num_tokens` rows of as few sequences as possible, and as many rows of logits as allowed."""
     capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
     positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
     slots_T = np.arange(num_tokens, dtype=np.int32) // capacity
     blocks = np.arange(-(-capacity // cache_size.block_size), dtype=np.int32)
     num_samples = min(num_tokens, cache_size.max_logits_rows)
-    params = SamplingParams(temperature=0.5, num_logprobs=num_logprobs)
-    row = SampleRow(params=params, token_ids=(1,), num_prompt_tokens=1)
+    row = SampleRow(params=SamplingParams(), token_ids=(1,), num_prompt_tokens=1)
     return TokenRows(
         token_ids_T=np.full(num_tokens, config.pad_token, np.int32),
         positions_T=positions_T,
