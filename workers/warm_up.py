@@ -1,42 +1,51 @@
 """Compiles the programs that a worker will run, for each size of a step, before it is READY.
 
 Meaningless batches go through the shards. The keys and values that they write are overwritten
-before any sequence reads them. Without the warm-up, requests would wait for the compiler after a
-death.
+before any sequence reads them. `spare_programs` compiles what no batch can reach yet. A worker that
+is READY compiles nothing: while it does, every stream of its router stands still.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SampleRow, SamplingParams
 from milliways.wire.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
 from milliways.workers.attention import AttentionShard
+from milliways.workers.devices import Device
 from milliways.workers.experts import ExpertShard
 from milliways.workers.kv_arrays import KvArrays
+from milliways.workers.spare_programs import compile_experts, compile_layers
 
 _OWNER = ("warm-up", 0)
 
 
 def warm_up(
-    config: ModelConfig,
-    cache_size: CacheSize,
+    decoder: Decoder,
     attention: AttentionShard | None,
     experts: ExpertShard,
-    dtype: np.dtype,
+    devices: Sequence[Device],
     max_step_tokens: int,
+    max_merged_rows: int = 0,
     copies_blocks: bool = False,
-    on_size: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
-    """Runs a step of every size, before the worker gets any calls."""
+    """Runs a step of every size, before the worker gets any calls.
+
+    Calls of several routers may be merged, up to `max_merged_rows`.
+    """
+    config, dtype = decoder.config, decoder.dtype
     for num_tokens in _sizes(max_step_tokens):
-        on_size(num_tokens)
         _run_experts(config, experts, dtype, num_tokens)
         if attention is not None:
-            _run_attention(config, cache_size, attention, dtype, num_tokens)
+            _run_attention(config, attention.cache_size, attention, dtype, num_tokens)
+    merged = _sizes(max(max_step_tokens, max_merged_rows))
+    compile_experts(decoder, experts, devices, merged)
     if attention is not None:
+        compile_layers(decoder, attention, experts, _sizes(max_step_tokens))
+        attention.keep_to_programs()
         if copies_blocks:
             _copy_block(attention.kv)
         attention.release(_OWNER[0])

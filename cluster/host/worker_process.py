@@ -156,7 +156,7 @@ class WorkerProcess:
         self._loader = ShardLoader(
             self._files.tensors, self._decoder, loader, self._note_read, self._local
         )
-        self._experts = ExpertShard(self._decoder)
+        self._experts = ExpertShard(self._decoder, is_spread=len(self._local.devices) > 1)
         self._attention: AttentionShard | None = None
         self._held_parts = HeldParts(model, self._experts, lambda: self._attention)
         self._shards: ShardPlan | None = None
@@ -221,7 +221,8 @@ class WorkerProcess:
                     shards, self._experts, self._cache_size
                 )
             missing = shards.experts - self._experts.held
-            for layer, groups in self._loader.load_experts(missing, self._shares_now()):
+            is_ready = self._core.state is not WorkerState.LOADING
+            for layer, groups in self._loader.load_experts(missing, self._shares_now(), is_ready):
                 self._compute.call(lambda to=layer, new=groups: self._experts.add(to, new))
             self._shards = shards
             if self._core.state is WorkerState.LOADING:
@@ -258,12 +259,12 @@ class WorkerProcess:
             return
         started_s = time.monotonic()
         warm_up(
-            self._files.config,
-            self._cache_size,
+            self._decoder,
             self._attention,
             self._experts,
-            self._decoder.dtype,
+            self._local.devices,
             self._config.router.max_step_tokens,
+            self._core.max_merged_rows,
             copies_blocks=self._config.workers.kv_standby,
         )
         logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
