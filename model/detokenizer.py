@@ -15,13 +15,20 @@ tokens pushed so far, continues exactly like the old one. To echo a prompt, push
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from milliways.model.tokenizer import Tokenizer
+
+# Of the bytes before, none can be part of a character that is unfinished at the end.
+_MAX_UNFINISHED = 3
 
 
 class IncrementalDetokenizer:
     """Takes tokens, returns text; needs constant time and memory per token.
+
+    Of a prompt it reads the last tokens only: three, and those before them up to the first that has
+    text.
 
     Invariant: `_unfinished` holds at most three bytes: a valid beginning of a UTF-8 character.
 
@@ -31,12 +38,21 @@ class IncrementalDetokenizer:
 
     __slots__ = ("_is_first", "_tokenizer", "_unfinished")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._unfinished = b""
-        self._is_first = True
-        for token_id in prompt_ids:
+        before = islice(reversed(prompt_ids), _MAX_UNFINISHED, None)
+        # A byte before the last three has become text: alone, or as part of a character.
+        self._is_first = not any(_has_text(tokenizer, token_id) for token_id in before)
+        # A character begins at its first byte, whatever came before. So these are enough.
+        for token_id in prompt_ids[-_MAX_UNFINISHED:]:
             self.push(token_id)
+
+    def copy(self) -> "IncrementalDetokenizer":
+        """Another one in the same state, for another sample of a prompt."""
+        other = IncrementalDetokenizer(self._tokenizer, ())
+        other._unfinished, other._is_first = self._unfinished, self._is_first
+        return other
 
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that it completes, which may be empty.
@@ -81,6 +97,10 @@ class IncrementalDetokenizer:
             rest = rest[num_used:]
         self._unfinished = rest
         return text
+
+
+def _has_text(tokenizer: Tokenizer, token_id: int) -> bool:
+    return tokenizer.byte_of(token_id) is not None or bool(tokenizer.text_of(token_id))
 
 
 def prompt_pieces(tokenizer: Tokenizer, prompt_ids: Iterable[int]) -> list[str]:

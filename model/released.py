@@ -65,7 +65,8 @@ def released_arrays(
 def _unpacked(matrix: PackedMatrix, place: int | None) -> list[np.ndarray]:
     """int8 [K, N] and bfloat16 [G, N] of a matrix in panels, as model/ops/native/kernels.h says."""
     at = ... if place is None else place
-    panels, scales_GN = np.asarray(matrix.panels[at]), np.asarray(matrix.scales[at])
+    # A CPU's arrays are views; slicing them before would compile a program.
+    panels, scales_GN = np.asarray(matrix.panels)[at], np.asarray(matrix.scales)[at]
     num_in, num_out, num_groups = matrix.num_in, matrix.num_out, len(scales_GN)
     bytes_PB = panels.view(np.int8)
     num_panels = len(bytes_PB)

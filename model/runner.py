@@ -22,7 +22,7 @@ from milliways.model.decoder import Decoder, DecoderParts, run_layers, run_step
 from milliways.model.kv_cache import KVCache, StepBatch, make_kv_cache
 from milliways.model.ops import Ops
 from milliways.model.params import EndParams, ModelParams
-from milliways.model.sampling import SampledTokens, bucket_num_logprobs, pack_rows, sample
+from milliways.model.sampling import SampledTokens, pack_rows, sample
 from milliways.model.sampling_params import SampledToken, SampleRow
 
 # 16 MiB of Grok-1's logits. The next power of two would need twice as much, and save little time.
@@ -118,9 +118,9 @@ class ModelRunner:
     ) -> list[SampledToken]:
         """Computes all scheduled tokens, and draws one token for each wanted row of logits."""
         assert len(rows) == sum(entry.num_logits for entry in scheduled)
-        max_rows = self.cache_size.max_logits_rows
+        max_rows, max_tokens = self.cache_size.max_logits_rows, self.config.sequence_len
         if len(rows) <= max_rows:
-            return draw_tokens(self._compute(scheduled), rows, self._ops)
+            return draw_tokens(self._compute(scheduled), rows, self._ops, max_tokens)
         batch = self._batch(scheduled)
         rows_W = np.asarray(batch.logits_rows_W)[: len(rows)]
         # The layers do not need the wanted rows. Without them, fewer programs are compiled.
@@ -128,7 +128,7 @@ class ModelRunner:
         hidden_TD, self._cache = self._divided.layers(self._params, batch, self._cache)
         hidden_WD = np.asarray(hidden_TD)[rows_W]
         unembed = partial(self._divided.unembed, self._params.ends)
-        return draw_from_hidden(unembed, hidden_WD, rows, self._ops, max_rows)
+        return draw_from_hidden(unembed, hidden_WD, rows, self._ops, max_rows, max_tokens)
 
     def _compute(self, scheduled: Sequence[ScheduledTokens]) -> jax.Array:
         assert 0 < len(scheduled) <= self.cache_size.max_slots
@@ -165,14 +165,18 @@ class ModelRunner:
         return StepBatch(*(cast(jax.Array, array) for array in arrays))
 
 
-def draw_tokens(logits_WV: jax.Array, rows: Sequence[SampleRow], ops: Ops) -> list[SampledToken]:
-    """Draws one token for each row; the logits after the last row are padding."""
+def draw_tokens(
+    logits_WV: jax.Array, rows: Sequence[SampleRow], ops: Ops, max_tokens: int
+) -> list[SampledToken]:
+    """Draws one token for each row; the logits after the last row are padding.
+
+    A sequence may have `max_tokens` tokens.
+    """
     if not rows:
         return []
     padded = [*rows, *[None] * (logits_WV.shape[0] - len(rows))]
-    inputs = pack_rows(padded, logits_WV.shape[1])
-    num_logprobs = bucket_num_logprobs([row.params for row in rows])
-    sampled = jax.device_get(sample(logits_WV, inputs, num_logprobs=num_logprobs, kernels=ops))
+    inputs = pack_rows(padded, logits_WV.shape[1], max_tokens)
+    sampled = jax.device_get(sample(logits_WV, inputs, kernels=ops))
     return [_sampled_token(sampled, i, row) for i, row in enumerate(rows)]
 
 
@@ -182,6 +186,7 @@ def draw_from_hidden(
     rows: Sequence[SampleRow],
     ops: Ops,
     max_rows: int,
+    max_tokens: int,
 ) -> list[SampledToken]:
     """Draws one token for each row of the residual stream, in parts of at most `max_rows` rows.
 
@@ -195,7 +200,7 @@ def draw_from_hidden(
         num_padded = bucket(len(some), ops.min_rows)
         piece_WD = padded_rows(hidden_WD[first : first + max_rows], num_padded)
         logits_WV = unembed(piece_WD, np.arange(num_padded, dtype=np.int32))
-        drawn += draw_tokens(logits_WV, some, ops)
+        drawn += draw_tokens(logits_WV, some, ops, max_tokens)
     return drawn
 
 

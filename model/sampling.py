@@ -18,10 +18,13 @@ each semantic choice.
 
 One program with shapes [V] computes the rows one after another. A row's bits therefore do not
 depend on the batch, which XLA's reductions over [B, V] do not guarantee.
+
+There is one program for each number of rows. All parameters are arrays of fixed sizes, and a row
+computes only what its parameters need. So no parameter of a request makes a process compile.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -43,8 +46,6 @@ from milliways.model.sampling_params import (
 _MIN_TEMPERATURE = 1e-5
 # This many candidates are searched before all V are sorted: sorting 131072 takes 50 ms on a CPU.
 _NUM_CANDIDATES = 1024
-# Histories are padded to this times a power of 4: few shapes need few compilations.
-_MIN_HISTORY = 256
 
 HostArray = Array | np.ndarray
 
@@ -72,9 +73,8 @@ class RowKernels(Protocol):
 class SampleInputs(NamedTuple):
     """What `sample` needs besides logits. Arrays have a leading axis B, those of one row do not.
 
-    Each sampling parameter that is a real number has the array of its name.
-
-    Invariant: S is 0 if no row of the batch has a penalty, J is 0 if no row has a bias.
+    Each sampling parameter that is a real number has the array of its name. S is the most tokens
+    that a sequence may have, J is MAX_LOGIT_BIASES.
     """
 
     temperature: Float[HostArray, "*B"]  # 0: greedy
@@ -92,10 +92,15 @@ class SampleInputs(NamedTuple):
     bias_ids_J: Int[HostArray, "*B J"]  # padded with V
     bias_values_J: Float[HostArray, "*B J"]
     given_id: Int[HostArray, "*B"]  # INVALID_TOKEN: draw the token
+    wants_best: Bool[HostArray, "*B"]  # whether the best K tokens are wanted
 
 
 class SampledTokens(NamedTuple):
-    """One token for each row, and the best K tokens of the raw logits, best first."""
+    """One token for each row, and the best K tokens of the raw logits, best first.
+
+    K is MAX_LOGPROBS, or the vocabulary size if that is less. If a row does not want its best
+    tokens, they are all 0.
+    """
 
     token_B: Int[HostArray, "*B"]  # drawn or given; INVALID_TOKEN if not valid
     logprob_B: Float[HostArray, "*B"]
@@ -105,16 +110,22 @@ class SampledTokens(NamedTuple):
     is_valid_B: Bool[HostArray, "*B"]
 
 
-def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs:
-    """Host arrays for the slots of a step, in order. None is an empty slot and drawn greedily."""
+def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int, max_tokens: int) -> SampleInputs:
+    """Host arrays for the slots of a step, in order. None is an empty slot and drawn greedily.
+
+    A sequence may have `max_tokens` tokens. The arrays have the same shapes whatever the rows ask
+    for, so that one program draws them all.
+    """
     empty = SampleRow(params=SamplingParams(temperature=0.0), token_ids=(), num_prompt_tokens=0)
     full_rows = [row or empty for row in rows]
     all_params = [row.params for row in full_rows]
     histories = [row.token_ids if row.params.has_penalty else () for row in full_rows]
-    history_size = _bucket_history_size(max(map(len, histories), default=0))
     biases = [params.logit_bias for params in all_params]
-    num_biases = MAX_LOGIT_BIASES if any(biases) else 0
     seeds = [[params.seed >> 32, params.seed & 0xFFFFFFFF] for params in all_params]
+    bias_ids, bias_values = (
+        [list(bias) for bias in biases],
+        [list(bias.values()) for bias in biases],
+    )
 
     numbers = {
         name: np.array([getattr(params, name) for params in all_params], np.float32)
@@ -128,27 +139,24 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int) -> SampleInputs
         seed_2=np.array(seeds, np.uint32),
         sample_index=np.array([row.sample_index for row in full_rows], np.int32),
         position=np.array([len(row.token_ids) for row in full_rows], np.int32),
-        history_S=_padded(histories, history_size, vocab_size, np.int32),
+        history_S=_padded(histories, max_tokens, vocab_size, np.int32)
+        if any(histories)
+        else _no_histories(len(rows), max_tokens, vocab_size),
         num_prompt_tokens=np.array([row.num_prompt_tokens for row in full_rows], np.int32),
-        bias_ids_J=_padded([list(bias) for bias in biases], num_biases, vocab_size, np.int32),
-        bias_values_J=_padded([list(bias.values()) for bias in biases], num_biases, 0, np.float32),
+        bias_ids_J=_padded(bias_ids, MAX_LOGIT_BIASES, vocab_size, np.int32),
+        bias_values_J=_padded(bias_values, MAX_LOGIT_BIASES, 0, np.float32),
         given_id=np.array(
             [INVALID_TOKEN if row.given_id is None else row.given_id for row in full_rows], np.int32
         ),
+        wants_best=np.array([params.num_logprobs > 0 for params in all_params]),
     )
 
 
-def bucket_num_logprobs(all_params: Sequence[SamplingParams]) -> int:
-    """The K for `sample`: 0 or the maximum, so that there are two programs instead of 21."""
-    return MAX_LOGPROBS if any(params.num_logprobs for params in all_params) else 0
-
-
-@partial(jax.jit, static_argnames=("num_logprobs", "kernels"))
+@partial(jax.jit, static_argnames=("kernels",))
 def sample(
     logits_BV: Float[Array, "B V"],
     inputs: SampleInputs,
     *,
-    num_logprobs: int = 0,
     kernels: RowKernels | None = None,
 ) -> SampledTokens:
     """Draws a token for each row. A row has the same bits in any batch.
@@ -160,7 +168,7 @@ def sample(
     noise = kernels.gumbel if kernels else gumbel_noise
 
     def sample_one(row: tuple[Array, RowSummary, SampleInputs]) -> SampledTokens:
-        return _sample_row(*row, num_logprobs, noise)
+        return _sample_row(*row, noise)
 
     return lax.map(sample_one, (logits_BV, summary_B, inputs))
 
@@ -214,18 +222,52 @@ def _summarize_row(logits_V: Array) -> RowSummary:
 
 
 def _sample_row(
-    logits_V: Array,
-    summary: RowSummary,
-    row: SampleInputs,
-    num_logprobs: int,
-    noise: Callable[[Array, int], Array],
+    logits_V: Array, summary: RowSummary, row: SampleInputs, noise: Callable[[Array, int], Array]
 ) -> SampledTokens:
-    adjusted_V = _add_bias(_penalise(logits_V, row), row)
-    if adjusted_V is logits_V:
-        top, best_id = summary.top, summary.best_id
-    else:
-        top, best_id = _highest(adjusted_V), _first_max(adjusted_V)
+    # Most rows are greedy, and their summary has the token.
+    token, top = lax.cond(
+        (row.temperature > 0) | _is_adjusted(row),
+        partial(_adjust_and_draw, noise=noise),
+        lambda logits_V, summary, row: (summary.best_id, summary.top),
+        logits_V,
+        summary,
+        row,
+    )
     is_valid = jnp.isfinite(top)
+    token = jnp.where(row.given_id == INVALID_TOKEN, token, row.given_id)
+    best_logits_K, best_ids_K = lax.cond(row.wants_best, _best_logits, _no_logits, logits_V)
+    best_logprobs_K = best_logits_K - summary.top - summary.log_total
+    return SampledTokens(
+        token_B=jnp.where(is_valid, token, INVALID_TOKEN),
+        logprob_B=logits_V[token] - summary.top - summary.log_total,
+        top_ids_BK=best_ids_K,
+        top_logprobs_BK=jnp.where(row.wants_best, best_logprobs_K, 0.0),
+        is_valid_B=is_valid,
+    )
+
+
+def _best_logits(logits_V: Array) -> tuple[Array, Array]:
+    best_K, ids_K = lax.top_k(logits_V, min(MAX_LOGPROBS, logits_V.size))
+    return best_K, ids_K
+
+
+def _no_logits(logits_V: Array) -> tuple[Array, Array]:
+    num_best = min(MAX_LOGPROBS, logits_V.size)
+    return jnp.zeros(num_best, jnp.float32), jnp.zeros(num_best, jnp.int32)
+
+
+def _adjust_and_draw(
+    logits_V: Array, summary: RowSummary, row: SampleInputs, noise: Callable[[Array, int], Array]
+) -> tuple[Array, Array]:
+    """The token after penalties and biases, and the highest logit."""
+    adjusted_V, top, best_id = lax.cond(
+        _is_adjusted(row),
+        _adjust,
+        lambda logits_V, summary, row: (logits_V, summary.top, summary.best_id),
+        logits_V,
+        summary,
+        row,
+    )
     token = lax.cond(
         row.temperature > 0,
         partial(_draw, noise=noise),
@@ -233,23 +275,12 @@ def _sample_row(
         adjusted_V,
         row,
     )
-    token = jnp.where(row.given_id == INVALID_TOKEN, token, row.given_id)
-    num_best = min(num_logprobs, logits_V.size)
-    top_logits_K, top_ids_K = _best_logits(logits_V, num_best)
-    return SampledTokens(
-        token_B=jnp.where(is_valid, token, INVALID_TOKEN),
-        logprob_B=logits_V[token] - summary.top - summary.log_total,
-        top_ids_BK=top_ids_K,
-        top_logprobs_BK=top_logits_K - summary.top - summary.log_total,
-        is_valid_B=is_valid,
-    )
+    return token, top
 
 
-def _best_logits(logits_V: Array, num_best: int) -> tuple[Array, Array]:
-    if num_best == 0:
-        return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32)
-    best_K, ids_K = lax.top_k(logits_V, num_best)
-    return best_K, ids_K
+def _adjust(logits_V: Array, summary: RowSummary, row: SampleInputs) -> tuple[Array, Array, Array]:
+    adjusted_V = _add_bias(_penalise(logits_V, row), row)
+    return adjusted_V, _highest(adjusted_V), _first_max(adjusted_V)
 
 
 def _draw(logits_V: Array, row: SampleInputs, noise: Callable[[Array, int], Array]) -> Array:
@@ -265,13 +296,20 @@ def _first_max(values_V: Array) -> Array:
     return lax.argmax(values_V, 0, jnp.int32)
 
 
-def _penalise(logits_V: Array, row: SampleInputs) -> Array:
-    if row.history_S.shape[0] == 0:
-        return logits_V
-    has_penalty = (
+def _has_penalty(row: SampleInputs) -> HostArray:
+    return (
         (row.repetition_penalty != 1) | (row.presence_penalty != 0) | (row.frequency_penalty != 0)
     )
-    return lax.cond(has_penalty, _penalise_history, lambda logits_V, row: logits_V, logits_V, row)
+
+
+def _is_adjusted(row: SampleInputs) -> HostArray:
+    return _has_penalty(row) | jnp.any(row.bias_values_J != 0)
+
+
+def _penalise(logits_V: Array, row: SampleInputs) -> Array:
+    return lax.cond(
+        _has_penalty(row), _penalise_history, lambda logits_V, row: logits_V, logits_V, row
+    )
 
 
 def _penalise_history(logits_V: Array, row: SampleInputs) -> Array:
@@ -289,8 +327,6 @@ def _penalise_history(logits_V: Array, row: SampleInputs) -> Array:
 
 
 def _add_bias(logits_V: Array, row: SampleInputs) -> Array:
-    if row.bias_ids_J.shape[0] == 0:
-        return logits_V
     return logits_V.at[row.bias_ids_J].add(row.bias_values_J, mode="drop")
 
 
@@ -342,11 +378,12 @@ def _seed_key(seed_2: HostArray) -> Key[Array, ""]:
     return jax.random.wrap_key_data(jnp.asarray(seed_2), impl="threefry2x32")
 
 
-def _bucket_history_size(longest: int) -> int:
-    size = _MIN_HISTORY if longest else 0
-    while size < longest:
-        size *= 4
-    return size
+@lru_cache(maxsize=16)
+def _no_histories(num_rows: int, max_tokens: int, vocab_size: int) -> np.ndarray:
+    """What most steps have. At a long context it is a megabyte, so it is not made for each step."""
+    histories_BS = np.full((num_rows, max_tokens), vocab_size, np.int32)
+    histories_BS.setflags(write=False)
+    return histories_BS
 
 
 def _padded(

@@ -135,6 +135,11 @@ class AttentionShard:
         self._gather = gather_and_combine(decoder)
         self._node = node
         self._exchange = pass_and_exchange(decoder)
+        # The runs of layers and the kinds of layers whose programs are compiled; a run of one layer
+        # always is. None before `keep_to_programs`, when any may be compiled.
+        self._lengths_run: set[int] = {1}
+        self._kinds_run: set[tuple[Device, ...]] = set()
+        self._may_compile = True
 
     @property
     def has_ends(self) -> bool:
@@ -151,6 +156,20 @@ class AttentionShard:
         They never change, so any thread may call this.
         """
         return self._ends if layer is None else self._params.get(layer)
+
+    @property
+    def tables_shape(self) -> tuple[int, int]:
+        """B, M of the block tables of a step."""
+        size = self.cache_size
+        return size.max_slots, _blocks_per_sequence(self._decoder.config.sequence_len, size)
+
+    def keep_to_programs(self) -> None:
+        """From now on, uses only programs that have run, or that `spare_programs` compiled.
+
+        The layers whose experts are all here may change. Longer runs of them are then computed one
+        by one, and a layer that lies on devices as none did before stops for its experts.
+        """
+        self._may_compile = False
 
     def layers_on(self, device: Device) -> tuple[int, ...]:
         """The layers that are on one device."""
@@ -196,7 +215,7 @@ class AttentionShard:
         outputs_TAD = padded_rows(call.outputs_TAD, batch.hidden_TD.shape[0])
         following = call.layer + 1
         is_near = self._devices.get(following) == batch.device
-        if is_near and self._whole_layer(following) is None:
+        if is_near and self._groups_of(following) is None:
             return self._combine_and_stop(owner, call.batch_id, batch, outputs_TAD)
         params = self._params[call.layer]
         batch.hidden_TD = self._parts.combine(
@@ -229,8 +248,15 @@ class AttentionShard:
             return Drawn(())
         hidden_WD = np.asarray(batch.hidden_TD)[batch.logits_rows_W]
         unembed = partial(self._parts.unembed, self._ends)
-        ops, max_rows = self._decoder.ops, self.cache_size.max_logits_rows
-        return Drawn(tuple(draw_from_hidden(unembed, hidden_WD, batch.samples, ops, max_rows)))
+        drawn = draw_from_hidden(
+            unembed,
+            hidden_WD,
+            batch.samples,
+            self._decoder.ops,
+            self.cache_size.max_logits_rows,
+            self._decoder.config.sequence_len,
+        )
+        return Drawn(tuple(drawn))
 
     def _pass_with_exchange(self, batch: _Batch, node: ExchangeNode) -> None:
         """Runs all layers that follow."""
@@ -256,26 +282,40 @@ class AttentionShard:
             if stacks:
                 self._pass_stacks(batch, stacks)
                 continue
-            groups = self._whole_layer(batch.layer)
+            groups = self._groups_of(batch.layer)
             if groups is None:
                 return
             self._pass_groups(batch, groups)
 
     def _stacks_ahead(self, batch: _Batch) -> list[ExpertParams]:
         """The experts of the next layers, as long as each has them in one stack on this device."""
-        everything = tuple(range(self._decoder.config.num_experts))
         stacks: list[ExpertParams] = []
         layer = batch.layer
         while self._devices.get(layer) == batch.device:
             groups = self._whole_layer(layer)
-            if groups is None:
+            if groups is None or not self._is_one_stack(groups, batch.device):
                 break
-            first = groups[0]
-            if (first.device, first.expert_ids) != (batch.device, everything):
-                break
-            stacks.append(first.params)
+            stacks.append(groups[0].params)
             layer += 1
-        return stacks
+        if self._may_compile:
+            self._lengths_run.add(len(stacks))
+        return stacks if len(stacks) in self._lengths_run else stacks[:1]
+
+    def _is_one_stack(self, groups: Sequence[ExpertGroup], device: Device) -> bool:
+        everything = tuple(range(self._decoder.config.num_experts))
+        return (groups[0].device, groups[0].expert_ids) == (device, everything)
+
+    def _groups_of(self, layer: int) -> tuple[ExpertGroup, ...] | None:
+        """The groups of a layer that does not stop, as its experts are all here; else None."""
+        groups, device = self._whole_layer(layer), self._devices.get(layer)
+        if groups is None or device is None:
+            return None
+        if self._is_one_stack(groups, device):
+            return groups
+        kind = (device, *(group.device for group in groups))
+        if self._may_compile:
+            self._kinds_run.add(kind)
+        return groups if kind in self._kinds_run else None
 
     def _pass_stacks(self, batch: _Batch, stacks: Sequence[ExpertParams]) -> None:
         layers = range(batch.layer, batch.layer + len(stacks))

@@ -122,6 +122,11 @@ class WorkerCore:
         return self.fence.state
 
     @property
+    def max_merged_rows(self) -> int:
+        """The most rows that are computed together."""
+        return self._limits.max_merged_rows
+
+    @property
     def num_calls(self) -> int:
         return self.direct.num_calls + self.in_steps.num_calls + self.queued.num_calls
 

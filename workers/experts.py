@@ -3,6 +3,9 @@
 A group holds the experts of one layer that were loaded together onto one device, as one stack. Each
 placement that adds experts adds groups. A call runs every group that holds one of its experts;
 groups on different devices compute at the same time.
+
+A program is compiled for each size of a group. Later loads therefore make groups of few sizes
+(`few_sizes`), whose programs are compiled before the worker is ready.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,14 +64,23 @@ class ExpertShard:
     def __init__(
         self,
         decoder: Decoder,
+        is_spread: bool = False,
         on_change: Callable[[Sequence[tuple[int, ExpertGroup]]], None] | None = None,
     ) -> None:
-        """`on_change` is told each group with its layer; dropped groups live until it returns."""
+        """`is_spread` if the worker has several devices: sooner or later, experts are on them.
+
+        `on_change` is told each group with its layer; dropped groups live until it returns.
+        """
         self._on_change = on_change
         self._decoder = decoder
         self._config = decoder.config
-        self._table = _Table({}, {}, False)
+        self._table = _Table({}, {}, is_spread)
         self._expert_half = jitted_parts(decoder).expert_half
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether rows are put on a device before they are computed there."""
+        return self._table.is_spread
 
     @property
     def held(self) -> frozenset[ExpertId]:
@@ -143,6 +155,11 @@ class ExpertShard:
         }
         return list(by_size.values())
 
+    def stacks(self) -> list[ExpertParams]:
+        """The parameters of one group of each size."""
+        by_size = {len(group.expert_ids): group.params for _, group in self._table.all_groups()}
+        return list(by_size.values())
+
     def whole_layer(self, layer: int) -> tuple[ExpertGroup, ...] | None:
         """The groups of a layer if one `add` loaded all its experts, else None.
 
@@ -210,6 +227,20 @@ class ExpertShard:
         for is_here, computing in started:
             outputs_TAD[is_here] = np.asarray(computing)[is_here]
         return outputs_TAD[is_wanted]
+
+
+def few_sizes(num_experts: int) -> list[int]:
+    """The sizes of groups that later loads make: the powers of two up to E, the largest first."""
+    return [1 << n for n in reversed(range(num_experts.bit_length()))]
+
+
+def in_few_sizes(expert_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Cuts experts of a layer into groups of `few_sizes`."""
+    first = 0
+    while first < len(expert_ids):
+        size = few_sizes(len(expert_ids) - first)[0]
+        yield expert_ids[first : first + size]
+        first += size
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from milliways.model.runner import CacheSize
 from milliways.wire.placement import ExpertId, ShardPlan
 from milliways.workers.attention import AttentionShard, ExchangeNode
 from milliways.workers.devices import Device, LocalDevices, settle
-from milliways.workers.experts import ExpertGroup, ExpertShard
+from milliways.workers.experts import ExpertGroup, ExpertShard, in_few_sizes
 from milliways.workers.spreading import DeviceShare
 
 T = TypeVar("T")
@@ -79,18 +79,27 @@ class ShardLoader:
         )
 
     def load_experts(
-        self, wanted: Iterable[ExpertId], shares: Sequence[DeviceShare] = ()
+        self,
+        wanted: Iterable[ExpertId],
+        shares: Sequence[DeviceShare] = (),
+        is_ready: bool = False,
     ) -> Iterator[tuple[int, list[ExpertGroup]]]:
-        """Loads experts; gives each layer's groups when it has them, at most one for each device.
+        """Loads experts; gives each layer's groups when it has them.
 
-        `shares` is what the devices hold already, which decides where there is room.
+        There is one for each device. If the worker is ready already, there are several of few
+        sizes instead: no other sizes have their programs. `shares` is what the devices hold
+        already, which decides where there is room.
         """
         stacks: defaultdict[int, defaultdict[Device, list[int]]]
         stacks = defaultdict(lambda: defaultdict(list))
         for expert_id, device in self._local.expert_devices(wanted, shares).items():
             stacks[expert_id.layer][device].append(expert_id.expert)
         for layer, on_devices in stacks.items():
-            groups = [self._load_stack(layer, ids, device) for device, ids in on_devices.items()]
+            groups = [
+                self._load_stack(layer, list(some), device)
+                for device, ids in on_devices.items()
+                for some in (in_few_sizes(ids) if is_ready else [ids])
+            ]
             yield layer, groups
 
     def _load_layer(self, layer: int, device: Device) -> AttentionParams:

@@ -1,44 +1,52 @@
 """Compiles the programs that a worker will run, for each size of a step, before it is READY.
 
 Meaningless batches go through the shards. The keys and values that they write are overwritten
-before any sequence reads them. Without the warm-up, requests would wait for the compiler after a
-death.
+before any sequence reads them. `spare_programs` compiles what no batch can reach yet. A worker that
+is READY compiles nothing: while it does, every stream of its router stands still.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from milliways.model.config import ModelConfig
+from milliways.model.decoder import Decoder
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SampleRow, SamplingParams
 from milliways.wire.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
 from milliways.workers.attention import AttentionShard
+from milliways.workers.devices import Device
 from milliways.workers.experts import ExpertShard
 from milliways.workers.kv_arrays import KvArrays
+from milliways.workers.spare_programs import compile_experts, compile_layers
 
 _OWNER = ("warm-up", 0)
-_NUM_LOGPROBS = (0, 1)
 
 
 def warm_up(
-    config: ModelConfig,
-    cache_size: CacheSize,
+    decoder: Decoder,
     attention: AttentionShard | None,
     experts: ExpertShard,
-    dtype: np.dtype,
+    devices: Sequence[Device],
     max_step_tokens: int,
+    max_merged_rows: int = 0,
     copies_blocks: bool = False,
-    on_size: Callable[[int], None] = lambda num_tokens: None,
 ) -> None:
-    """Runs a step of every size, before the worker gets any calls."""
+    """Runs a step of every size, before the worker gets any calls.
+
+    Calls of several routers may be merged, up to `max_merged_rows`.
+    """
+    config, dtype = decoder.config, decoder.dtype
     for num_tokens in _sizes(max_step_tokens):
-        on_size(num_tokens)
         _run_experts(config, experts, dtype, num_tokens)
         if attention is not None:
-            for num_logprobs in _NUM_LOGPROBS:
-                _run_attention(config, cache_size, attention, dtype, num_tokens, num_logprobs)
+            _run_attention(config, attention.cache_size, attention, dtype, num_tokens)
+    merged = _sizes(max(max_step_tokens, max_merged_rows))
+    compile_experts(decoder, experts, devices, merged)
     if attention is not None:
+        if not attention.has_exchange:
+            compile_layers(decoder, attention, experts, _sizes(max_step_tokens))
+        attention.keep_to_programs()
         if copies_blocks:
             _copy_block(attention.kv)
         attention.release(_OWNER[0])
@@ -75,9 +83,8 @@ def _run_attention(
     attention: AttentionShard,
     dtype: np.dtype,
     num_tokens: int,
-    num_logprobs: int,
 ) -> None:
-    tokens = _tokens(config, cache_size, num_tokens, num_logprobs)
+    tokens = _tokens(config, cache_size, num_tokens)
     hidden_TD = np.zeros((num_tokens, config.emb_size), np.float32)
     shape = (num_tokens, config.num_selected_experts, config.emb_size)
     outputs_TAD = np.zeros(shape, dtype)
@@ -92,17 +99,14 @@ def _run_attention(
             turn = attention.advance(_OWNER, AdvanceBatch(batch_id, turn.layer, outputs_TAD))
 
 
-def _tokens(
-    config: ModelConfig, cache_size: CacheSize, num_tokens: int, num_logprobs: int
-) -> TokenRows:
+def _tokens(config: ModelConfig, cache_size: CacheSize, num_tokens: int) -> TokenRows:
     """`num_tokens` rows of as few sequences as possible, and as many rows of logits as allowed."""
     capacity = min(config.sequence_len, cache_size.num_blocks * cache_size.block_size)
     positions_T = np.arange(num_tokens, dtype=np.int32) % capacity
     slots_T = np.arange(num_tokens, dtype=np.int32) // capacity
     blocks = np.arange(-(-capacity // cache_size.block_size), dtype=np.int32)
     num_samples = min(num_tokens, cache_size.max_logits_rows)
-    params = SamplingParams(temperature=0.5, num_logprobs=num_logprobs)
-    row = SampleRow(params=params, token_ids=(1,), num_prompt_tokens=1)
+    row = SampleRow(params=SamplingParams(), token_ids=(1,), num_prompt_tokens=1)
     return TokenRows(
         token_ids_T=np.full(num_tokens, config.pad_token, np.int32),
         positions_T=positions_T,

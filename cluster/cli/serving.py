@@ -18,6 +18,7 @@ from milliways.cluster.cli.process_life import ProcessLife
 from milliways.cluster.cli.stop_signals import Wish
 from milliways.cluster.ray.descendants import adopt_orphans, descendants, end_descendants
 from milliways.cluster.ray.environment import (
+    be_equal,
     be_patient,
     be_quiet,
     drain_proxies_at_once,
@@ -66,6 +67,7 @@ class LocalCluster:
         folder = self._folder = RunFolder()
         adopt_orphans()
         be_quiet()
+        be_equal()
         be_patient()
         watch_proxies()
         drain_proxies_at_once()

@@ -1,11 +1,15 @@
-"""What the settings of a cluster say about the shards of a worker: KV arrays and kernels."""
+"""What the settings of a cluster say about the shards of a worker: KV arrays, kernels, text."""
 
 from milliways.cluster.host.model_bytes import kv_tokens_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.model.activations import Activations
 from milliways.model.config import ModelConfig
+from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.ops.select import KernelChoice, Residence
 from milliways.model.runner import CacheSize
+from milliways.model.tokenizer import Tokenizer
+from milliways.router.requests.request import GenerationRequest
+from milliways.router.requests.sequence import Detokenizer, NoText
 
 
 def cache_size_of(config: ClusterConfig, model: ModelConfig) -> CacheSize:
@@ -27,3 +31,8 @@ def kernels_of(config: ClusterConfig) -> KernelChoice:
         deterministic=config.model.deterministic,
         num_threads=threads,
     )
+
+
+def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
+    """The detokenizer of a request. It makes no text if the model has no tokenizer."""
+    return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)

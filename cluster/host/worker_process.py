@@ -36,16 +36,14 @@ from milliways.cluster.host.router_limits import (
     router_limits,
     with_live_settings,
 )
-from milliways.cluster.host.shard_settings import cache_size_of, kernels_of
+from milliways.cluster.host.shard_settings import cache_size_of, detokenizer_for, kernels_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import flat
 from milliways.model.block_pool import BlockPool
 from milliways.model.decoder import Decoder
-from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
 from milliways.model.ops.select import select_ops
 from milliways.model.small_files import SmallFiles
-from milliways.model.tokenizer import Tokenizer
 from milliways.router.block_copies import BlockArrays
 from milliways.router.dispatch import Dispatcher
 from milliways.router.links.connect import Connector
@@ -53,8 +51,6 @@ from milliways.router.links.direct_link import DirectLink
 from milliways.router.links.link_table import LinkTable
 from milliways.router.pipeline import Pipeline
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.request import GenerationRequest
-from milliways.router.requests.sequence import Detokenizer, NoText
 from milliways.router.router import Listener, Router
 from milliways.router.server import RouterServer
 from milliways.router.standby import StandbyFigures
@@ -154,7 +150,9 @@ class WorkerProcess:
         self._node = make_node(
             self._decoder, loader, self._local.devices, config.router.max_step_tokens
         )
-        self._experts = ExpertShard(self._decoder, partial(give_experts, self._node))
+        self._experts = ExpertShard(
+            self._decoder, len(self._local.devices) > 1, partial(give_experts, self._node)
+        )
         self._attention: AttentionShard | None = None
         self._held_parts = HeldParts(model, self._experts, lambda: self._attention)
         self._shards: ShardPlan | None = None
@@ -223,7 +221,8 @@ class WorkerProcess:
                     shards, self._experts, self._cache_size, self._node
                 )
             missing = shards.experts - self._experts.held
-            for layer, groups in self._loader.load_experts(missing, self._shares_now()):
+            is_ready = self._core.state is not WorkerState.LOADING
+            for layer, groups in self._loader.load_experts(missing, self._shares_now(), is_ready):
                 self._compute.call(lambda to=layer, new=groups: self._experts.add(to, new))
             self._shards = shards
             if self._core.state is WorkerState.LOADING:
@@ -265,12 +264,12 @@ class WorkerProcess:
             return
         started_s = time.monotonic()
         warm_up(
-            self._files.config,
-            self._cache_size,
+            self._decoder,
             self._attention,
             self._experts,
-            self._decoder.dtype,
+            self._local.devices,
             self._config.router.max_step_tokens,
+            self._core.max_merged_rows,
             copies_blocks=self._config.workers.kv_standby,
         )
         logger.info("%s: warm in %.1f s", self.worker_id, time.monotonic() - started_s)
@@ -487,19 +486,11 @@ class WorkerProcess:
             router_limits(settings),
             links,
             self._pipeline,
-            self._detokenizer_for,
+            lambda request: detokenizer_for(self._files.tokenizer, request),
             tasks,
             self._kv_now if self._config.workers.kv_standby else None,
         )
         return router, links
 
-    def _detokenizer_for(self, request: GenerationRequest) -> Detokenizer:
-        return detokenizer_for(self._files.tokenizer, request)
-
     def _note_read(self, bytes_read: int) -> None:
         self.progress.bytes_read = bytes_read
-
-
-def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
-    """The detokenizer of a request. It makes no text if the model has no tokenizer."""
-    return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from milliways.cluster.ingress.chat_template import ChatTemplate, load_chat_template
@@ -34,7 +34,11 @@ class ServedModel:
     @property
     def fingerprint(self) -> str:
         """Equal fingerprints promise equal tokens for equal requests."""
-        return _fingerprint(repr((self.name, self.config, self.revision, self.weights())))
+        return _fingerprint(f"({self._identity}, {self.weights()!r})")
+
+    @cached_property
+    def _identity(self) -> str:
+        return f"{self.name!r}, {self.config!r}, {self.revision!r}"
 
     def check_resume(self, field_name: str, fingerprint: str) -> None:
         """Raises InvalidRequestError if a stream to be resumed began on another model.
@@ -97,6 +101,8 @@ class ServedModel:
 
 
 @lru_cache(maxsize=8)
+# Every chunk of a stream has it.
+@lru_cache(maxsize=16)
 def _fingerprint(identity: str) -> str:
     return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 

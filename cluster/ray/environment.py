@@ -29,6 +29,15 @@ def be_patient() -> None:
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
 
 
+def be_equal() -> None:
+    """Lets the actors of a cluster started from here run at the priority of this process.
+
+    By default Ray starts them at nice 15: any other program on the machine comes before them, and
+    a process without privileges cannot take its priority back.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def watch_proxies() -> None:
     """Lets Serve replace a dead proxy after three seconds; by default it takes half a minute."""
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")

@@ -55,13 +55,15 @@ def make_sequences(
     if num_tokens == 0:
         num_samples = int(routed.num_scored < request.num_to_score)
     sequences: list[Sequence] = []
+    # Prepared once: each sample begins where the prompt ends.
+    prepared = detokenizer_for(request)
     for index in range(num_samples):
         if index in routed.finished:
             continue
         sequence = Sequence(
             request,
             index,
-            detokenizer_for(request),
+            prepared.copy(),
             num_tokens,
             config.eos_token,
             # If the prompt is not scored yet, no token was delivered, so sample 0 is here.

@@ -66,7 +66,7 @@ class GenerationRequest:
         """
         if len(self.prompt_ids) > config.sequence_len:
             raise PromptTooLongError(len(self.prompt_ids), config.sequence_len)
-        for token_id in self.prompt_ids:
+        for token_id in (min(self.prompt_ids), max(self.prompt_ids)):
             if not 0 <= token_id < config.vocab_size:
                 limit = f"a token id in 0..{config.vocab_size - 1}"
                 raise InvalidRequestError("prompt token", token_id, limit)

@@ -77,6 +77,10 @@ class Detokenizer(Protocol):
 
     def flush(self) -> str: ...
 
+    def copy(self) -> "Detokenizer":
+        """Another one in the same state."""
+        ...
+
 
 class NoText:
     """The detokenizer of a model without a tokenizer: tokens have no text."""
@@ -86,6 +90,9 @@ class NoText:
 
     def flush(self) -> str:
         return ""
+
+    def copy(self) -> "NoText":
+        return self
 
 
 class Sequence:

@@ -50,7 +50,9 @@ class Side:
         with Checkpoint.open(model_dir) as checkpoint:
             decoder = Decoder(config=checkpoint.config, dtype=jnp.dtype(dtype), ops=ops)
             self.node = ExchangeNode(exchange_shape(decoder), MAX_ROWS, 1 << 26)
-            self.shard = ExpertShard(decoder, lambda groups: give_experts(self.node, groups))
+            self.shard = ExpertShard(
+                decoder, on_change=lambda groups: give_experts(self.node, groups)
+            )
             params = load_experts(checkpoint, LAYER, loader, list(expert_ids))
         self.shard.add(LAYER, [ExpertGroup(tuple(expert_ids), params, jax.devices()[0])])
         self.node.set_fence(EPOCH, INCARNATION, True)

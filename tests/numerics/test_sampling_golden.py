@@ -37,7 +37,7 @@ def pick(logits_BV: jax.Array, inputs: SampleInputs, gumbel_BV: jax.Array) -> ja
 def inputs_of(temperature: float, top_p: float) -> SampleInputs:
     params = SamplingParams(temperature=temperature, top_p=top_p)
     row = SampleRow(params=params, token_ids=(), num_prompt_tokens=0)
-    return pack_rows([row] * NUM_ROWS, V)
+    return pack_rows([row] * NUM_ROWS, V, max_tokens=8)
 
 
 def masked_logits(golden: dict[str, np.ndarray], index: int) -> jax.Array:

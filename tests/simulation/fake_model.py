@@ -111,6 +111,9 @@ class Letters:
     def flush(self) -> str:
         return ""
 
+    def copy(self) -> "Letters":
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:

@@ -15,6 +15,8 @@ from milliways.model.sampling_params import SampledToken, SampleRow
 from tests.simulation.fake_model import VOCAB_SIZE
 
 _STEP = 97
+# No scenario has longer sequences.
+_MAX_TOKENS = 512
 
 
 class TrueSampler:
@@ -29,7 +31,7 @@ class TrueSampler:
         key = repr((tuple(row), sample))
         if key not in self._drawn:
             logits_WV = jnp.asarray(logits_of(row)[None])
-            (self._drawn[key],) = draw_tokens(logits_WV, [sample], self._ops)
+            (self._drawn[key],) = draw_tokens(logits_WV, [sample], self._ops, _MAX_TOKENS)
         return self._drawn[key]
 
 

@@ -198,7 +198,7 @@ def assert_same(one: Any, other: Any) -> None:
 def assert_same_draws(row: SampleRow, other: SampleRow) -> None:
     """What drawing is given is the same bits, biases in any order."""
     assert row.params.num_logprobs == other.params.num_logprobs
-    packed, other_packed = pack_rows([row], VOCAB_SIZE), pack_rows([other], VOCAB_SIZE)
+    packed, other_packed = (pack_rows([each], VOCAB_SIZE, 64) for each in (row, other))
     for name in packed._fields:
         left, right = getattr(packed, name), getattr(other_packed, name)
         if name == "history_S" and not other.params.has_penalty:

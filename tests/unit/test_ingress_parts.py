@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from milliways.cluster.ingress.openai.requests import (
     parse_stop,
 )
 from milliways.cluster.ingress.readiness import Readiness
+from milliways.model.config import ModelConfig
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.request import GenerationRequest
 from milliways.wire.errors import OverloadedError, UnavailableError
+from tests.ingresses import demo_model
 from tests.sources import CountingSource, counted_events
 
 
@@ -203,3 +206,22 @@ def test_bias_is_keyed_by_token_ids_only(key: str) -> None:
     assert parse_logit_bias({"7": 1.5}) == {7: 1.5}
     with pytest.raises(InvalidRequestError, match="logit_bias"):
         parse_logit_bias({key: 1.0})
+
+
+def test_model_is_written_out_once_for_all_its_fingerprints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[ModelConfig] = []
+    write = ModelConfig.__repr__
+
+    def counted(config: ModelConfig) -> str:
+        written.append(config)
+        return write(config)
+
+    weights = ["one"]
+    model = replace(demo_model(), weights=lambda: weights[0])
+    monkeypatch.setattr(ModelConfig, "__repr__", counted)
+    assert len({model.fingerprint for _ in range(100)}) == 1
+    weights[0] = "other"
+    assert model.fingerprint != replace(model, weights=lambda: "one").fingerprint
+    assert len(written) <= 2

@@ -1,5 +1,6 @@
 """Sampling: what is drawn, and that nothing but the row's own tokens matters."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from milliways.model.sampling import (
     sample,
 )
 from milliways.model.sampling_params import INVALID_TOKEN, SampleRow, SamplingParams
+from tests.compilations import compilations
 
 # More than the number of candidates, so that both ways of finding a cut are taken.
 V = 1200
+MAX_TOKENS = 320
 NUM_SLOTS = 8
 GREEDY = SamplingParams(temperature=0.0)
 # Brings history and bias into the batch, so that nearly all tests share one compiled program.
@@ -35,13 +38,19 @@ def row_of(params: SamplingParams, token_ids: tuple[int, ...] = (), prompt: int 
     return SampleRow(params=params, token_ids=token_ids, num_prompt_tokens=prompt)
 
 
+def pack(rows: Sequence[SampleRow | None], vocab_size: int = V) -> SampleInputs:
+    """As `pack_rows`, with the best tokens of every row."""
+    inputs = pack_rows(rows, vocab_size, MAX_TOKENS)
+    return inputs._replace(wants_best=np.ones(len(rows), bool))
+
+
 def draw(rows: list[SampleRow], logits_BV: np.ndarray, num_slots: int = NUM_SLOTS) -> SampledTokens:
     """Samples the rows in a batch of `num_slots` whose last row is the carrier."""
     num_empty = num_slots - len(rows) - 1
-    inputs = pack_rows([*rows, *([None] * num_empty), CARRIER], V)
+    inputs = pack([*rows, *([None] * num_empty), CARRIER])
     padded_BV = np.zeros((num_slots, V), np.float32)
     padded_BV[: len(rows)] = logits_BV
-    drawn = sample(jnp.asarray(padded_BV), inputs, num_logprobs=20)
+    drawn = sample(jnp.asarray(padded_BV), inputs)
     return SampledTokens(*(np.asarray(field)[: len(rows)] for field in drawn))
 
 
@@ -50,7 +59,7 @@ def draw_one(params: SamplingParams, logits_V: np.ndarray, *history: int, prompt
 
 
 def noise_of(row: SampleRow) -> np.ndarray:
-    return np.asarray(gumbel_noise(noise_key(squeeze(pack_rows([row], V))), V))
+    return np.asarray(gumbel_noise(noise_key(squeeze(pack([row]))), V))
 
 
 def squeeze(inputs: SampleInputs) -> SampleInputs:
@@ -311,7 +320,7 @@ def test_row_has_the_same_bits_in_any_batch_and_place(
 
 @pytest.mark.parametrize("row", [4, 6])
 def test_row_alone_has_the_same_bits(together: SampledTokens, row: int):
-    alone = sample(MATES_LOGITS_BV[[row]], pack_rows([MATES[row]], V), num_logprobs=20)
+    alone = sample(MATES_LOGITS_BV[[row]], pack([MATES[row]]))
     assert_same_bits(alone, pick(together, [row]))
 
 
@@ -319,26 +328,37 @@ def test_row_alone_has_the_same_bits(together: SampledTokens, row: int):
 def test_mates_that_want_penalties_bias_and_logprobs_change_no_bit(
     together: SampledTokens, row: int
 ):
-    alone = sample(MATES_LOGITS_BV[[row]], pack_rows([MATES[row]], V))
-    assert alone.top_ids_BK.shape == (1, 0)
+    alone = sample(MATES_LOGITS_BV[[row]], pack_rows([MATES[row]], V, MAX_TOKENS))
+    assert not alone.top_ids_BK.any() and not alone.top_logprobs_BK.any()
     for name in ("token_B", "logprob_B", "is_valid_B"):
         ours, theirs = getattr(alone, name), getattr(together, name)[[row]]
         assert np.asarray(ours).tobytes() == theirs.tobytes()
 
 
 def test_longer_padding_of_the_history_changes_no_bit(together: SampledTokens):
-    long_row = row_of(CARRIER.params, tuple(range(300)))
-    inputs = pack_rows([*MATES, long_row], V)
-    assert inputs.history_S.shape == (NUM_SLOTS, 1024)
+    inputs = pack_rows([*MATES, CARRIER], V, 4 * MAX_TOKENS)
+    inputs = inputs._replace(wants_best=np.ones(NUM_SLOTS, bool))
     logits_BV = np.concatenate([MATES_LOGITS_BV, np.zeros((1, V), np.float32)])
-    drawn = sample(logits_BV, inputs, num_logprobs=20)
+    drawn = sample(logits_BV, inputs)
     assert_same_bits(pick(drawn, list(range(len(MATES)))), together)
 
 
-def test_history_and_bias_are_empty_unless_a_row_needs_them():
-    inputs = pack_rows([row_of(GREEDY, (1, 2, 3)), None], V)
-    assert inputs.history_S.shape == inputs.bias_ids_J.shape == (2, 0)
-    assert inputs.position.tolist() == [3, 0]
+def test_one_program_draws_rows_of_any_parameters():
+    logits_BV = random_logits(3)[None, :700]
+    sample(logits_BV, pack_rows([None], 700, MAX_TOKENS))
+    with compilations() as compiled:
+        for row in (*MATES, row_of(replace(GREEDY, num_logprobs=5)), row_of(GREEDY, (1,) * 300)):
+            params = replace(row.params, num_logprobs=row.params.seed % 21)
+            for each in (row, replace(row, params=params), replace(row, given_id=6)):
+                sample(logits_BV, pack_rows([each], 700, MAX_TOKENS))
+    assert compiled == []
+
+
+def test_only_a_penalty_needs_the_history():
+    inputs = pack_rows([row_of(GREEDY, (1, 2, 3)), MATES[-1], None], V, MAX_TOKENS)
+    assert inputs.history_S.shape == (3, MAX_TOKENS)
+    assert (inputs.history_S[0] == V).all() and inputs.history_S[1, :4].tolist() == [5, 5, 5, V]
+    assert inputs.position.tolist() == [3, 3, 0]
 
 
 def primitives_always_run(jaxpr: Any) -> set[str]:
@@ -356,7 +376,7 @@ def primitives_always_run(jaxpr: Any) -> set[str]:
 
 
 def test_greedy_row_neither_sorts_nor_draws_noise():
-    inputs = pack_rows([MATES[4], None], V)
+    inputs = pack([MATES[4], None])
     program = jax.make_jaxpr(sample)(jnp.zeros((2, V)), inputs)
     names = primitives_always_run(program.jaxpr)
     assert {"cond", "exp"} <= names
@@ -386,21 +406,21 @@ def test_noise_does_not_depend_on_the_process_wide_setting(is_partitionable: boo
 
 
 def test_noise_of_a_token_does_not_depend_on_the_size_of_the_vocabulary():
-    inputs = squeeze(pack_rows([row_of(SamplingParams(seed=7))], V))
+    inputs = squeeze(pack([row_of(SamplingParams(seed=7))]))
     few_V, many_V = gumbel_noise(noise_key(inputs), 100), gumbel_noise(noise_key(inputs), V)
     assert np.asarray(few_V).tobytes() == np.asarray(many_V[:100]).tobytes()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
 def test_key_is_that_of_jax_for_seeds_of_32_bits(seed: int):
-    words_2 = pack_rows([row_of(SamplingParams(seed=seed))], V).seed_2[0]
+    words_2 = pack([row_of(SamplingParams(seed=seed))]).seed_2[0]
     expected = jax.random.key(np.uint32(seed), impl="threefry2x32")
     assert words_2.tolist() == jax.random.key_data(expected).tolist()
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**40 + 3, 2**63 - 1])
 def test_key_is_that_of_jax_for_seeds_of_64_bits(seed: int):
-    words_2 = pack_rows([row_of(SamplingParams(seed=seed))], V).seed_2[0]
+    words_2 = pack([row_of(SamplingParams(seed=seed))]).seed_2[0]
     with jax.enable_x64(True):
         expected = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
     assert words_2.tolist() == expected.tolist()
@@ -431,7 +451,7 @@ def test_noise_is_finite_at_both_ends_of_the_bits(
     monkeypatch: pytest.MonkeyPatch, bits: int, highest: float
 ):
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
-    noise_V = np.asarray(sampling.gumbel_noise(noise_key(squeeze(pack_rows([CARRIER], 4))), 4))
+    noise_V = np.asarray(sampling.gumbel_noise(noise_key(squeeze(pack([CARRIER], 4))), 4))
     np.testing.assert_allclose(noise_V, highest, atol=0.1)
 
 
@@ -443,7 +463,7 @@ PROBABILITIES_V = np.array([0.35, 0.25, 0.2, 0.1, 0.05, 0.03, 0.015, 0.005])
 def many_tokens() -> np.ndarray:
     """Tokens of one seed at 20,000 positions, from a distribution that is known."""
     logits_V = jnp.log(jnp.asarray(PROBABILITIES_V, jnp.float32))
-    inputs = squeeze(pack_rows([row_of(SamplingParams(seed=42))], 8))
+    inputs = squeeze(pack([row_of(SamplingParams(seed=42))], 8))
 
     def token_at(position: jax.Array) -> jax.Array:
         row = inputs._replace(position=position)

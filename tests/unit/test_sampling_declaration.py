@@ -183,7 +183,7 @@ def test_only_log_probabilities_have_another_name_on_the_surfaces() -> None:
 def test_sampler_gets_the_value(parameter: Parameter) -> None:
     def packed(params: SamplingParams) -> list[Any]:
         row = SampleRow(params=params, token_ids=(1, 2), num_prompt_tokens=1)
-        return [np.asarray(array) for array in pack_rows([row], vocab_size=1280)]
+        return [np.asarray(array) for array in pack_rows([row], vocab_size=1280, max_tokens=64)]
 
     usual = packed(SamplingParams())
     # top_k packs 0 and anything above the vocabulary alike.

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from milliways.model.errors import InvalidRequestError
-from milliways.model.sampling import bucket_num_logprobs
 from milliways.model.sampling_params import SamplingParams
 
 V = 1200
@@ -82,8 +81,3 @@ def test_later_change_of_the_callers_bias_does_not_reach_the_parameters():
     params = SamplingParams(logit_bias=bias)
     bias[4] = 2.0
     assert params.logit_bias == {3: 1.0}
-
-
-def test_there_are_two_sizes_of_logprobs():
-    assert bucket_num_logprobs([SamplingParams()] * 2) == 0
-    assert bucket_num_logprobs([SamplingParams(), SamplingParams(num_logprobs=1)]) == 20

@@ -31,6 +31,11 @@ class LetterDetokenizer:
     def flush(self) -> str:
         return "\ufffd" if self.held else ""
 
+    def copy(self) -> "LetterDetokenizer":
+        other = LetterDetokenizer()
+        other.held = self.held
+        return other
+
 
 def make(max_tokens: int = 99, stop: tuple[str, ...] = (), ignore_eos: bool = False) -> Sequence:
     request = GenerationRequest(

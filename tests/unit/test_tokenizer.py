@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from milliways.model.config import GROK_1
 from milliways.model.detokenizer import IncrementalDetokenizer
 from milliways.model.errors import InvalidRequestError, TokenizerError
 from milliways.model.tokenizer import Tokenizer
+from milliways.router.requests.admission import RoutedRequest, make_sequences
+from milliways.router.requests.request import GenerationRequest
 
 REPO = Path(__file__).parents[2]
 DEMO_FILE = REPO / "model" / "demo" / "tokenizer.model"
@@ -315,6 +319,40 @@ def test_prompt_that_ends_in_half_a_surrogate_owns_it(
     assert processor.decode(prompt_ids) == "\ufffd\ufffd"
     assert join_pieces(tokenizer, prompt_ids, []) == ""
     assert join_pieces(tokenizer, prompt_ids, byte_ids(tokenizer, b"\x80")) == "\ufffd"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_end_of_a_prompt_is_enough(tokenizer: Tokenizer, data: st.DataObject):
+    prompt_ids = data.draw(token_id_lists(tokenizer.vocab_size))
+    whole = IncrementalDetokenizer(tokenizer, ())
+    for token_id in prompt_ids:
+        whole.push(token_id)
+    for end in (IncrementalDetokenizer(tokenizer, prompt_ids), whole.copy()):
+        assert (end._unfinished, end._is_first) == (whole._unfinished, whole._is_first)
+
+
+def test_work_for_a_prompt_depends_on_neither_its_length_nor_the_number_of_samples(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    looked_at: list[int] = []
+    byte_of = Tokenizer.byte_of
+
+    def counted(self: Tokenizer, token_id: int) -> int | None:
+        looked_at.append(token_id)
+        return byte_of(self, token_id)
+
+    monkeypatch.setattr(Tokenizer, "byte_of", counted)
+    prompt_ids = (*tokenizer.encode("the end") * 1000, *byte_ids(tokenizer, "中".encode()[:2]))
+    looked_at.clear()
+    request = GenerationRequest(prompt_ids=tuple(prompt_ids), max_tokens=1, num_samples=64)
+    config = replace(GROK_1, sequence_len=len(prompt_ids))
+    routed = RoutedRequest(request_id="", request=request, timeout_s=1.0)
+    sequences = make_sequences(
+        routed, config, lambda each: IncrementalDetokenizer(tokenizer, each.prompt_ids)
+    )
+    assert len(sequences) == 64
+    assert len(looked_at) <= 4
 
 
 @settings(max_examples=200, deadline=None)

@@ -31,6 +31,8 @@ from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 from milliways.wire.errors import LeavingError
 
+# Made once: `json.dumps` would make one for each token.
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DONE = "data: [DONE]\n\n"
 # Approximate size in JSON of one log-probability.
 _BYTES_PER_SCORE = 30
@@ -181,14 +183,13 @@ async def _end(answer: Answer, sender: Sender, request_id: str, *, has_usage: bo
 
 def _name(answer: Answer, request_id: str, *, has_usage: bool = False) -> str:
     """The id of an event that comes now."""
-    fingerprint = answer.model.fingerprint
-    return event_id(request_id, answer.counts, fingerprint, has_usage=has_usage)
+    return event_id(request_id, answer.counts, answer.model.fingerprint, has_usage=has_usage)
 
 
 def _sse(data: dict[str, Any], event_id: str = "") -> str:
     """One server-sent event; its id says how much a client has received up to and including it."""
     head = f"id: {event_id}\n" if event_id else ""
-    return f"{head}data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"
+    return f"{head}data: {_JSON.encode(data)}\n\n"
 
 
 def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, Any]:
