@@ -45,7 +45,7 @@ from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
 from milliways.model.model_dir import description_dir, resolve_model_dir
-from milliways.wire.errors import ClusterError, ConfigError, UnavailableError
+from milliways.wire.errors import ChangeRefusedError, ClusterError, ConfigError, UnavailableError
 from milliways.wire.status import GenerationStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
@@ -56,6 +56,8 @@ INGRESS_NAME = "Ingress"
 AUTOSCALING_POLICY = "milliways.cluster.ray.autoscaling:replicas_for_requests"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+# How long a replica that leaves tries to say so.
+LEAVE_TIMEOUT_S = 2.0
 # How long a new replica waits, before its first request, to hear how busy the routers are.
 FIRST_LOADS_S = 1.0
 # How much later than a replica's own limit Serve kills it.
@@ -143,7 +145,7 @@ class Directory:
     async def leave(self) -> None:
         """Tells the controller that this replica needs no worker any more."""
         try:
-            async with asyncio.timeout(RETRY_S):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 await find_controller().unfollow.remote(self._id)
         except (RayError, ValueError, TimeoutError) as error:
             logger.info("nobody hears that this replica leaves: %s", error)
@@ -172,7 +174,7 @@ class Directory:
                 if status.is_complete or status.serves:
                     break
         except RayTaskError as error:
-            if not isinstance(error.cause, ClusterError):
+            if not isinstance(error.cause, (ChangeRefusedError, ConfigError)):
                 raise
             self._refused = str(error.cause)
         else:

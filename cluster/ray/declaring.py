@@ -5,6 +5,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 import ray
 
@@ -53,8 +54,10 @@ def make_possible(declared: Declared) -> bool:
     return True
 
 
-def prepare(controller: RunningController, declared: Declared) -> GenerationStatus:
-    """Waits until a generation of workers with these settings is complete.
+def prepare(
+    controller: RunningController, declared: Declared, say: Callable[[str], object] = logger.info
+) -> GenerationStatus:
+    """Waits until a generation of workers with these settings is complete; says how far it is.
 
     Should the controller die, the next one is asked.
 
@@ -66,8 +69,12 @@ def prepare(controller: RunningController, declared: Declared) -> GenerationStat
         status: GenerationStatus = controller.ask_next(
             "prepare", declared, PREPARE_S, timeout_s=PREPARE_S + ANSWER_TIMEOUT_S
         )
+        text = (
+            f"generation {status.generation}: {status.num_ready} of {status.num_workers}"
+            " new workers ready"
+        )
+        if text != said:
+            said = text
+            say(said)
         if status.is_complete or status.serves:
             return status
-        if status.text != said:
-            said = status.text
-            logger.info("generation %d %s", status.generation, said)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
         if reaches_ingress or needs_workers:
             _check_ingress()
         if needs_workers:
-            declared = _change_workers(controller, running, wanted)
+            declared = _change_workers(
+                controller, running, wanted, lambda text: print(text, file=out, flush=True)
+            )
         else:
             declared = controller.ask("apply", wanted)
             if reaches_ingress:
@@ -67,7 +69,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _change_workers(
-    controller: RunningController, running: ClusterConfig, wanted: Mapping[str, Any]
+    controller: RunningController,
+    running: ClusterConfig,
+    wanted: Mapping[str, Any],
+    say: Callable[[str], object],
 ) -> Declared:
     """Starts other workers beside those that run, then an ingress that uses them.
 
@@ -80,7 +85,8 @@ def _change_workers(
     before: SettingsStatus = controller.ask("settle", 0.0, 0.0)
     config = changed(running, wanted)
     declared = declared_now(config)
-    prepare(controller, declared)
+    prepare(controller, declared, say)
+    say("the ingress changes over to the new workers; the old ones end with their requests")
     deploy_ingress(config, declared.at_s)
     try:
         wait_for_ingress(config.workers.start_timeout_s)
