@@ -10,7 +10,7 @@ another one it has two:
 3. Replicas of the old one leave. When the last one has, nobody follows the old one: it ends.
 
 Nothing of this is stored. Replicas and whoever wants a generation say so with every question, so a
-controller that starts learns it within seconds; until then nothing ends.
+controller that starts learns it within seconds; until then nothing ends that it found.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ from milliways.wire.errors import ClusterError
 
 # A replica asks for a newer view at least every ten seconds, and may be slow.
 FORGET_AFTER_S = 60.0
+# A replica notices at once that its controller died, and asks the next one.
+UNHEARD_S = 20.0
 # Tries to load, or deaths, of one worker in a row after which a new generation is given up.
 MAX_FAILED_LOADS = 3
 MAX_DEATHS = 3
@@ -70,7 +72,7 @@ class Generations:
 
     def add(self, number: int, now_s: float, *, was_found: bool = False) -> None:
         """A generation begins, or a controller that starts has found it."""
-        unheard_until_s = now_s + FORGET_AFTER_S if was_found else now_s
+        unheard_until_s = now_s + UNHEARD_S if was_found else now_s
         self._lives[number] = _Life(now_s, unheard_until_s)
         if self._serving not in self._lives:
             self._serving = number

@@ -218,7 +218,8 @@ def test_next_controller_undoes_what_nobody_asks_for(
         await old.ask(first)
         await prepared(first)
         ray.die(first)
-        monkeypatch.setattr(generations, "FORGET_AFTER_S", 0.2)
+        for limit in ("FORGET_AFTER_S", "UNHEARD_S"):
+            monkeypatch.setattr(generations, limit, 0.2)
         second = ControllerActor(CONFIG, 5.0)
         await second.begin(old.known)
         while ray.ended != [2]:
@@ -235,7 +236,7 @@ def test_next_controller_completes_a_change_that_an_ingress_follows(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch, starter: str
 ) -> None:
     async def check() -> None:
-        monkeypatch.setattr(generations, "FORGET_AFTER_S", 1.0)
+        monkeypatch.setattr(generations, "UNHEARD_S", 1.0)
         first = await started(CONFIG)
         replicas = {"old": Replica("old", CONFIG), "new": Replica("new", OTHER)}
         await replicas["old"].ask(first)

@@ -3,7 +3,7 @@
 import pytest
 
 from milliways.cluster.control.fleet import LoadFailedError, Spawned
-from milliways.cluster.control.generations import FORGET_AFTER_S, Generations, hopeless
+from milliways.cluster.control.generations import FORGET_AFTER_S, UNHEARD_S, Generations, hopeless
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.wire.errors import PlacementError
 
@@ -82,7 +82,7 @@ def test_a_controller_that_starts_waits_for_followers_that_it_has_not_heard_yet(
     both.follow(2, "new", 1.0)
     both.follow(1, "first of two", 1.0)
     both.unfollow("first of two")
-    assert both.due(2.0) == []
+    assert both.due(UNHEARD_S - 1.0) == []
     both.follow(2, "new", LATE_S)
     assert both.due(LATE_S) == [1]
 
