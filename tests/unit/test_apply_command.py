@@ -43,7 +43,7 @@ class FakeCluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[str] = []
-        self.preparing: list[GenerationStatus | Exception] = [generation(n) for n in (0, 1, 2)]
+        self.preparing: list[GenerationStatus | BaseException] = [generation(n) for n in (0, 1, 2)]
         self.fails_to_start = False
         monkeypatch.setattr(apply, "joined", self.joined)
         monkeypatch.setattr(serving, "is_deployed_from_file", lambda: False)
@@ -66,7 +66,7 @@ class FakeCluster:
                 )
             case "prepare":
                 answer = self.preparing.pop(0)
-                if isinstance(answer, Exception):
+                if isinstance(answer, BaseException):
                     raise answer
                 return answer
             case "settle":
@@ -122,6 +122,13 @@ def test_ingress_stays_if_the_new_workers_cannot_be_complete(
     with pytest.raises(ChangeRefusedError, match="given up"):
         run(tmp_path)
     assert not any(step.startswith("deploy") for step in cluster.done)
+
+
+def test_interrupted_command_ends_the_new_workers(cluster: FakeCluster, tmp_path: Path) -> None:
+    cluster.preparing[1] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert cluster.done[-2:] == ["prepare", "abandon"]
 
 
 def test_ingress_that_does_not_start_is_replaced_by_the_old_one_and_new_workers_end(

@@ -85,7 +85,12 @@ def _change_workers(
     before: SettingsStatus = controller.ask("settle", 0.0, 0.0)
     config = changed(running, wanted)
     declared = declared_now(config)
-    prepare(controller, declared, say)
+    try:
+        prepare(controller, declared, say)
+    except KeyboardInterrupt:
+        # They would end by themselves after a minute.
+        controller.ask("abandon", declared.values)
+        raise
     say("the ingress changes over to the new workers; the old ones end with their requests")
     deploy_ingress(config, declared.at_s)
     try:
