@@ -82,6 +82,7 @@ class Directory:
         self.obstacle = ""
         self._id = secrets.token_hex(8)
         self._joined = asyncio.Event()
+        self._has_left = False
         # Why there are no workers for this replica; empty if there are.
         self._refused = ""
 
@@ -126,8 +127,8 @@ class Directory:
             raise UnavailableError(self._refused)
 
     async def follow(self) -> None:
-        """Asks for newer views, for ever; starts a new controller if there is none."""
-        while True:
+        """Asks for newer views until the replica leaves; starts a controller if there is none."""
+        while not self._has_left:
             try:
                 controller = self.controller()
                 await controller.begin.remote(self._view)
@@ -135,7 +136,7 @@ class Directory:
                 if not self._joined.is_set():
                     await self._prepare(controller)
                     self._joined.set()
-                while True:
+                while not self._has_left:
                     known_epoch, follower = self._view.placement_epoch, self._follower()
                     self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S, follower))
             except RayError as error:
@@ -144,6 +145,7 @@ class Directory:
 
     async def leave(self) -> None:
         """Tells the controller that this replica needs no worker any more."""
+        self._has_left = True
         try:
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 await find_controller().unfollow.remote(self._id)
