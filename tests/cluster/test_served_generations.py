@@ -33,8 +33,6 @@ SECOND = "second"
 PARAMS = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 TIMEOUT_S = 280.0
 
-pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
-
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -72,6 +70,7 @@ async def apply(cluster: ServedCluster, file: Path, *, kills: int = 0) -> str:
     return (said + rest).decode()
 
 
+@pytest.mark.timeout(2 * TIMEOUT_S)
 def test_another_model_takes_over_and_no_stream_is_cut(
     cluster: ServedCluster, tmp_path: Path, second: Path, text: str
 ) -> None:
@@ -100,6 +99,7 @@ def test_another_model_takes_over_and_no_stream_is_cut(
     assert old.isdisjoint(process.pid for process in cluster.processes())
 
 
+@pytest.mark.timeout(2 * TIMEOUT_S)
 def test_the_way_back_outlives_the_controller(cluster: ServedCluster, tmp_path: Path) -> None:
     file = tmp_path / "demo.toml"
     file.write_text('[model]\npath = "demo"\n', "utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 
 from tests.deploy_checks import serve_problems
@@ -84,6 +85,7 @@ def complete(port: int, model: str = "demo") -> str:
     return answer.json()["choices"][0]["text"]
 
 
+@pytest.mark.timeout(3 * TIMEOUT_S)
 def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     # `serve run` has no option for the port.
     port, (grpc_port,) = head.start_serve(), free_ports(1)
