@@ -6,6 +6,7 @@ from milliways.wire.status import (
     ClusterStatus,
     DeviceStatus,
     DispatchStatus,
+    GenerationStatus,
     ProcessStatus,
     RouterStatus,
     SettingsStatus,
@@ -97,6 +98,27 @@ CLUSTER = ClusterStatus(
         problem="",
     ),
     workers=(ANSWERING, SILENT),
+    generation=2,
+    generations=(
+        GenerationStatus(
+            generation=1,
+            model="small",
+            num_workers=3,
+            num_ready=3,
+            is_complete=True,
+            serves=False,
+            text="ends when its requests have ended",
+        ),
+        GenerationStatus(
+            generation=2,
+            model="demo",
+            num_workers=2,
+            num_ready=1,
+            is_complete=True,
+            serves=True,
+            text="serves",
+        ),
+    ),
 )
 
 # What `milliways status --json` prints of it. Tools read this: no key of it may change.
@@ -185,6 +207,27 @@ AS_JSON: dict[str, Any] = {
             "last_error": "it died",
             "quick_deaths": 1,
             "experts": [],
+        },
+    ],
+    "generation": 2,
+    "generations": [
+        {
+            "generation": 1,
+            "model": "small",
+            "num_workers": 3,
+            "num_ready": 3,
+            "is_complete": True,
+            "serves": False,
+            "text": "ends when its requests have ended",
+        },
+        {
+            "generation": 2,
+            "model": "demo",
+            "num_workers": 2,
+            "num_ready": 1,
+            "is_complete": True,
+            "serves": True,
+            "text": "serves",
         },
     ],
 }

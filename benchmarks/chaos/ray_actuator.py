@@ -24,7 +24,7 @@ from milliways.cluster.ray.cluster import join
 from milliways.cluster.ray.declaring import declared_now
 from milliways.cluster.ray.serving import deploy_ingress, wait_for_ingress
 from milliways.cluster.ray.start_controller import find_controller
-from milliways.cluster.ray.start_worker import NAMESPACE
+from milliways.cluster.ray.start_worker import NAMESPACE, actor_name
 from milliways.cluster.settings.config import IngressSettings
 from milliways.cluster.settings.names import changed
 from milliways.model.checkpoint import find_directories
@@ -99,7 +99,8 @@ class RayActuator:
         status: ClusterStatus = self._ask_controller("status")
         incarnations = {worker.worker_id: worker.incarnation for worker in status.workers}
         try:
-            actor = ray.get_actor(f"{place.name}-{incarnations[place.name]}", namespace=NAMESPACE)
+            name = actor_name(status.generation, place.name, incarnations[place.name])
+            actor = ray.get_actor(name, namespace=NAMESPACE)
             num_lost: Any = ray.get(actor.drop_replies.remote(count), timeout=PATIENCE_S)
         except (ValueError, KeyError, RayActorError, RayTaskError, GetTimeoutError) as error:
             raise StartupError(f"{place.name} cannot drop replies: {error}") from error

@@ -74,12 +74,9 @@ EFFECTS: Mapping[str, Effect] = {
     "tls.cert_file": Effect.START,
     "tls.key_file": Effect.START,
 }
-# Which model is served, and with which bits: an ingress and its workers must agree.
-MODEL = tuple(
-    name
-    for name, effect in EFFECTS.items()
-    if name.startswith("model.") and effect is Effect.GENERATION
-)
+# Which model is served, with which bits and how it is cut: all workers of a generation, and an
+# ingress that serves with them, have the same.
+GENERATION = tuple(name for name, effect in EFFECTS.items() if effect is Effect.GENERATION)
 BY_WORKER = tuple(name for name, effect in EFFECTS.items() if effect is Effect.BY_WORKER)
 # What running routers take from a view.
 OF_ROUTERS = tuple(
@@ -125,22 +122,35 @@ def differences(
 
 
 def refusal(changes: Sequence[Change], num_workers: int) -> str:
-    """Why a running cluster cannot take these changes; empty if it can."""
-    anew = [change.values for change in changes if change.effect is Effect.GENERATION]
-    if anew:
-        return f"needs a new generation: {'; '.join(anew)}"
+    """Why a running cluster cannot take these changes; empty if it can.
+
+    Whether there is room for a new generation, if they need one, is another question.
+    """
     later = [change.values for change in changes if change.effect is Effect.START]
     if later:
         return f"needs a new start of the cluster: {'; '.join(later)}"
+    if anew(changes):
+        # All workers are new ones.
+        return ""
     by_worker = [change.values for change in changes if change.effect is Effect.BY_WORKER]
     if by_worker and num_workers < 2:
         return f"needs a second worker, which serves meanwhile: {'; '.join(by_worker)}"
     return ""
 
 
+def anew(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Those of the changes that need a new generation of workers."""
+    return tuple(change for change in changes if change.effect is Effect.GENERATION)
+
+
+def is_same_generation(one: Values, other: Values) -> bool:
+    """Whether workers with these settings can compute for each other."""
+    return not differences(one, other, GENERATION)
+
+
 def other_model(own: Values, declared: Values) -> str:
-    """How the model of an ingress differs from that of the cluster; empty if it does not."""
-    changes = differences(own, declared, MODEL)
+    """How the generation of an ingress differs from one that serves; empty if it does not."""
+    changes = differences(own, declared, GENERATION)
     parts = [f"{c.name} is {c.before!r} here and {c.after!r} in the cluster" for c in changes]
     return "; ".join(parts)
 

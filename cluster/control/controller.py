@@ -9,6 +9,7 @@ Each decision has a file:
     holdings               what is loaded and unloaded
     resizing               how the cluster grows and shrinks
     changes, reconciling   what is done to have the settings that are declared
+    room, generations      other workers beside these: whether they fit, and which of them serve
     publishing             how everybody learns of it
 
 No token waits for anything here. No clock, thread or Ray: `Tasks` and `Fleet` have those.
@@ -21,8 +22,9 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from milliways.cluster.control.changes import Effect, differences, refusal
+from milliways.cluster.control.changes import Effect, anew, differences, refusal
 from milliways.cluster.control.fleet import Existing, Fleet
+from milliways.cluster.control.generations import hopeless
 from milliways.cluster.control.holdings import Holdings
 from milliways.cluster.control.losses import Losses
 from milliways.cluster.control.publishing import ViewPublisher
@@ -35,6 +37,7 @@ from milliways.cluster.control.targets import (
     misfit,
     misplaced,
     planned,
+    used_bytes,
     with_declared,
 )
 from milliways.cluster.control.worker_record import WorkerRecord
@@ -60,9 +63,10 @@ class Controller:
         fleet: Fleet,
         tasks: Tasks,
         pinned: Manifest = EMPTY_MANIFEST,
+        generation: int = 1,
     ) -> None:
         """`pinned` has the digests of all parts of the model, if they are known beforehand."""
-        self._state = ClusterState(model, settings, fleet, tasks)
+        self._state = ClusterState(model, settings, fleet, tasks, generation)
         self._state.manifest, self._state.manifest_is_whole = pinned, len(pinned) > 0
         self._tasks = tasks
         self._publisher = ViewPublisher(self._state)
@@ -99,6 +103,12 @@ class Controller:
         """Whether every expert has a holder, and there is a router."""
         return self._supervision.is_complete
 
+    @property
+    def all_ready(self) -> bool:
+        """Whether the cluster is complete, and every worker is ready."""
+        ready = (record.state is WorkerState.READY for record in self.workers.values())
+        return self.is_complete and all(ready)
+
     def start(self, existing: Sequence[Existing] = (), known: ClusterView = EMPTY_VIEW) -> None:
         """Begins to bring the cluster up, or goes on with the workers that there are.
 
@@ -116,9 +126,20 @@ class Controller:
         self._tasks.start_service(self._place_when_all_there())
         self._tasks.start_service(self.reconciler.serve(lambda: self._changing))
 
+    def hopeless(self, waited_s: float, load_timeout_s: float) -> str:
+        """Why the cluster will not come up; empty as long as it may, after it was waited for."""
+        records, settings = running(self._state), self._state.settings
+        return hopeless(records, self.failure, waited_s, settings.start_timeout_s, load_timeout_s)
+
+    def used_bytes(self) -> Mapping[str, int]:
+        """The memory that workers use on each node, by the plan."""
+        return used_bytes(self._state.model, self._state.settings, running(self._state))
+
     def refusal(self, values: Mapping[str, Any]) -> str:
         """Why the cluster cannot take these settings while it runs; empty if it can."""
         changes = differences(self.declared.values, values)
+        if other := anew(changes):
+            return f"needs a new generation: {'; '.join(change.values for change in other)}"
         records, model = running(self._state), self._state.model
         if reason := refusal(changes, len(records)):
             return reason

@@ -105,6 +105,7 @@ class ViewPublisher:
         }
         view = ClusterView(
             placement_epoch=self.view.placement_epoch + 1,
+            generation=self._state.generation,
             members={worker_id: record.member() for worker_id, record in workers.items()},
             manifest=self._state.manifest,
             manifest_is_whole=self._state.manifest_is_whole,

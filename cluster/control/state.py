@@ -31,8 +31,15 @@ class ClusterState:
     """
 
     def __init__(
-        self, model: ModelBytes, settings: ControllerSettings, fleet: Fleet, tasks: Tasks
+        self,
+        model: ModelBytes,
+        settings: ControllerSettings,
+        fleet: Fleet,
+        tasks: Tasks,
+        generation: int = 1,
     ) -> None:
+        # The number of the generation of these workers.
+        self.generation = generation
         self.model = model
         self.settings = settings
         self.declared = Declared()

@@ -1,5 +1,6 @@
 """What each worker is to hold: from the workers that there are to the planner, and back."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,6 +94,19 @@ def misfit(
             has = f"{memory_bytes / BYTES_PER_GB:g} GB"
             return f"{record.worker_id} needs {needed / BYTES_PER_GB:g} GB and would have {has}"
     return ""
+
+
+def used_bytes(
+    model: ModelBytes, settings: ControllerSettings, records: Iterable[WorkerRecord]
+) -> Counter[str]:
+    """How much memory workers use on each node, by the plan."""
+    used: Counter[str] = Counter()
+    for record in records:
+        if record.shards is not None and record.spawned is not None:
+            fixed = fixed_bytes(model, attention_of(record.shards), settings.policy.kv_tokens)
+            num_experts = len(record.shards.experts | record.held)
+            used[record.spawned.node_id] += fixed + num_experts * model.expert_bytes
+    return used
 
 
 def num_replicas(settings: ControllerSettings, num_workers: int) -> int:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+# Of a host's memory, workers use this much.
+USABLE_PART = 0.8
+
 
 def usable_memory_bytes(root: Path = Path("/")) -> int:
     """The machine's memory, or the smallest limit of the cgroups that this process is in."""

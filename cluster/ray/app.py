@@ -13,6 +13,7 @@ brings up the workers; all replicas follow its view, and go on with the last one
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 
 from milliways.cluster.control.changes import other_model
+from milliways.cluster.control.generations import Follower
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.leaving import LAST_ERRORS_S, leave
 from milliways.cluster.ingress.metrics import IngressMetrics
@@ -33,17 +35,18 @@ from milliways.cluster.ingress.routing.silence import HedgeLimits
 from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.autoscaling import GRPC_CALLS
-from milliways.cluster.ray.declaring import check_running, declared_now
+from milliways.cluster.ray.declaring import declared_now, make_possible
 from milliways.cluster.ray.leaving_replica import follow_replica
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
-from milliways.cluster.ray.start_controller import find_or_start_controller
+from milliways.cluster.ray.start_controller import find_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
 from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
 from milliways.model.model_dir import description_dir, resolve_model_dir
-from milliways.wire.errors import ClusterError, ConfigError
+from milliways.wire.errors import ChangeRefusedError, ClusterError, ConfigError, UnavailableError
+from milliways.wire.status import GenerationStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ INGRESS_NAME = "Ingress"
 AUTOSCALING_POLICY = "milliways.cluster.ray.autoscaling:replicas_for_requests"
 VIEW_TIMEOUT_S = 10.0
 RETRY_S = 0.5
+# How long a replica that leaves tries to say so.
+LEAVE_TIMEOUT_S = 2.0
 # How long a new replica waits, before its first request, to hear how busy the routers are.
 FIRST_LOADS_S = 1.0
 # How much later than a replica's own limit Serve kills it.
@@ -75,6 +80,11 @@ class Directory:
         self._files = files
         # Why requests cannot be served here, whatever the workers do; empty if they can.
         self.obstacle = ""
+        self._id = secrets.token_hex(8)
+        self._joined = asyncio.Event()
+        self._has_left = False
+        # Why there are no workers for this replica; empty if there are.
+        self._refused = ""
 
     @property
     def view(self) -> ClusterView:
@@ -106,19 +116,46 @@ class Directory:
     async def changed(self) -> None:
         await self._changed.wait()
 
+    async def joined(self) -> None:
+        """Waits until the generation of this replica is complete, if the cluster had another one.
+
+        Raises:
+            UnavailableError: there is no such generation; says why.
+        """
+        await self._joined.wait()
+        if self._refused:
+            raise UnavailableError(self._refused)
+
     async def follow(self) -> None:
-        """Asks for newer views, for ever; starts a new controller if there is none."""
-        while True:
+        """Asks for newer views until the replica leaves; starts a controller if there is none."""
+        while not self._has_left:
             try:
                 controller = self.controller()
                 await controller.begin.remote(self._view)
                 await self._declare(controller)
-                while True:
-                    known_epoch = self._view.placement_epoch
-                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S))
+                if not self._joined.is_set():
+                    await self._prepare(controller)
+                    self._joined.set()
+                while not self._has_left:
+                    known_epoch, follower = self._view.placement_epoch, self._follower()
+                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S, follower))
             except RayError as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
+
+    async def leave(self) -> None:
+        """Tells the controller that this replica needs no worker any more."""
+        self._has_left = True
+        try:
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await find_controller().unfollow.remote(self._id)
+        except (RayError, ValueError, TimeoutError) as error:
+            logger.info("nobody hears that this replica leaves: %s", error)
+
+    def _follower(self) -> Follower:
+        return Follower(
+            follower_id=self._id, values=self._declared.values, generation=self._view.generation
+        )
 
     async def _declare(self, controller: Any) -> None:
         """Tells the controller the settings of this replica; it takes them if they are newer."""
@@ -129,10 +166,27 @@ class Directory:
                 raise
             logger.warning("the cluster keeps its settings: %s", error.cause)
 
+    async def _prepare(self, controller: Any) -> None:
+        """Has the workers of this replica's generation started, if other ones serve."""
+        try:
+            while True:
+                status: GenerationStatus = await controller.prepare.remote(
+                    self._declared, VIEW_TIMEOUT_S
+                )
+                if status.is_complete or status.serves:
+                    break
+        except RayTaskError as error:
+            if not isinstance(error.cause, (ChangeRefusedError, ConfigError)):
+                raise
+            self._refused = str(error.cause)
+        else:
+            await self._declare(controller)
+
     def _take(self, view: ClusterView) -> None:
         differs = other_model(self._declared.values, view.declared.values)
         self.obstacle = f"another model is served: {differs}" if differs else ""
-        if view.placement_epoch > self._view.placement_epoch:
+        is_newer = view.placement_epoch > self._view.placement_epoch
+        if is_newer or view.generation != self._view.generation:
             self._view = view
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
@@ -183,13 +237,16 @@ class IngressReplica:
     async def check_health(self) -> None:
         """Raises if the replica does not follow the controller any more; Serve then replaces it.
 
-        So it does if the replica has read other files than the workers, which it cannot repair.
+        So it does if the replica has read other files than the workers, or if there are no workers
+        of its generation, neither of which it can repair.
 
-        Serve asks for the first time before it sends requests here. By then the replica knows how
-        busy the routers are, unless there is no cluster yet.
+        Serve asks for the first time before it sends requests here, and before old replicas leave.
+        By then the replica knows how busy the routers are, unless there is no cluster yet.
         """
         await self._starting
         self._directory.check_model()
+        if self._directory.obstacle:
+            raise UnavailableError(self._directory.obstacle)
         if self._follower.done():
             self._follower.result()
 
@@ -215,12 +272,15 @@ class IngressReplica:
     def _leave(self, grace_s: float) -> "asyncio.Task[None]":
         """Begins to leave, once. Requests that Serve has sent here already are still taken."""
         if self._leaving is None:
-            self._leaving = self._loop.create_task(
-                leave(self._ingress, self._grpc, self._source, grace_s)
-            )
+            self._leaving = self._loop.create_task(self._leave_within(grace_s))
         return self._leaving
 
+    async def _leave_within(self, grace_s: float) -> None:
+        await leave(self._ingress, self._grpc, self._source, grace_s)
+        await self._directory.leave()
+
     async def _start(self) -> None:
+        await self._directory.joined()
         try:
             async with asyncio.timeout(FIRST_LOADS_S):
                 await self._directory.changed()
@@ -275,14 +335,17 @@ def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Applica
 def app(args: dict[str, Any]) -> serve.Application:
     """The builder that Serve calls with its arguments.
 
+    If the settings need other workers than those that run, it returns when these are complete.
+
     Raises:
         ConfigError: names the table, field, value and limit that do not fit.
         ChangeRefusedError: the cluster that runs cannot take these settings. Serve then keeps the
             application that it has.
     """
     config = config_from_args(args)
-    check_running(config)
-    return make_app(config, declared_now(config).at_s)
+    declared = declared_now(config)
+    make_possible(declared)
+    return make_app(config, declared.at_s)
 
 
 # What `serve build` wants: an application with its settings.

@@ -1,4 +1,8 @@
-"""The controller as a Ray actor: one for the cluster, detached, off the path of every token."""
+"""The controller as a Ray actor: one for the cluster, detached, off the path of every token.
+
+It has a `Controller` for each generation of workers. Of these there is one, and two while the
+cluster changes to other workers (`control/generations.py`). Commands ask about the one that serves.
+"""
 
 # Ray's own types are unknown in part.
 # pyright: basic
@@ -7,29 +11,27 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from milliways.cluster.control.changes import differences, refusal
+from milliways.cluster.control.changes import anew, differences
 from milliways.cluster.control.controller import Controller
-from milliways.cluster.control.fleet import Existing
-from milliways.cluster.control.targets import make_settings, number
-from milliways.cluster.control.worker_record import WorkerRecord
-from milliways.cluster.host.model_bytes import checkpoint_bytes, kv_tokens_of
-from milliways.cluster.ray.fleet import RayFleet
-from milliways.cluster.settings.config import ClusterConfig, ModelSettings, WorkerSettings
+from milliways.cluster.control.generations import Follower
+from milliways.cluster.control.targets import number
+from milliways.cluster.ray.generation import RunningGeneration
+from milliways.cluster.ray.generation_set import RunningGenerations, needs_generation, now_s
+from milliways.cluster.ray.worker_reports import ask_status, progress_of
+from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
-from milliways.model.checkpoint import Checkpoint
-from milliways.model.manifest import EMPTY_MANIFEST, read_manifest
-from milliways.model.model_dir import resolve_model_dir
-from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.fatal import end_process
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
-from milliways.wire.placement import ModelBytes
-from milliways.wire.status import ClusterStatus, ProcessStatus, SettingsStatus, WorkerStatus
+from milliways.wire.status import (
+    ClusterStatus,
+    GenerationStatus,
+    SettingsStatus,
+)
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared, WorkerState
 
 logger = logging.getLogger(__name__)
@@ -37,88 +39,50 @@ logger = logging.getLogger(__name__)
 VIEW_POLL_S = 5.0
 # Finding workers that do not answer takes seconds for each.
 BEGIN_TIMEOUT_S = 25.0
-STATUS_TIMEOUT_S = 5.0
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2}
+# How often generations are looked at.
+LOOK_PERIOD_S = 0.5
 
 
 class ControllerActor:
-    """What commands and the ingress ask. `Controller` decides.
+    """What commands and the ingress ask. `Controller` and `Generations` decide.
 
     Everything runs in this actor's asyncio loop.
     """
 
     def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
-        self._config = config
+        self._first_config = config
         # Later than what nobody declared.
         self._first = Declared(values=flat(config), at_s=max(declared_at_s, 1.0))
-        # Why the last declaration was refused.
-        self._refused = ""
-        self._num_sharing = config.workers.count
         self._started_at_s = time.time()
-        self._shell: AsyncTasks | None = None
+        self._all = RunningGenerations()
+        self._is_beginning = False
         self._has_begun = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
 
     async def begin(self, known: ClusterView = EMPTY_VIEW) -> None:
         """Starts the cluster, or continues from the view that the caller knows; does so once."""
-        if self._shell is not None:
+        if self._is_beginning:
             await self._has_begun.wait()
             return
-        self._shell = AsyncTasks(end_process)
+        self._is_beginning = True
         try:
-            await self._begin(self._shell, known)
+            await self._all.begin(self._first_config, self._first, known)
         except BaseException:
             # Otherwise callers would wait for ever for a beginning that failed.
-            self._shell = None
+            self._is_beginning = False
             raise
-        self._shell.kick()
         self._has_begun.set()
+        self._looking = asyncio.get_running_loop().create_task(self._look_again_and_again())
 
-    async def _begin(self, shell: AsyncTasks, known: ClusterView) -> None:
-        self._fleet = RayFleet(self._config, shell)
-        existing = await self._fleet.find_existing()
-        config, declared = self._settings_to_go_on_with(known, existing)
-        pinned = EMPTY_MANIFEST
-        if config.model.manifest:
-            pinned = read_manifest(Path(config.model.manifest))
-        model = _sizes([known, *(found.view for found in existing)]) or _read_sizes(config.model)
-        self._fleet.sizes = model
-        workers = config.workers
-        settings = make_settings(
-            workers.count,
-            workers.expert_replicas,
-            workers.attention,
-            kv_tokens_of(workers, model.sequence_len),
-            start_timeout_s=workers.start_timeout_s,
-            experts_only=workers.experts_only,
-            default_kv_tokens=kv_tokens_of(WorkerSettings(), model.sequence_len),
-        )
-        self._controller = Controller(model, settings, self._fleet, shell.tasks, pinned)
-        self._set_config(config)
-        self._controller.declare(declared)
-        self._controller.start(existing, known)
-
-    def _settings_to_go_on_with(
-        self, known: ClusterView, existing: Sequence[Existing]
-    ) -> tuple[ClusterConfig, Declared]:
-        """The newest settings that the workers can take, as settings and as declaration."""
-        for found in existing:
-            # Workers share the machine's memory as they did at first.
-            self._num_sharing = found.settings.get("workers.count", self._num_sharing)
-        views = [known, *(found.view for found in existing)]
-        before = max((view.declared for view in views), key=lambda declared: declared.at_s)
-        reason = refusal(differences(before.values, self._first.values), len(known.members))
-        if before.at_s <= self._first.at_s:
-            if not reason:
-                return self._config, self._first
-            self._refused = reason
-        return changed(self._config, before.values), before
-
-    def _set_config(self, config: ClusterConfig) -> None:
-        """Takes settings; workers that start from now on have them."""
-        self._config = config
-        workers = config.workers
-        least = max(self._num_sharing, workers.expert_replicas, workers.experts_only + 1)
-        self._fleet.config = changed(config, {"workers.count": least})
+    async def _look_again_and_again(self) -> None:
+        """Ends generations that nobody needs, and new ones that will not be complete."""
+        try:
+            while True:
+                await asyncio.sleep(LOOK_PERIOD_S)
+                self._all.look()
+        except Exception as error:
+            # Like every service: the next controller goes on.
+            end_process(error)
 
     async def plan(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         """How the cluster would take these settings, in words; those of them that are other ones.
@@ -127,11 +91,20 @@ class ControllerActor:
             ChangeRefusedError: it cannot take them; says which, and why.
             ConfigError: they do not go with the present ones.
         """
-        controller = await self._begun()
-        wanted = flat(changed(self._config, values))
-        if reason := controller.refusal(wanted):
-            raise ChangeRefusedError(reason)
-        return tuple(map(str, differences(controller.declared.values, wanted)))
+        await self._begun()
+        serving = self._all.serving
+        config = changed(serving.config, values)
+        wanted = flat(config)
+        changes = differences(serving.controller.declared.values, wanted)
+        lines = tuple(map(str, changes))
+        if not anew(changes):
+            if reason := self._all.busy(changes) or serving.controller.refusal(wanted):
+                raise ChangeRefusedError(reason)
+            return lines
+        if self._all.of(wanted) is not None:
+            return lines
+        _, room = await self._all.check_new(config)
+        return (*lines, room)
 
     async def apply(self, values: Mapping[str, Any]) -> Declared:
         """Takes other values for some settings; returns all that is declared then.
@@ -144,34 +117,65 @@ class ControllerActor:
     async def declare(self, declared: Declared) -> Declared:
         """Takes settings, unless later ones were declared; returns those that count.
 
+        A new generation is not started: it must be prepared before.
+
         Raises: as `plan`.
         """
-        controller = await self._begun()
-        if declared.at_s > controller.declared.at_s:
-            config = changed(self._config, declared.values)
-            if reason := controller.refusal(flat(config)):
-                self._refused = reason
+        await self._begun()
+        generation = self._all.of(declared.values)
+        if generation is None:
+            present = self._all.serving.controller.declared
+            if declared.at_s <= present.at_s:
+                return present
+            reason = needs_generation(anew(differences(present.values, declared.values)))
+            raise ChangeRefusedError(reason)
+        controller = generation.controller
+        changes = differences(controller.declared.values, declared.values)
+        try:
+            if declared.at_s > controller.declared.at_s and (reason := self._all.busy(changes)):
                 raise ChangeRefusedError(reason)
-            self._refused = ""
-            self._set_config(config)
-            controller.declare(declared)
-            assert self._shell is not None
-            # Nothing arrived that would run its tasks.
-            self._shell.kick()
+            generation.declare(declared)
+        except ChangeRefusedError as error:
+            self._all.refused = str(error)
+            raise
+        self._all.refused = ""
         return controller.declared
+
+    async def prepare(self, declared: Declared, timeout_s: float) -> GenerationStatus:
+        """The generation with these settings, as soon as it is complete, or after the timeout.
+
+        If there is none, it is started, provided that it has room. It lives as long as somebody
+        asks for it at least every minute, or has an ingress.
+
+        Raises:
+            ChangeRefusedError: it has no room, or cannot be complete. All is as before.
+            ConfigError: the settings do not go together.
+        """
+        await self._begun()
+        return await self._all.prepare(declared, timeout_s)
+
+    async def abandon(self, values: Mapping[str, Any]) -> None:
+        """Ends the generation with these settings at once, if no ingress follows it."""
+        await self._begun()
+        self._all.abandon(values)
 
     async def settle(self, at_s: float, timeout_s: float) -> SettingsStatus:
         """The state of the settings that were declared then, as soon as everything is so or fails.
 
         It returns after the timeout in any case.
         """
-        controller = await self._begun()
+        await self._begun()
         until_s = time.monotonic() + timeout_s
-        while controller.declared.at_s <= at_s and not controller.reconciler.settled():
+        while True:
+            generation = self._all.serving
+            controller = generation.controller
+            is_so = controller.reconciler.settled() and not self._all.others()
             left_s = until_s - time.monotonic()
+            if controller.declared.at_s > at_s or is_so:
+                break
             if controller.reconciler.problem or left_s <= 0:
                 break
-            await self._changed(min(left_s, VIEW_POLL_S))
+            await generation.changed(min(left_s, VIEW_POLL_S))
         return self._settings_status(controller)
 
     def _settings_status(self, controller: Controller) -> SettingsStatus:
@@ -181,14 +185,14 @@ class ControllerActor:
             declared=dict(controller.declared.values),
             declared_at_s=controller.declared.at_s,
             observed={"workers.count": num_ready},
-            pending=tuple(controller.pending),
+            pending=(*controller.pending, *self._all.others()),
             by_worker=controller.by_worker,
             unconfirmed=controller.unconfirmed,
-            problem=controller.reconciler.problem or self._refused,
+            problem=controller.reconciler.problem or self._all.refused,
         )
 
     async def _begun(self) -> Controller:
-        """The controller. One that was just started has to find its workers first.
+        """The controller that serves. One that was just started has to find its workers first.
 
         Raises:
             UnavailableError: it takes too long.
@@ -198,35 +202,52 @@ class ControllerActor:
                 await self._has_begun.wait()
         except TimeoutError:
             raise UnavailableError("the controller has not begun") from None
-        return self._controller
+        return self._all.serving.controller
 
     async def config(self) -> ClusterConfig:
-        return self._config
+        return self._all.serving.config if self._all.running else self._first_config
 
     async def whereabouts(self) -> tuple[str, int]:
         """The node and the process of the controller itself."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    async def view(self, known_epoch: int, timeout_s: float) -> ClusterView:
-        """The view, as soon as it is newer than the known one, or after the timeout."""
-        controller = await self._begun()
+    async def view(
+        self, known_epoch: int, timeout_s: float, follower: Follower | None = None
+    ) -> ClusterView:
+        """The view, as soon as it is newer than the known one, or after the timeout.
+
+        A follower gets the view of the generation that has its settings; if there is none, that of
+        the generation that serves, like those who are no followers.
+        """
+        await self._begun()
+        generation = self._all.of(follower.values) if follower is not None else None
+        if follower is not None and generation is not None:
+            self._all.lives.follow(generation.number, follower.follower_id, now_s())
+        generation = generation or self._all.serving
+        if follower is not None and follower.generation != generation.number:
+            # It knows no view of this generation.
+            known_epoch = min(known_epoch, 0)
+        controller = generation.controller
         controller.overtake(known_epoch)
         until_s = time.monotonic() + timeout_s
         while controller.view.placement_epoch <= known_epoch:
             left_s = until_s - time.monotonic()
-            if left_s <= 0 or not await self._changed(left_s):
+            if left_s <= 0 or not await generation.changed(left_s):
                 break
         return controller.view
+
+    async def unfollow(self, follower_id: str) -> None:
+        """An ingress replica has nothing left to do: nobody need wait for it."""
+        self._all.lives.unfollow(follower_id)
 
     async def progress(self) -> dict[str, Any]:
         """How far the start is: what each worker waits for, and how many bytes it has read."""
         controller = await self._begun()
         # Before the workers are asked, which takes time: what is complete shows every worker ready.
-        is_complete = controller.is_complete and all(
-            record.state is WorkerState.READY for record in controller.workers.values()
-        )
+        is_complete = controller.all_ready
+        generation = self._all.serving
         workers = await asyncio.gather(
-            *(self._progress_of(record) for record in controller.workers.values())
+            *(progress_of(generation, record) for record in controller.workers.values())
         )
         failure = controller.failure
         return {
@@ -238,10 +259,11 @@ class ControllerActor:
     async def status(self) -> ClusterStatus:
         """Everything that `milliways status` shows."""
         controller = await self._begun()
+        generation = self._all.serving
         records = sorted(controller.workers.values(), key=number)
-        workers = await asyncio.gather(*(self._status_of(record) for record in records))
+        workers = await asyncio.gather(*(ask_status(generation, record) for record in records))
         return ClusterStatus(
-            model=self._config.model.path,
+            model=generation.config.model.path,
             placement_epoch=controller.view.placement_epoch,
             is_complete=controller.is_complete,
             uptime_s=round(time.time() - self._started_at_s, 1),
@@ -249,6 +271,8 @@ class ControllerActor:
             controller_pid=os.getpid(),
             settings=self._settings_status(controller),
             workers=tuple(workers),
+            generation=generation.number,
+            generations=self._all.status(),
         )
 
     async def scale(self, num_workers: int) -> None:
@@ -256,136 +280,49 @@ class ControllerActor:
 
         A step that goes on already, such as one that a new controller takes, is waited for.
         """
-        controller = await self._idle()
-        assert self._shell is not None
-        await self._shell.wait(controller.scale(num_workers, time.time()))
+        generation = await self._idle()
+        if busy := self._all.busy():
+            raise ChangeRefusedError(busy)
+        await generation.shell.wait(generation.controller.scale(num_workers, time.time()))
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
         """Moves a worker's work away, then stops or restarts it; returns when that is done."""
-        controller = await self._idle()
-        assert self._shell is not None
+        generation = await self._idle()
+        if not restarts and (busy := self._all.busy()):
+            raise ChangeRefusedError(busy)
+        controller = generation.controller
         task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
-        await self._shell.wait(task)
+        await generation.shell.wait(task)
         while restarts and controller.workers[worker_id].state is not WorkerState.READY:
-            await self._changed(VIEW_POLL_S)
+            await generation.changed(VIEW_POLL_S)
 
     async def finish_drain(self, worker_id: str, restarts: bool, incarnation: int) -> None:
         """Completes what an earlier controller was to do with this incarnation of a worker."""
-        controller = await self._idle()
-        while (record := controller.workers.get(worker_id)) is not None:
+        generation = await self._idle()
+        while (record := generation.controller.workers.get(worker_id)) is not None:
             if record.state is WorkerState.STOPPED:
                 return
             if record.state is WorkerState.READY:
                 if not (restarts and record.incarnation > incarnation):
                     await self.drain(worker_id, restarts)
                 return
-            await self._changed(VIEW_POLL_S)
+            await generation.changed(VIEW_POLL_S)
 
     async def incarnation_of(self, worker_id: str) -> int:
         """The present incarnation of a worker; 0 if there is no such worker."""
         record = (await self._begun()).workers.get(worker_id)
         return record.incarnation if record is not None else 0
 
-    async def _idle(self) -> Controller:
-        """The controller, once the steps of a change that it takes by itself are done."""
-        controller = await self._begun()
-        while controller.reconciler.is_stepping:
-            await self._changed(VIEW_POLL_S)
-        return controller
+    async def _idle(self) -> RunningGeneration:
+        """The generation that serves, once the steps that it takes by itself are done."""
+        await self._begun()
+        generation = self._all.serving
+        while generation.controller.reconciler.is_stepping:
+            await generation.changed(VIEW_POLL_S)
+        return generation
 
     async def stop(self) -> None:
         """Kills all workers; the cluster ends."""
-        if self._shell is not None:
-            self._controller.close()
-            self._fleet.stop_all()
-
-    async def _changed(self, timeout_s: float) -> bool:
-        assert self._shell is not None
-        changed = asyncio.Event()
-        self._controller.changed.wait().when_done(changed.set)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await changed.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _progress_of(self, record: WorkerRecord) -> dict[str, Any]:
-        bytes_read = bytes_wanted = 0
-        if record.spawned is not None and record.state is not WorkerState.LOST:
-            try:
-                async with asyncio.timeout(2.0):
-                    bytes_read, bytes_wanted = await self._fleet.progress(record.worker_id)
-            except Exception:
-                # It may die while it is asked; the next progress says so.
-                pass
-        return {
-            "worker_id": record.worker_id,
-            "state": record.state.value,
-            "has_process": record.spawned is not None,
-            "waits_for": self._controller.waits_for(record),
-            "bytes_read": bytes_read,
-            "bytes_wanted": bytes_wanted,
-            "last_error": record.last_error,
-        }
-
-    async def _status_of(self, record: WorkerRecord) -> WorkerStatus:
-        process: ProcessStatus | None = None
-        last_error = record.last_error
-        if record.state in (WorkerState.READY, WorkerState.DRAINING):
-            try:
-                async with asyncio.timeout(STATUS_TIMEOUT_S):
-                    process = await self._fleet.status(record.worker_id)
-            except Exception as error:
-                # It may die while it is asked, or be busy. Neither is for a question to judge.
-                last_error = f"it does not answer: {error}"
-        return status_of(record, self._controller.waits_for(record), last_error, process)
-
-
-def _sizes(views: Sequence[ClusterView]) -> ModelBytes | None:
-    """The sizes of the model that runs; None if nothing runs yet.
-
-    They are not read again: the files may be unreadable now, or those of another model.
-    """
-    return max(views, key=lambda view: view.placement_epoch).model
-
-
-def _read_sizes(settings: ModelSettings) -> ModelBytes:
-    """The sizes of a model, from its files.
-
-    Raises:
-        CheckpointError, ModelConfigError: a file is unreadable or invalid; says which and why.
-    """
-    with Checkpoint.open(resolve_model_dir(settings.path)) as checkpoint:
-        return checkpoint_bytes(checkpoint, _VALUE_BYTES[settings.dtype])
-
-
-def status_of(
-    record: WorkerRecord, waits_for: str, last_error: str, process: ProcessStatus | None
-) -> WorkerStatus:
-    """A worker as the controller knows it, with what it says itself."""
-    member = record.member()
-    return WorkerStatus(
-        worker_id=record.worker_id,
-        incarnation=record.incarnation,
-        pid=member.pid,
-        state=record.state.value,
-        process=process,
-        role=_role(record),
-        node=member.node_id,
-        address=member.address,
-        router_address=member.router_address,
-        waits_for=waits_for,
-        last_error=last_error,
-        quick_deaths=record.num_quick_deaths,
-        experts=tuple(sorted((e.layer, e.expert) for e in record.held)),
-    )
-
-
-def _role(record: WorkerRecord) -> str:
-    if record.shards is None:
-        return "none yet"
-    parts = ["attention"] if record.shards.num_layers else []
-    parts += ["router"] if record.shards.has_ends else []
-    parts += ["experts"] if record.held else []
-    return "+".join(parts) or "spare"
+        if self._looking is not None:
+            self._looking.cancel()
+        self._all.end_all()

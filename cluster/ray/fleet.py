@@ -6,7 +6,8 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import ray
@@ -14,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group_table,
     remove_placement_group,
 )
@@ -45,18 +47,20 @@ DESCRIBE_TRIES = 3
 DESCRIBE_AGAIN_AFTER_S = 1.0
 # Errors that say that a file of the model is missing, unreadable or another one.
 _UNREADABLE = (CheckpointError, ModelConfigError, TokenizerError)
-_ACTOR_NAME = re.compile(r"worker-\d+-\d+")
+_ACTOR_NAME = re.compile(r"g(\d+)-worker-\d+-\d+")
+_GROUP_NAME = re.compile(r"milliways-g(\d+)-worker-\d+")
 T = TypeVar("T")
 
 
 class RayFleet:
-    """A `Fleet` of Ray actors. Used from the loop of its `AsyncTasks`.
+    """A `Fleet` of Ray actors, all of one generation. Used from the loop of its `AsyncTasks`.
 
     Invariant: `_actors` and `_deaths` have the latest incarnation of each worker, and no earlier
     one of it is alive.
     """
 
-    def __init__(self, config: ClusterConfig, shell: AsyncTasks) -> None:
+    def __init__(self, config: ClusterConfig, shell: AsyncTasks, generation: int = 1) -> None:
+        self.generation = generation
         # What the next incarnations are started with.
         self.config = config
         # Of the model's parts; set before any worker is started.
@@ -106,7 +110,7 @@ class RayFleet:
         return self._deaths[worker_id]
 
     async def find_existing(self) -> list[Existing]:
-        """Workers that another controller started and that serve.
+        """Workers of this generation that another controller started and that serve.
 
         Those that are silent, or have not loaded what they were to load, are ended.
 
@@ -114,11 +118,7 @@ class RayFleet:
             UnavailableError: a worker answers with errors. It may serve well, so it is not ended.
         """
         found: dict[str, Existing] = {}
-        entries: Any = list_named_actors(all_namespaces=True)
-        for entry in entries:
-            name = entry["name"]
-            if entry["namespace"] != NAMESPACE or _ACTOR_NAME.fullmatch(name) is None:
-                continue
+        for name in names_of_workers(self.generation):
             try:
                 actor = ray.get_actor(name, namespace=NAMESPACE)
             except ValueError:
@@ -147,6 +147,7 @@ class RayFleet:
             ray.kill(actor)
         for group in self._groups.values():
             remove_placement_group(group)
+        remove_groups(lambda generation: generation == self.generation)
 
     def bytes_of(self, shards: ShardPlan) -> int:
         """How many bytes of the checkpoint shards take."""
@@ -164,10 +165,12 @@ class RayFleet:
         assert self.sizes is not None
         self._end(worker_id)
         if worker_id not in self._groups:
-            self._groups[worker_id] = group_of(self.config.workers, worker_id)
+            self._groups[worker_id] = group_of(self.config.workers, self.generation, worker_id)
         try:
             group = self._groups[worker_id]
-            actor = start_worker(self.config, worker_id, incarnation, group, self.sizes)
+            actor = start_worker(
+                self.config, self.generation, worker_id, incarnation, group, self.sizes
+            )
         except ValueError as error:
             # An earlier controller started this incarnation, and died before anybody knew of it.
             # The next one is free, or the one after that.
@@ -194,6 +197,36 @@ class RayFleet:
 
     def _call(self, worker_id: str, reference: Any) -> Pending[None]:
         return self._shell.pending(_answer(worker_id, reference))
+
+
+def names_of_workers(generation: int) -> list[str]:
+    """The names of the actors of a generation's workers."""
+    return [name for number, name in _workers() if number == generation]
+
+
+def generations_that_run() -> list[int]:
+    """The numbers of the generations of which an actor exists, in order."""
+    return sorted({number for number, _ in _workers()})
+
+
+def _workers() -> list[tuple[int, str]]:
+    """Generation and name of each worker's actor."""
+    entries: Any = list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in entries if entry["namespace"] == NAMESPACE]
+    matches = [_ACTOR_NAME.fullmatch(name) for name in names]
+    return [(int(match[1]), match[0]) for match in matches if match is not None]
+
+
+def remove_groups(unwanted: Callable[[int], bool]) -> None:
+    """Removes the placement groups of unwanted generations, which nobody uses any more."""
+    table: Any = placement_group_table()
+    for entry in table.values():
+        match = _GROUP_NAME.fullmatch(entry["name"])
+        if match is None or entry["state"] == "REMOVED" or not unwanted(int(match[1])):
+            continue
+        # It may be gone since it was listed.
+        with suppress(ValueError):
+            remove_placement_group(get_placement_group(entry["name"]))
 
 
 async def _answer(worker_id: str, reference: Awaitable[T]) -> T:

@@ -28,7 +28,7 @@ from ray.serve.schema import APIType
 from ray.util import list_named_actors
 
 from milliways.cluster.ray.app import APP_NAME, INGRESS_NAME, make_app
-from milliways.cluster.ray.declaring import declared_now
+from milliways.cluster.ray.declaring import declared_now, make_possible
 from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig, IngressSettings
 from milliways.wire.errors import RayGoneError, StartupError
@@ -53,13 +53,20 @@ class ServedApplication:
     def start(self) -> None:
         """Starts the workers and the endpoint; returns before either is ready.
 
+        If workers run already that cannot serve these settings, others are started beside them, and
+        this returns when the endpoint has changed over to these.
+
         Raises:
             StartupError: Serve cannot listen on the address of the settings.
+            ChangeRefusedError: the cluster that runs cannot take the settings.
         """
         ray.get(self._controller.begin.remote())
+        is_change = make_possible(self._declared)
         ray.get(self._controller.declare.remote(self._declared))
         _open_proxy(self._config.ingress)
         deploy_ingress(self._config, self._declared.at_s)
+        if is_change:
+            wait_for_ingress(self._config.workers.start_timeout_s)
 
     def progress(self) -> dict[str, Any]:
         """The start so far, as the controller describes it."""

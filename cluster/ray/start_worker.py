@@ -1,5 +1,8 @@
 """Starts a worker as a Ray actor, in a placement group that keeps its resources.
 
+Workers of different generations may have the same worker_id; the names of their actors and groups
+begin with the number of the generation.
+
 The group stays between two incarnations of a worker, so that nobody takes its GPUs meanwhile. If no
 node has room for the group, Ray's autoscaler starts a node.
 """
@@ -22,8 +25,19 @@ from milliways.wire.placement import ModelBytes
 NAMESPACE = "milliways"
 
 
+def actor_name(generation: int, worker_id: str, incarnation: int) -> str:
+    """The name of the actor of one incarnation of a worker."""
+    return f"g{generation}-{worker_id}-{incarnation}"
+
+
+def group_name(generation: int, worker_id: str) -> str:
+    """The name of a worker's placement group."""
+    return f"milliways-g{generation}-{worker_id}"
+
+
 def start_worker(
     config: ClusterConfig,
+    generation: int,
     worker_id: str,
     incarnation: int,
     group: PlacementGroup,
@@ -41,7 +55,7 @@ def start_worker(
     settings = config.workers
     remote: Any = ray.remote(WorkerActor)
     return remote.options(
-        name=f"{worker_id}-{incarnation}",
+        name=actor_name(generation, worker_id, incarnation),
         namespace=NAMESPACE,
         lifetime="detached",
         max_restarts=0,
@@ -53,9 +67,9 @@ def start_worker(
     ).remote(config, worker_id, incarnation, sizes)
 
 
-def group_of(settings: WorkerSettings, worker_id: str) -> PlacementGroup:
+def group_of(settings: WorkerSettings, generation: int, worker_id: str) -> PlacementGroup:
     """The placement group of a worker; an earlier controller may have made it."""
-    name = f"milliways-{worker_id}"
+    name = group_name(generation, worker_id)
     try:
         return get_placement_group(name)
     except ValueError:

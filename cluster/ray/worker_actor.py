@@ -12,7 +12,7 @@ import ray
 
 from milliways.cluster.control.fleet import Existing, Loaded, Spawned
 from milliways.cluster.host.local_devices import tell_jax
-from milliways.cluster.host.memory_limit import usable_memory_bytes
+from milliways.cluster.host.memory_limit import USABLE_PART, usable_memory_bytes
 from milliways.cluster.ray.environment import FAULTS_VARIABLE
 from milliways.cluster.settings.config import LOOPBACK, ClusterConfig
 from milliways.model.manifest import Manifest
@@ -146,4 +146,4 @@ def _memory_bytes(config: ClusterConfig) -> int:
 
         stats = [device.memory_stats() for device in find_devices(config.workers.gpus_each)]
         return sum(int(s["bytes_limit"]) for s in stats if s)
-    return round(0.8 * usable_memory_bytes() / config.workers.count)
+    return round(USABLE_PART * usable_memory_bytes() / config.workers.count)

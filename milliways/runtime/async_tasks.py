@@ -23,12 +23,19 @@ class AsyncTasks:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_kicked = False
+        self._is_closed = False
         # Kept here, because event loops refer to their tasks weakly.
         self._running: set[asyncio.Task[Any]] = set()
 
+    def close(self) -> None:
+        """Runs no task any more."""
+        self._is_closed = True
+        for task in self._running:
+            task.cancel()
+
     def kick(self) -> None:
         """Runs the tasks soon."""
-        if not self._is_kicked:
+        if not (self._is_kicked or self._is_closed):
             self._is_kicked = True
             self._loop.call_soon(self._turn)
 
@@ -62,6 +69,8 @@ class AsyncTasks:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._is_closed:
+            return
         try:
             self.tasks.run_ready()
         except Exception as error:

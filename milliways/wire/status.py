@@ -125,8 +125,22 @@ class SettingsStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStatus:
+    """One of the generations of workers: there are two while a cluster changes to other workers."""
+
+    generation: int
+    model: str
+    num_workers: int
+    num_ready: int
+    is_complete: bool
+    serves: bool
+    # Whether it serves, starts or ends, for people.
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
-    """What the controller says of the cluster."""
+    """What the controller says of the cluster; all but `generations` is of the one that serves."""
 
     model: str
     placement_epoch: int
@@ -136,6 +150,9 @@ class ClusterStatus:
     controller_pid: int
     settings: SettingsStatus
     workers: tuple[WorkerStatus, ...]
+    generation: int = 1
+    # By number.
+    generations: tuple[GenerationStatus, ...] = ()
 
 
 def to_json(status: ClusterStatus) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class ClusterView:
 
     placement_epoch: int
     members: Mapping[str, Member]
+    # The number of the workers' generation; epochs of different generations do not compare.
+    generation: int = 1
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     # The bytes of the model that is served, and whether all of its parts are known.
     manifest: Manifest = EMPTY_MANIFEST
@@ -144,7 +146,8 @@ class ClusterView:
         return (*others[first:], *others[:first])
 
 
-EMPTY_VIEW = ClusterView(placement_epoch=0, members={})
+# What is known before any view: of no generation.
+EMPTY_VIEW = ClusterView(placement_epoch=0, members={}, generation=0)
 
 
 def chains_of(

@@ -114,6 +114,9 @@ class Traffic:
             if response.status_code == 503:
                 assert json.loads(await response.aread())["error"]["code"] == "server_leaving"
                 raise NotBegunError
+            if response.status_code == 404:
+                # The cluster has changed to another model.
+                raise NotBegunError
             assert response.status_code == 200, await response.aread()
             event_id = ""
             async for line in response.aiter_lines():
@@ -133,6 +136,7 @@ class Traffic:
     async def grpc(self, stream: Stream, cursor: str = "") -> None:
         """Adds what comes over gRPC, from a cursor on."""
         request = generate_pb2.GenerateRequest(
+            model="demo",
             text=PROMPT,
             max_tokens=NUM_TOKENS,
             ignore_eos=True,

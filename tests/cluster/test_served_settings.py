@@ -22,7 +22,8 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_refused_settings_change_nothing(cluster: ServedCluster, tmp_path: Path) -> None:
-    says = "needs a new generation: model.path: 'demo' -> '/other'"
+    change = "model.path: 'demo' -> '/other'"
+    says = f"needs a new generation: {change}, and: /other: no such model directory"
     before = cluster.status()
     for dry in ((), ("--dry-run",)):
         done = cluster.command("apply", "-f", written(tmp_path, OTHER_MODEL), *dry)

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import yaml
 
 from tests.deploy_checks import serve_problems
@@ -77,13 +78,14 @@ def is_ready(port: int) -> bool:
         return False
 
 
-def complete(port: int) -> str:
-    body = {"model": "demo", "prompt": "Welcome to", "temperature": 0, "max_tokens": 4}
+def complete(port: int, model: str = "demo") -> str:
+    body = {"model": model, "prompt": "Welcome to", "temperature": 0, "max_tokens": 4}
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
 
 
+@pytest.mark.timeout(3 * TIMEOUT_S)
 def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     # `serve run` has no option for the port.
     port, (grpc_port,) = head.start_serve(), free_ports(1)
@@ -125,17 +127,30 @@ def test_run_and_deploy_serve_the_same(head: RayHead, tmp_path: Path) -> None:
     assert complete(port) == text
     assert declared(head)["workers.load_timeout_s"] == 3600.0
 
-    # Workers of one model do not serve another one under its name: all stays as it is.
-    args["model"] = {"name": "other"}
+    # What cannot be read is refused: all stays as it is.
+    args["model"] = {"path": "/other"}
     file.write_text(yaml.safe_dump(tree), "utf-8")
     serve(head, "deploy", str(file), "-a", head.dashboard)
-    refused = "needs a new generation: model.name: '' -> 'other'"
+    refused = "/other: no such model directory"
     wait_until(
         lambda: refused in serve(head, "status", "-a", head.dashboard), "it is refused", TIMEOUT_S
     )
     assert is_ready(port)
     assert complete(port) == text
-    assert declared(head)["model.name"] == ""
+    assert declared(head)["model.path"] == "demo"
+
+    # Another name needs other workers. Serve deploys it when they are complete.
+    args["model"] = {"name": "other"}
+    file.write_text(yaml.safe_dump(tree), "utf-8")
+    serve(head, "deploy", str(file), "-a", head.dashboard)
+    wait_until(lambda: serves(port, "other"), "other workers serve", TIMEOUT_S)
+    assert complete(port, "other") == text
+    assert declared(head)["model.name"] == "other"
+
+
+def serves(port: int, model: str) -> bool:
+    models = httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).json()["data"]
+    return [served["id"] for served in models] == [model]
 
 
 def declared(head: RayHead) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from milliways.cluster.cli.commands.serve import check_manifest, check_mapped
+from milliways.cluster.host.model_checks import check_manifest, check_mapped
 from milliways.model.checkpoint import (
     CheckedTensors,
     Checkpoint,

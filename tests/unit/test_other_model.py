@@ -1,14 +1,21 @@
 """An ingress serves no view of another model than its own: it is not ready, and says why."""
 
+# Ray's own types are unknown in part.
+# pyright: basic
+
 import asyncio
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
-from milliways.wire.errors import UnavailableError
+from milliways.wire.errors import ChangeRefusedError, UnavailableError
 from milliways.wire.view import ClusterView, Declared, Member, WorkerState
 from tests.ingresses import demo_model
 from tests.sources import CountingSource
@@ -19,6 +26,7 @@ with warnings.catch_warnings():
     from milliways.cluster.ray.app import Directory
 
 CONFIG = ClusterConfig()
+OTHER = changed(CONFIG, {"model.name": "other"})
 
 
 def view_of(config: ClusterConfig) -> ClusterView:
@@ -68,3 +76,77 @@ def test_obstacle_refuses_requests_and_readiness_with_its_reason() -> None:
             await ingress.readiness.check()
 
     asyncio.run(run())
+
+
+class FakeController:
+    """What a replica asks; a generation of its own is complete after it has asked three times."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.asked: list[str] = []
+        self.refusal = refusal
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        async def remote(*arguments: Any) -> Any:
+            await asyncio.sleep(0)
+            self.asked.append(method)
+            return self._answer(method, arguments)
+
+        return SimpleNamespace(remote=remote)
+
+    def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        is_complete = self.asked.count("prepare") == 3
+        match method:
+            case "prepare" if self.refusal is not None:
+                raise RayTaskError("prepare", "its traceback", self.refusal)
+            case "prepare":
+                return SimpleNamespace(is_complete=is_complete, serves=False)
+            case "view":
+                self.follower = arguments[2]
+                return replace(view_of(OTHER if is_complete else CONFIG), generation=2)
+        return None
+
+
+async def joined(monkeypatch: pytest.MonkeyPatch, controller: FakeController) -> Directory:
+    """A directory of a replica of another model, when it knows whether it has workers."""
+    directory = Directory(OTHER, declared_at_s=2.0)
+    monkeypatch.setattr(directory, "controller", lambda: controller)
+    follower = asyncio.create_task(directory.follow())
+    try:
+        async with asyncio.timeout(30):
+            await directory.joined()
+            await directory.changed()
+    finally:
+        follower.cancel()
+    return directory
+
+
+def test_replica_waits_until_the_workers_of_its_model_are_complete(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        directory = await joined(monkeypatch, controller)
+        assert controller.asked[:6] == ["begin", "declare", *["prepare"] * 3, "declare"]
+        assert controller.follower.values == flat(OTHER)
+        assert [router.worker_id for router in directory.routers()] == ["worker-0"]
+
+    asyncio.run(run())
+
+
+def test_replica_without_workers_of_its_model_is_not_healthy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        controller = FakeController(ChangeRefusedError("no room for 3 workers"))
+        with pytest.raises(UnavailableError, match="no room for 3 workers"):
+            await joined(monkeypatch, controller)
+
+    asyncio.run(run())
+
+
+def test_view_of_another_generation_is_taken_whatever_its_epoch() -> None:
+    directory = Directory(OTHER, declared_at_s=2.0)
+    directory._take(replace(view_of(CONFIG), placement_epoch=9))
+    assert directory.routers() == []
+    directory._take(replace(view_of(OTHER), generation=2))
+    assert [router.worker_id for router in directory.routers()] == ["worker-0"]

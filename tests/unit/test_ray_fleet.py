@@ -22,7 +22,7 @@ from milliways.wire.errors import UnavailableError
 from milliways.wire.placement import ModelBytes, ShardPlan
 from milliways.wire.view import EMPTY_VIEW
 
-NAME = "worker-3-2"
+NAME = "g1-worker-3-2"
 MODEL = ModelBytes(
     num_layers=1,
     num_experts=1,
@@ -84,7 +84,7 @@ def test_a_worker_that_answers_with_errors_is_asked_again_and_never_killed(
         raise error_in_worker()
 
     fake = FakeRay(monkeypatch, describe)
-    with pytest.raises(UnavailableError, match="worker-3-2 does not say what it holds"):
+    with pytest.raises(UnavailableError, match="g1-worker-3-2 does not say what it holds"):
         fake.find()
     assert num_asked == 3 and fake.killed == []
 
@@ -140,7 +140,7 @@ def test_an_incarnation_that_counts_as_dead_is_ended_before_the_next_one_starts(
         for _ in range(2)
     )
     actors = iter((first, second))
-    monkeypatch.setattr(ray_fleet, "group_of", lambda settings, worker_id: "a group")
+    monkeypatch.setattr(ray_fleet, "group_of", lambda settings, generation, worker_id: "a group")
     monkeypatch.setattr(ray_fleet, "start_worker", lambda *arguments: next(actors))
 
     async def spawn_twice() -> None:

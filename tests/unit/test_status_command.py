@@ -13,7 +13,7 @@ import pytest
 from milliways.cluster.cli.commands import running_controller, status
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.cluster.ingress.worker_metrics import render_metrics
-from milliways.cluster.ray.controller_actor import status_of
+from milliways.cluster.ray.worker_reports import status_of
 from milliways.wire.status import from_json, to_json
 from milliways.wire.view import WorkerState
 from tests.statuses import ANSWERING, AS_JSON, AS_METRICS, CLUSTER, SILENT
@@ -70,12 +70,20 @@ def test_table_says_what_of_the_settings_is_not_so_yet() -> None:
 
 
 def test_table_has_a_line_for_each_worker() -> None:
-    _, _, names, answering, lost = status.format_status(CLUSTER).splitlines()
+    alone = replace(CLUSTER, generations=CLUSTER.generations[1:])
+    _, _, names, answering, lost = status.format_status(alone).splitlines()
     assert names.split()[-4:] == ["experts", "kv", "tok/s", "transports"]
     links = "worker-0 direct, worker-1 none: opening  copies 24 to worker-1"
     assert answering.endswith(f" 0-1       3       19/20     1.2  {links}")
     lost = " ".join(lost.split())
     assert lost == "worker-1 3 0 lost none yet - 0 - - waits for its restart in 1 s"
+
+
+def test_table_names_both_generations_while_there_are_two() -> None:
+    assert status.format_status(CLUSTER).splitlines()[-2:] == [
+        "generation 1: model small, 3 of 3 workers ready; ends when its requests have ended",
+        "generation 2: model demo, 1 of 2 workers ready; serves",
+    ]
 
 
 def test_controller_says_of_a_lost_worker_what_it_knows() -> None:

@@ -3,12 +3,13 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milliways.cluster.cli.commands.running_controller import RunningController, joined
-from milliways.cluster.control.changes import EFFECTS, OF_INGRESS, differences
+from milliways.cluster.cli.commands.running_controller import joined
+from milliways.cluster.control.changes import EFFECTS, GENERATION, OF_INGRESS, differences
+from milliways.cluster.ray.asking import RunningController
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
 from milliways.wire.errors import ChangeRefusedError, StartupError
@@ -50,15 +51,56 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(lines) or "nothing to change", file=out, flush=True)
         if options.dry_run or not lines:
             return
+        needs_workers = bool(differences(flat(running), wanted, GENERATION))
         reaches_ingress = bool(differences(flat(running), wanted, OF_INGRESS))
-        if reaches_ingress:
+        if reaches_ingress or needs_workers:
             _check_ingress()
-        declared: Declared = controller.ask("apply", wanted)
-        if reaches_ingress:
-            _deploy_ingress(changed(running, declared.values), declared)
+        if needs_workers:
+            declared = _change_workers(
+                controller, running, wanted, lambda text: print(text, file=out, flush=True)
+            )
+        else:
+            declared = controller.ask("apply", wanted)
+            if reaches_ingress:
+                _deploy_ingress(changed(running, declared.values), declared)
         timeout_s = running.workers.start_timeout_s + running.workers.load_timeout_s
         _wait(controller, declared, timeout_s)
     print("done", file=out)
+
+
+def _change_workers(
+    controller: RunningController,
+    running: ClusterConfig,
+    wanted: Mapping[str, Any],
+    say: Callable[[str], object],
+) -> Declared:
+    """Starts other workers beside those that run, then an ingress that uses them.
+
+    Raises:
+        ChangeRefusedError: there is no room, or something fails. All is as it was before.
+    """
+    from milliways.cluster.ray.declaring import declared_now, prepare
+    from milliways.cluster.ray.serving import deploy_ingress, wait_for_ingress
+
+    before: SettingsStatus = controller.ask("settle", 0.0, 0.0)
+    config = changed(running, wanted)
+    declared = declared_now(config)
+    try:
+        prepare(controller, declared, say)
+    except KeyboardInterrupt:
+        # They would end by themselves after a minute.
+        controller.ask("abandon", declared.values)
+        raise
+    say("the ingress changes over to the new workers; the old ones end with their requests")
+    deploy_ingress(config, declared.at_s)
+    try:
+        wait_for_ingress(config.workers.start_timeout_s)
+    except StartupError as error:
+        deploy_ingress(running, before.declared_at_s)
+        wait_for_ingress(config.workers.start_timeout_s)
+        controller.ask_next("abandon", declared.values, timeout_s=SETTLE_TIMEOUT_S)
+        raise ChangeRefusedError(f"all is as it was: {error}") from error
+    return declared
 
 
 def wanted_values(running: ClusterConfig, file: Path) -> Mapping[str, Any]:

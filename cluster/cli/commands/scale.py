@@ -2,7 +2,8 @@
 
 import argparse
 
-from milliways.cluster.cli.commands.running_controller import ControllerGoneError, joined
+from milliways.cluster.cli.commands.running_controller import joined
+from milliways.cluster.ray.asking import ControllerGoneError
 from milliways.cluster.settings.config import WorkerSettings
 
 

@@ -11,12 +11,7 @@ from milliways.cluster.cli.commands.setting_flags import (
 )
 from milliways.cluster.cli.listening import settle_addresses
 from milliways.cluster.cli.serving import JoinedCluster, LocalCluster
-from milliways.model.checkpoint import Checkpoint, check_unchangeable, part_names
-from milliways.model.errors import ManifestError
-from milliways.model.manifest import read_manifest
-from milliways.model.model_dir import resolve_model_dir
-
-MAPPED = "mapped"
+from milliways.cluster.host.model_checks import check_files
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,33 +37,6 @@ def run(options: argparse.Namespace) -> None:
     config = gathered.config
     # These checks come first, because starting Ray takes ten seconds.
     config = dataclasses.replace(config, ingress=settle_addresses(config.ingress))
-    with Checkpoint.open(resolve_model_dir(config.model.path)) as checkpoint:
-        if config.model.manifest:
-            check_manifest(Path(config.model.manifest), checkpoint)
-        if config.model.experts == MAPPED:
-            check_mapped(checkpoint)
+    check_files(config.model)
     cluster = JoinedCluster(config, options.address) if options.address else LocalCluster(config)
     cluster.run()
-
-
-def check_manifest(path: Path, checkpoint: Checkpoint) -> None:
-    """Checks that a manifest is one of this model, before any worker starts.
-
-    Raises:
-        ManifestError: it cannot be read, or has no digest of a part of the model.
-    """
-    missing = read_manifest(path).missing_of(part_names(checkpoint))
-    if missing:
-        reason = f"has no digest of {missing[0]}, and of {len(missing) - 1} more parts of the model"
-        raise ManifestError(path, reason)
-
-
-def check_mapped(checkpoint: Checkpoint) -> None:
-    """Checks that nobody can change the experts that would stay in their files.
-
-    Raises:
-        ChangeableFileError: somebody can.
-    """
-    for spec in checkpoint.specs:
-        if spec.role.is_expert:
-            check_unchangeable(checkpoint.record(spec).path)

@@ -10,6 +10,7 @@ from milliways.cluster.cli.commands.running_controller import ask_controller
 from milliways.wire.status import (
     ClusterStatus,
     DeviceStatus,
+    GenerationStatus,
     LayerRun,
     SettingsStatus,
     WorkerStatus,
@@ -43,6 +44,8 @@ def format_status(status: ClusterStatus) -> str:
         lines.append(_line(worker))
         devices = worker.process.devices if worker.process else ()
         lines += [_device_line(device) for device in devices if len(devices) > 1]
+    if len(status.generations) > 1:
+        lines += [_generation_line(generation) for generation in status.generations]
     return "\n".join(lines)
 
 
@@ -54,6 +57,14 @@ def format_settings(settings: SettingsStatus) -> str:
     if not settings.pending:
         return f"settings: as declared{problem}"
     return f"settings: pending: {'; '.join(settings.pending)}{problem}"
+
+
+def _generation_line(generation: GenerationStatus) -> str:
+    """One of two generations of workers; the table above has the workers of the one that serves."""
+    return (
+        f"generation {generation.generation}: model {generation.model},"
+        f" {generation.num_ready} of {generation.num_workers} workers ready; {generation.text}"
+    )
 
 
 def _line(worker: WorkerStatus) -> str:
