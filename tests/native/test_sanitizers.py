@@ -22,10 +22,19 @@ def test_exchange_under_stress_is_clean(tmp_path: Path, sanitizer: str) -> None:
     sources = [path for path in sorted(NATIVE.glob("*.cc")) if path.name not in _WITH_XLA]
     program = tmp_path / "stress"
     flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
+    flags += [f"-fsanitize={sanitizer}", f"-I{NATIVE}"]
     stress = Path(__file__).with_name("exchange_stress.cc")
     subprocess.run(
-        [compiler, *flags, f"-fsanitize={sanitizer}", f"-I{NATIVE}", *sources, stress]
-        + ["-o", program],
+        [
+            compiler,
+            *flags,
+            f"-fsanitize={sanitizer}",
+            f"-I{NATIVE}",
+            *sources,
+            stress,
+            "-o",
+            program,
+        ],
         check=True,
     )
     done = subprocess.run(

@@ -41,6 +41,7 @@ class NoPipeline:
 
     chain = ()
     is_whole = True
+    computes_at_once = False
 
 
 class SlowRouter(Router):

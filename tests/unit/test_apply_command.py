@@ -23,7 +23,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from milliways.cluster.ray import serving
 
-SETTINGS = SettingsStatus(declared={}, declared_at_s=1.5, observed={}, pending=(), problem="")
+SETTINGS = SettingsStatus(
+    declared={},
+    declared_at_s=1.5,
+    observed={},
+    pending=(),
+    by_worker={},
+    unconfirmed=(),
+    problem="",
+)
 
 
 def generation(num_ready: int) -> GenerationStatus:

@@ -12,11 +12,13 @@ from milliways.benchmarks.chaos.answers import Answer, Outcome
 from milliways.benchmarks.chaos.faults import DAMAGES_FILES, Fault
 from milliways.benchmarks.chaos.report import Report
 from milliways.benchmarks.chaos.requests import draw_requests
+from milliways.benchmarks.chaos.run import LoadSize, report_of
 from milliways.benchmarks.chaos.trial import Plan, Trial
 from milliways.benchmarks.chaos.victims import Place, WorkerFacts
 from milliways.wire.view import ClusterView, Member, WorkerState
 
-REQUESTS = draw_requests(1, max_tokens=2, seed=1)
+SIZE = LoadSize(num_requests=1, num_clients=1, max_tokens=2)
+REQUESTS = draw_requests(SIZE.num_requests, SIZE.max_tokens, seed=1)
 PLACE = Place(name="w0", node_id="n", pid=7)
 
 
@@ -128,8 +130,9 @@ def run(
         monkeypatch.setattr(module, "time", actuator.time)
     load: Any = Load()
     said: list[str] = []
-    one = Trial(REQUESTS, load, actuator, said.append)
-    return one.run(Plan(faults=(fault,), seed=1, **plan))
+    wanted = Plan(faults=(fault,), seed=1, **plan)
+    heard = Trial(REQUESTS, load, actuator, said.append).run(wanted)
+    return report_of(wanted, SIZE, heard, ended=[])
 
 
 def test_scheduled_faults_do_not_wait_for_recovery(

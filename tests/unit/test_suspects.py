@@ -24,6 +24,8 @@ BROKEN = SampledToken(token_id=INVALID_TOKEN, logprob=0.0, top_logprobs=(), is_v
 class FakePipeline:
     """Workers die of the first micro-batch; the logits of the next ones are not finite."""
 
+    computes_at_once = False
+
     def __init__(self) -> None:
         self.num_batches = 0
 
