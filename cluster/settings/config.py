@@ -166,7 +166,10 @@ class RouterSettings:
         _ROUTER.scheduler.max_step_tokens, "Tokens in a step.", least=1, most=65536
     )
     max_micro_batches: int = setting(
-        _ROUTER.max_micro_batches, "Micro-batches of a step.", least=1, most=8
+        _ROUTER.max_micro_batches,
+        "Micro-batches of a step, where a step is not compiled as a whole, as it is on CPUs.",
+        least=1,
+        most=8,
     )
     min_micro_batch_tokens: int = setting(
         _ROUTER.min_micro_batch_tokens,
