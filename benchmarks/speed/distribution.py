@@ -6,7 +6,7 @@ have together.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,11 @@ from milliways.model.config import load_config
 from milliways.model.errors import ModelError
 
 CLUSTER, ALONE = "cluster", "one process"
-# The share of one process's tokens per second that a cluster is to reach, by batch size.
-AIMS = {1: 0.6, 8: 0.75, 32: 0.85}
+# The share of one process's tokens per second that a cluster is to reach, by batch size. The narrow
+# layers of the deep model show what is done between layers, and nothing else.
+AIMS = {1: 0.65, 8: 0.8, 32: 0.9}
+_DEEP_AIMS = {1: 0.75, 8: 0.8, 32: 0.85}
+_DEEP_LAYERS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +78,11 @@ def measure_cluster(bench: ClusterBench, report: Callable[[str], None]) -> Clust
             contestants, bench.workloads, bench.num_rounds, limits_reader.read, report
         )
     names = (CLUSTER, ALONE)
+    config = load_config(bench.model_dir)
+    aims = _DEEP_AIMS if config.num_layers >= _DEEP_LAYERS else AIMS
     return ClusterFigures(
-        tables=Report(load_config(bench.model_dir), bench.workloads, [CLUSTER], [ALONE], results),
-        aims=format_aims(results, CLUSTER, ALONE, bench.workloads),
+        tables=Report(config, bench.workloads, [CLUSTER], [ALONE], results),
+        aims=format_aims(results, CLUSTER, ALONE, bench.workloads, aims),
         about={contestant.name: contestant.about for contestant in contestants},
         is_complete=all(results.find(name, w) for name in names for w in bench.workloads),
     )
@@ -112,10 +117,16 @@ def paired_ratio(results: Results, ours: str, peer: str, workload: Workload) -> 
     return median(one / other for one, other in pairs)
 
 
-def format_aims(results: Results, ours: str, peer: str, workloads: Sequence[Workload]) -> str:
-    """A Markdown table of the ratios and the aims."""
+def format_aims(
+    results: Results,
+    ours: str,
+    peer: str,
+    workloads: Sequence[Workload],
+    wanted: Mapping[int, float],
+) -> str:
+    """A Markdown table of the ratios and the aims, which are by batch size."""
     ratios = [paired_ratio(results, ours, peer, workload) for workload in workloads]
-    aims = [AIMS.get(workload.size) for workload in workloads]
+    aims = [wanted.get(workload.size) for workload in workloads]
     rows = [
         ["cluster / one process", *map(_ratio, ratios)],
         ["aim", *map(_ratio, aims)],

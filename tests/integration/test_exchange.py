@@ -282,6 +282,7 @@ def test_late_answer_is_reported_and_then_taken(pair: Pair) -> None:
     pair.router.node.resume(missing.number)
     assert run.outputs().tobytes() == expected.tobytes()
     assert pair.router.node.is_unanswered(call)
+    assert pair.router.node.take_latency(pair.link) == (0.0, 0)
     # The slot of the call stays taken; others serve.
     pair.router.node.set_patience(pair.link, PATIENCE_S)
     assert pair.begin(rows_TD, ids_TA).outputs().tobytes() == expected.tobytes()

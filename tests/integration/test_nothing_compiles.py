@@ -1,6 +1,7 @@
 """Once a worker is warm, no call makes it compile: while it does, every stream stands still."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from milliways.workers.attention import AttentionShard
 from milliways.workers.devices import LocalDevices
 from milliways.workers.experts import ExpertShard
 from milliways.workers.loading import ShardLoader
+from milliways.workers.native_experts import give_experts, make_node
 from milliways.workers.spreading import PartBytes
 from milliways.workers.warm_up import warm_up
 from tests.compilations import compilations
@@ -64,9 +66,14 @@ def rows_of(num_rows: int, num_drawn: int, first_mode: int = 0) -> TokenRows:
 
 
 class Worker:
-    """The shards of a worker, without threads and servers."""
+    """The shards of a worker, without threads and servers.
 
-    def __init__(self, checkpoint: Checkpoint, plan: ShardPlan, num_devices: int) -> None:
+    With a node, steps exchange rows inside; as no batch has begun there, they get zeros.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: ShardPlan, num_devices: int, has_node: bool
+    ) -> None:
         self.config = checkpoint.config
         ops, kernels = kernels_of(BACKEND)
         sizes = checkpoint_bytes(checkpoint, 4)
@@ -76,9 +83,12 @@ class Worker:
         )
         decoder = Decoder(config=self.config, dtype=jnp.dtype("float32"), ops=ops)
         self.loader = ShardLoader(checkpoint, decoder, kernels, lambda _: None, self.local)
-        self.experts = ExpertShard(decoder, is_spread=num_devices > 1)
-        attention = self.loader.load_attention(plan, self.experts, SIZE)
-        assert attention is not None
+        self.node = (
+            make_node(decoder, kernels, self.local.devices, MAX_STEP_TOKENS) if has_node else None
+        )
+        self.experts = ExpertShard(decoder, num_devices > 1, partial(give_experts, self.node))
+        attention = self.loader.load_attention(plan, self.experts, SIZE, self.node)
+        assert attention is not None and attention.has_exchange == has_node
         self.attention: AttentionShard = attention
         self.take(plan.experts, is_ready=False)
         warm_up(
@@ -148,15 +158,20 @@ def checkpoint(golden_dir: Path) -> Iterator[Checkpoint]:
         yield opened
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
-def test_nothing_compiles_once_a_worker_is_warm(checkpoint: Checkpoint, num_devices: int) -> None:
+@pytest.mark.parametrize(
+    ("num_devices", "has_node"),
+    [(1, False), (2, False)] + ([(1, True)] if BACKEND == "native" else []),
+)
+def test_nothing_compiles_once_a_worker_is_warm(
+    checkpoint: Checkpoint, num_devices: int, has_node: bool
+) -> None:
     config = checkpoint.config
     layers, count = config.num_layers, config.num_experts
     everything = share(layers, count, range(count))
     plan = ShardPlan(
         first_layer=0, num_layers=layers, has_ends=True, experts=share(layers, count, range(3))
     )
-    worker = Worker(checkpoint, plan, num_devices)
+    worker = Worker(checkpoint, plan, num_devices, has_node)
     with compilations() as compiled:
         worker.work()
         # Others died: this worker takes over experts of some layers, and later whole layers.
@@ -169,3 +184,5 @@ def test_nothing_compiles_once_a_worker_is_warm(checkpoint: Checkpoint, num_devi
         group, place = worker.experts.find(0, 1) or pytest.fail("not held")
         released_arrays(group.params, TensorRole.EXPERT_LINEAR, place)
     assert compiled == []
+    if worker.node is not None:
+        worker.node.close()

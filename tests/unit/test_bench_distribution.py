@@ -80,7 +80,7 @@ def test_ratio_of_a_cluster_is_the_median_of_the_rounds_ratios() -> None:
         results.add("one process", DECODE_1, alone)
     assert paired_ratio(results, "cluster", "one process", DECODE_1) == 0.75
     assert paired_ratio(results, "cluster", "one process", DECODE_8) is None
-    table = format_aims(results, "cluster", "one process", [DECODE_1, DECODE_8])
+    table = format_aims(results, "cluster", "one process", [DECODE_1, DECODE_8], {1: 0.6, 8: 0.75})
     assert cells(table)[2:] == [
         ["cluster / one process", "0.75", "-"],
         ["aim", "0.60", "0.75"],

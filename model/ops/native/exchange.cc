@@ -215,7 +215,9 @@ bool Exchange::look(const LayerRows& layer, RowsCall& call, std::vector<uint8_t>
   const int64_t row_bytes = table_->row_bytes();
   call.status = header.status;
   call.placement_epoch = header.placement_epoch;
-  call.link->note_answer(now_ns() - call.asked_ns);
+  const int64_t took_ns = now_ns() - call.asked_ns;
+  // A later answer says nothing of the worker's speed: it may have been frozen.
+  if (took_ns <= call.link->patience_ns) call.link->note_answer(took_ns);
   if (call.status == kOk && header.num_outputs != call.places.size()) call.status = kFault;
   if (call.status != kOk) {
     call.state = CallState::kRefused;
