@@ -137,7 +137,7 @@ class ExchangeNode:
         self.given_up = -1
         # Rings of routers that are served now.
         self.num_rings = 0
-        self.bell_fd = make_file(bell_bytes())
+        self.bell_fd = make_file(bell_bytes(), "milliways-bell")
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         number = _functions().mw_node_open(
             ctypes.byref(

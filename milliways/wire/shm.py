@@ -47,9 +47,12 @@ class Segment:
             raise MalformedMessageError(text)
 
 
-def make_file(num_bytes: int) -> int:
-    """A new anonymous file of a fixed size, filled with zeros; the caller closes it."""
-    fd = os.memfd_create("milliways", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def make_file(num_bytes: int, name: str = "milliways") -> int:
+    """A new anonymous file of a fixed size, filled with zeros; the caller closes it.
+
+    The name is for people who look at the mappings of a process.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

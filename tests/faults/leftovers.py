@@ -10,7 +10,7 @@ from tests.served_cluster import ServedCluster, wait_until
 
 # Processes that a fault may end. Afterwards there must be the same number of each.
 OURS = ("ray::WorkerActor", "ray::ControllerActor", "ray::ServeReplica", "ray::ProxyActor")
-SEGMENT = "/memfd:milliways"
+SEGMENT, BELL = "/memfd:milliways", "/memfd:milliways-bell"
 BACK_TIMEOUT_S = 120.0
 
 
@@ -33,8 +33,8 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def segments(cluster: ServedCluster) -> dict[str, int]:
-    """For each shared memory segment, by inode, the number of processes that map it."""
+def mapped(cluster: ServedCluster, name: str) -> dict[str, int]:
+    """For each shared file of this name, by inode, the number of processes that map it."""
     mappers: dict[str, set[int]] = {}
     for process in cluster.processes():
         try:
@@ -43,7 +43,7 @@ def segments(cluster: ServedCluster) -> dict[str, int]:
             continue
         for line in lines:
             _, _, _, _, inode, *path = line.split()
-            if path[:1] == [SEGMENT]:
+            if path[:1] == [name]:
                 mappers.setdefault(inode, set()).add(process.pid)
     return {inode: len(pids) for inode, pids in mappers.items()}
 
@@ -57,5 +57,10 @@ def left_as_found(cluster: ServedCluster) -> Iterator[None]:
     wait_until(lambda: actors(cluster) == before, "every process runs again, once", BACK_TIMEOUT_S)
     wait_until(lambda: sum(cluster.metric("milliways_kv_blocks_used")) == 0, "all blocks are free")
     # Each segment belongs to a router and a worker. One with a single mapping is left from a death.
-    wait_until(lambda: set(segments(cluster).values()) == {2}, "no shared memory is left over")
+    wait_until(
+        lambda: set(mapped(cluster, SEGMENT).values()) == {2}, "no shared memory is left over"
+    )
+    # Each worker has one; its peers map it too, and must have forgotten those of the dead.
+    num_workers = len(processes_of(cluster, "ray::WorkerActor"))
+    wait_until(lambda: len(mapped(cluster, BELL)) == num_workers, "no bell is left over")
     wait_until(lambda: sum(cluster.metric("milliways_ongoing_requests")) == 0, "no request runs")
