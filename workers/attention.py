@@ -17,7 +17,7 @@ sequence; a new router starts with empty blocks. It may also read and write whol
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import numpy as np
@@ -467,7 +467,7 @@ class AttentionShard:
         )
         if self.has_exchange:
             # They are in the memory of the host already. To bring them to JAX takes half a ms.
-            return {self._end_device: StepBatch(*arrays)}
+            return {self._end_device: StepBatch(*cast("tuple[jax.Array, ...]", arrays))}
         # Once for all layers: otherwise each layer would copy the host's arrays to the device.
         devices = dict.fromkeys((self._end_device, *self.kv.visible_NP))
         return {device: StepBatch(*jax.device_put(arrays, device)) for device in devices}
