@@ -122,10 +122,8 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int, max_tokens: int
     histories = [row.token_ids if row.params.has_penalty else () for row in full_rows]
     biases = [params.logit_bias for params in all_params]
     seeds = [[params.seed >> 32, params.seed & 0xFFFFFFFF] for params in all_params]
-    bias_ids, bias_values = (
-        [list(bias) for bias in biases],
-        [list(bias.values()) for bias in biases],
-    )
+    bias_ids = [list(bias) for bias in biases]
+    bias_values = [list(bias.values()) for bias in biases]
 
     numbers = {
         name: np.array([getattr(params, name) for params in all_params], np.float32)

@@ -61,24 +61,25 @@ class Side:
 class Pair:
     """A router and a worker that share a ring."""
 
-    def __init__(self, model_dir: Path, dtype: str = "float32") -> None:
+    def __init__(self, model_dir: Path, dtype: str = "float32", *, serves: bool = True) -> None:
         self.router = Side(model_dir, dtype, NEAR)
         self.worker = Side(model_dir, dtype, FAR)
         self.dtype = np.dtype(jnp.dtype(dtype))
         self.num_selected = self.router.node.shape.num_selected
         self.width = self.router.node.shape.width
-        self.link, self.ring = self._connect()
+        self.ring_fd = make_file(self.router.node.ring_shape.num_bytes)
+        self.ring = 0
+        if serves:
+            self.serve()
+        self.link = self.router.node.open_link(self.ring_fd, self.worker.node.bell_fd, INCARNATION)
+        self.router.node.set_patience(self.link, PATIENCE_S)
         self.plan(HERE, self.link)
         self._num_batches = 0
 
-    def _connect(self) -> tuple[int, int]:
-        shape = self.router.node.ring_shape
-        ring_fd = make_file(shape.num_bytes)
-        ring = self.worker.node.attach(ring_fd, self.router.node.bell_fd, shape)
-        link = self.router.node.open_link(ring_fd, self.worker.node.bell_fd, INCARNATION)
-        os.close(ring_fd)
-        self.router.node.set_patience(link, PATIENCE_S)
-        return link, ring
+    def serve(self) -> None:
+        """The worker takes calls off the ring from now on."""
+        node = self.router.node
+        self.ring = self.worker.node.attach(self.ring_fd, node.bell_fd, node.ring_shape)
 
     def plan(self, near: int, far: int, epoch: int = EPOCH) -> None:
         shape = self.router.node.shape
@@ -111,9 +112,21 @@ class Pair:
         self.router.node.begin(self._num_batches, is_cautious)
         return Run(self, self._num_batches, rows_TD, ids_TA)
 
+    def complete(self, missing: Missing, outputs_TAD: np.ndarray) -> None:
+        """Fills what is missing, as Python does, and lets the layer go on."""
+        places = np.flatnonzero(missing.is_missing_N)
+        self.router.node.fill(missing.number, places, outputs_TAD.reshape(-1, self.width)[places])
+        self.router.node.resume(missing.number)
+
+    def give_up(self, run: "Run") -> None:
+        """Gives a batch up, and waits for its end."""
+        self.router.node.give_up(run.batch)
+        run.outputs()
+
     def close(self) -> None:
         self.router.node.close()
         self.worker.node.close()
+        os.close(self.ring_fd)
 
 
 class Run:
@@ -231,9 +244,7 @@ def test_what_a_worker_refuses_is_left_to_python(pair: Pair, name: str) -> None:
     assert call is not None and call.state is CallState.REFUSED
     assert (call.link, RefusalReason(call.status)) == (pair.link, reason)
     assert np.array_equal(call.places, np.flatnonzero(missing.is_missing_N))
-    places = np.flatnonzero(missing.is_missing_N)
-    pair.router.node.fill(missing.number, places, expected.reshape(-1, pair.width)[places])
-    pair.router.node.resume(missing.number)
+    pair.complete(missing, expected)
     assert run.outputs().tobytes() == expected.tobytes()
 
 
@@ -244,9 +255,7 @@ def test_own_experts_that_are_gone_are_left_to_python(pair: Pair) -> None:
     run = pair.begin(rows_TD, ids_TA)
     missing = run.missing()
     assert np.array_equal(missing.is_missing_N, np.isin(ids_TA, NEAR).reshape(-1))
-    places = np.flatnonzero(missing.is_missing_N)
-    pair.router.node.fill(missing.number, places, expected.reshape(-1, pair.width)[places])
-    pair.router.node.resume(missing.number)
+    pair.complete(missing, expected)
     assert run.outputs().tobytes() == expected.tobytes()
 
 
@@ -256,18 +265,16 @@ def test_cautious_batch_and_experts_without_a_plan_are_left_to_python(pair: Pair
     missing = run.missing()
     assert missing.num_calls == 0
     assert np.array_equal(missing.is_missing_N, (ids_TA >= 0).reshape(-1))
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
     pair.plan(HERE, BY_PYTHON)
     run = pair.begin(rows_TD, ids_TA)
     missing = run.missing()
     assert missing.num_calls == 0
     assert np.array_equal(missing.is_missing_N, np.isin(ids_TA, FAR).reshape(-1))
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
-def test_late_answer_is_reported_and_then_taken(pair: Pair) -> None:
+def test_layer_goes_on_without_a_late_answer(pair: Pair) -> None:
     rows_TD, ids_TA = pair.rows(4)
     expected = pair.expected(rows_TD, ids_TA)
     pair.router.node.set_patience(pair.link, 0.0)
@@ -277,9 +284,7 @@ def test_late_answer_is_reported_and_then_taken(pair: Pair) -> None:
     call = pair.router.node.call(missing.number, 0, ids_TA.size)
     assert call is not None and call.state is CallState.OPEN
     # Python has the places filled elsewhere, and the layer goes on without the answer.
-    places = np.flatnonzero(missing.is_missing_N)
-    pair.router.node.fill(missing.number, places, expected.reshape(-1, pair.width)[places])
-    pair.router.node.resume(missing.number)
+    pair.complete(missing, expected)
     assert run.outputs().tobytes() == expected.tobytes()
     assert pair.router.node.is_unanswered(call)
     assert pair.router.node.take_latency(pair.link) == (0.0, 0)
@@ -287,6 +292,36 @@ def test_late_answer_is_reported_and_then_taken(pair: Pair) -> None:
     pair.router.node.set_patience(pair.link, PATIENCE_S)
     assert pair.begin(rows_TD, ids_TA).outputs().tobytes() == expected.tobytes()
     assert pair.router.node.is_unanswered(call)
+
+
+def test_answer_that_comes_while_python_fills_is_reported(golden_dir: Path) -> None:
+    pair = Pair(golden_dir / "tiny", serves=False)
+    pair.router.node.set_patience(pair.link, 0.0)
+    rows_TD, ids_TA = pair.rows(4)
+    run = pair.begin(rows_TD, ids_TA)
+    missing = run.missing()
+    the_call(pair, missing, CallState.OPEN)
+    pair.serve()
+    the_call(pair, missing, CallState.ANSWERED)
+    call = pair.router.node.call(missing.number, 0, ids_TA.size)
+    expected = pair.expected(rows_TD, ids_TA)
+    assert call is not None and call.rows_NB is not None
+    assert call.rows_NB.tobytes() == expected.reshape(-1, pair.width)[call.places].tobytes()
+    pair.router.node.resume(missing.number)
+    assert run.outputs().tobytes() == expected.tobytes()
+    pair.close()
+
+
+def test_idle_worker_sleeps_although_a_ring_has_a_wrong_count(pair: Pair) -> None:
+    """A router may be killed between a call and its count."""
+    os.pwrite(pair.ring_fd, np.array([77], np.uint32).tobytes(), 0)
+    rows_TD, ids_TA = pair.rows(2)
+    expected = pair.expected(rows_TD, ids_TA)
+    assert pair.begin(rows_TD, ids_TA).outputs().tobytes() == expected.tobytes()
+    time.sleep(0.2)
+    before_s = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - before_s < 0.5
 
 
 def test_rings_without_a_free_slot_leave_rows_to_python(pair: Pair) -> None:
@@ -297,12 +332,10 @@ def test_rings_without_a_free_slot_leave_rows_to_python(pair: Pair) -> None:
     for _ in range(num_slots):
         run = pair.begin(rows_TD, ids_TA)
         assert run.missing().num_calls == 1
-        pair.router.node.give_up(run.batch)
-        run.outputs()
+        pair.give_up(run)
     run = pair.begin(rows_TD, ids_TA)
     assert run.missing().num_calls == 0
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
 def test_loss_of_a_worker_is_seen_at_once(pair: Pair) -> None:
@@ -314,13 +347,11 @@ def test_loss_of_a_worker_is_seen_at_once(pair: Pair) -> None:
     pair.router.node.close_link(pair.link)
     missing = run.missing()
     the_call(pair, missing, CallState.LOST)
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
     # The plan still names the link: its places are left to Python.
     run = pair.begin(rows_TD, ids_TA)
     assert run.missing().num_calls == 0
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
 def test_loss_while_python_fills_is_reported(pair: Pair) -> None:
@@ -333,8 +364,7 @@ def test_loss_while_python_fills_is_reported(pair: Pair) -> None:
     pair.router.node.close_link(pair.link)
     the_call(pair, missing, CallState.LOST)
     assert run.is_running
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
 def test_batch_that_was_given_up_ends_with_zeros(pair: Pair) -> None:
@@ -342,8 +372,7 @@ def test_batch_that_was_given_up_ends_with_zeros(pair: Pair) -> None:
     pair.worker.node.drop_answers(1)
     run = pair.begin(rows_TD, ids_TA)
     until(lambda: None if pair.worker.node.num_to_drop else True)
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
     # Later layers of the same batch, and what was filled too late.
     late = Run(pair, run.batch, rows_TD, ids_TA)
     assert not late.outputs().any()
@@ -359,8 +388,7 @@ def test_rows_that_do_not_fit_into_a_slot_are_left_to_python(pair: Pair) -> None
     ids_TA[:, 0] = FAR[0]
     run = pair.begin(rows_TD, ids_TA)
     assert run.missing().num_calls == 0
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
 def test_several_routers_are_served(golden_dir: Path, pair: Pair) -> None:
@@ -388,8 +416,7 @@ def test_detached_ring_is_not_touched(pair: Pair) -> None:
     run = pair.begin(rows_TD, ids_TA)
     time.sleep(0.1)
     assert run.is_running and pair.worker.node.counts()[0] == 0
-    pair.router.node.give_up(run.batch)
-    run.outputs()
+    pair.give_up(run)
 
 
 @pytest.mark.parametrize("num_slots", [0, 65, 1 << 40])

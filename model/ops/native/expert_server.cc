@@ -90,10 +90,24 @@ void ExpertServer::serve() {
 
 bool ExpertServer::has_waiting() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return std::any_of(connections_.begin(), connections_.end(), [](const auto& entry) {
+  for (const auto& entry : connections_) {
     const Connection& connection = *entry.second;
-    return connection.ring.num_asked().load(std::memory_order_acquire) != connection.num_seen;
-  });
+    if (!has_asked(connection)) continue;
+    for (int slot = 0; slot < connection.ring.shape.num_slots; slot++) {
+      if (is_waiting(connection, slot)) return true;
+    }
+  }
+  return false;
+}
+
+// The slots decide: the count may be wrong, if the router was killed while it wrote.
+bool ExpertServer::has_asked(const Connection& connection) {
+  return connection.ring.num_asked().load(std::memory_order_acquire) != connection.num_seen;
+}
+
+bool ExpertServer::is_waiting(const Connection& connection, int slot) {
+  return connection.ring.slot(slot).state.load(std::memory_order_acquire) == kAsked &&
+         !connection.is_dropped[slot];
 }
 
 bool ExpertServer::help() {
@@ -117,18 +131,14 @@ ExpertServer::Batch ExpertServer::take(int layer) {
   std::vector<Connection*> order;
   for (const auto& entry : connections_) {
     Connection* connection = entry.second.get();
-    if (connection->ring.num_asked().load(std::memory_order_acquire) != connection->num_seen) {
-      order.push_back(connection);
-    }
+    if (has_asked(*connection)) order.push_back(connection);
   }
   if (order.empty()) return batch;
   // Another connection comes first each time.
   std::rotate(order.begin(), order.begin() + turn_++ % order.size(), order.end());
   for (Connection* connection : order) {
     for (int slot = 0; slot < connection->ring.shape.num_slots; slot++) {
-      const bool is_asked =
-          connection->ring.slot(slot).state.load(std::memory_order_acquire) == kAsked;
-      if (is_asked && !connection->is_dropped[slot]) take_slot(*connection, slot, batch);
+      if (is_waiting(*connection, slot)) take_slot(*connection, slot, batch);
     }
   }
   return batch;

@@ -77,6 +77,8 @@ class ExpertServer {
 
   void serve();
   bool has_waiting();
+  static bool has_asked(const Connection& connection);
+  static bool is_waiting(const Connection& connection, int slot);
   // Calls to one layer, which are computed together.
   struct Batch {
     int layer;
