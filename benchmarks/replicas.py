@@ -31,9 +31,10 @@ from milliways.model.model_dir import DEMO_NAME
 MOST_TIMES = 1.1
 MOST_AT_A_TIME = 128
 REQUEST_TIMEOUT_S = 120.0
-# As many as these words, plus a beginning that all have.
+# A prompt is a beginning that all have, and some of these words.
 _WORDS = ("star", "tea", "towel", "time", "42")
-_DATA = b"data: {"
+# Errors come as events too, without it.
+_TOKEN = b'"choices"'
 _CONFIG = """
 [workers]
 count = 3
@@ -92,9 +93,11 @@ def _wait_of(url: str, ask: Ask, due_s: float) -> float:
         response = connection.getresponse()
         if response.status != HTTPStatus.OK:
             raise RuntimeError(f"HTTP {response.status}: {response.read(1000)!r}")
-        first_s = next(time.monotonic() for line in response if line.startswith(_DATA))
+        first_s = next((time.monotonic() for line in response if _TOKEN in line), None)
         # To the end, or the request would be cancelled.
         response.read()
+        if first_s is None:
+            raise RuntimeError("an answer without a token")
         return first_s - due_s
     finally:
         connection.close()

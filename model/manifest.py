@@ -120,10 +120,20 @@ def digest_of(content: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def _digest_file(path: Path) -> str:
+def read_if_there(path: Path) -> bytes | None:
+    """The content of a file; None if there is no such file.
+
+    Raises:
+        CheckpointError: it is there, and cannot be read.
+    """
     try:
-        return digest_of(path.read_bytes())
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return ABSENT
+        return None
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _digest_file(path: Path) -> str:
+    content = read_if_there(path)
+    return ABSENT if content is None else digest_of(content)

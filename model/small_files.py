@@ -12,8 +12,7 @@ from pathlib import Path
 
 from milliways.model.checkpoint import Checkpoint, find_directories, missing_config_hint
 from milliways.model.config import CONFIG_FILE, GROK_1, ModelConfig, parse_config
-from milliways.model.errors import CheckpointError
-from milliways.model.manifest import ABSENT, SMALL_FILES, Manifest, digest_of
+from milliways.model.manifest import ABSENT, SMALL_FILES, Manifest, digest_of, read_if_there
 from milliways.model.model_dir import description_dir
 from milliways.model.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -36,7 +35,7 @@ class SmallFiles:
         """
         ckpt_dir, _ = find_directories(model_dir)
         folder = description_dir(model_dir)
-        read = {name: _read(folder / name) for name in SMALL_FILES}
+        read = {name: read_if_there(folder / name) for name in SMALL_FILES}
         contents = {name: content for name, content in read.items() if content is not None}
         return cls(folder, ckpt_dir, contents)
 
@@ -74,12 +73,3 @@ class SmallFiles:
         """
         hint = "" if CONFIG_FILE in self.contents else missing_config_hint(self.folder)
         return Checkpoint(self.ckpt_dir, self.config(), hint)
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error.strerror}") from error

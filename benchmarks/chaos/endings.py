@@ -1,8 +1,9 @@
-"""Faults that end a cluster: it must finish its requests, or say why it ends. Never in silence.
+"""Faults that end a cluster: after SIGTERM it finishes its requests, otherwise it says why it ends.
 
-Each of them has a cluster of its own. Clients send the load as in a trial. When each running
+Each of them has a cluster of its own. Clients send the load as in a trial. As soon as every running
 request has its first token, the clients begin no further one, and the fault comes. `milliways
-serve` must then end with the promised exit code and its reason, and leave no process.
+serve` must then end with the promised exit code, after a death with the reason, and leave no
+process.
 """
 
 import os
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 
 import psutil
 
+from milliways.benchmarks.chaos.answers import Outcome
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
-from milliways.benchmarks.chaos.faults import Fault
+from milliways.benchmarks.chaos.faults import LOSES_REQUESTS, Fault
 from milliways.benchmarks.chaos.load import Load
 from milliways.benchmarks.chaos.local_cluster import LocalCluster, local_cluster
 from milliways.benchmarks.chaos.report import Ending, FaultRecord
@@ -24,8 +26,10 @@ from milliways.wire.errors import StartupError
 
 # Only a hang takes longer. Requests that run have the default of `ingress.grace_s`.
 END_TIMEOUT_S = 180.0
-# Clients of a cluster that is gone try no longer than this.
+# Clients of a cluster that is gone give up after this time, or after this many times as long as the
+# slowest answer took without a fault.
 GIVE_UP_S = 20.0
+GIVE_UP_TIMES = 4.0
 # Processes that ended with their parent are gone a moment later.
 GONE_WITHIN_S = 2.0
 SERVED_TIMEOUT_S = 60.0
@@ -36,9 +40,9 @@ _OURS = "milliways: "
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a cluster and its clients."""
+    """What became of a cluster and its clients; `ending` is None if the fault never came."""
 
-    ending: Ending
+    ending: Ending | None
     heard: Heard
 
 
@@ -53,13 +57,14 @@ def end_a_cluster(
     Every request is sent once undisturbed, then again and again.
 
     Raises:
-        StartupError: the cluster does not become ready, or has no raylet here.
+        StartupError: the cluster does not become ready or does not answer, or has no raylet here.
     """
     with local_cluster(serve_arguments) as cluster:
         endpoint = Endpoint(http=cluster.running.http, grpc=cluster.running.grpc)
-        with open_clients(endpoint, _PATIENCE_S.get(fault)) as clients:
+        with open_clients(endpoint) as clients:
+            undisturbed = tuple(Load(requests, clients, num_clients).run_once())
+        with open_clients(endpoint, _patience_s(fault, undisturbed)) as clients:
             load = Load(requests, clients, num_clients)
-            undisturbed = tuple(load.run_once())
             load.start({one.request_index: one.answer for one in undisturbed})
             try:
                 _wait_until_served(load, num_clients)
@@ -77,10 +82,13 @@ def end_a_cluster(
 
 
 def _wait_until_served(load: Load, num_clients: int) -> None:
-    """Returns when clients have been served, begin nothing more, and wait for no first token."""
+    """Returns when clients have been served, all wait for the rest of an answer, and begin no more.
+
+    Raises:
+        StartupError: that does not happen in time.
+    """
     _wait_until(lambda: load.num_ended >= num_clients, "clients are served")
-    load.begin_no_more()
-    _wait_until(lambda: load.num_waiting == 0, "running requests have a token")
+    _wait_until(load.begin_no_more_if_all_have_a_token, "every running request has a token")
 
 
 def _wait_until(holds: Callable[[], bool], what: str) -> None:
@@ -107,7 +115,14 @@ _STRIKES: Mapping[Fault, Callable[[LocalCluster], None]] = {
     Fault.SIGTERM: _terminate,
     Fault.KILL_RAYLET: _kill_raylet,
 }
-_PATIENCE_S = {Fault.KILL_RAYLET: GIVE_UP_S}
+
+
+def _patience_s(fault: Fault, undisturbed: Sequence[Outcome]) -> float | None:
+    """How long clients wait for an answer; None for as long as in a trial."""
+    if fault not in LOSES_REQUESTS:
+        return None
+    slowest_s = max(one.ended_s - one.started_s for one in undisturbed)
+    return max(GIVE_UP_S, GIVE_UP_TIMES * slowest_s)
 
 
 def _wait_for_end(

@@ -34,16 +34,19 @@ class Load:
         """How many requests ended since the last `stop`."""
         return len(self._outcomes)
 
-    @property
-    def num_waiting(self) -> int:
-        """How many running requests have no token yet."""
-        with self._lock:
-            return sum(not answer.token_times_s for answer in self._running.values())
-
     def begin_no_more(self) -> None:
         """Has the clients send no further request; those that run go on."""
         with self._lock:
             self._stopped.set()
+
+    def begin_no_more_if_all_have_a_token(self) -> bool:
+        """As `begin_no_more`, if requests run and each has its first token; whether that is so."""
+        with self._lock:
+            running = self._running.values()
+            if not running or not all(answer.token_times_s for answer in running):
+                return False
+            self._stopped.set()
+            return True
 
     def run_once(self) -> list[Outcome]:
         """Sends every request once; outcomes are in the order of the requests."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from milliways.benchmarks.chaos.clients import Endpoint, open_clients
 from milliways.benchmarks.chaos.endings import Ended, end_a_cluster
 from milliways.benchmarks.chaos.faults import Fault
@@ -24,7 +26,7 @@ from milliways.cluster.ray.environment import enter, use_token
 from milliways.cluster.ray.running_clusters import find_running
 from milliways.cluster.settings.config import ClusterConfig, read_config
 from milliways.model.model_dir import resolve_model_dir
-from milliways.wire.errors import StartupError
+from milliways.wire.errors import ClusterError, StartupError
 
 # `ray_actuator` is imported inside functions. It imports Ray, which reads the token of the cluster
 # from the environment when it is imported.
@@ -121,15 +123,19 @@ def run_endings(
 ) -> tuple[Ended, ...]:
     """Ends a cluster by each of these faults, under the load of the plan's seed.
 
-    Raises:
-        StartupError: a cluster does not become ready.
+    A cluster that does not come as far is a problem of the report, like a fault of a trial that
+    cannot be injected.
     """
     requests = draw_requests(size.num_requests, size.max_tokens, plan.seed)
     ended: list[Ended] = []
     for fault in faults:
         say(f"starting a cluster for {fault.value} …")
-        ended.append(end_a_cluster(fault, serve_arguments, requests, size.num_clients))
-        say(str(ended[-1].ending))
+        try:
+            one = end_a_cluster(fault, serve_arguments, requests, size.num_clients)
+        except (ClusterError, psutil.Error) as error:
+            one = Ended(None, Heard((), (), (), f"{fault.value}: {error}"))
+        ended.append(one)
+        say(str(one.ending) if one.ending is not None else one.heard.problem)
     return tuple(ended)
 
 
@@ -143,7 +149,7 @@ def report_of(plan: Plan, size: LoadSize, heard: Heard | None, ended: Sequence[E
         [outcome for part in parts for outcome in part.undisturbed],
         [outcome for part in parts for outcome in part.disturbed],
         [record for part in parts for record in part.records],
-        [one.ending for one in ended],
+        [one.ending for one in ended if one.ending is not None],
     )
     problems = [part.problem for part in parts if part.problem]
     return replace(report, complaints=(*problems, *report.complaints))

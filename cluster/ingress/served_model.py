@@ -100,7 +100,6 @@ class ServedModel:
         return self.tokenizer
 
 
-@lru_cache(maxsize=8)
 # Every chunk of a stream has it.
 @lru_cache(maxsize=16)
 def _fingerprint(identity: str) -> str:

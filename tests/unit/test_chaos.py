@@ -368,15 +368,15 @@ class SlowClient:
             answer.token_times_s.append(0.0)
 
 
-def test_load_that_begins_no_more_finishes_what_runs() -> None:
+def test_load_begins_no_more_only_while_all_that_run_have_a_token() -> None:
     client = SlowClient()
     load = Load(REQUESTS[:3], dict.fromkeys(Surface, client), num_clients=2)
+    assert not load.begin_no_more_if_all_have_a_token()
     load.start()
     wait_until(lambda: client.num_sent == 2)
-    load.begin_no_more()
-    assert load.num_waiting == 2
+    assert not load.begin_no_more_if_all_have_a_token()
     client.first.set()
-    wait_until(lambda: load.num_waiting == 0)
+    wait_until(load.begin_no_more_if_all_have_a_token)
     assert load.num_ended == 0
     client.rest.set()
     assert [one.error for one in load.stop()] == ["", ""]
