@@ -126,7 +126,8 @@ class StepExchange:
             return
         self._planned = depends_on
         shape = self._node.shape
-        reach = Reach(table.router_id, links, open_ids, silent)
+        far = frozenset(name for name in links if not table.shares_memory(name))
+        reach = Reach(table.router_id, links, open_ids, silent, far)
         targets_LE = plan_targets(table.view, reach, shape.num_layers, shape.num_experts)
         incarnations = {name: table.incarnation_of(name) for name in links}
         self._workers |= {

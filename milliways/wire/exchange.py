@@ -212,6 +212,21 @@ class ExchangeNode:
         self.num_rings += 1
         return connection
 
+    def attach_carried(self, fd: int, hang_up_fd: int, shape: RingShape) -> int:
+        """Serves the ring of a router on another host; a TCP connection carries it.
+
+        Owns both descriptors from now on, and closes `hang_up_fd` when the connection is over.
+
+        Raises:
+            MalformedMessageError: there is no memory for such a ring.
+        """
+        ring = ctypes.byref(_ring_of(shape))
+        connection = _functions().mw_node_attach_carried(self.number, fd, hang_up_fd, ring)
+        if connection < 0:
+            raise MalformedMessageError("a ring that there is no memory for")
+        self.num_rings += 1
+        return connection
+
     def detach(self, connection: int) -> None:
         """Afterwards nothing is read or written in the ring."""
         self.num_rings -= 1
@@ -227,6 +242,19 @@ class ExchangeNode:
         link = _functions().mw_node_open_link(self.number, ring_fd, bell_fd, ring, incarnation)
         if link < 0:
             raise MalformedMessageError("a bell that cannot be mapped")
+        return link
+
+    def open_carried_link(self, fd: int, hang_up_fd: int, incarnation: int) -> int:
+        """A link to a worker on another host; see `attach_carried`. Returns its number.
+
+        Raises:
+            MalformedMessageError: there is no memory for the ring.
+        """
+        ring = ctypes.byref(_ring_of(self.ring_shape))
+        args = (self.number, fd, hang_up_fd, ring, incarnation)
+        link = _functions().mw_node_open_carried_link(*args)
+        if link < 0:
+            raise MalformedMessageError("a ring that there is no memory for")
         return link
 
     def close_link(self, link: int) -> None:
@@ -402,6 +430,8 @@ def _functions() -> Any:
         "node_attach": (_INT64, (_INT64, _INT, _INT, _POINTER)),
         "node_detach": (None, (_INT64, _INT64)),
         "node_open_link": (_INT64, (_INT64, _INT, _INT, _POINTER, _UINT64)),
+        "node_attach_carried": (_INT64, (_INT64, _INT, _INT, _POINTER)),
+        "node_open_carried_link": (_INT64, (_INT64, _INT, _INT, _POINTER, _UINT64)),
         "node_close_link": (None, (_INT64, _INT64)),
         "node_set_patience": (None, (_INT64, _INT64, _INT64)),
         "node_take_latency": (None, (_INT64, _INT64, _POINTER)),

@@ -1,16 +1,27 @@
-"""A link over gRPC: an Exchange stream of the channel that carried Hello."""
+"""A link over gRPC: an Exchange stream of the channel that carried Hello.
+
+If both sides exchange rows in compiled steps, the link also opens a ring; the rows travel over a
+TCP connection beside the stream (`wire.carried`).
+"""
 
 import asyncio
+import logging
 from collections import deque
+from functools import partial
 from typing import Any
 
 import grpc
 
 from milliways.router.links.bounded_link import BoundedLink
+from milliways.router.links.carried_ring import CarriedRing, connect_ring
 from milliways.router.links.opening import Opening, reason_of
 from milliways.wire import codec
 from milliways.wire.calls import Call, Fence
+from milliways.wire.carried import RingOffer
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
+
+logger = logging.getLogger(__name__)
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore
 
@@ -26,7 +37,10 @@ class GrpcLink(BoundedLink):
     @classmethod
     async def open(cls, opening: Opening, endpoint: str) -> "GrpcLink":
         """Takes over the channel; a stream that cannot be opened breaks at once."""
-        return cls(opening)
+        link = cls(opening)
+        if opening.node is not None and endpoint:
+            await link._open_ring(opening, opening.node, endpoint)
+        return link
 
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening.member.worker_id, opening.limits)
@@ -41,7 +55,24 @@ class GrpcLink(BoundedLink):
         # Both are kept here, because event loops refer to their tasks weakly.
         self._writer: Any = None
         self._reader = self._loop.create_task(self._read())
+        self._ring: CarriedRing | None = None
         reactor.add_closer(self.close)
+
+    async def _open_ring(self, opening: Opening, node: ExchangeNode, endpoint: str) -> None:
+        """Without a ring, all rows go by the stream."""
+        member = opening.member
+        try:
+            offer = RingOffer.from_text(endpoint)
+            connection = await self._reactor.run_in_loop(connect_ring(member.address, offer, node))
+        except (OSError, MalformedMessageError) as error:
+            logger.warning("no ring to %s, only a stream: %s", member.worker_id, error)
+            return
+        if self._loss is not None:
+            connection.close()
+            return
+        lost = partial(self._lose, "the connection of its ring broke")
+        self._ring = CarriedRing(self._reactor, node, connection, member.incarnation, lost)
+        self.exchange_link = self._ring.link
 
     def _send(self, call_id: int, call: Call, fence: Fence) -> None:
         self._outbox.append(codec.join(codec.encode_request(call_id, call, fence)))
@@ -83,5 +114,7 @@ class GrpcLink(BoundedLink):
     def _release(self, reason: str) -> None:
         self._reactor.remove_closer(self.close)
         self._outbox.clear()
+        if self._ring is not None:
+            self._ring.close()
         self._stream.cancel()
         self._channel.close()

@@ -101,9 +101,14 @@ class LinkTable:
         return peer is not None and peer.link is not None
 
     def transports(self) -> dict[str, str]:
-        """The transport of the link to each worker, or the reason why there is no link."""
+        """The transport of the link to each worker, or the reason why there is no link.
+
+        `+ring` follows if rows of compiled steps go to the worker without Python.
+        """
         return {
-            worker_id: peer.link.transport if peer.link else f"none: {peer.problem or 'opening'}"
+            worker_id: f"{peer.link.transport}{'+ring' if peer.link.exchange_link else ''}"
+            if peer.link
+            else f"none: {peer.problem or 'opening'}"
             for worker_id, peer in sorted(self._peers.items())
         }
 
@@ -131,6 +136,11 @@ class LinkTable:
             for worker_id, peer in self._peers.items()
             if peer.link is not None and peer.link.exchange_link
         }
+
+    def shares_memory(self, worker_id: str) -> bool:
+        """Whether the link to a worker is one of shared memory."""
+        peer = self._peers.get(worker_id)
+        return peer is not None and peer.link is not None and peer.link.transport == "shm"
 
     def note_latency(self, worker_id: str, longest_s: float, num_answers: int) -> None:
         """A worker answered so many calls that were not asked here, the slowest in `longest_s`."""

@@ -166,7 +166,7 @@ def test_any_spread_over_processes(
                     0.02 * status.bytes_read
                 )
                 used = status.router.transports.items()
-                assert {name for other, name in used if other != worker_id} <= {transport}
+                assert {name for other, name in used if other != worker_id} <= {f"{transport}+ring"}
 
     asyncio.run(main())
 

@@ -70,7 +70,7 @@ def test_status_describes_every_worker(cluster: ServedCluster) -> None:
         assert router["tokens_per_s"] >= 0
         # All workers are on one host, so they use shared memory.
         others = WORKERS - {worker["worker_id"]}
-        expected = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm")
+        expected = {worker["worker_id"]: "direct"} | dict.fromkeys(others, "shm+ring")
         assert router["transports"].items() <= expected.items()
         held += [tuple(pair) for pair in worker["experts"]]
     every = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]

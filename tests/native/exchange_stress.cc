@@ -1,11 +1,14 @@
 // Exchanges between three nodes in one process, with everything that may happen to them at once:
 // for the sanitizers, which see races and memory errors that no result shows.
 //
+// Some of their rings are shared, and some are carried by connections.
 // Each node has a router's thread that runs batches, and a thread that plays Python: it fills what
 // is missing, gives batches up, closes links and opens them again, and replaces plans and experts.
 // Every output that was neither given up nor left to Python must be the right one.
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -20,6 +23,7 @@
 #include <thread>
 #include <vector>
 
+#include "carrier.h"
 #include "exchange.h"
 #include "expert_server.h"
 #include "expert_table.h"
@@ -87,6 +91,7 @@ struct Node {
   ExpertServer server;
   const int event_fd;
   Exchange exchange;
+  Carrier carrier;
   const Weights32 up, gate, down;
   // Of this node's router, by the number of the other node; guarded by `mutex`.
   std::mutex mutex;
@@ -96,9 +101,33 @@ struct Node {
 void connect(Node& router, Node& worker) {
   constexpr int64_t kRequest = 4096, kResponse = 4096;
   const RingShape shape{4, kRequest, kResponse};
-  const Ring ring(new_mapping(shape.ring_bytes()), shape);
-  router.rings[worker.index] = worker.server.attach(ring, router.bell);
-  router.links[worker.index] = router.exchange.open_link(ring, worker.bell, 1);
+  int64_t& ring_of = router.rings[worker.index];
+  int64_t& link_of = router.links[worker.index];
+  if ((router.index + worker.index) % 2 == 0) {
+    const Ring ring(new_mapping(shape.ring_bytes()), shape);
+    ring_of = worker.server.attach(ring, std::make_shared<NearPeer>(router.bell));
+    link_of = router.exchange.open_link(ring, std::make_shared<NearPeer>(worker.bell), 1);
+  } else {
+    int fds[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0);
+    const auto end_of = [&](End end, Node& node, int fd) {
+      const Ring ring(Mapping::anonymous(shape.ring_bytes()), shape);
+      const int hang_up_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+      return std::make_shared<CarriedRing>(end, ring, node.table, node.bell, fd, hang_up_fd);
+    };
+    const auto near = end_of(End::kRouter, router, fds[0]);
+    const auto far = end_of(End::kWorker, worker, fds[1]);
+    link_of = router.exchange.open_link(near->ring, near, 1);
+    near->when_over = [link = std::weak_ptr<Link>(router.exchange.link(link_of)),
+                       bell = router.bell] {
+      if (const auto lost = link.lock()) lost->is_lost = true;
+      bell.ring();
+      bell.wake_sleepers();
+    };
+    router.carrier.carry(near);
+    ring_of = worker.server.attach(far->ring, far);
+    worker.carrier.carry(far);
+  }
   router.exchange.link(router.links[worker.index])->patience_ns = 2000 * 1000;
 }
 
@@ -233,6 +262,7 @@ int main(int argc, char** argv) {
   for (auto& node : nodes) node->exchange.give_up(INT64_MAX);
   for (std::thread& thread : threads) thread.join();
   for (auto& node : nodes) node->server.stop();
+  for (auto& node : nodes) node->carrier.stop();
   std::printf("%lld right, %lld filled, %lld given up, %lld calls lost\n",
               static_cast<long long>(shared.num_right), static_cast<long long>(shared.num_filled),
               static_cast<long long>(shared.num_given_up), static_cast<long long>(shared.num_lost));

@@ -14,6 +14,7 @@ _WITH_XLA = ("ffi.cc", "exchange_ffi.cc")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_exchange_under_stress_is_clean(tmp_path: Path, sanitizer: str) -> None:
     compiler = shutil.which("g++")

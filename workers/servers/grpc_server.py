@@ -11,6 +11,7 @@ from milliways.v1 import worker_pb2 as pb
 from milliways.wire import codec
 from milliways.wire.calls import Result
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
+from milliways.workers.servers.carried_rings import CarriedRings
 from milliways.workers.servers.intake import Intake
 from milliways.workers.servers.transport import RpcHandlers, ServedWorker, TransportServer
 
@@ -18,11 +19,29 @@ _EOF: Any = grpc.aio.EOF  # pyright: ignore
 
 
 class GrpcServer(TransportServer):
-    """Streams at the server that answers Hello, which every router reaches."""
+    """Streams at the server that answers Hello, which every router reaches.
+
+    Beside them, if this worker exchanges rows in compiled steps, connections that carry rings.
+    """
+
+    def __init__(self, worker: ServedWorker) -> None:
+        super().__init__(worker)
+        self._rings: CarriedRings | None = None
+        if worker.node is not None and not worker.is_encrypted:
+            self._rings = CarriedRings(worker, worker.node)
+
+    def start(self, host: str) -> None:
+        if self._rings is not None:
+            self._rings.start(host)
+
+    def stop(self) -> None:
+        if self._rings is not None:
+            self._rings.stop()
 
     def endpoint_for(self, caller: pb.HelloRequest) -> str:
-        """Nothing to say: the stream is opened on the channel that carried Hello."""
-        return ""
+        """The offer of a ring, or nothing: the stream is opened on the channel of Hello."""
+        offer = self._rings.offer() if self._rings is not None else None
+        return offer.to_text() if offer is not None else ""
 
     def rpc_handlers(self) -> RpcHandlers:
         # Without serializers: messages are bytes here, and the codec reads them.

@@ -53,7 +53,7 @@ class ShmServer(TransportServer):
         self._listener: socket.socket | None = None
         self._connections: set[_Connection] = set()
 
-    def start(self) -> None:
+    def start(self, host: str) -> None:
         """Listens at an abstract Unix socket."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)

@@ -25,6 +25,8 @@ class ServedWorker:
     limits: LinkLimits = field(default_factory=LinkLimits)
     # What takes rows off the rings of routers on this host, if the kernels can do that.
     node: ExchangeNode | None = None
+    # Whether connections between hosts must be encrypted.
+    is_encrypted: bool = False
 
 
 class TransportServer:
@@ -33,8 +35,8 @@ class TransportServer:
     def __init__(self, worker: ServedWorker) -> None:
         self._worker = worker
 
-    def start(self) -> None:
-        """Listens; called before the first Hello is answered."""
+    def start(self, host: str) -> None:
+        """Listens, at a port of `host` if it needs one; called before Hello is answered."""
 
     def stop(self) -> None:
         """Accepts no more routers and breaks all connections."""

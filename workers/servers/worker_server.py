@@ -55,6 +55,7 @@ class WorkerServer:
             incarnation=incarnation,
             limits=limits or LinkLimits(),
             node=node,
+            is_encrypted=tls is not None and tls.is_on,
         )
         self._tls = tls or TlsSettings()
         self._parts = None if read_held is None else PartServer(read_held)
@@ -67,7 +68,7 @@ class WorkerServer:
     def start(self, address: str) -> Pending[str]:
         """Listens at `host:port`, port 0 for any; the result is the address with its port."""
         for server in self.transports.values():
-            server.start()
+            server.start(address.rpartition(":")[0])
         return self._worker.reactor.run_in_loop(self._start(address))
 
     def stop(self, grace_s: float = 0.0) -> Pending[None]:

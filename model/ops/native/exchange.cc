@@ -59,21 +59,24 @@ void Link::take_latency(int64_t& longest_ns, int64_t& num_answers) {
   longest_ns_ = num_answers_ = 0;
 }
 
-int64_t Exchange::open_link(Ring ring, Bell bell, uint64_t incarnation) {
+int64_t Exchange::open_link(Ring ring, std::shared_ptr<Peer> peer, uint64_t incarnation) {
   std::lock_guard<std::mutex> lock(mutex_);
   const int64_t id = ++last_link_;
-  links_[id] = std::make_shared<Link>(id, std::move(ring), std::move(bell), incarnation);
+  links_[id] = std::make_shared<Link>(id, std::move(ring), std::move(peer), incarnation);
   return id;
 }
 
 void Exchange::close_link(int64_t id) {
+  std::shared_ptr<Link> link;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = links_.find(id);
     if (found == links_.end()) return;
-    found->second->is_lost = true;
+    link = found->second;
     links_.erase(found);
   }
+  link->is_lost = true;
+  link->peer->close();
   bell_.ring();
   bell_.wake_sleepers();
 }
@@ -200,7 +203,7 @@ bool Exchange::write_call(const LayerRows& layer, const Plan& plan, RowsCall& ca
   call.asked_ns = now_ns();
   header.state.store(kAsked, std::memory_order_release);
   call.link->ring.num_asked().fetch_add(1, std::memory_order_release);
-  call.link->bell.ring();
+  call.link->peer->slot_changed(call.slot);
   return true;
 }
 

@@ -25,14 +25,14 @@ constexpr int64_t kByPython = -1, kHere = 0;
 // A ring to one worker, and which of its slots are in use.
 class Link {
  public:
-  Link(int64_t id, Ring ring, Bell bell, uint64_t incarnation)
-      : id(id), incarnation(incarnation), ring(std::move(ring)), bell(std::move(bell)),
+  Link(int64_t id, Ring ring, std::shared_ptr<Peer> peer, uint64_t incarnation)
+      : id(id), incarnation(incarnation), ring(std::move(ring)), peer(std::move(peer)),
         uses_(this->ring.shape.num_slots, Use::kFree),
         sequences_(this->ring.shape.num_slots) {}
   const int64_t id;
   const uint64_t incarnation;
   const Ring ring;
-  const Bell bell;
+  const std::shared_ptr<Peer> peer;
   std::atomic<bool> is_lost{false};
   // How long an answer may take before Python is asked.
   std::atomic<int64_t> patience_ns{0};
@@ -102,7 +102,7 @@ class Exchange {
            int event_fd)
       : table_(std::move(table)), server_(server), bell_(bell), event_fd_(event_fd) {}
 
-  int64_t open_link(Ring ring, Bell bell, uint64_t incarnation);
+  int64_t open_link(Ring ring, std::shared_ptr<Peer> peer, uint64_t incarnation);
   // Calls in flight are lost; nothing is read or written there after they have ended.
   void close_link(int64_t id);
   std::shared_ptr<Link> link(int64_t id);

@@ -3,6 +3,8 @@
 //
 // A node is all that one worker has of this: its bell, its experts, its server, its exchange.
 // Functions on a node that is closed do nothing.
+#include <unistd.h>
+
 #include <cstring>
 #include <memory>
 #include <shared_mutex>
@@ -10,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "carrier.h"
 #include "exchange.h"
 #include "expert_server.h"
 #include "expert_table.h"
@@ -30,6 +33,7 @@ struct Node {
   const std::shared_ptr<mw::ExpertTable> table;
   mw::ExpertServer server;
   mw::Exchange exchange;
+  mw::Carrier carrier;
 };
 
 // Never destroyed: at exit threads may still be inside an exchange.
@@ -89,6 +93,23 @@ struct Ends {
 Ends map_ends(int ring_fd, int bell_fd, const mw::RingShape& shape) {
   if (!shape.is_sound()) return {};
   return {mw::Mapping::map(ring_fd, shape.ring_bytes()), mw::Mapping::map(bell_fd, mw::kBellBytes)};
+}
+
+std::shared_ptr<mw::Peer> near_peer(const Ends& ends) {
+  return std::make_shared<mw::NearPeer>(mw::Bell(ends.bell));
+}
+
+// One end of a ring that is carried by a connection; owns both descriptors, whatever happens.
+std::shared_ptr<mw::CarriedRing> carried(const std::shared_ptr<Node>& node, mw::End end, int fd,
+                                         int hang_up_fd, const mw::RingShape& shape) {
+  auto memory = shape.is_sound() ? mw::Mapping::anonymous(shape.ring_bytes()) : nullptr;
+  if (!node || !memory) {
+    close(fd);
+    close(hang_up_fd);
+    return nullptr;
+  }
+  const mw::Ring ring(std::move(memory), shape);
+  return std::make_shared<mw::CarriedRing>(end, ring, node->table, node->bell, fd, hang_up_fd);
 }
 
 }  // namespace
@@ -155,6 +176,7 @@ void mw_node_close(int64_t id) {
   if (!node) return;
   node->exchange.give_up(INT64_MAX);
   node->server.stop();
+  node->carrier.stop();
   std::unique_lock<std::shared_mutex> lock(nodes().mutex);
   nodes().by_id.erase(id);
 }
@@ -206,7 +228,7 @@ int64_t mw_node_attach(int64_t id, int ring_fd, int bell_fd, const mw_ring_shape
   const mw::RingShape own{shape->num_slots, shape->request_bytes, shape->response_bytes};
   const Ends ends = map_ends(ring_fd, bell_fd, own);
   if (!node || !ends.are_mapped()) return -1;
-  return node->server.attach(mw::Ring(ends.ring, own), mw::Bell(ends.bell));
+  return node->server.attach(mw::Ring(ends.ring, own), near_peer(ends));
 }
 void mw_node_detach(int64_t id, int64_t connection) {
   if (const auto node = find(id)) node->server.detach(connection);
@@ -217,7 +239,34 @@ int64_t mw_node_open_link(int64_t id, int ring_fd, int bell_fd, const mw_ring_sh
   const mw::RingShape own{shape->num_slots, shape->request_bytes, shape->response_bytes};
   const Ends ends = map_ends(ring_fd, bell_fd, own);
   if (!node || !ends.are_mapped()) return -1;
-  return node->exchange.open_link(mw::Ring(ends.ring, own), mw::Bell(ends.bell), incarnation);
+  return node->exchange.open_link(mw::Ring(ends.ring, own), near_peer(ends), incarnation);
+}
+// The same for a ring that a connection carries. Both descriptors belong to the node from now on;
+// `hang_up_fd` is closed when the ring is over.
+int64_t mw_node_attach_carried(int64_t id, int fd, int hang_up_fd, const mw_ring_shape* shape) {
+  const auto node = find(id);
+  const mw::RingShape own{shape->num_slots, shape->request_bytes, shape->response_bytes};
+  const auto end = carried(node, mw::End::kWorker, fd, hang_up_fd, own);
+  if (!end) return -1;
+  const int64_t connection = node->server.attach(end->ring, end);
+  node->carrier.carry(end);
+  return connection;
+}
+int64_t mw_node_open_carried_link(int64_t id, int fd, int hang_up_fd, const mw_ring_shape* shape,
+                                  uint64_t incarnation) {
+  const auto node = find(id);
+  const mw::RingShape own{shape->num_slots, shape->request_bytes, shape->response_bytes};
+  const auto end = carried(node, mw::End::kRouter, fd, hang_up_fd, own);
+  if (!end) return -1;
+  const int64_t link = node->exchange.open_link(end->ring, end, incarnation);
+  end->when_over = [opened = std::weak_ptr<mw::Link>(node->exchange.link(link)),
+                    bell = node->bell] {
+    if (const auto lost = opened.lock()) lost->is_lost = true;
+    bell.ring();
+    bell.wake_sleepers();
+  };
+  node->carrier.carry(end);
+  return link;
 }
 void mw_node_close_link(int64_t id, int64_t link) {
   if (const auto node = find(id)) node->exchange.close_link(link);

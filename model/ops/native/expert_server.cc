@@ -44,16 +44,19 @@ void ExpertServer::stop() {
   connections_.clear();
 }
 
-int64_t ExpertServer::attach(Ring ring, Bell router_bell) {
+int64_t ExpertServer::attach(Ring ring, std::shared_ptr<Peer> router) {
   std::lock_guard<std::mutex> lock(mutex_);
   connections_[++last_connection_] =
-      std::make_unique<Connection>(std::move(ring), std::move(router_bell));
+      std::make_unique<Connection>(std::move(ring), std::move(router));
   return last_connection_;
 }
 
 void ExpertServer::detach(int64_t connection) {
   std::lock_guard<std::mutex> lock(mutex_);
-  connections_.erase(connection);
+  const auto found = connections_.find(connection);
+  if (found == connections_.end()) return;
+  found->second->router->close();
+  connections_.erase(found);
 }
 
 void ExpertServer::set_fence(CallFence fence, bool is_ready) {
@@ -216,7 +219,7 @@ void ExpertServer::answer(Connection& connection, int slot, uint32_t status,
   header.num_outputs = num_outputs;
   header.placement_epoch = placement_epoch_;
   header.state.store(kAnswered, std::memory_order_release);
-  connection.bell.ring();
+  connection.router->slot_changed(slot);
 }
 
 }  // namespace milliways

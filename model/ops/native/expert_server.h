@@ -37,8 +37,8 @@ class ExpertServer {
   ~ExpertServer() { stop(); }
   void stop();
 
-  // A router's ring, and the bell of the router. The result identifies the connection.
-  int64_t attach(Ring ring, Bell router_bell);
+  // A router's ring, and the router. The result identifies the connection.
+  int64_t attach(Ring ring, std::shared_ptr<Peer> router);
   // When this returns, nothing is read or written there.
   void detach(int64_t connection);
   // What calls must assume; nothing is computed unless `is_ready`.
@@ -61,9 +61,10 @@ class ExpertServer {
 
  private:
   struct Connection {
-    Connection(Ring ring, Bell bell) : ring(std::move(ring)), bell(std::move(bell)) {}
+    Connection(Ring ring, std::shared_ptr<Peer> router)
+        : ring(std::move(ring)), router(std::move(router)) {}
     const Ring ring;
-    const Bell bell;
+    const std::shared_ptr<Peer> router;
     uint32_t num_seen = 0;                // calls that were answered or dropped
     bool is_dropped[kMaxSlots] = {};      // computed, and never to be answered
   };

@@ -31,6 +31,13 @@ std::shared_ptr<Mapping> Mapping::map(int fd, int64_t num_bytes) {
   return std::shared_ptr<Mapping>(new Mapping(static_cast<uint8_t*>(start), num_bytes));
 }
 
+std::shared_ptr<Mapping> Mapping::anonymous(int64_t num_bytes) {
+  constexpr int kHow = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* start = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, kHow, -1, 0);
+  if (start == MAP_FAILED) return nullptr;
+  return std::shared_ptr<Mapping>(new Mapping(static_cast<uint8_t*>(start), num_bytes));
+}
+
 Mapping::~Mapping() { munmap(start_, num_bytes_); }
 
 void Bell::ring() const {

@@ -49,10 +49,12 @@ struct RingShape {
   bool is_sound() const;
 };
 
-// A file that is mapped, and unmapped at the end. Null if the system refuses.
+// Memory that is mapped, and unmapped at the end: a file, or of this process alone. Null if the
+// system refuses.
 class Mapping {
  public:
   static std::shared_ptr<Mapping> map(int fd, int64_t num_bytes);
+  static std::shared_ptr<Mapping> anonymous(int64_t num_bytes);
   ~Mapping();
   Mapping(const Mapping&) = delete;
   uint8_t* start() const { return start_; }
@@ -122,6 +124,26 @@ class Bell {
   Page& page() const { return *reinterpret_cast<Page*>(mapping_->start()); }
   void wait(uint32_t seen, int64_t most_ns) const;
   const std::shared_ptr<Mapping> mapping_;
+};
+
+// The process at the other end of a ring, as it learns of changes.
+class Peer {
+ public:
+  virtual ~Peer() = default;
+  // This process has changed a slot: it has asked, or it has answered.
+  virtual void slot_changed(int slot) = 0;
+  // Nothing is sent to the peer any more.
+  virtual void close() {}
+};
+
+// A peer that shares the ring's memory.
+class NearPeer : public Peer {
+ public:
+  explicit NearPeer(Bell bell) : bell_(std::move(bell)) {}
+  void slot_changed(int) override { bell_.ring(); }
+
+ private:
+  const Bell bell_;
 };
 
 int64_t now_ns();
