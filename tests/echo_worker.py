@@ -33,6 +33,7 @@ from milliways.wire.calls import (
     StoreBlocks,
 )
 from milliways.wire.errors import RefusalReason
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.shm import local_host_id
 from milliways.wire.tls import TlsSettings
@@ -139,6 +140,7 @@ class EchoServer:
         transport: str = AUTO,
         tls: TlsSettings | None = None,
         limits: LinkLimits | None = None,
+        node: ExchangeNode | None = None,
     ) -> None:
         self.reactor = Reactor(SystemClock(), make_loop=AsyncioLoop, name="worker")
         self.core = EchoCore()
@@ -152,6 +154,7 @@ class EchoServer:
             transport=transport,
             tls=tls,
             limits=limits,
+            node=node,
         )
 
     @property
@@ -178,10 +181,14 @@ def member_at(address: str) -> Member:
 
 @contextmanager
 def serving(
-    *, transport: str = AUTO, tls: TlsSettings | None = None, limits: LinkLimits | None = None
+    *,
+    transport: str = AUTO,
+    tls: TlsSettings | None = None,
+    limits: LinkLimits | None = None,
+    node: ExchangeNode | None = None,
 ) -> Iterator[tuple[EchoServer, Member]]:
     """A server in a thread, and what a router has to know to reach it."""
-    server = EchoServer(transport=transport, tls=tls, limits=limits)
+    server = EchoServer(transport=transport, tls=tls, limits=limits, node=node)
     host = "localhost" if tls else "127.0.0.1"
     try:
         yield server, member_at(server.start(host))

@@ -13,6 +13,7 @@ from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.reactor import Reactor
 from milliways.runtime.tasks import Pending
 from milliways.wire.calls import Call, ExpertOutputs, Fence, Result, RunExperts
+from milliways.wire.exchange import ExchangeNode
 from milliways.wire.limits import LinkLimits
 from milliways.wire.links import WorkerLink
 from milliways.wire.view import Member
@@ -37,7 +38,12 @@ class Router:
     reactor: Reactor
 
     def connect(
-        self, member: Member, wanted: str, limits: LinkLimits | None = None, host_id: str = ""
+        self,
+        member: Member,
+        wanted: str,
+        limits: LinkLimits | None = None,
+        host_id: str = "",
+        node: ExchangeNode | None = None,
     ) -> WorkerLink:
         connector = Connector(
             self.reactor,
@@ -45,6 +51,7 @@ class Router:
             host_id=host_id,
             wanted=wanted,
             limits=limits,
+            node=node,
         )
         return self.reactor.ask(lambda: connector.connect(member), TIMEOUT_S)
 

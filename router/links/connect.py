@@ -42,7 +42,6 @@ class Connector:
             ConfigError: there is no such transport.
         """
         self._reactor = reactor
-        self._router_id = router_id
         self._wanted = wanted
         self._tls = tls or TlsSettings()
         self._limits = limits or LinkLimits()
@@ -64,7 +63,7 @@ class Connector:
 
     async def _connect(self, member: Member) -> WorkerLink:
         channel = WorkerChannel(self._reactor, member, self._tls, self._limits)
-        opening = Opening(self._reactor, self._router_id, member, self._limits, channel, self._node)
+        opening = Opening(self._reactor, self._hello, member, self._limits, channel, self._node)
         try:
             response = await channel.hello(self._hello)
             _check_identity(member, response)

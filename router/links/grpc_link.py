@@ -15,13 +15,19 @@ import grpc
 from milliways.router.links.bounded_link import BoundedLink
 from milliways.router.links.carried_ring import CarriedRing, connect_ring
 from milliways.router.links.opening import Opening, reason_of
+from milliways.runtime.tasks import Task
 from milliways.wire import codec
 from milliways.wire.calls import Call, Fence
 from milliways.wire.carried import RingOffer
+from milliways.wire.errors import PeerLostError
 from milliways.wire.exchange import ExchangeNode
 from milliways.wire.tensors import MalformedMessageError, PayloadReader
 
 logger = logging.getLogger(__name__)
+
+# The wait before the next attempt to open a ring; it doubles each time.
+_TRY_AGAIN_AFTER_S = 0.5
+_TRY_AGAIN_AFTER_S_MAX = 30.0
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore
 
@@ -40,6 +46,8 @@ class GrpcLink(BoundedLink):
         link = cls(opening)
         if opening.node is not None and endpoint:
             await link._open_ring(opening, opening.node, endpoint)
+            if link._ring is None:
+                link._trying = link._reactor.tasks.start(link._try_again(opening, opening.node))
         return link
 
     def __init__(self, opening: Opening) -> None:
@@ -56,16 +64,17 @@ class GrpcLink(BoundedLink):
         self._writer: Any = None
         self._reader = self._loop.create_task(self._read())
         self._ring: CarriedRing | None = None
+        self._trying: Task[None] | None = None
         reactor.add_closer(self.close)
 
     async def _open_ring(self, opening: Opening, node: ExchangeNode, endpoint: str) -> None:
-        """Without a ring, all rows go by the stream."""
+        """Connects once; without a ring, all rows go by the stream."""
         member = opening.member
         try:
             offer = RingOffer.from_text(endpoint)
             connection = await self._reactor.run_in_loop(connect_ring(member.address, offer, node))
         except (OSError, MalformedMessageError) as error:
-            logger.warning("no ring to %s, only a stream: %s", member.worker_id, error)
+            logger.warning("no ring to %s, only a stream: %r", member.worker_id, error)
             return
         if self._loss is not None:
             connection.close()
@@ -73,6 +82,21 @@ class GrpcLink(BoundedLink):
         lost = partial(self._lose, "the connection of its ring broke")
         self._ring = CarriedRing(self._reactor, node, connection, member.incarnation, lost)
         self.exchange_link = self._ring.link
+
+    async def _try_again(self, opening: Opening, node: ExchangeNode) -> None:
+        """Asks for another ticket and connects, until there is a ring or the link is lost."""
+        wait_s = _TRY_AGAIN_AFTER_S
+        while self._ring is None and self._loss is None:
+            await self._reactor.tasks.sleep(wait_s)
+            wait_s = min(2 * wait_s, _TRY_AGAIN_AFTER_S_MAX)
+            try:
+                response = await self._channel.hello(opening.hello)
+            except PeerLostError as error:
+                logger.info("%s", error)
+                continue
+            # A worker of another incarnation breaks the stream; its rings are not for this link.
+            if response.incarnation == opening.member.incarnation:
+                await self._open_ring(opening, node, response.endpoints.get("grpc", ""))
 
     def _send(self, call_id: int, call: Call, fence: Fence) -> None:
         self._outbox.append(codec.join(codec.encode_request(call_id, call, fence)))
@@ -114,6 +138,8 @@ class GrpcLink(BoundedLink):
     def _release(self, reason: str) -> None:
         self._reactor.remove_closer(self.close)
         self._outbox.clear()
+        if self._trying is not None:
+            self._trying.cancel()
         if self._ring is not None:
             self._ring.close()
         self._stream.cancel()

@@ -67,7 +67,7 @@ class Opening:
     """Owns the channel until a link takes it."""
 
     reactor: Reactor
-    router_id: str
+    hello: pb.HelloRequest
     member: Member
     limits: LinkLimits
     channel: WorkerChannel

@@ -86,7 +86,9 @@ class ShmLink(BoundedLink):
             on_frame=self._on_frame,
             on_lost=self._lose,
         )
-        self._frames.send(FrameKind.HELLO, HelloFrame(PROTOCOL_VERSION, opening.router_id).pack())
+        self._frames.send(
+            FrameKind.HELLO, HelloFrame(PROTOCOL_VERSION, opening.hello.router_id).pack()
+        )
 
     def _send(self, call_id: int, call: Call, fence: Fence) -> None:
         parts = codec.encode_request(call_id, call, fence)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from milliways.router.links import grpc_link
 from milliways.router.links.carried_ring import CarriedRing, connect_ring
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
 from milliways.runtime.reactor import Reactor
+from milliways.v1 import worker_pb2 as pb
 from milliways.wire.carried import REQUEST_BYTES, RingOffer, RingRequest
 from milliways.wire.errors import RefusalReason
 from milliways.wire.exchange import CallState, ExchangeNode, ExchangeShape, RingShape
@@ -22,9 +24,15 @@ from milliways.workers.servers.carried_rings import CarriedRings
 from milliways.workers.servers.grpc_server import GrpcServer
 from milliways.workers.servers.intake import RouterSessions
 from milliways.workers.servers.transport import ServedWorker
-from tests.echo_worker import EchoCore
+from tests.echo_worker import EchoCore, serving
 from tests.exchange_pair import EPOCH, INCARNATION, PATIENCE_S, Pair, the_call, until
-from tests.router_side import TIMEOUT_S, wait_until
+from tests.router_side import (
+    TIMEOUT_S,
+    assert_outputs,
+    random_call,
+    running_router,
+    wait_until,
+)
 
 # The head of a message: SlotMessage in carrier.h.
 HEAD = struct.Struct("<Q6I2Q2IQ")
@@ -353,6 +361,54 @@ def test_worker_that_stops_is_lost(greeting: Greeting) -> None:
     assert greeting.worker.num_rings == 0
 
 
+def test_link_opens_a_ring_beside_its_stream_and_loses_both(greeting: Greeting) -> None:
+    with running_router() as router, serving(node=greeting.worker) as (_, member):
+        link = router.connect(member, "grpc", node=greeting.router)
+        assert link.exchange_link > 0
+        wait_until(lambda: greeting.worker.num_rings == 1)
+        call = random_call(1, 3)
+        assert_outputs(router.ask(link, call), call)
+        router.close(link)
+        wait_until(lambda: greeting.worker.num_rings == 0)
+
+
+def test_ring_that_cannot_be_opened_is_tried_again(
+    greeting: Greeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers: list[RingOffer] = []
+
+    async def fails_twice(address: str, offer: RingOffer, node: ExchangeNode) -> socket.socket:
+        offers.append(offer)
+        if len(offers) <= 2:
+            raise TimeoutError("the network is busy")
+        return await connect_ring(address, offer, node)
+
+    monkeypatch.setattr(grpc_link, "connect_ring", fails_twice)
+    monkeypatch.setattr(grpc_link, "_TRY_AGAIN_AFTER_S", 0.01)
+    with running_router() as router, serving(node=greeting.worker) as (_, member):
+        link = router.connect(member, "grpc", node=greeting.router)
+        # Calls go by the stream meanwhile.
+        call = random_call(1, 3)
+        assert_outputs(router.ask(link, call), call)
+        wait_until(lambda: link.exchange_link > 0 and greeting.worker.num_rings == 1)
+        assert len({offer.ticket for offer in offers}) == 3
+        router.close(link)
+
+
+def test_link_that_closes_stops_trying_for_a_ring(
+    greeting: Greeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(address: str, offer: RingOffer, node: ExchangeNode) -> socket.socket:
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(grpc_link, "connect_ring", fails)
+    # `running_router` asserts that no task is left.
+    with running_router() as router, serving(node=greeting.worker) as (_, member):
+        link = router.connect(member, "grpc", node=greeting.router)
+        assert link.exchange_link == 0
+        router.close(link)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -393,8 +449,6 @@ def test_malformed_offer_is_refused(text: str) -> None:
 
 
 def test_nothing_is_offered_where_connections_are_encrypted() -> None:
-    from milliways.v1 import worker_pb2 as pb
-
     for is_encrypted in (False, True):
         greeting = Greeting(is_encrypted=is_encrypted)
         greeting.reactor.call(lambda g=greeting: g.server.start("127.0.0.1"))
