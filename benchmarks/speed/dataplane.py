@@ -1,8 +1,8 @@
 """Measures a hop of the data plane: rows go to a worker, and rows of the same size come back.
 
-Four contestants send and return the same bytes in turn: a blocking Unix socket, a bare grpc.aio
-stream, and our two links. Each is a pair of processes that run `programs.run_hop`. The first two
-are floors: the least that a hop of their kind can take.
+Contestants send and return the same bytes in turn: blocking sockets and a bare grpc.aio stream, our
+two links, and our two kinds of rings inside a compiled step. Each is a pair of processes that run
+`programs.run_hop`. Sockets and bare stream are floors: the least that a hop of their kind can take.
 """
 
 import json
@@ -18,12 +18,20 @@ from milliways.benchmarks.speed.contestant import ContestantError
 from milliways.benchmarks.speed.rounds import rotated
 from milliways.benchmarks.speed.table import format_table
 
-CONTESTANTS = ("uds", "aio", "shm", "grpc")
+CONTESTANTS = ("uds", "tcp", "aio", "ring", "carried", "shm", "grpc")
 # For each of our links: its floor, and how many times as long as the floor it is to take at most.
-AIMS = {"shm": ("uds", 2.0), "grpc": ("aio", 1.15)}
+AIMS = {
+    "ring": ("uds", 1.0),
+    "carried": ("tcp", 2.0),
+    "shm": ("uds", 2.0),
+    "grpc": ("aio", 1.15),
+}
 NUM_TOKENS = (1, 32, 256)
 _TITLES = {
     "uds": "Unix socket, blocking: floor",
+    "tcp": "TCP socket, blocking: floor",
+    "ring": "ring of shared memory, in a step",
+    "carried": "ring over TCP, in a step",
     "shm": "shared memory link",
     "aio": "grpc.aio stream, bare: floor",
     "grpc": "gRPC link",
@@ -140,6 +148,8 @@ def format_hops(figures: HopFigures) -> str:
     rows: list[list[str]] = []
     for ours, (floor, aim) in AIMS.items():
         for name in (floor, ours):
+            if any(row[0] == _TITLES[name] for row in rows):
+                continue
             hops = [figures.find(name, size) for size in sizes]
             cells = [f"{hop.median_us:.0f} ({hop.least_us:.0f})" for hop in hops]
             rows.append([_TITLES[name], *cells])

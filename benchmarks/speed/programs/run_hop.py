@@ -4,6 +4,9 @@
     aio   a floor: a bare grpc.aio stream that echoes bytes, in its own asyncio loop
     grpc  our link over an Exchange stream; the core returns the rows as expert outputs
     shm   our link over shared memory; the core returns the rows likewise
+    tcp   a floor: a blocking TCP socket that echoes bytes
+    ring  an exchange inside a compiled step, over shared memory (`ring_hop`)
+    carried  the same over TCP
 
 `run_hop client CONTESTANT` starts its server and writes {"about": ...}. It then answers each line
 {"tokens": 32, "calls": 10} with {"seconds": [...]} until its input ends.
@@ -125,16 +128,40 @@ def serve_uds() -> None:
         listener.listen()
         print(f"{folder}/echo", flush=True)
         connection, _ = listener.accept()
-        room = memoryview(bytearray(64 << 20))
-        with suppress(ConnectionError):
-            while True:
-                connection.sendall(_receive(connection, room))
+        _echo(connection)
+
+
+def serve_tcp() -> None:
+    """Echoes whole messages over a blocking TCP socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _echo(connection)
+
+
+def _echo(connection: socket.socket) -> None:
+    room = memoryview(bytearray(64 << 20))
+    with suppress(ConnectionError):
+        while True:
+            connection.sendall(_receive(connection, room))
 
 
 def uds_client(address: str) -> Measure:
     """Sends and receives whole messages over a blocking socket."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(address)
+    return _socket_client(connection)
+
+
+def tcp_client(address: str) -> Measure:
+    """The same over a blocking TCP socket."""
+    connection = socket.create_connection(("127.0.0.1", int(address)))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return _socket_client(connection)
+
+
+def _socket_client(connection: socket.socket) -> Measure:
     room = memoryview(bytearray(64 << 20))
 
     def measure(num_tokens: int, num_calls: int) -> list[float]:
@@ -215,17 +242,36 @@ def aio_client(address: str) -> Measure:
     return measure
 
 
+# JAX is imported for these only.
+def serve_rings() -> None:
+    from milliways.benchmarks.speed.programs import ring_hop
+
+    ring_hop.serve_rings(WIDTH, EchoCore())
+
+
+def ring_client(wanted: str, address: str) -> Measure:
+    from milliways.benchmarks.speed.programs import ring_hop
+
+    return ring_hop.ring_client(wanted, address, WIDTH)
+
+
 SERVERS: dict[str, Callable[[], None]] = {
     "uds": serve_uds,
     "aio": serve_aio,
     "grpc": serve_links,
     "shm": serve_links,
+    "tcp": serve_tcp,
+    "ring": serve_rings,
+    "carried": serve_rings,
 }
 CLIENTS: dict[str, Callable[[str], Measure]] = {
     "uds": uds_client,
     "aio": aio_client,
     "grpc": lambda address: link_client("grpc", address),
     "shm": lambda address: link_client("shm", address),
+    "tcp": tcp_client,
+    "ring": lambda address: ring_client("shm", address),
+    "carried": lambda address: ring_client("grpc", address),
 }
 
 
