@@ -114,7 +114,7 @@ def ring_client(wanted: str, address: str, width: int) -> Callable[[int, int], l
         where_2 = np.array((node.number, 0), np.int32)
         node.begin(next(batches), is_cautious=False)
         begin_s = time.perf_counter()
-        np.asarray(exchanges(rows_TD, ids_TA, where_2))
+        jax.block_until_ready(exchanges(rows_TD, ids_TA, where_2))  # pyright: ignore
         seconds = time.perf_counter() - begin_s
         node.end()
         return seconds
