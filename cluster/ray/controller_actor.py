@@ -98,10 +98,12 @@ class ControllerActor:
         changes = differences(serving.controller.declared.values, wanted)
         lines = tuple(map(str, changes))
         if not anew(changes):
-            if reason := self._all.busy(changes) or serving.controller.refusal(wanted):
+            reason = self._all.busy() if changes else ""
+            if reason := reason or serving.controller.refusal(wanted):
                 raise ChangeRefusedError(reason)
             return lines
-        if self._all.of(wanted) is not None:
+        if (found := self._all.of(wanted)) is not None:
+            self._all.check_same(found, wanted)
             return lines
         _, room = await self._all.check_new(config)
         return (*lines, room)
@@ -132,7 +134,8 @@ class ControllerActor:
         controller = generation.controller
         changes = differences(controller.declared.values, declared.values)
         try:
-            if declared.at_s > controller.declared.at_s and (reason := self._all.busy(changes)):
+            is_later = declared.at_s > controller.declared.at_s
+            if is_later and changes and (reason := self._all.busy()):
                 raise ChangeRefusedError(reason)
             generation.declare(declared)
         except ChangeRefusedError as error:
@@ -283,7 +286,7 @@ class ControllerActor:
         generation = await self._idle()
         if busy := self._all.busy():
             raise ChangeRefusedError(busy)
-        await generation.shell.wait(generation.controller.scale(num_workers, time.time()))
+        await generation.done(generation.controller.scale(num_workers, time.time()))
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
         """Moves a worker's work away, then stops or restarts it; returns when that is done."""
@@ -292,21 +295,23 @@ class ControllerActor:
             raise ChangeRefusedError(busy)
         controller = generation.controller
         task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
-        await generation.shell.wait(task)
-        while restarts and controller.workers[worker_id].state is not WorkerState.READY:
-            await generation.changed(VIEW_POLL_S)
+        await generation.done(task)
+        if restarts:
+            ready = WorkerState.READY
+            await generation.until(lambda: controller.workers[worker_id].state is ready)
 
     async def finish_drain(self, worker_id: str, restarts: bool, incarnation: int) -> None:
         """Completes what an earlier controller was to do with this incarnation of a worker."""
         generation = await self._idle()
-        while (record := generation.controller.workers.get(worker_id)) is not None:
-            if record.state is WorkerState.STOPPED:
-                return
-            if record.state is WorkerState.READY:
-                if not (restarts and record.incarnation > incarnation):
-                    await self.drain(worker_id, restarts)
-                return
-            await generation.changed(VIEW_POLL_S)
+        workers, steady = generation.controller.workers, (WorkerState.READY, WorkerState.STOPPED)
+        await generation.until(
+            lambda: worker_id not in workers or workers[worker_id].state in steady
+        )
+        record = workers.get(worker_id)
+        if record is None or record.state is WorkerState.STOPPED:
+            return
+        if not (restarts and record.incarnation > incarnation):
+            await self.drain(worker_id, restarts)
 
     async def incarnation_of(self, worker_id: str) -> int:
         """The present incarnation of a worker; 0 if there is no such worker."""
@@ -317,8 +322,8 @@ class ControllerActor:
         """The generation that serves, once the steps that it takes by itself are done."""
         await self._begun()
         generation = self._all.serving
-        while generation.controller.reconciler.is_stepping:
-            await generation.changed(VIEW_POLL_S)
+        reconciler = generation.controller.reconciler
+        await generation.until(lambda: not reconciler.is_stepping)
         return generation
 
     async def stop(self) -> None:
