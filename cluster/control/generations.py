@@ -6,7 +6,8 @@ another one it has two:
 
 1. The new one is *wanted*: whoever wants it asks again and again while its workers load. If
    nobody asks any more, it ends.
-2. When it is complete, Ray Serve starts ingress replicas that *follow* it. From then on it serves.
+2. When it is complete, Ray Serve starts ingress replicas. As soon as one is healthy, it *follows*
+   the new generation, which serves from then on.
 3. Replicas of the old one leave. When the last one has, nobody follows the old one: it ends.
 
 Nothing of this is stored. Replicas and whoever wants a generation say so with every question, so a
@@ -31,11 +32,15 @@ MAX_DEATHS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follower:
-    """An ingress replica that asks for a view: its settings, and the generation that it knows."""
+    """An ingress replica that asks for a view: its settings, and the generation that it knows.
+
+    Before it has been healthy it wants its generation, and does not follow it yet.
+    """
 
     follower_id: str
     values: Values
     generation: int = 0
+    is_healthy: bool = True
 
 
 @dataclass(slots=True)

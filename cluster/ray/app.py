@@ -4,8 +4,8 @@
     serve build milliways.cluster.ray.app:default_app -o FILE
 
 Arguments are the tables of `cluster/settings/config.py`; a file for `serve deploy` has them in its
-`args`. The first replica brings up the controller, which
-brings up the workers; all replicas follow its view, and go on with the last one while it is away.
+`args`. The first replica brings up the controller, which brings up the workers; all replicas follow
+its view, and go on with the last one while it is away.
 """
 
 # Ray's own types are unknown in part.
@@ -55,6 +55,8 @@ APP_NAME = "milliways"
 INGRESS_NAME = "Ingress"
 AUTOSCALING_POLICY = "milliways.cluster.ray.autoscaling:replicas_for_requests"
 VIEW_TIMEOUT_S = 10.0
+# As long as a replica is not healthy: then it tells the controller soon.
+STARTING_VIEW_TIMEOUT_S = 1.0
 RETRY_S = 0.5
 # How long a replica that leaves tries to say so.
 LEAVE_TIMEOUT_S = 2.0
@@ -83,8 +85,10 @@ class Directory:
         self._id = secrets.token_hex(8)
         self._joined = asyncio.Event()
         self._has_left = False
-        # Why there are no workers for this replica; empty if there are.
-        self._refused = ""
+        # Why there are no workers for this replica; None if there are.
+        self._refused: str | None = None
+        # Whether this replica has ever been healthy. Until then it keeps no generation serving.
+        self.is_healthy = False
 
     @property
     def view(self) -> ClusterView:
@@ -123,7 +127,7 @@ class Directory:
             UnavailableError: there is no such generation; says why.
         """
         await self._joined.wait()
-        if self._refused:
+        if self._refused is not None:
             raise UnavailableError(self._refused)
 
     async def follow(self) -> None:
@@ -138,7 +142,8 @@ class Directory:
                     self._joined.set()
                 while not self._has_left:
                     known_epoch, follower = self._view.placement_epoch, self._follower()
-                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S, follower))
+                    timeout_s = VIEW_TIMEOUT_S if self.is_healthy else STARTING_VIEW_TIMEOUT_S
+                    self._take(await controller.view.remote(known_epoch, timeout_s, follower))
             except RayError as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
@@ -154,7 +159,10 @@ class Directory:
 
     def _follower(self) -> Follower:
         return Follower(
-            follower_id=self._id, values=self._declared.values, generation=self._view.generation
+            follower_id=self._id,
+            values=self._declared.values,
+            generation=self._view.generation,
+            is_healthy=self.is_healthy,
         )
 
     async def _declare(self, controller: Any) -> None:
@@ -169,18 +177,18 @@ class Directory:
     async def _prepare(self, controller: Any) -> None:
         """Has the workers of this replica's generation started, if other ones serve."""
         try:
-            while True:
+            while not self._has_left:
                 status: GenerationStatus = await controller.prepare.remote(
                     self._declared, VIEW_TIMEOUT_S
                 )
                 if status.is_complete or status.serves:
-                    break
+                    await self._declare(controller)
+                    return
+            self._refused = "this replica leaves"
         except RayTaskError as error:
             if not isinstance(error.cause, (ChangeRefusedError, ConfigError)):
                 raise
             self._refused = str(error.cause)
-        else:
-            await self._declare(controller)
 
     def _take(self, view: ClusterView) -> None:
         differs = other_model(self._declared.values, view.declared.values)
@@ -249,6 +257,7 @@ class IngressReplica:
             raise UnavailableError(self._directory.obstacle)
         if self._follower.done():
             self._follower.result()
+        self._directory.is_healthy = True
 
     async def record_autoscaling_stats(self) -> dict[str, int]:
         """What Serve's autoscaler does not count itself."""

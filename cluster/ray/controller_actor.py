@@ -21,7 +21,7 @@ from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.generations import Follower
 from milliways.cluster.control.targets import number
 from milliways.cluster.ray.generation import RunningGeneration
-from milliways.cluster.ray.generation_set import RunningGenerations, needs_generation, now_s
+from milliways.cluster.ray.generation_set import RunningGenerations, needs_generation
 from milliways.cluster.ray.worker_reports import ask_status, progress_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
@@ -157,10 +157,13 @@ class ControllerActor:
         await self._begun()
         return await self._all.prepare(declared, timeout_s)
 
-    async def abandon(self, values: Mapping[str, Any]) -> None:
-        """Ends the generation with these settings at once, if no ingress follows it."""
+    async def abandon(self, values: Mapping[str, Any]) -> bool:
+        """Ends the generation with these settings at once, if no ingress follows it.
+
+        Returns whether there is none any more.
+        """
         await self._begun()
-        self._all.abandon(values)
+        return self._all.abandon(values)
 
     async def settle(self, at_s: float, timeout_s: float) -> SettingsStatus:
         """The state of the settings that were declared then, as soon as everything is so or fails.
@@ -225,7 +228,7 @@ class ControllerActor:
         await self._begun()
         generation = self._all.of(follower.values) if follower is not None else None
         if follower is not None and generation is not None:
-            self._all.lives.follow(generation.number, follower.follower_id, now_s())
+            self._all.take(follower, generation)
         generation = generation or self._all.serving
         if follower is not None and follower.generation != generation.number:
             # It knows no view of this generation.

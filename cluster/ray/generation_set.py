@@ -17,7 +17,7 @@ from milliways.cluster.control.changes import (
     refusal,
 )
 from milliways.cluster.control.fleet import Existing
-from milliways.cluster.control.generations import Generations
+from milliways.cluster.control.generations import Follower, Generations
 from milliways.cluster.control.targets import number
 from milliways.cluster.host.model_checks import check_files
 from milliways.cluster.ray.fleet import generations_that_run, remove_groups
@@ -172,15 +172,24 @@ class RunningGenerations:
         if generation is not self.serving and differences(own, values):
             raise ChangeRefusedError(self.busy())
 
-    def abandon(self, values: Mapping[str, Any]) -> None:
-        """Ends the generation with these settings, if it does not serve and nobody follows it."""
+    def take(self, follower: Follower, generation: RunningGeneration) -> None:
+        """Notes that an ingress replica has a generation, or waits until it may serve with it."""
+        if follower.is_healthy:
+            self.lives.follow(generation.number, follower.follower_id, now_s())
+        else:
+            self.lives.want(generation.number, now_s())
+
+    def abandon(self, values: Mapping[str, Any]) -> bool:
+        """As `ControllerActor.abandon`. The one that serves does not end."""
         if self._starting is not None and is_same_generation(self._starting[0].values, values):
             self._starting[1].cancel()
         generation = self.of(values)
-        if generation is None or generation is self.serving:
-            return
-        if not self.lives.is_followed(generation.number, now_s()):
-            self._end(generation.number, f"generation {generation.number} was taken back")
+        if generation is None:
+            return True
+        if generation is self.serving or self.lives.is_followed(generation.number, now_s()):
+            return False
+        self._end(generation.number, f"generation {generation.number} was taken back")
+        return True
 
     async def _started(self, declared: Declared, timeout_s: float) -> RunningGeneration | None:
         """The next generation; None if its files are still being checked after the timeout.

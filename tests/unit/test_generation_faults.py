@@ -193,6 +193,46 @@ def test_reason_for_which_a_generation_was_given_up_is_kept(ray: FakeRay) -> Non
     run(check)
 
 
+def test_generation_whose_ingress_never_was_healthy_does_not_serve(ray: FakeRay) -> None:
+    async def check() -> None:
+        actor, _ = await both(ray)
+        new = Replica("new", OTHER)
+        new.is_healthy = False
+        # Serve replaces it again and again.
+        assert (await new.ask(actor)).generation == 2
+        assert await actor.config() == CONFIG
+        assert await actor.abandon(NEW.values)
+        assert ray.ended == [2]
+        await actor.scale(2)
+        await prepared(actor)
+        new.is_healthy = True
+        assert (await new.ask(actor)).generation == 2
+        assert await actor.config() == OTHER
+        assert not await actor.abandon(NEW.values)
+        await actor.stop()
+
+    run(check)
+
+
+def test_generation_lives_while_an_ingress_waits_to_be_healthy(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        monkeypatch.setattr(generations, "FORGET_AFTER_S", 0.5)
+        actor, old = await both(ray)
+        new = Replica("new", OTHER)
+        new.is_healthy = False
+        until_s = time.monotonic() + 1.5
+        while time.monotonic() < until_s:
+            assert (await new.ask(actor)).generation == 2
+            assert (await old.ask(actor)).generation == 1
+            await asyncio.sleep(0.01)
+        assert ray.ended == []
+        await actor.stop()
+
+    run(check)
+
+
 # Other changes
 
 

@@ -23,6 +23,7 @@ from tests.sources import CountingSource
 with warnings.catch_warnings():
     # Ray defines its models as pydantic once liked it; that is not ours to mend.
     warnings.simplefilter("ignore", DeprecationWarning)
+    from milliways.cluster.ray import app
     from milliways.cluster.ray.app import Directory
 
 CONFIG = ClusterConfig()
@@ -140,6 +141,51 @@ def test_replica_without_workers_of_its_model_is_not_healthy(
         controller = FakeController(ChangeRefusedError("no room for 3 workers"))
         with pytest.raises(UnavailableError, match="no room for 3 workers"):
             await joined(monkeypatch, controller)
+
+    asyncio.run(run())
+
+
+def test_refusal_without_a_reason_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        with pytest.raises(UnavailableError):
+            await joined(monkeypatch, FakeController(ChangeRefusedError("")))
+
+    asyncio.run(run())
+
+
+def test_replica_follows_only_once_it_has_been_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        directory = Directory(OTHER, declared_at_s=2.0)
+        monkeypatch.setattr(directory, "controller", lambda: controller)
+        follower = asyncio.create_task(directory.follow())
+        async with asyncio.timeout(30):
+            await directory.changed()
+            assert not controller.follower.is_healthy
+            directory.is_healthy = True
+            while not controller.follower.is_healthy:
+                await asyncio.sleep(0)
+        follower.cancel()
+
+    asyncio.run(run())
+
+
+def test_replica_that_leaves_prepares_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        directory = Directory(OTHER, declared_at_s=2.0)
+        monkeypatch.setattr(directory, "controller", lambda: controller)
+        monkeypatch.setattr(app, "find_controller", lambda: controller)
+        follower = asyncio.create_task(directory.follow())
+        async with asyncio.timeout(30):
+            while "prepare" not in controller.asked:
+                await asyncio.sleep(0)
+            await directory.leave()
+            await follower
+        assert controller.asked.count("prepare") < 3
+        assert "view" not in controller.asked
+        with pytest.raises(UnavailableError, match="leaves"):
+            await directory.joined()
 
     asyncio.run(run())
 
