@@ -45,6 +45,7 @@ from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
 from milliways.model.model_dir import description_dir, resolve_model_dir
+from milliways.model.small_files import SmallFiles
 from milliways.wire.errors import ChangeRefusedError, ClusterError, ConfigError, UnavailableError
 from milliways.wire.status import GenerationStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
@@ -58,6 +59,8 @@ VIEW_TIMEOUT_S = 10.0
 # As long as a replica is not healthy: then it tells the controller soon.
 STARTING_VIEW_TIMEOUT_S = 1.0
 RETRY_S = 0.5
+# How long a new replica waits for what workers have read. A controller may have to begin first.
+FILES_TIMEOUT_S = 30.0
 # How long a replica that leaves tries to say so.
 LEAVE_TIMEOUT_S = 2.0
 # How long a new replica waits, before its first request, to hear how busy the routers are.
@@ -205,10 +208,12 @@ class Directory:
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
-    def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
+    async def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
         self._config = config
-        files = digest_small_files(description_dir(resolve_model_dir(config.model.path)))
+        known = await known_files(find_or_start_controller(config, declared_at_s), config)
+        model = load_served_model(config.model, lambda: self._directory.weights, known)
+        files = known.manifest if known else read_digests(config)
         self._directory = Directory(config, declared_at_s, files)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()
@@ -222,7 +227,7 @@ class IngressReplica:
         )
         self._source.start()
         self._ingress = Ingress(
-            load_served_model(config.model, lambda: self._directory.weights),
+            model,
             self._source,
             settings,
             request_timeout_s=config.router.request_timeout_s,
@@ -315,6 +320,25 @@ class IngressReplica:
             logger.warning("no metrics of workers: %s", error)
             return ""
         return render_metrics(status)
+
+
+async def known_files(controller: Any, config: ClusterConfig) -> SmallFiles | None:
+    """The files beside the tensors, as workers with these settings have read them.
+
+    None if no worker has, or if there is no controller to ask: then the replica's own files count.
+    """
+    try:
+        async with asyncio.timeout(FILES_TIMEOUT_S):
+            await controller.begin.remote()
+            return await controller.small_files.remote(flat(config))
+    except (RayError, TimeoutError) as error:
+        logger.info("what workers have read is not known: %s", error)
+        return None
+
+
+def read_digests(config: ClusterConfig) -> Manifest:
+    """The digests of the files beside the tensors that this replica reads itself."""
+    return digest_small_files(description_dir(resolve_model_dir(config.model.path)))
 
 
 def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Application:

@@ -25,6 +25,7 @@ from milliways.cluster.ray.generation_set import RunningGenerations, needs_gener
 from milliways.cluster.ray.worker_reports import ask_status, progress_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.fatal import end_process
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
 from milliways.wire.status import (
@@ -212,6 +213,15 @@ class ControllerActor:
 
     async def config(self) -> ClusterConfig:
         return self._all.serving.config if self._all.running else self._first_config
+
+    async def small_files(self, values: Mapping[str, Any]) -> SmallFiles | None:
+        """Configuration, tokenizer and template, as workers with these settings have read them.
+
+        None if there are no such workers, or none has read them yet.
+        """
+        await self._begun()
+        generation = self._all.of(values)
+        return generation.controller.small_files if generation is not None else None
 
     async def whereabouts(self) -> tuple[str, int]:
         """The node and the process of the controller itself."""

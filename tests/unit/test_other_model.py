@@ -15,6 +15,8 @@ from ray.exceptions import RayTaskError
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
+from milliways.model.demo import DEMO_DIR
+from milliways.model.small_files import SmallFiles
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
 from milliways.wire.view import ClusterView, Declared, Member, WorkerState
 from tests.ingresses import demo_model
@@ -85,6 +87,8 @@ class FakeController:
     def __init__(self, refusal: Exception | None = None) -> None:
         self.asked: list[str] = []
         self.refusal = refusal
+        self.files: SmallFiles | None = None
+        self.fails: Exception | None = None
 
     def __getattr__(self, method: str) -> SimpleNamespace:
         async def remote(*arguments: Any) -> Any:
@@ -96,7 +100,11 @@ class FakeController:
 
     def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
         is_complete = self.asked.count("prepare") == 3
+        if self.fails is not None:
+            raise self.fails
         match method:
+            case "small_files":
+                return self.files
             case "prepare" if self.refusal is not None:
                 raise RayTaskError("prepare", "its traceback", self.refusal)
             case "prepare":
@@ -141,6 +149,19 @@ def test_replica_without_workers_of_its_model_is_not_healthy(
         controller = FakeController(ChangeRefusedError("no room for 3 workers"))
         with pytest.raises(UnavailableError, match="no room for 3 workers"):
             await joined(monkeypatch, controller)
+
+    asyncio.run(run())
+
+
+def test_replica_takes_the_files_that_workers_have_read() -> None:
+    async def run() -> None:
+        controller = FakeController()
+        controller.files = SmallFiles.read(DEMO_DIR)
+        assert await app.known_files(controller, CONFIG) == controller.files
+        assert controller.asked == ["begin", "small_files"]
+        controller.fails = RayTaskError("begin", "its traceback", UnavailableError("not begun"))
+        # Its own files count then.
+        assert await app.known_files(controller, CONFIG) is None
 
     asyncio.run(run())
 
