@@ -194,7 +194,7 @@ class ControllerActor:
             observed={"workers.count": num_ready},
             pending=(*controller.pending, *self._all.others()),
             by_worker=controller.by_worker,
-            unconfirmed=controller.unconfirmed,
+            unconfirmed=self._all.unconfirmed(),
             problem=controller.reconciler.problem or self._all.refused,
         )
 

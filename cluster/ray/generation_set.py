@@ -175,9 +175,16 @@ class RunningGenerations:
     def take(self, follower: Follower, generation: RunningGeneration) -> None:
         """Notes that an ingress replica has a generation, or waits until it may serve with it."""
         if follower.is_healthy:
-            self.lives.follow(generation.number, follower.follower_id, now_s())
+            follower_id, values = follower.follower_id, follower.values
+            self.lives.follow(generation.number, follower_id, now_s(), values)
         else:
             self.lives.want(generation.number, now_s())
+
+    def unconfirmed(self) -> tuple[str, ...]:
+        """Workers without the newest view, and ingress replicas that run with older settings."""
+        controller, serving = self.serving.controller, self.serving.number
+        outdated = self.lives.outdated_followers(serving, controller.declared.values, now_s())
+        return (*controller.unconfirmed, *(f"ingress-{follower_id}" for follower_id in outdated))
 
     def abandon(self, values: Mapping[str, Any]) -> bool:
         """As `ControllerActor.abandon`. The one that serves does not end."""

@@ -317,6 +317,25 @@ def test_whoever_drains_a_worker_hears_that_its_generation_ends(
     run(check)
 
 
+def test_ingress_replica_with_older_settings_is_named_until_it_leaves(ray: FakeRay) -> None:
+    async def check() -> None:
+        actor = await started(CONFIG)
+        old = Replica("old", CONFIG)
+        await old.ask(actor)
+        assert "ingress-old" not in (await actor.settle(0.0, 0.0)).unconfirmed
+        values = {"ingress.grace_s": 9.0}
+        await actor.apply(values)
+        new = Replica("new", changed(CONFIG, values))
+        await new.ask(actor)
+        assert "ingress-old" in (await actor.settle(0.0, 0.0)).unconfirmed
+        assert "ingress-new" not in (await actor.settle(0.0, 0.0)).unconfirmed
+        await actor.unfollow("old")
+        assert "ingress-old" not in (await actor.settle(0.0, 0.0)).unconfirmed
+        await actor.stop()
+
+    run(check)
+
+
 # Slow disks, and many questions
 
 
