@@ -211,7 +211,7 @@ class IngressReplica:
     async def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
         self._config = config
-        known = await known_files(find_or_start_controller(config, declared_at_s), config)
+        known = await known_files(config, declared_at_s)
         model = load_served_model(config.model, lambda: self._directory.weights, known)
         files = known.manifest if known else read_digests(config)
         self._directory = Directory(config, declared_at_s, files)
@@ -322,12 +322,13 @@ class IngressReplica:
         return render_metrics(status)
 
 
-async def known_files(controller: Any, config: ClusterConfig) -> SmallFiles | None:
+async def known_files(config: ClusterConfig, declared_at_s: float) -> SmallFiles | None:
     """The files beside the tensors, as workers with these settings have read them.
 
     None if no worker has, or if there is no controller to ask: then the replica's own files count.
     """
     try:
+        controller = find_or_start_controller(config, declared_at_s)
         async with asyncio.timeout(FILES_TIMEOUT_S):
             await controller.begin.remote()
             return await controller.small_files.remote(flat(config))

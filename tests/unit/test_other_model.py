@@ -153,15 +153,16 @@ def test_replica_without_workers_of_its_model_is_not_healthy(
     asyncio.run(run())
 
 
-def test_replica_takes_the_files_that_workers_have_read() -> None:
+def test_replica_takes_the_files_that_workers_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         controller = FakeController()
+        monkeypatch.setattr(app, "find_or_start_controller", lambda config, at_s: controller)
         controller.files = SmallFiles.read(DEMO_DIR)
-        assert await app.known_files(controller, CONFIG) == controller.files
+        assert await app.known_files(CONFIG, 2.0) == controller.files
         assert controller.asked == ["begin", "small_files"]
         controller.fails = RayTaskError("begin", "its traceback", UnavailableError("not begun"))
         # Its own files count then.
-        assert await app.known_files(controller, CONFIG) is None
+        assert await app.known_files(CONFIG, 2.0) is None
 
     asyncio.run(run())
 
