@@ -74,6 +74,9 @@ class RunningGenerations:
                     del found[generation]
             if not found:
                 found[RunningGeneration(1, config)] = []
+            # A generation that was about to start may have left some.
+            numbers = {generation.number for generation in found}
+            remove_groups(lambda generation_number: generation_number not in numbers)
             # Not earlier: as long as one worker may serve and does not answer, nothing begins.
             self._start_found(found, first, known)
         except BaseException:
@@ -81,8 +84,6 @@ class RunningGenerations:
             for generation in found:
                 generation.leave()
             raise
-        # A generation that was about to start may have left some.
-        remove_groups(lambda generation_number: generation_number not in self.running)
         if self.of(first.values) is None:
             changes = differences(self.serving.controller.declared.values, first.values)
             self.refused = needs_generation(anew(changes))
