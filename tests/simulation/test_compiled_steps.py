@@ -6,7 +6,6 @@ computed elsewhere, and while it tries again.
 """
 
 import dataclasses
-from collections import Counter
 from random import Random
 
 import pytest
@@ -16,6 +15,7 @@ from tests.simulation.kill_matrix import (
     COMPILED_SHAPES,
     MODES,
     Blow,
+    Blows,
     Cell,
     Shape,
     single_blows,
@@ -67,12 +67,15 @@ def test_random_faults_cost_no_token(seed: int) -> None:
 
 
 def test_rows_travel_inside_steps_and_deaths_are_left_to_the_router() -> None:
-    """What the other tests rely on: without deaths no call goes another way, after some it does."""
-    completed: Counter[bool] = Counter()
+    """What the other tests rely on: calls go another way after a death, and not without one."""
     cell = Cell(COMPILED_SHAPES[1], "greedy")
-    for blows in ((), *single_blows(cell, stride=3)):
-        simulation = cell.run(blows)
-        nodes = [p.node for p in simulation.cluster.processes if p.node is not None]
+
+    def completed(blows: Blows) -> int:
+        """Layers that the router completed. Of the first step, links may still be opening."""
+        processes = cell.run(blows).cluster.processes
+        nodes = [process.node for process in processes if process.node is not None]
         assert sum(node.num_asked for node in nodes) > 0
-        completed[bool(blows)] += sum(node.num_missing for node in nodes)
-    assert completed[False] == 0 < completed[True]
+        return sum(node.num_missing for node in nodes)
+
+    assert completed(()) <= 1
+    assert max(completed(blows) for blows in single_blows(cell, stride=5)) > 1
