@@ -24,6 +24,12 @@ def resolve_model_dir(name: str) -> Path:
     path = DEMO_DIR if name == DEMO_NAME else Path(name).expanduser()
     if not path.is_dir():
         raise CheckpointError(path, "no such model directory")
+    return named_model_dir(name)
+
+
+def named_model_dir(name: str) -> Path:
+    """As `resolve_model_dir`, whether the directory is there or not."""
+    path = DEMO_DIR if name == DEMO_NAME else Path(name).expanduser()
     # Links are not resolved: if ckpt-0 is a link, the model's other files are beside the link.
     path = Path(os.path.abspath(path))
     names_tensors = path.name == CHECKPOINT_DIR and not (path / CHECKPOINT_DIR).is_dir()

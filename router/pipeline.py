@@ -125,6 +125,7 @@ class Pipeline:
                         shard, step, AdvanceBatch(batch_id, turn.layer, outputs_TAD), failure
                     )
                 if isinstance(turn, Drawn):
+                    _check_drawn(shard, turn, tokens)
                     is_done = True
                     return turn.tokens
                 layer = shard.first_layer + shard.num_layers
@@ -202,3 +203,13 @@ class Pipeline:
             return pending.result()
         except PeerError as error:
             raise ShardLostError(error) from error
+
+
+def _check_drawn(shard: Member, turn: Drawn, tokens: TokenRows) -> None:
+    """Raises ShardLostError unless there is a token for each sample.
+
+    Otherwise positions would count as computed whose keys and values may be anything.
+    """
+    if len(turn.tokens) != len(tokens.samples):
+        text = f"{len(turn.tokens)} tokens for {len(tokens.samples)} samples"
+        raise ShardLostError(RefusedError(shard.worker_id, RefusalReason.FAULT, text))

@@ -98,6 +98,7 @@ class StepExchange:
     def begin(self, step: int, batch_id: int, caution_s: float | None) -> Pending[None]:
         """A batch is about to be computed; the result fails if its experts cannot be computed."""
         self._take_latencies()
+        self._forget_workers()
         self.plan()
         self._batch = _Batch(step, batch_id, caution_s)
         return self._batch.failure
@@ -160,6 +161,8 @@ class StepExchange:
 
     def _complete_soon(self, batch: _Batch, missing: Missing) -> None:
         self.num_completed += 1
+        # What was answered before a worker is late must not count as its first answer afterwards.
+        self._take_latencies()
         # The links that broke meanwhile must not be in the plan of the next layer.
         self.plan()
         asked: list[AskedCall] = []
@@ -172,6 +175,7 @@ class StepExchange:
             hedge_after_s, timeout_s = self._dispatcher.ask_again_after(worker_id)
             self._links.follow(
                 worker_id,
+                call.link,
                 pending,
                 num_rows=len(call.places),
                 waited_s=call.waited_s,
@@ -225,7 +229,7 @@ class StepExchange:
             case CallState.LOST:
                 entry.pending.fail(PeerLostError(entry.worker_id, "the connection broke"))
             case CallState.REFUSED:
-                reason = RefusalReason(call.status)
+                reason = _reason_of(call.status)
                 message = f"at placement {call.placement_epoch}"
                 entry.pending.resolve(Refusal(reason, message, call.placement_epoch))
             case CallState.ANSWERED:
@@ -257,8 +261,21 @@ class StepExchange:
             self._late = still_late
         self._looking = None
 
+    def _forget_workers(self) -> None:
+        """Between two batches: links that are gone are in no layer that may still be reported."""
+        open_links = set(self._links.exchange_links().values())
+        self._workers = {n: worker for n, worker in self._workers.items() if n in open_links}
+
     def _take_latencies(self) -> None:
         for worker_id, link in self._links.exchange_links().items():
             longest_s, num_answers = self._node.take_latency(link)
             if num_answers:
                 self._links.note_latency(worker_id, longest_s, num_answers)
+
+
+def _reason_of(status: int) -> RefusalReason:
+    try:
+        return RefusalReason(status)
+    except ValueError:
+        # Of a newer worker, or nonsense: it must not end this router.
+        return RefusalReason.FAULT

@@ -27,6 +27,7 @@ from milliways.wire.errors import PeerLostError
 from milliways.wire.links import WorkerLink
 from milliways.wire.view import ClusterView, Member
 from milliways.workers.core import WorkerCore
+from tests.memory_exchange import MemoryNode, attach_exchange, own_link
 from tests.recording import Recording
 
 
@@ -42,6 +43,8 @@ class Process:
         self.router: Router | None = None
         # The keys and values of the router's blocks, if blocks are copied.
         self.arrays: BlockArrays | None = None
+        # With compiled steps: the native side.
+        self.node: MemoryNode | None = None
         self._clock = clock
         self._asleep_until_s = 0.0
 
@@ -173,7 +176,6 @@ class MemoryLink:
 
     transport = "memory"
     is_local = False
-    exchange_link = 0
 
     def __init__(
         self,
@@ -188,6 +190,7 @@ class MemoryLink:
         self.server = server
         self.there = there
         self.back = back
+        self.exchange_link = client.node.open_link(self) if client.node is not None else 0
         self.opening: Pending[WorkerLink] = Pending()
         self._router_id = router_id
         self._network = network
@@ -203,10 +206,10 @@ class MemoryLink:
         answer: Pending[Result] = Pending()
         if self._is_closed:
             answer.fail(PeerLostError(self.server.name, "closed"))
-            return answer
-        self._waiting.append(answer)
-        answer.when_done(lambda: self._waiting.remove(answer))
-        self.there.send(lambda: self._arrive(call, fence, answer), call)
+        else:
+            self._waiting.append(answer)
+            answer.when_done(lambda: self._waiting.remove(answer))
+            self.there.send(lambda: self._arrive(call, fence, answer), call)
         return answer
 
     def close(self) -> None:
@@ -241,6 +244,8 @@ class MemoryLink:
         self._fail_waiting("the stream broke")
 
     def _fail_waiting(self, why: str) -> None:
+        if self.client.node is not None:
+            self.client.node.close_link(self.exchange_link)
         for answer in list(self._waiting):
             answer.fail(PeerLostError(self.server.name, why))
 
@@ -296,6 +301,8 @@ class ClusterSettings:
     has_direct_links: bool = True
     # Whether routers with direct links copy their KV blocks to one another.
     kv_standby: bool = False
+    # Whether routers with direct links compute compiled steps.
+    has_exchange: bool = False
 
 
 class MemoryCluster:
@@ -364,9 +371,10 @@ class MemoryCluster:
             router_id, incarnation, lambda member: self._connect(process, router_id, member), tasks
         )
         dispatcher = Dispatcher(links, settings.dispatch, tasks)
-        pipeline = Pipeline(
-            self.config.num_layers, links, dispatcher, tasks, settings.dispatch.timeout_s
-        )
+        exchange, timeout_s = None, settings.dispatch.timeout_s
+        if settings.has_exchange:
+            exchange = attach_exchange(process, links, dispatcher, self.config)
+        pipeline = Pipeline(self.config.num_layers, links, dispatcher, tasks, timeout_s, exchange)
         limits = RouterLimits(
             scheduler=settings.scheduler,
             max_micro_batches=settings.max_micro_batches,
@@ -421,8 +429,7 @@ class MemoryCluster:
         """Runs until no message and no timer is left."""
         while True:
             if not self._run_ready():
-                next_s = self._next_s()
-                if next_s is None:
+                if (next_s := self._next_s()) is None:
                     return
                 self.clock.advance_to(next_s)
 
@@ -436,7 +443,8 @@ class MemoryCluster:
         self.settle()
         self.check_idle()
         for process in living:
-            num_services = (process.core is not None) + (process.router is not None)
+            parts = (process.core, process.router, process.node, process.node)
+            num_services = sum(part is not None for part in parts)
             assert process.tasks.num_alive == num_services, process.name
             process.tasks.close()
             assert process.tasks.num_alive == 0
@@ -475,11 +483,11 @@ class MemoryCluster:
         server = self.workers.get((member.worker_id, member.incarnation))
         opening: Pending[WorkerLink] = Pending()
         if server is client and client.core is not None:
-            opening.resolve(DirectLink(client.core))
-            return opening
-        if server is not None and server.is_alive:
+            opening.resolve(own_link(client) or DirectLink(client.core))
+        elif server is not None and server.is_alive:
             return self.network.connect(client, server, router_id)
-        opening.fail(PeerLostError(member.worker_id, "does not exist"))
+        else:
+            opening.fail(PeerLostError(member.worker_id, "does not exist"))
         return opening
 
 

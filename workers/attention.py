@@ -233,12 +233,14 @@ class AttentionShard:
         for key in [key for key in self._batches if key[0][0] == router_id]:
             del self._batches[key]
 
-    def _run(self, owner: Owner, batch_id: int, batch: _Batch) -> Turn:
+    def _run(self, owner: Owner, batch_id: int, batch: _Batch) -> Turn | Refusal:
         """Computes from before a layer to the next stop."""
         if self._node is not None:
             self._pass_with_exchange(batch, self._node)
+            # The exchanges of the batch are over now, and were done with zeros if it was given up.
+            jax.block_until_ready(batch.hidden_TD)
             if self._node.given_up >= batch_id:
-                return Drawn(())
+                return Refusal(RefusalReason.EXPIRED, "the batch was given up")
         self._pass_local_layers(batch)
         if batch.layer in self._params:
             return self._attend_and_stop(owner, batch_id, batch)

@@ -92,8 +92,10 @@ class LocalCluster:
             boot=boot,
         )
         self._note = Note(running)
+        from milliways.cluster.ray.serving import ServedApplication
+
         try:
-            _serve(self._config, self._life, is_local=True)
+            _serve(ServedApplication(self._config), self._config, self._life, is_local=True)
         except Exception:
             # What fails because Ray is gone is not the news.
             local.check_again(GONE_TIMEOUT_S)
@@ -118,7 +120,7 @@ class JoinedCluster:
         self._address = address
         self._life = ProcessLife()
         # Until we have looked, all is left alone.
-        self._has_joined = False
+        self._application: ServedApplication | None = None
         self._keeps_serve = True
 
     def run(self) -> None:
@@ -130,20 +132,18 @@ class JoinedCluster:
         head_for(self._address)
         # Not earlier: Ray reads its settings when it is imported.
         from milliways.cluster.ray.cluster import join
-        from milliways.cluster.ray.serving import is_serve_running
+        from milliways.cluster.ray.serving import ServedApplication, is_serve_running
 
         join(self._address)
         # If Serve ran before us, it may run other applications: it stays.
         self._keeps_serve = is_serve_running()
-        self._has_joined = True
-        _serve(self._config, self._life, is_local=False)
+        self._application = ServedApplication(self._config)
+        _serve(self._application, self._config, self._life, is_local=False)
 
     def _end(self) -> None:
         # A Ray that is gone has nothing left to stop, and does not answer.
-        if self._has_joined and not isinstance(self._life.error, RayGoneError):
-            from milliways.cluster.ray.serving import stop_and_leave
-
-            stop_and_leave(keeps_serve=self._keeps_serve)
+        if self._application is not None and not isinstance(self._life.error, RayGoneError):
+            self._application.leave(keeps_serve=self._keeps_serve)
 
 
 class _PortWatch:
@@ -167,11 +167,10 @@ class _PortWatch:
                 say(f"warning: {error}, and takes some of the clients")
 
 
-def _serve(config: ClusterConfig, life: ProcessLife, *, is_local: bool) -> None:
+def _serve(
+    application: "ServedApplication", config: ClusterConfig, life: ProcessLife, *, is_local: bool
+) -> None:
     """Starts workers and endpoint, says when they are ready, and serves until it is stopped."""
-    from milliways.cluster.ray.serving import ServedApplication
-
-    application = ServedApplication(config)
     application.start()
     heartbeat = Heartbeat(application.probe, HEARTBEAT_PERIOD_S)
     heartbeat.start()

@@ -42,6 +42,7 @@ from milliways.cluster.control.targets import (
 )
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.tasks import Signal, Task, Tasks
 from milliways.wire.errors import ClusterError, PlacementError
 from milliways.wire.placement import ModelBytes
@@ -88,6 +89,11 @@ class Controller:
     @property
     def figures(self) -> ControllerFigures:
         return self._state.figures
+
+    @property
+    def small_files(self) -> SmallFiles | None:
+        """The files beside the tensors, as a worker has read them; None before one has."""
+        return self._state.small_files
 
     @property
     def failure(self) -> ClusterError | None:

@@ -6,7 +6,8 @@ another one it has two:
 
 1. The new one is *wanted*: whoever wants it asks again and again while its workers load. If
    nobody asks any more, it ends.
-2. When it is complete, Ray Serve starts ingress replicas that *follow* it. From then on it serves.
+2. When it is complete, Ray Serve starts ingress replicas. As soon as one is healthy, it *follows*
+   the new generation, which serves from then on.
 3. Replicas of the old one leave. When the last one has, nobody follows the old one: it ends.
 
 Nothing of this is stored. Replicas and whoever wants a generation say so with every question, so a
@@ -15,8 +16,9 @@ controller that starts learns it within seconds; until then nothing ends that it
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from milliways.cluster.control.changes import Values
+from milliways.cluster.control.changes import OF_INGRESS, Values, differences
 from milliways.cluster.control.worker_record import WorkerRecord
 from milliways.wire.errors import ClusterError
 
@@ -31,24 +33,39 @@ MAX_DEATHS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Follower:
-    """An ingress replica that asks for a view: its settings, and the generation that it knows."""
+    """An ingress replica that asks for a view: its settings, and the generation that it knows.
+
+    Before it has been healthy it wants its generation, and does not follow it yet.
+    """
 
     follower_id: str
     values: Values
     generation: int = 0
+    is_healthy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """When a follower was heard last, and with which settings it runs."""
+
+    at_s: float
+    values: Values
+
+    def is_alive(self, now_s: float) -> bool:
+        return now_s - self.at_s <= FORGET_AFTER_S
 
 
 @dataclass(slots=True)
 class _Life:
-    """When a generation was wanted last, and when each of its followers was heard last."""
+    """When a generation was wanted last, and what was heard last of each of its followers."""
 
     wanted_at_s: float
     # Until then there may be followers that this controller has not heard yet.
     unheard_until_s: float
-    followers: dict[str, float] = field(default_factory=dict[str, float])
+    followers: dict[str, _Heard] = field(default_factory=dict[str, _Heard])
 
     def is_followed(self, now_s: float) -> bool:
-        return any(now_s - heard_s <= FORGET_AFTER_S for heard_s in self.followers.values())
+        return any(heard.is_alive(now_s) for heard in self.followers.values())
 
 
 class Generations:
@@ -86,11 +103,13 @@ class Generations:
         """Somebody waits until a generation is complete, or has it."""
         self._lives[number].wanted_at_s = now_s
 
-    def follow(self, number: int, follower_id: str, now_s: float) -> None:
-        """An ingress replica follows a generation, and no other one."""
+    def follow(
+        self, number: int, follower_id: str, now_s: float, values: Values = MappingProxyType({})
+    ) -> None:
+        """An ingress replica with these settings follows a generation, and no other one."""
         self.unfollow(follower_id)
         life = self._lives[number]
-        life.followers[follower_id] = now_s
+        life.followers[follower_id] = _Heard(now_s, values)
         # From now on it is there for its followers.
         life.wanted_at_s = float("-inf")
 
@@ -114,6 +133,17 @@ class Generations:
     def is_followed(self, number: int, now_s: float) -> bool:
         """Whether an ingress replica has something to do with it."""
         return self._lives[number].is_followed(now_s)
+
+    def outdated_followers(self, number: int, declared: Values, now_s: float) -> tuple[str, ...]:
+        """The replicas that do not run with the settings that are declared, in order."""
+        heard = self._lives[number].followers.items()
+        return tuple(
+            sorted(
+                follower_id
+                for follower_id, last in heard
+                if last.is_alive(now_s) and differences(last.values, declared, OF_INGRESS)
+            )
+        )
 
     def due(self, now_s: float) -> list[int]:
         """The generations that nobody needs any more.

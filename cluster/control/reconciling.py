@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from milliways.cluster.control.changes import BY_WORKER, differences, is_outdated
+from milliways.cluster.control.changes import BY_WORKER, Change, differences, is_outdated
 from milliways.cluster.control.resizing import Resizing
 from milliways.cluster.control.state import ClusterState
 from milliways.cluster.control.targets import experts_of, num_replicas, number
@@ -85,20 +85,24 @@ def pending(state: ClusterState) -> list[str]:
     num_ready = sum(record.state is WorkerState.READY for record in records)
     if len(records) != wanted or num_ready != wanted:
         texts.append(f"workers.count: {wanted} declared, {num_ready} ready")
-    for record in records:
-        old = differences(record.started_with, state.declared.values, BY_WORKER)
-        texts += [f"{change.values}: {record.worker_id} is to be started again" for change in old]
+    for worker_id, changes in _outdated(state).items():
+        texts += [f"{change.values}: {worker_id} is to be started again" for change in changes]
     return texts
 
 
 def by_worker(state: ClusterState) -> dict[str, dict[str, Any]]:
     """What workers were started with where it is not declared so, by worker and name."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in running(state):
-        old = differences(record.started_with, state.declared.values, BY_WORKER)
-        if old:
-            found[record.worker_id] = {change.name: change.before for change in old}
-    return found
+    return {
+        worker_id: {change.name: change.before for change in changes}
+        for worker_id, changes in _outdated(state).items()
+    }
+
+
+def _outdated(state: ClusterState) -> dict[str, tuple[Change, ...]]:
+    """The workers that are to be started again, in order, and why."""
+    declared = state.declared.values
+    found = {r.worker_id: differences(r.started_with, declared, BY_WORKER) for r in running(state)}
+    return {worker_id: changes for worker_id, changes in found.items() if changes}
 
 
 class Reconciler:

@@ -4,6 +4,7 @@ Such a step waits for other workers inside the program, and the router has to an
 (`router.step_exchange`). So it runs in a thread of its own, which owns the attention shard.
 """
 
+from collections import deque
 from collections.abc import Callable
 from selectors import EVENT_READ
 
@@ -30,6 +31,11 @@ from milliways.workers.call_runner import SteppedAttention
 from milliways.workers.core import WorkerCore
 from milliways.workers.kv_arrays import KvArrays
 
+# Copied blocks that the thread has not written yet; one call with copies more may be taken in.
+MAX_WAITING_BYTES = 64 << 20
+# A block's number, its tokens, keys and values.
+CopiedBlock = tuple[int, np.ndarray, np.ndarray, np.ndarray]
+
 
 class LocalSteps:
     """Owns that thread. Its other methods are for the router's thread.
@@ -37,11 +43,19 @@ class LocalSteps:
     Calls are computed in the order in which they come, so a step sees what was written before it.
     """
 
-    def __init__(self, node: ExchangeNode, core: WorkerCore, routing: Reactor) -> None:
+    def __init__(
+        self,
+        node: ExchangeNode,
+        core: WorkerCore,
+        routing: Reactor,
+        on_fault: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """`on_fault` is told of errors in the thread: without it the router would wait for ever."""
         self._node = node
         self._core = core
-        self._steps = Reactor(SystemClock(), name=f"{core.worker_id}-steps")
+        self._steps = Reactor(SystemClock(), on_fault=on_fault, name=f"{core.worker_id}-steps")
         self._routing = routing
+        self._waiting_blocks: deque[CopiedBlock] = deque()
         # Set by `attach`, before the first step.
         self._exchange: StepExchange | None = None
         self._is_compiled = False
@@ -78,7 +92,7 @@ class LocalSteps:
 
     def blocks_of(self, kv: KvArrays) -> "BlocksInSteps":
         """The blocks of the shard, for the router's thread."""
-        return BlocksInSteps(kv, self._steps, self._routing)
+        return BlocksInSteps(kv, self._steps, self._routing, self._waiting_blocks)
 
     def release(self, router_id: str) -> None:
         """Forgets the batches of a router that is gone."""
@@ -107,12 +121,19 @@ class LocalSteps:
 
 
 class BlocksInSteps:
-    """`BlockArrays` of a shard that the thread of steps owns."""
+    """`BlockArrays` of a shard that the thread of steps owns.
 
-    def __init__(self, kv: KvArrays, steps: Reactor, routing: Reactor) -> None:
+    Invariant: `waiting` has the copied blocks that the thread has not written yet, in order; for
+    each of them a call is posted. Their bytes are bounded: a step may wait for experts for long.
+    """
+
+    def __init__(
+        self, kv: KvArrays, steps: Reactor, routing: Reactor, waiting: "deque[CopiedBlock]"
+    ) -> None:
         self._kv = kv
         self._steps = steps
         self._routing = routing
+        self._waiting = waiting
 
     @property
     def first_layer(self) -> int:
@@ -123,6 +144,9 @@ class BlocksInSteps:
         return self._kv.block_bytes
 
     def blocks_fault(self, call: StoreBlocks) -> Refusal | None:
+        if len(self._waiting) * self._kv.block_bytes >= MAX_WAITING_BYTES:
+            text = f"{len(self._waiting)} copied blocks wait for a step to end"
+            return Refusal(RefusalReason.OVERLOADED, text)
         return self._kv.blocks_fault(call)
 
     def read_blocks(self, block_ids: tuple[int, ...]) -> Pending[KeysAndValues]:
@@ -144,8 +168,8 @@ class BlocksInSteps:
         values_LPRK: np.ndarray,
     ) -> None:
         # Copied now: the sender may write there again before the thread comes to it.
-        copies = (token_ids_P.copy(), keys_LPRK.copy(), values_LPRK.copy())
-        self._steps.post(lambda: self._kv.write_block(block_id, *copies))
+        self._waiting.append((block_id, token_ids_P.copy(), keys_LPRK.copy(), values_LPRK.copy()))
+        self._steps.post(lambda: self._kv.write_block(*self._waiting.popleft()))
 
 
 _ALL_BATCHES = (1 << 63) - 1

@@ -171,7 +171,9 @@ class WorkerProcess:
         self._core = WorkerCore(worker_id, incarnation, self._experts, None, self._compute.tasks)
         self._core.fence.on_change = partial(give_fence, self._node, self._core.fence)
         self._steps = (
-            LocalSteps(self._node, self._core, self._routing) if self._node is not None else None
+            LocalSteps(self._node, self._core, self._routing, on_fault)
+            if self._node is not None
+            else None
         )
         self._router, self._links = self._make_router()
         if config.workers.kv_standby:

@@ -84,13 +84,26 @@ def load_chat_template(model_dir: Path, setting: str = AUTO) -> ChatTemplate:
         ConfigError: the file is invalid, or missing although the setting requires it.
     """
     path = model_dir / TEMPLATE_FILE
-    is_declared = path.is_file()
-    if setting == PLAIN or (setting == AUTO and not is_declared):
+    is_read = setting != PLAIN and path.is_file()
+    return choose_chat_template(_read(path) if is_read else None, path, setting)
+
+
+def choose_chat_template(content: bytes | None, path: Path, setting: str) -> ChatTemplate:
+    """The template that `ModelSettings.chat_template` asks for; `content` is that of the file.
+
+    Raises:
+        ConfigError: the content is invalid, or missing although the setting requires it.
+    """
+    if setting == PLAIN or (setting == AUTO and content is None):
         return ChatTemplate()
-    if not is_declared:
+    if content is None:
         limit = f"{AUTO!r} or {PLAIN!r}, because {path} does not exist"
         raise ConfigError("model.chat_template", setting, limit)
-    return parse_chat_template(_read_json(path))
+    try:
+        tree = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(str(path), "", f"a readable JSON file: {error}") from error
+    return parse_chat_template(tree)
 
 
 def parse_chat_template(tree: object) -> ChatTemplate:
@@ -118,12 +131,12 @@ def _affixes(role: str, tree: object) -> RoleAffixes:
     )
 
 
-def _read_json(path: Path) -> object:
+def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise ConfigError(str(path), path.stat().st_size, f"at most {_MAX_FILE_BYTES} bytes")
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise ConfigError(str(path), "", f"a readable JSON file: {error}") from error
 
 

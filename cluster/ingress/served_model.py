@@ -7,12 +7,23 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from milliways.cluster.ingress.chat_template import ChatTemplate, load_chat_template
+from milliways.cluster.ingress.chat_template import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    choose_chat_template,
+    load_chat_template,
+)
 from milliways.cluster.settings.config import ModelSettings
 from milliways.model.config import ModelConfig, load_config
 from milliways.model.detokenizer import prompt_pieces
 from milliways.model.errors import InvalidRequestError
-from milliways.model.model_dir import description_dir, load_tokenizer, resolve_model_dir
+from milliways.model.model_dir import (
+    description_dir,
+    load_tokenizer,
+    named_model_dir,
+    resolve_model_dir,
+)
+from milliways.model.small_files import SmallFiles
 from milliways.model.tokenizer import Tokenizer
 from milliways.wire.errors import UnknownModelError
 from milliways.wire.status_codes import abridged
@@ -106,22 +117,34 @@ def _fingerprint(identity: str) -> str:
     return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def load_served_model(settings: ModelSettings, weights: Callable[[], str] = str) -> ServedModel:
-    """Reads what the ingress needs from a model directory.
+def load_served_model(
+    settings: ModelSettings, weights: Callable[[], str] = str, known: SmallFiles | None = None
+) -> ServedModel:
+    """What the ingress needs of a model: from its directory, unless workers have read it.
 
-    `weights` gives the identity of the weights that are served.
+    `weights` gives the identity of the weights that are served; `known` is what workers have read.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError: a file is invalid; the error says why.
     """
-    model_dir = resolve_model_dir(settings.path)
-    described_in = description_dir(model_dir)
-    config = load_config(described_in)
+    if known is None:
+        model_dir = resolve_model_dir(settings.path)
+        described_in = description_dir(model_dir)
+        config = load_config(described_in)
+        tokenizer = load_tokenizer(model_dir, config.vocab_size)
+        template = load_chat_template(described_in, settings.chat_template)
+    else:
+        model_dir = named_model_dir(settings.path)
+        config = known.config()
+        tokenizer = known.tokenizer(config.vocab_size)
+        template = choose_chat_template(
+            known.contents.get(TEMPLATE_FILE), known.folder / TEMPLATE_FILE, settings.chat_template
+        )
     return ServedModel(
         name=settings.name or _default_name(settings.path, model_dir),
         config=config,
-        tokenizer=load_tokenizer(model_dir, config.vocab_size),
-        chat_template=load_chat_template(described_in, settings.chat_template),
+        tokenizer=tokenizer,
+        chat_template=template,
         created_s=int(time.time()),
         revision=f"{settings.dtype}/{settings.activations}",
         weights=weights,

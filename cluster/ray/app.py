@@ -4,8 +4,8 @@
     serve build milliways.cluster.ray.app:default_app -o FILE
 
 Arguments are the tables of `cluster/settings/config.py`; a file for `serve deploy` has them in its
-`args`. The first replica brings up the controller, which
-brings up the workers; all replicas follow its view, and go on with the last one while it is away.
+`args`. The first replica brings up the controller, which brings up the workers; all replicas follow
+its view, and go on with the last one while it is away.
 """
 
 # Ray's own types are unknown in part.
@@ -45,6 +45,7 @@ from milliways.cluster.settings.sources import gather
 from milliways.model.errors import OtherModelError
 from milliways.model.manifest import EMPTY_MANIFEST, Manifest, digest_small_files
 from milliways.model.model_dir import description_dir, resolve_model_dir
+from milliways.model.small_files import SmallFiles
 from milliways.wire.errors import ChangeRefusedError, ClusterError, ConfigError, UnavailableError
 from milliways.wire.status import GenerationStatus
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
@@ -55,7 +56,11 @@ APP_NAME = "milliways"
 INGRESS_NAME = "Ingress"
 AUTOSCALING_POLICY = "milliways.cluster.ray.autoscaling:replicas_for_requests"
 VIEW_TIMEOUT_S = 10.0
+# As long as a replica is not healthy: then it tells the controller soon.
+STARTING_VIEW_TIMEOUT_S = 1.0
 RETRY_S = 0.5
+# How long a new replica waits for what workers have read. A controller may have to begin first.
+FILES_TIMEOUT_S = 30.0
 # How long a replica that leaves tries to say so.
 LEAVE_TIMEOUT_S = 2.0
 # How long a new replica waits, before its first request, to hear how busy the routers are.
@@ -83,8 +88,10 @@ class Directory:
         self._id = secrets.token_hex(8)
         self._joined = asyncio.Event()
         self._has_left = False
-        # Why there are no workers for this replica; empty if there are.
-        self._refused = ""
+        # Why there are no workers for this replica; None if there are.
+        self._refused: str | None = None
+        # Whether this replica has ever been healthy. Until then it keeps no generation serving.
+        self.is_healthy = False
 
     @property
     def view(self) -> ClusterView:
@@ -123,7 +130,7 @@ class Directory:
             UnavailableError: there is no such generation; says why.
         """
         await self._joined.wait()
-        if self._refused:
+        if self._refused is not None:
             raise UnavailableError(self._refused)
 
     async def follow(self) -> None:
@@ -138,7 +145,8 @@ class Directory:
                     self._joined.set()
                 while not self._has_left:
                     known_epoch, follower = self._view.placement_epoch, self._follower()
-                    self._take(await controller.view.remote(known_epoch, VIEW_TIMEOUT_S, follower))
+                    timeout_s = VIEW_TIMEOUT_S if self.is_healthy else STARTING_VIEW_TIMEOUT_S
+                    self._take(await controller.view.remote(known_epoch, timeout_s, follower))
             except RayError as error:
                 logger.warning("the controller does not answer: %s", error)
                 await asyncio.sleep(RETRY_S)
@@ -154,7 +162,10 @@ class Directory:
 
     def _follower(self) -> Follower:
         return Follower(
-            follower_id=self._id, values=self._declared.values, generation=self._view.generation
+            follower_id=self._id,
+            values=self._declared.values,
+            generation=self._view.generation,
+            is_healthy=self.is_healthy,
         )
 
     async def _declare(self, controller: Any) -> None:
@@ -169,18 +180,18 @@ class Directory:
     async def _prepare(self, controller: Any) -> None:
         """Has the workers of this replica's generation started, if other ones serve."""
         try:
-            while True:
+            while not self._has_left:
                 status: GenerationStatus = await controller.prepare.remote(
                     self._declared, VIEW_TIMEOUT_S
                 )
                 if status.is_complete or status.serves:
-                    break
+                    await self._declare(controller)
+                    return
+            self._refused = "this replica leaves"
         except RayTaskError as error:
             if not isinstance(error.cause, (ChangeRefusedError, ConfigError)):
                 raise
             self._refused = str(error.cause)
-        else:
-            await self._declare(controller)
 
     def _take(self, view: ClusterView) -> None:
         differs = other_model(self._declared.values, view.declared.values)
@@ -197,10 +208,12 @@ class Directory:
 class IngressReplica:
     """A replica: HTTP through Serve's proxy, gRPC on a port shared by all replicas of a node."""
 
-    def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
+    async def __init__(self, config: ClusterConfig, declared_at_s: float = 0.0) -> None:
         bind_replicas_to_loopback()
         self._config = config
-        files = digest_small_files(description_dir(resolve_model_dir(config.model.path)))
+        known = await known_files(config, declared_at_s)
+        model = load_served_model(config.model, lambda: self._directory.weights, known)
+        files = known.manifest if known else read_digests(config)
         self._directory = Directory(config, declared_at_s, files)
         self._follower = asyncio.get_running_loop().create_task(self._directory.follow())
         settings, metrics = config.ingress, IngressMetrics()
@@ -214,7 +227,7 @@ class IngressReplica:
         )
         self._source.start()
         self._ingress = Ingress(
-            load_served_model(config.model, lambda: self._directory.weights),
+            model,
             self._source,
             settings,
             request_timeout_s=config.router.request_timeout_s,
@@ -249,6 +262,7 @@ class IngressReplica:
             raise UnavailableError(self._directory.obstacle)
         if self._follower.done():
             self._follower.result()
+        self._directory.is_healthy = True
 
     async def record_autoscaling_stats(self) -> dict[str, int]:
         """What Serve's autoscaler does not count itself."""
@@ -306,6 +320,26 @@ class IngressReplica:
             logger.warning("no metrics of workers: %s", error)
             return ""
         return render_metrics(status)
+
+
+async def known_files(config: ClusterConfig, declared_at_s: float) -> SmallFiles | None:
+    """The files beside the tensors, as workers with these settings have read them.
+
+    None if no worker has, or if there is no controller to ask: then the replica's own files count.
+    """
+    try:
+        controller = find_or_start_controller(config, declared_at_s)
+        async with asyncio.timeout(FILES_TIMEOUT_S):
+            await controller.begin.remote()
+            return await controller.small_files.remote(flat(config))
+    except (RayError, TimeoutError) as error:
+        logger.info("what workers have read is not known: %s", error)
+        return None
+
+
+def read_digests(config: ClusterConfig) -> Manifest:
+    """The digests of the files beside the tensors that this replica reads itself."""
+    return digest_small_files(description_dir(resolve_model_dir(config.model.path)))
 
 
 def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Application:

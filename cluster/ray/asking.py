@@ -53,10 +53,10 @@ class RunningController:
             asked_s = time.monotonic()
             try:
                 return self.ask(method, *arguments, timeout_s=timeout_s)
-            except (ControllerGoneError, UnavailableError):
+            except (ControllerGoneError, UnavailableError) as error:
                 now_s = time.monotonic()
-                if now_s > asked_s + POLL_S:
-                    # It was there.
+                if isinstance(error, ControllerGoneError) and now_s > asked_s + POLL_S:
+                    # It was there, and died.
                     last_s = now_s
                 if now_s > last_s + NEXT_CONTROLLER_TIMEOUT_S:
                     raise

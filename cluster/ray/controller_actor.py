@@ -21,10 +21,11 @@ from milliways.cluster.control.controller import Controller
 from milliways.cluster.control.generations import Follower
 from milliways.cluster.control.targets import number
 from milliways.cluster.ray.generation import RunningGeneration
-from milliways.cluster.ray.generation_set import RunningGenerations, needs_generation, now_s
+from milliways.cluster.ray.generation_set import RunningGenerations, needs_generation
 from milliways.cluster.ray.worker_reports import ask_status, progress_of
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
+from milliways.model.small_files import SmallFiles
 from milliways.runtime.fatal import end_process
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
 from milliways.wire.status import (
@@ -98,10 +99,12 @@ class ControllerActor:
         changes = differences(serving.controller.declared.values, wanted)
         lines = tuple(map(str, changes))
         if not anew(changes):
-            if reason := self._all.busy(changes) or serving.controller.refusal(wanted):
+            reason = self._all.busy() if changes else ""
+            if reason := reason or serving.controller.refusal(wanted):
                 raise ChangeRefusedError(reason)
             return lines
-        if self._all.of(wanted) is not None:
+        if (found := self._all.of(wanted)) is not None:
+            self._all.check_same(found, wanted)
             return lines
         _, room = await self._all.check_new(config)
         return (*lines, room)
@@ -132,7 +135,8 @@ class ControllerActor:
         controller = generation.controller
         changes = differences(controller.declared.values, declared.values)
         try:
-            if declared.at_s > controller.declared.at_s and (reason := self._all.busy(changes)):
+            is_later = declared.at_s > controller.declared.at_s
+            if is_later and changes and (reason := self._all.busy()):
                 raise ChangeRefusedError(reason)
             generation.declare(declared)
         except ChangeRefusedError as error:
@@ -154,10 +158,13 @@ class ControllerActor:
         await self._begun()
         return await self._all.prepare(declared, timeout_s)
 
-    async def abandon(self, values: Mapping[str, Any]) -> None:
-        """Ends the generation with these settings at once, if no ingress follows it."""
+    async def abandon(self, values: Mapping[str, Any]) -> bool:
+        """Ends the generation with these settings at once, if no ingress follows it.
+
+        Returns whether there is none any more.
+        """
         await self._begun()
-        self._all.abandon(values)
+        return self._all.abandon(values)
 
     async def settle(self, at_s: float, timeout_s: float) -> SettingsStatus:
         """The state of the settings that were declared then, as soon as everything is so or fails.
@@ -187,7 +194,7 @@ class ControllerActor:
             observed={"workers.count": num_ready},
             pending=(*controller.pending, *self._all.others()),
             by_worker=controller.by_worker,
-            unconfirmed=controller.unconfirmed,
+            unconfirmed=self._all.unconfirmed(),
             problem=controller.reconciler.problem or self._all.refused,
         )
 
@@ -207,6 +214,15 @@ class ControllerActor:
     async def config(self) -> ClusterConfig:
         return self._all.serving.config if self._all.running else self._first_config
 
+    async def small_files(self, values: Mapping[str, Any]) -> SmallFiles | None:
+        """Configuration, tokenizer and template, as workers with these settings have read them.
+
+        None if there are no such workers, or none has read them yet.
+        """
+        await self._begun()
+        generation = self._all.of(values)
+        return generation.controller.small_files if generation is not None else None
+
     async def whereabouts(self) -> tuple[str, int]:
         """The node and the process of the controller itself."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
@@ -222,7 +238,7 @@ class ControllerActor:
         await self._begun()
         generation = self._all.of(follower.values) if follower is not None else None
         if follower is not None and generation is not None:
-            self._all.lives.follow(generation.number, follower.follower_id, now_s())
+            self._all.take(follower, generation)
         generation = generation or self._all.serving
         if follower is not None and follower.generation != generation.number:
             # It knows no view of this generation.
@@ -283,7 +299,7 @@ class ControllerActor:
         generation = await self._idle()
         if busy := self._all.busy():
             raise ChangeRefusedError(busy)
-        await generation.shell.wait(generation.controller.scale(num_workers, time.time()))
+        await generation.done(generation.controller.scale(num_workers, time.time()))
 
     async def drain(self, worker_id: str, restarts: bool) -> None:
         """Moves a worker's work away, then stops or restarts it; returns when that is done."""
@@ -292,21 +308,23 @@ class ControllerActor:
             raise ChangeRefusedError(busy)
         controller = generation.controller
         task = controller.drain(worker_id, restarts=restarts, now_s=time.time())
-        await generation.shell.wait(task)
-        while restarts and controller.workers[worker_id].state is not WorkerState.READY:
-            await generation.changed(VIEW_POLL_S)
+        await generation.done(task)
+        if restarts:
+            ready = WorkerState.READY
+            await generation.until(lambda: controller.workers[worker_id].state is ready)
 
     async def finish_drain(self, worker_id: str, restarts: bool, incarnation: int) -> None:
         """Completes what an earlier controller was to do with this incarnation of a worker."""
         generation = await self._idle()
-        while (record := generation.controller.workers.get(worker_id)) is not None:
-            if record.state is WorkerState.STOPPED:
-                return
-            if record.state is WorkerState.READY:
-                if not (restarts and record.incarnation > incarnation):
-                    await self.drain(worker_id, restarts)
-                return
-            await generation.changed(VIEW_POLL_S)
+        workers, steady = generation.controller.workers, (WorkerState.READY, WorkerState.STOPPED)
+        await generation.until(
+            lambda: worker_id not in workers or workers[worker_id].state in steady
+        )
+        record = workers.get(worker_id)
+        if record is None or record.state is WorkerState.STOPPED:
+            return
+        if not (restarts and record.incarnation > incarnation):
+            await self.drain(worker_id, restarts)
 
     async def incarnation_of(self, worker_id: str) -> int:
         """The present incarnation of a worker; 0 if there is no such worker."""
@@ -317,8 +335,8 @@ class ControllerActor:
         """The generation that serves, once the steps that it takes by itself are done."""
         await self._begun()
         generation = self._all.serving
-        while generation.controller.reconciler.is_stepping:
-            await generation.changed(VIEW_POLL_S)
+        reconciler = generation.controller.reconciler
+        await generation.until(lambda: not reconciler.is_stepping)
         return generation
 
     async def stop(self) -> None:

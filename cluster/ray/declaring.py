@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 
 from milliways.cluster.control.changes import is_same_generation
-from milliways.cluster.ray.asking import ControllerGoneError, RunningController
+from milliways.cluster.ray.asking import RunningController
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import flat
 from milliways.wire.errors import StartupError, UnavailableError
@@ -47,7 +47,7 @@ def make_possible(declared: Declared) -> bool:
         if is_same_generation(flat(running), declared.values):
             controller.ask("plan", declared.values)
             return False
-    except (ControllerGoneError, StartupError, UnavailableError):
+    except (StartupError, UnavailableError):
         # None runs, or it dies: the next one decides.
         return False
     prepare(controller, declared)

@@ -4,7 +4,7 @@
 # pyright: basic
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
@@ -25,9 +25,13 @@ from milliways.cluster.settings.names import changed, flat
 from milliways.model.manifest import EMPTY_MANIFEST, read_manifest
 from milliways.runtime.async_tasks import AsyncTasks
 from milliways.runtime.fatal import end_process
+from milliways.runtime.tasks import Pending
 from milliways.wire.errors import ChangeRefusedError
 from milliways.wire.placement import BYTES_PER_GB, ModelBytes
 from milliways.wire.view import EMPTY_VIEW, ClusterView, Declared
+
+# How often is looked for what nobody notifies.
+POLL_S = 5.0
 
 
 class RunningGeneration:
@@ -43,10 +47,13 @@ class RunningGeneration:
         self.config = config
         # Why it did not take the settings with which it was started.
         self.refused = ""
+        # Why it has ended; empty as long as it has not.
+        self.ended = ""
         self.shell = AsyncTasks(end_process)
         self.fleet = RayFleet(config, self.shell, number)
         self._num_sharing = config.workers.count
-        self._begun_at_s = self.shell.tasks.clock.now_s()
+        # Since when it is not complete, as far as `hopeless` has looked.
+        self._waits_since_s = self.shell.tasks.clock.now_s()
 
     def start(
         self,
@@ -104,23 +111,58 @@ class RunningGeneration:
 
     def hopeless(self) -> str:
         """Why it will not be complete; empty as long as it may be."""
-        waited_s = self.shell.tasks.clock.now_s() - self._begun_at_s
+        now_s = self.shell.tasks.clock.now_s()
+        if self.controller.all_ready:
+            self._waits_since_s = now_s
+            return ""
+        waited_s = now_s - self._waits_since_s
         return self.controller.hopeless(waited_s, self.config.workers.load_timeout_s)
 
     async def changed(self, timeout_s: float) -> bool:
         """Waits until something changes; whether it does within this time."""
-        changed = asyncio.Event()
-        self.controller.changed.wait().when_done(changed.set)
+        changed, change = asyncio.Event(), self.controller.changed.wait()
+        change.when_done(changed.set)
         try:
             async with asyncio.timeout(timeout_s):
                 await changed.wait()
         except TimeoutError:
             return False
+        finally:
+            # A cluster at rest is asked again and again.
+            change.forget(changed.set)
         return True
 
-    def end(self) -> None:
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Waits until something is so.
+
+        Raises:
+            ChangeRefusedError: the generation ends meanwhile; says why.
+        """
+        while not self.ended:
+            if holds():
+                return
+            await self.changed(POLL_S)
+        raise ChangeRefusedError(self.ended)
+
+    async def done(self, change: Pending[None]) -> None:
+        """Waits for a change that its controller makes.
+
+        Raises:
+            ChangeRefusedError: the generation ends meanwhile.
+            ClusterError: the change failed.
+        """
+        change.when_done(self.controller.changed.notify)
+        self.shell.kick()
+        await self.until(lambda: change.is_done)
+        change.result()
+
+    def leave(self) -> None:
+        """Decides nothing any more. Its workers go on."""
+        self.shell.close()
+
+    def end(self, reason: str) -> None:
         """Ends all of its workers, at once, and gives back what they took of nodes."""
-        self.controller.close()
+        self.ended = reason
         self.shell.close()
         self.fleet.stop_all()
 
@@ -135,10 +177,15 @@ class RunningGeneration:
         self, first: Declared, views: Sequence[ClusterView], existing: Sequence[Existing]
     ) -> Declared:
         """The newest settings that the workers can take."""
+        declared = [view.declared for view in views]
         for found in existing:
             # Workers share the machine's memory as they did at first.
             self._num_sharing = found.settings.get("workers.count", self._num_sharing)
-        before = max((v.declared for v in views), key=lambda d: d.at_s, default=Declared())
+            # It may have got no view yet. Whatever was declared counts more.
+            declared.append(Declared().with_values(found.settings))
+        if not declared:
+            return first
+        before = max(declared, key=lambda d: d.at_s)
         if not is_same_generation(before.values, first.values) or first.at_s < before.at_s:
             return before
         num_workers = max((len(view.members) for view in views), default=0)

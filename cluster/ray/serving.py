@@ -29,7 +29,11 @@ from ray.util import list_named_actors
 
 from milliways.cluster.ray.app import APP_NAME, INGRESS_NAME, make_app
 from milliways.cluster.ray.declaring import declared_now, make_possible
-from milliways.cluster.ray.start_controller import end_controller, find_or_start_controller
+from milliways.cluster.ray.start_controller import (
+    end_controller,
+    find_or_start_controller,
+    is_controller_running,
+)
 from milliways.cluster.settings.config import ClusterConfig, IngressSettings
 from milliways.wire.errors import RayGoneError, StartupError
 
@@ -43,12 +47,16 @@ LEAVE_TIMEOUT_S = 15.0
 
 
 class ServedApplication:
-    """The workers, and the endpoint in front of them."""
+    """The workers, and the endpoint in front of them.
+
+    Invariant: what another process has started is not ours before our own endpoint replaces it.
+    """
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._declared = declared_now(config)
-        self._controller = find_or_start_controller(config, self._declared.at_s)
+        self._is_ours = False
+        self._controller: Any = None
 
     def start(self) -> None:
         """Starts the workers and the endpoint; returns before either is ready.
@@ -60,10 +68,13 @@ class ServedApplication:
             StartupError: Serve cannot listen on the address of the settings.
             ChangeRefusedError: the cluster that runs cannot take the settings.
         """
+        self._is_ours = not is_controller_running()
+        self._controller = find_or_start_controller(self._config, self._declared.at_s)
         ray.get(self._controller.begin.remote())
         is_change = make_possible(self._declared)
         ray.get(self._controller.declare.remote(self._declared))
         _open_proxy(self._config.ingress)
+        self._is_ours = True
         deploy_ingress(self._config, self._declared.at_s)
         if is_change:
             wait_for_ingress(self._config.workers.start_timeout_s)
@@ -90,6 +101,26 @@ class ServedApplication:
         if not any(node["Alive"] for node in nodes):
             raise RayGoneError("Ray has given up its last node: the cluster ends")
         serve.status()
+
+    def leave(self, *, keeps_serve: bool) -> None:
+        """Ends all that is ours, or takes back what was prepared; then leaves the Ray cluster.
+
+        `keeps_serve` leaves Serve itself running, for its other applications.
+        """
+        if self._is_ours:
+            stop(keeps_serve=keeps_serve)
+        elif self._controller is not None:
+            self._take_back()
+        ray.shutdown()
+
+    def _take_back(self) -> None:
+        """Ends workers that were started beside those that serve."""
+        try:
+            asked = self._controller.abandon.remote(self._declared.values)
+            ray.get(asked, timeout=STOP_TIMEOUT_S)
+        except RayError as error:
+            # Nobody asks for them any more, so they end by themselves.
+            logger.warning("the new workers are not taken back: %s", error)
 
     def finish_requests(self, grace_s: float, *, owns_proxies: bool) -> None:
         """Makes the endpoint take nothing new; returns when what runs has ended, or in `grace_s`.
@@ -184,22 +215,19 @@ def is_serve_running() -> bool:
     return True
 
 
-def stop_and_leave(*, keeps_serve: bool) -> None:
-    """Ends application, workers and controller, then leaves the Ray cluster that was joined.
-
-    `keeps_serve` leaves Serve itself running, for its other applications.
-    """
-    _quiet_serve()
-    serve.delete(APP_NAME, _blocking=False)
-    # Serve would give their requests the time of a planned change.
-    for replica in _actors_of_serve(f"{REPLICA_ID_FULL_ID_STR_PREFIX}{APP_NAME}#"):
-        ray.kill(replica)
-    if keeps_serve:
-        serve.delete(APP_NAME)
-    else:
-        serve.shutdown()
+def stop(*, keeps_serve: bool) -> None:
+    """Ends application, workers and controller, and Serve itself unless it is to be kept."""
+    if is_serve_running():
+        _quiet_serve()
+        serve.delete(APP_NAME, _blocking=False)
+        # Serve would give their requests the time of a planned change.
+        for replica in _actors_of_serve(f"{REPLICA_ID_FULL_ID_STR_PREFIX}{APP_NAME}#"):
+            ray.kill(replica)
+        if keeps_serve:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()
     end_controller(STOP_TIMEOUT_S)
-    ray.shutdown()
 
 
 def _open_proxy(ingress: IngressSettings) -> None:

@@ -23,6 +23,15 @@ def find_controller() -> Any:
     return ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
 
 
+def is_controller_running() -> bool:
+    """Whether the Ray cluster has a controller already."""
+    try:
+        find_controller()
+    except ValueError:
+        return False
+    return True
+
+
 def find_or_start_controller(config: ClusterConfig, declared_at_s: float = 0.0) -> Any:
     """The controller of the cluster. One that runs already is to be told settings by `declare`."""
     remote: Any = ray.remote(ControllerActor)

@@ -28,8 +28,9 @@ class AsyncTasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def close(self) -> None:
-        """Runs no task any more."""
+        """Cancels all tasks, and runs none any more."""
         self._is_closed = True
+        self.tasks.close()
         for task in self._running:
             task.cancel()
 

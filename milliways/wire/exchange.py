@@ -152,7 +152,7 @@ class ExchangeNode:
             self.bell_fd,
             self.event_fd,
         )
-        assert number > 0, "the bell cannot be mapped"
+        assert number > 0, "the bell cannot be mapped, or no descriptor is left"
         self.number: int = number
 
     def close(self) -> None:
@@ -162,6 +162,8 @@ class ExchangeNode:
             self.number = 0
             os.close(self.bell_fd)
             os.close(self.event_fd)
+            # Other files may get these numbers.
+            self.bell_fd = self.event_fd = -1
 
     def clear_event(self) -> None:
         """`event_fd` was ready: makes it wait for the next event."""
@@ -300,17 +302,19 @@ class ExchangeNode:
         found = _Missing()
         if not _functions().mw_node_missing(self.number, ctypes.byref(found)):
             return None
-        shape = (found.num_rows, self.shape.num_selected)
-        row_bytes = self.shape.width * self.shape.item_bytes
-        is_filled = self._filled(found.number, shape[0] * shape[1])
-        if is_filled is None:
+        num_rows, num_selected = found.num_rows, self.shape.num_selected
+        rows_TB = np.empty((num_rows, self.shape.width * self.shape.item_bytes), np.uint8)
+        expert_ids_TA = np.empty((num_rows, num_selected), np.int32)
+        is_filled = np.empty(num_rows * num_selected, np.bool_)
+        copies = (rows_TB.ctypes.data, expert_ids_TA.ctypes.data, is_filled.ctypes.data)
+        if not _functions().mw_node_copy_missing(self.number, found.number, *copies):
             return None
         return Missing(
             number=found.number,
             batch=found.batch,
             layer=found.layer,
-            rows_TB=_copy(found.rows, (shape[0], row_bytes), np.uint8),
-            expert_ids_TA=_copy(found.ids, shape, np.int32),
+            rows_TB=rows_TB,
+            expert_ids_TA=expert_ids_TA,
             is_missing_N=~is_filled,
             num_calls=found.num_calls,
         )
@@ -347,11 +351,6 @@ class ExchangeNode:
         """Lets a missing layer go on; without effect if it does not wait any more."""
         _functions().mw_node_resume(self.number, number)
 
-    def _filled(self, number: int, num_places: int) -> np.ndarray | None:
-        is_filled = np.empty(num_places, np.bool_)
-        is_there = _functions().mw_node_filled(self.number, number, is_filled.ctypes.data)
-        return is_filled if is_there else None
-
 
 def _ring_for(shape: ExchangeShape, max_rows: int, max_ring_bytes: int) -> RingShape:
     row_bytes = shape.width * shape.item_bytes
@@ -363,11 +362,6 @@ def _ring_for(shape: ExchangeShape, max_rows: int, max_ring_bytes: int) -> RingS
         request_bytes=aligned(aligned(num_rows * shape.num_selected * 4) + num_rows * row_bytes),
         response_bytes=aligned(num_rows * shape.num_selected * row_bytes),
     )
-
-
-def _copy(address: int, shape: tuple[int, int], dtype: Any) -> np.ndarray:
-    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(ctypes.string_at(address, num_bytes), dtype).reshape(shape)
 
 
 class _ModelShape(ctypes.Structure):
@@ -392,11 +386,7 @@ class _Stack(ctypes.Structure):
 
 
 class _Missing(ctypes.Structure):
-    _fields_ = [
-        *((name, _INT64) for name in ("number", "batch", "layer", "num_rows", "num_calls")),
-        ("rows", _POINTER),
-        ("ids", _POINTER),
-    ]
+    _fields_ = [(name, _INT64) for name in ("number", "batch", "layer", "num_rows", "num_calls")]
 
 
 class _Call(ctypes.Structure):
@@ -441,7 +431,7 @@ def _functions() -> Any:
         "node_end": (None, (_INT64,)),
         "node_give_up": (None, (_INT64, _INT64)),
         "node_missing": (_INT, (_INT64, _POINTER)),
-        "node_filled": (_INT, (_INT64, _INT64, _POINTER)),
+        "node_copy_missing": (_INT, (_INT64, _INT64, _POINTER, _POINTER, _POINTER)),
         "node_call": (_INT, (_INT64, _INT64, _INT64, _POINTER, _POINTER, _POINTER)),
         "node_fill": (None, (_INT64, _INT64, _POINTER, _INT64, _POINTER)),
         "node_resume": (None, (_INT64, _INT64)),

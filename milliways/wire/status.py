@@ -118,7 +118,8 @@ class SettingsStatus:
     pending: tuple[str, ...]
     # What workers were started with where it is not declared so, by worker and name.
     by_worker: Mapping[str, Mapping[str, Any]]
-    # Workers that have not confirmed the newest view, with which their routers take live settings.
+    # Workers that have not confirmed the newest view, with which their routers take live settings,
+    # and ingress replicas that run with other settings than are declared.
     unconfirmed: tuple[str, ...]
     # Why the last step failed, or a declaration was refused; empty where nothing did.
     problem: str

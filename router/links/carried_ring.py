@@ -9,6 +9,7 @@ from milliways.runtime.reactor import Reactor
 from milliways.wire.addresses import plain_host
 from milliways.wire.carried import VERSION, RingOffer, RingRequest
 from milliways.wire.exchange import ExchangeNode
+from milliways.wire.tensors import MalformedMessageError
 
 # A firewall that drops packets must not keep a link from opening for long.
 _CONNECT_TIMEOUT_S = 1.0
@@ -25,11 +26,23 @@ class CarriedRing:
         incarnation: int,
         on_lost: Callable[[], None],
     ) -> None:
-        """Owns the connection; `on_lost` is called when it breaks, unless this is closed first."""
+        """Owns the connection; `on_lost` is called when it breaks, unless this is closed first.
+
+        Raises:
+            OSError, MalformedMessageError: no file or no memory is left.
+        """
         self._node = node
-        self._hang_up = HangUp(reactor, on_lost)
+        try:
+            self._hang_up = HangUp(reactor, on_lost)
+        except OSError:
+            connection.close()
+            raise
         fd = connection.detach()
-        self.link = node.open_carried_link(fd, self._hang_up.write_fd, incarnation)
+        try:
+            self.link = node.open_carried_link(fd, self._hang_up.write_fd, incarnation)
+        except MalformedMessageError:
+            self._hang_up.close()
+            raise
 
     def close(self) -> None:
         """Calls in flight are lost."""

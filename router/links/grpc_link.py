@@ -70,17 +70,17 @@ class GrpcLink(BoundedLink):
     async def _open_ring(self, opening: Opening, node: ExchangeNode, endpoint: str) -> None:
         """Connects once; without a ring, all rows go by the stream."""
         member = opening.member
+        lost = partial(self._lose, "the connection of its ring broke")
         try:
             offer = RingOffer.from_text(endpoint)
             connection = await self._reactor.run_in_loop(connect_ring(member.address, offer, node))
+            if self._loss is not None:
+                connection.close()
+                return
+            self._ring = CarriedRing(self._reactor, node, connection, member.incarnation, lost)
         except (OSError, MalformedMessageError) as error:
             logger.warning("no ring to %s, only a stream: %r", member.worker_id, error)
             return
-        if self._loss is not None:
-            connection.close()
-            return
-        lost = partial(self._lose, "the connection of its ring broke")
-        self._ring = CarriedRing(self._reactor, node, connection, member.incarnation, lost)
         self.exchange_link = self._ring.link
 
     async def _try_again(self, opening: Opening, node: ExchangeNode) -> None:

@@ -153,15 +153,19 @@ class LinkTable:
     def follow(
         self,
         worker_id: str,
+        exchange_link: int,
         pending: Pending[Result],
         *,
         num_rows: int,
         waited_s: float,
         late_after_s: float,
     ) -> None:
-        """Treats a call like those of `ask` that was sent over the open link `waited_s` ago."""
+        """Treats a call like those of `ask` that was sent over the ring of a link `waited_s` ago.
+
+        Without effect if the link is not open any more: it says nothing of a newer one.
+        """
         peer = self._peers.get(worker_id)
-        if peer is None or peer.link is None:
+        if peer is None or peer.link is None or peer.link.exchange_link != exchange_link:
             return
         link, asked_at_s = peer.link, self._tasks.clock.now_s() - waited_s
         peer.num_rows_out += num_rows

@@ -154,10 +154,14 @@ class ShmLink(BoundedLink):
     def _check(self, welcome: WelcomeFrame) -> None:
         if welcome._replace(has_exchange=False) != self._welcome:
             raise MalformedMessageError(f"{welcome}, not {self._welcome}")
-        if welcome.has_exchange and self._node is not None:
-            self._offer_ring(self._node)
-        else:
+        if not welcome.has_exchange or self._node is None:
             self.opened.resolve(None)
+            return
+        try:
+            self._offer_ring(self._node)
+        except OSError as error:
+            # No descriptor or memory is left: the next transport needs less of them.
+            self._lose(f"no ring can be made: {error}")
 
     def _offer_ring(self, node: ExchangeNode) -> None:
         shape = node.ring_shape

@@ -1,5 +1,6 @@
 """Rings that a TCP connection carries: the same results as over shared memory, and what breaks."""
 
+import errno
 import os
 import select
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from milliways.router.links import grpc_link
+from milliways.router.links import carried_ring, grpc_link
 from milliways.router.links.carried_ring import CarriedRing, connect_ring
 from milliways.runtime.clock import SystemClock
 from milliways.runtime.hosted_loop import AsyncioLoop
@@ -333,6 +334,11 @@ class Greeting:
         self.worker.close()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
+    monkeypatch.setattr(carried_ring, "_CONNECT_TIMEOUT_S", TIMEOUT_S)
+
+
 @pytest.fixture
 def greeting() -> Iterator[Greeting]:
     made = Greeting()
@@ -392,6 +398,23 @@ def test_ring_that_cannot_be_opened_is_tried_again(
         assert_outputs(router.ask(link, call), call)
         wait_until(lambda: link.exchange_link > 0 and greeting.worker.num_rings == 1)
         assert len({offer.ticket for offer in offers}) == 3
+        router.close(link)
+
+
+def test_ring_without_a_free_descriptor_leaves_the_stream(
+    greeting: Greeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_file(flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with running_router() as router, serving(node=greeting.worker) as (_, member):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.pipe2", no_file)
+            link = router.connect(member, "grpc", node=greeting.router)
+            assert link.exchange_link == 0
+            call = random_call(1, 3)
+            assert_outputs(router.ask(link, call), call)
+        wait_until(lambda: link.exchange_link > 0)
         router.close(link)
 
 

@@ -15,7 +15,15 @@ from milliways.model.decoder import Decoder
 from milliways.model.released import released_arrays
 from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SampleRow, SamplingParams
-from milliways.wire.calls import AdvanceBatch, BeginBatch, ExpertInput, RunExperts, TokenRows
+from milliways.wire.calls import (
+    AdvanceBatch,
+    BeginBatch,
+    ExpertInput,
+    Refusal,
+    RunExperts,
+    TokenRows,
+)
+from milliways.wire.errors import RefusalReason
 from milliways.wire.placement import ExpertId, ShardPlan
 from milliways.workers.attention import AttentionShard
 from milliways.workers.devices import LocalDevices
@@ -107,6 +115,14 @@ class Worker:
         for layer, groups in self.loader.load_experts(missing, is_ready=is_ready):
             self.experts.add(layer, groups)
 
+    def check_given_up(self) -> None:
+        """A step that nobody needs any more was done with zeros: it is no result of any kind."""
+        assert self.node is not None
+        self.node.give_up(1)
+        for num_drawn in (0, 1):
+            result = self.attention.begin(OWNER, BeginBatch(1, 0, rows_of(1, num_drawn)))
+            assert isinstance(result, Refusal) and result.reason is RefusalReason.EXPIRED
+
     def step(self, tokens: TokenRows) -> None:
         """A step through all layers; the outputs of experts elsewhere are zeros."""
         shape = (tokens.num_rows, self.config.num_selected_experts, self.config.emb_size)
@@ -185,4 +201,5 @@ def test_nothing_compiles_once_a_worker_is_warm(
         released_arrays(group.params, TensorRole.EXPERT_LINEAR, place)
     assert compiled == []
     if worker.node is not None:
+        worker.check_given_up()
         worker.node.close()

@@ -102,13 +102,14 @@ class Shape:
     has_direct_links: bool = True
     kv_standby: bool = False
     is_led: bool = False
+    has_exchange: bool = False
 
     def __str__(self) -> str:
         if self.is_led:
             return f"led-{self.num_workers}w-{self.replicas}r-{self.cut.value}"
         where = "in" if self.has_direct_links else "out"
-        copies = "-copied" if self.kv_standby else ""
-        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}{copies}"
+        kind = "-copied" if self.kv_standby else "-compiled" if self.has_exchange else ""
+        return f"{self.num_workers}w-{self.replicas}r-{self.cut.value}-{where}{kind}"
 
 
 WHOLE, LAYERS = AttentionCut.REPLICATED, AttentionCut.LAYERS
@@ -119,6 +120,12 @@ SHAPES = (
     Shape(num_workers=2, replicas=2, cut=LAYERS),
     Shape(num_workers=3, replicas=1, cut=LAYERS),
     Shape(num_workers=2, replicas=1, cut=LAYERS, has_direct_links=False),
+)
+# Steps are compiled programs, and rows travel inside them.
+COMPILED_SHAPES = (
+    Shape(num_workers=2, replicas=1, cut=WHOLE, has_exchange=True),
+    Shape(num_workers=3, replicas=1, cut=WHOLE, has_exchange=True),
+    Shape(num_workers=3, replicas=2, cut=WHOLE, num_routers=2, has_exchange=True),
 )
 LED_SHAPES = (
     Shape(num_workers=2, replicas=1, cut=WHOLE, is_led=True),
@@ -180,6 +187,7 @@ def scenario(shape: Shape, mode: str) -> Scenario:
             dispatch=DispatchLimits(hedge_after_s=0.05, timeout_s=1.0),
             has_direct_links=shape.has_direct_links,
             kv_standby=shape.kv_standby,
+            has_exchange=shape.has_exchange,
         ),
         draw=TrueSampler(),
         arrivals=tuple(
@@ -358,7 +366,9 @@ def single_blows(
 
 def cell_of(shape_name: str, mode: str) -> Cell:
     """The cell with these names."""
-    return Cell(next(s for s in (*SHAPES, *LED_SHAPES) if str(s) == shape_name), mode)
+    return Cell(
+        next(s for s in (*SHAPES, *COMPILED_SHAPES, *LED_SHAPES) if str(s) == shape_name), mode
+    )
 
 
 def blows_of(words: str) -> Blows:

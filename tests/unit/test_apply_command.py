@@ -53,7 +53,10 @@ class FakeCluster:
         self.done: list[str] = []
         self.preparing: list[GenerationStatus | BaseException] = [generation(n) for n in (0, 1, 2)]
         self.fails_to_start = False
+        # How often it must be asked to end the new workers: an ingress may use them still.
+        self.num_abandons = 1
         monkeypatch.setattr(apply, "joined", self.joined)
+        monkeypatch.setattr(apply, "POLL_S", 0.0)
         monkeypatch.setattr(serving, "is_deployed_from_file", lambda: False)
         monkeypatch.setattr(serving, "deploy_ingress", self.deploy)
         monkeypatch.setattr(serving, "wait_for_ingress", self.wait)
@@ -79,6 +82,8 @@ class FakeCluster:
                 return answer
             case "settle":
                 return SETTINGS
+            case "abandon":
+                return self.done.count("abandon") == self.num_abandons
         return None
 
     ask_next = ask
@@ -142,10 +147,10 @@ def test_interrupted_command_ends_the_new_workers(cluster: FakeCluster, tmp_path
 def test_ingress_that_does_not_start_is_replaced_by_the_old_one_and_new_workers_end(
     cluster: FakeCluster, tmp_path: Path
 ) -> None:
-    cluster.fails_to_start = True
+    cluster.fails_to_start, cluster.num_abandons = True, 2
     with pytest.raises(ChangeRefusedError, match=r"all is as it was: .* no template"):
         run(tmp_path)
-    assert cluster.done[-3:] == ["deploy /m", "deploy demo", "abandon"]
+    assert cluster.done[-4:] == ["deploy /m", "deploy demo", "abandon", "abandon"]
 
 
 def test_model_of_an_ingress_from_a_file_is_not_changed_here(

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from milliways.cluster.ray.controller_actor import ControllerActor
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
+from milliways.model.demo import DEMO_DIR
+from milliways.model.small_files import SmallFiles
 from milliways.wire.errors import ChangeRefusedError, ConfigError
 from milliways.wire.view import EMPTY_VIEW, Declared
 from tests.fake_ray import TIMEOUT_S, FakeRay, ray, run, started
@@ -103,6 +106,23 @@ def test_scale_and_drain_may_be_asked_again() -> None:
             await actor.finish_drain("worker-3", False, incarnation)
         status = await actor.settle(0.0, TIMEOUT_S)
         assert status.declared["workers.count"] == 3 and status.pending == ()
+        await actor.stop()
+
+    run(check)
+
+
+def test_controller_has_the_small_files_that_workers_have_read(ray: FakeRay) -> None:
+    async def check() -> None:
+        files = SmallFiles.read(DEMO_DIR)
+        actor = ControllerActor(CONFIG, 5.0)
+        await actor.begin()
+        assert await actor.small_files(flat(CONFIG)) is None
+        ray.fleets[1].small_files = files
+        while (found := await actor.small_files(flat(CONFIG))) is None:
+            await actor._all.serving.changed(0.02)
+        assert found == files
+        other = changed(CONFIG, {"model.name": "other"})
+        assert await actor.small_files(flat(other)) is None
         await actor.stop()
 
     run(check)

@@ -40,11 +40,17 @@ class Replica:
         self.name = name
         self.values = flat(config)
         self.known: ClusterView = EMPTY_VIEW
+        self.is_healthy = True
 
     async def ask(self, actor: ControllerActor) -> ClusterView:
         """Asks once for a view."""
         generation = self.known.generation
-        follower = Follower(follower_id=self.name, values=self.values, generation=generation)
+        follower = Follower(
+            follower_id=self.name,
+            values=self.values,
+            generation=generation,
+            is_healthy=self.is_healthy,
+        )
         self.known = await actor.view(0, TIMEOUT_S, follower)
         return self.known
 

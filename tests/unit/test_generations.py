@@ -67,6 +67,17 @@ def test_the_old_generation_serves_again_if_the_change_is_undone() -> None:
     assert both.due(LATE_S) == [2]
 
 
+def test_replicas_with_older_settings_are_named_while_they_are_heard() -> None:
+    one = generations(1)
+    declared = {"ingress.grace_s": 9.0, "workers.count": 3}
+    one.follow(1, "new", 0.0, {"ingress.grace_s": 9.0, "workers.count": 2})
+    one.follow(1, "old", 0.0, {"ingress.grace_s": 5.0, "workers.count": 3})
+    assert one.outdated_followers(1, declared, 0.0) == ("old",)
+    assert one.outdated_followers(1, declared, LATE_S) == ()
+    one.unfollow("old")
+    assert one.outdated_followers(1, declared, 0.0) == ()
+
+
 def test_nothing_ends_while_nobody_says_what_it_follows() -> None:
     """As when a controller starts, or when all ingresses died at once."""
     both = generations(1, 2)

@@ -15,6 +15,8 @@ from ray.exceptions import RayTaskError
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.settings.config import ClusterConfig
 from milliways.cluster.settings.names import changed, flat
+from milliways.model.demo import DEMO_DIR
+from milliways.model.small_files import SmallFiles
 from milliways.wire.errors import ChangeRefusedError, UnavailableError
 from milliways.wire.view import ClusterView, Declared, Member, WorkerState
 from tests.ingresses import demo_model
@@ -23,6 +25,7 @@ from tests.sources import CountingSource
 with warnings.catch_warnings():
     # Ray defines its models as pydantic once liked it; that is not ours to mend.
     warnings.simplefilter("ignore", DeprecationWarning)
+    from milliways.cluster.ray import app
     from milliways.cluster.ray.app import Directory
 
 CONFIG = ClusterConfig()
@@ -84,6 +87,8 @@ class FakeController:
     def __init__(self, refusal: Exception | None = None) -> None:
         self.asked: list[str] = []
         self.refusal = refusal
+        self.files: SmallFiles | None = None
+        self.fails: Exception | None = None
 
     def __getattr__(self, method: str) -> SimpleNamespace:
         async def remote(*arguments: Any) -> Any:
@@ -95,7 +100,11 @@ class FakeController:
 
     def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
         is_complete = self.asked.count("prepare") == 3
+        if self.fails is not None:
+            raise self.fails
         match method:
+            case "small_files":
+                return self.files
             case "prepare" if self.refusal is not None:
                 raise RayTaskError("prepare", "its traceback", self.refusal)
             case "prepare":
@@ -140,6 +149,65 @@ def test_replica_without_workers_of_its_model_is_not_healthy(
         controller = FakeController(ChangeRefusedError("no room for 3 workers"))
         with pytest.raises(UnavailableError, match="no room for 3 workers"):
             await joined(monkeypatch, controller)
+
+    asyncio.run(run())
+
+
+def test_replica_takes_the_files_that_workers_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        monkeypatch.setattr(app, "find_or_start_controller", lambda config, at_s: controller)
+        controller.files = SmallFiles.read(DEMO_DIR)
+        assert await app.known_files(CONFIG, 2.0) == controller.files
+        assert controller.asked == ["begin", "small_files"]
+        controller.fails = RayTaskError("begin", "its traceback", UnavailableError("not begun"))
+        # Its own files count then.
+        assert await app.known_files(CONFIG, 2.0) is None
+
+    asyncio.run(run())
+
+
+def test_refusal_without_a_reason_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        with pytest.raises(UnavailableError):
+            await joined(monkeypatch, FakeController(ChangeRefusedError("")))
+
+    asyncio.run(run())
+
+
+def test_replica_follows_only_once_it_has_been_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        directory = Directory(OTHER, declared_at_s=2.0)
+        monkeypatch.setattr(directory, "controller", lambda: controller)
+        follower = asyncio.create_task(directory.follow())
+        async with asyncio.timeout(30):
+            await directory.changed()
+            assert not controller.follower.is_healthy
+            directory.is_healthy = True
+            while not controller.follower.is_healthy:
+                await asyncio.sleep(0)
+        follower.cancel()
+
+    asyncio.run(run())
+
+
+def test_replica_that_leaves_prepares_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        controller = FakeController()
+        directory = Directory(OTHER, declared_at_s=2.0)
+        monkeypatch.setattr(directory, "controller", lambda: controller)
+        monkeypatch.setattr(app, "find_controller", lambda: controller)
+        follower = asyncio.create_task(directory.follow())
+        async with asyncio.timeout(30):
+            while "prepare" not in controller.asked:
+                await asyncio.sleep(0)
+            await directory.leave()
+            await follower
+        assert controller.asked.count("prepare") < 3
+        assert "view" not in controller.asked
+        with pytest.raises(UnavailableError, match="leaves"):
+            await directory.joined()
 
     asyncio.run(run())
 

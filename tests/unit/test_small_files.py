@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from milliways.cluster.host.model_files import ModelFiles
+from milliways.cluster.ingress.served_model import load_served_model
+from milliways.cluster.settings.config import ModelSettings
 from milliways.model.demo import DEMO_DIR
 from milliways.model.errors import CheckpointError, ModelConfigError, OtherModelError
 from milliways.model.manifest import ABSENT, digest_small_files
@@ -75,6 +77,21 @@ def test_what_is_gone_or_changed_comes_from_others(model_dir: Path, what: str) -
     # What it hands on is the same.
     assert files.small_files.contents == known.contents
     files.close()
+
+
+@pytest.mark.parametrize("name", [".", "ckpt-0"])
+def test_ingress_knows_the_model_from_what_workers_have_read(model_dir: Path, name: str) -> None:
+    template = {"roles": {"user": {"prefix": "Human: "}}, "stop": ["Human:"]}
+    (model_dir / "chat_template.json").write_text(json.dumps(template), "utf-8")
+    settings = ModelSettings(path=str(model_dir / name))
+    own, known = load_served_model(settings), SmallFiles.read(model_dir)
+    shutil.rmtree(model_dir)
+    with pytest.raises(CheckpointError, match="no such model directory"):
+        load_served_model(settings)
+    served = load_served_model(settings, known=known)
+    assert (served.name, served.fingerprint) == (own.name, own.fingerprint)
+    assert (served.config, served.chat_template) == (own.config, own.chat_template)
+    assert served.encode("Welcome to") == own.encode("Welcome to")
 
 
 def test_without_others_a_worker_reads_its_own_or_says_what_is_wrong(model_dir: Path) -> None:

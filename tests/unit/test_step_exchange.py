@@ -88,6 +88,8 @@ class FakeNode:
     resumed: list[int] = field(default_factory=list[int])
     given_up: list[int] = field(default_factory=list[int])
     unanswered: bool = True
+    # By link, since they were taken last.
+    num_answers: dict[int, int] = field(default_factory=lambda: {1: 3, 2: 3})
 
     def set_plan(self, placement_epoch: int, targets_LE: np.ndarray) -> None:
         self.plans.append((placement_epoch, targets_LE[LAYER].tolist()))
@@ -96,7 +98,7 @@ class FakeNode:
         self.patience[link] = patience_s
 
     def take_latency(self, link: int) -> tuple[float, int]:
-        return 0.01, 3
+        return 0.01, self.num_answers.pop(link, 0)
 
     def missing(self) -> Missing | None:
         return self.now_missing
@@ -124,6 +126,7 @@ class Bench:
         self.clock = FakeClock()
         self.tasks = Tasks(self.clock)
         self.links: dict[str, FakeLink] = {}
+        self.num_opened = 0
         self.table = LinkTable("own", 1, self._connect, self.tasks)
         self.dispatcher = Dispatcher(self.table, LIMITS, self.tasks)
         self.node = FakeNode()
@@ -136,7 +139,9 @@ class Bench:
 
     def _connect(self, member: Member) -> Pending[WorkerLink]:
         opened: Pending[WorkerLink] = Pending()
-        number = {"own": 0, "a": 1, "b": 2}[member.worker_id]
+        # The first links are numbered 1 and 2; one that is opened again has a new number.
+        self.num_opened += member.worker_id != "own"
+        number = 0 if member.worker_id == "own" else self.num_opened
         self.links[member.worker_id] = FakeLink(member.worker_id, number)
         opened.resolve(self.links[member.worker_id])
         return opened
@@ -244,6 +249,8 @@ def test_plan_leaves_workers_without_a_ring_to_python() -> None:
         (CallState.LOST, 0),
         (CallState.REFUSED, RefusalReason.NOT_HELD.value),
         (CallState.REFUSED, RefusalReason.FAULT.value),
+        # Of a worker that knows more reasons than this router.
+        (CallState.REFUSED, 77),
     ],
 )
 def test_what_one_worker_does_not_compute_another_is_asked(
@@ -265,6 +272,25 @@ def test_loss_is_told_to_the_links(bench: Bench) -> None:
     assert before.is_closed and bench.links["a"] is not before
 
 
+def test_loss_of_an_older_link_does_not_end_a_newer_one(bench: Bench) -> None:
+    bench.table.give_up("a")
+    bench.tasks.run_ready()
+    newer = bench.links["a"]
+    bench.stop(call_to(1, CallState.LOST))
+    assert bench.links["a"] is newer and not newer.is_closed
+    assert sum(len(link.asked) for link in bench.links.values()) == 1
+
+
+def test_links_that_are_gone_are_forgotten(bench: Bench) -> None:
+    for batch_id in range(6, 26):
+        bench.exchange.end(batch_id - 1, is_done=True)
+        bench.table.give_up("a")
+        bench.tasks.run_ready()
+        bench.exchange.begin(step=batch_id, batch_id=batch_id, caution_s=None)
+    assert len(vars(bench.exchange)["_workers"]) == 2
+    bench.exchange.end(25, is_done=True)
+
+
 def test_places_that_were_never_asked_are_asked(bench: Bench) -> None:
     bench.stop()
     bench.answer("a")
@@ -284,6 +310,22 @@ def test_late_worker_is_marked_and_another_asked_and_its_answer_still_counts(
     bench.tasks.run_ready()
     assert bench.is_whole and not bench.table.is_silent("a")
     assert bench.node.filled[1] == expected(1)
+
+
+def test_answers_before_a_worker_was_late_do_not_make_it_good_again(bench: Bench) -> None:
+    bench.node.num_answers = {1: 5}
+    bench.stop(call_to(1, CallState.OPEN, waited_s=2.0))
+    bench.advance(0.0)
+    bench.answer("b")
+    bench.exchange.end(5, is_done=True)
+    bench.exchange.begin(step=2, batch_id=6, caution_s=None)
+    assert bench.table.is_silent("a")
+    assert bench.node.plans[-1] == (1, [HERE, HERE, 2, 2])
+    bench.exchange.end(6, is_done=True)
+    bench.node.num_answers = {1: 1}
+    bench.exchange.begin(step=3, batch_id=7, caution_s=None)
+    assert not bench.table.is_silent("a")
+    bench.exchange.end(7, is_done=True)
 
 
 def test_worker_within_its_time_is_waited_for(bench: Bench) -> None:

@@ -209,6 +209,8 @@ class _Connection:
             self._ring = self._node.attach(file, self._bell_fd, shape)
             self._close_bell()
             self._frames.send(FrameKind.BELL, b"", os.dup(self._node.bell_fd))
+        except OSError as error:
+            raise MalformedMessageError(f"a ring, and no descriptor is left: {error}") from error
         finally:
             os.close(file)
 

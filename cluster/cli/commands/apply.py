@@ -17,6 +17,7 @@ from milliways.wire.status import SettingsStatus
 from milliways.wire.view import Declared
 
 SETTLE_TIMEOUT_S = 20.0
+POLL_S = 0.5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,9 @@ def run(options: argparse.Namespace) -> None:
     with joined(options.address) as controller:
         running: ClusterConfig = controller.ask("config")
         wanted = wanted_values(running, options.file)
-        lines: Sequence[str] = controller.ask("plan", wanted)
+        # The files of another model are checked, and its disk may be slow.
+        timeout_s = running.workers.load_timeout_s
+        lines: Sequence[str] = controller.ask("plan", wanted, timeout_s=timeout_s)
         print("\n".join(lines) or "nothing to change", file=out, flush=True)
         if options.dry_run or not lines:
             return
@@ -98,9 +101,22 @@ def _change_workers(
     except StartupError as error:
         deploy_ingress(running, before.declared_at_s)
         wait_for_ingress(config.workers.start_timeout_s)
-        controller.ask_next("abandon", declared.values, timeout_s=SETTLE_TIMEOUT_S)
+        _take_back(controller, declared, running.workers.start_timeout_s)
         raise ChangeRefusedError(f"all is as it was: {error}") from error
     return declared
+
+
+def _take_back(controller: RunningController, declared: Declared, timeout_s: float) -> None:
+    """Ends the new workers as soon as no ingress uses them: the old ones serve again then.
+
+    Raises:
+        StartupError: that takes too long. They end by themselves when their requests have ended.
+    """
+    until_s = time.monotonic() + timeout_s
+    while not controller.ask_next("abandon", declared.values, timeout_s=SETTLE_TIMEOUT_S):
+        if time.monotonic() > until_s:
+            raise StartupError(f"the new workers still have requests after {timeout_s:g} s")
+        time.sleep(POLL_S)
 
 
 def wanted_values(running: ClusterConfig, file: Path) -> Mapping[str, Any]:

@@ -112,7 +112,7 @@ void Exchange::give_up(int64_t batch) {
   bell_.wake_sleepers();
 }
 
-void Exchange::run(const LayerRows& layer) {
+void Exchange::run(const LayerRows& layer) noexcept {
   const int64_t num_places = layer.num_rows * table_->num_selected;
   std::memset(layer.out, 0, num_places * table_->row_bytes());
   if (is_given_up()) return;
@@ -238,17 +238,15 @@ bool Exchange::look(const LayerRows& layer, RowsCall& call, std::vector<uint8_t>
 void Exchange::wait_for_answers(const LayerRows& layer, std::vector<RowsCall>& calls,
                                 std::vector<uint8_t>& is_filled) {
   if (calls.empty()) return;
+  // When the first of the open calls is late; never, if there is none.
   int64_t late_ns = INT64_MAX;
-  for (const RowsCall& call : calls) {
-    late_ns = std::min(late_ns, call.asked_ns + call.link->patience_ns);
-  }
   const auto is_settled = [&] {
-    bool are_all = true;
+    late_ns = INT64_MAX;
     for (RowsCall& call : calls) {
-      if (call.state == CallState::kOpen) look(layer, call, is_filled);
-      are_all &= call.state != CallState::kOpen;
+      if (call.state != CallState::kOpen || look(layer, call, is_filled)) continue;
+      late_ns = std::min(late_ns, call.asked_ns + call.link->patience_ns);
     }
-    return are_all;
+    return late_ns == INT64_MAX;
   };
   for (;;) {
     if (may_spin()) {
@@ -265,6 +263,8 @@ void Exchange::wait_for_answers(const LayerRows& layer, std::vector<RowsCall>& c
         if (now_ns() > until_ns) break;
       }
       bell_.stop_spinning(seen);
+      // A call whose ring nobody slept for may have come since the last help.
+      server_.hand_over();
       if (is_done) return;
     }
     const uint32_t seen = bell_.num_rings();

@@ -6,6 +6,9 @@
 // that are missing, and waits until Python has filled them or has given the batch up.
 #pragma once
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -97,10 +100,15 @@ struct Missing {
 
 class Exchange {
  public:
-  // `event_fd` is written whenever Python should look at `missing`.
+  // `event_fd` is written whenever Python should look at `missing`. It is duplicated: a thread may
+  // still be in an exchange when the caller has closed its own, and another file has the number.
   Exchange(std::shared_ptr<ExpertTable> table, ExpertServer& server, const Bell& bell,
            int event_fd)
-      : table_(std::move(table)), server_(server), bell_(bell), event_fd_(event_fd) {}
+      : table_(std::move(table)), server_(server), bell_(bell),
+        event_fd_(fcntl(event_fd, F_DUPFD_CLOEXEC, 0)) {}
+  ~Exchange() { close(event_fd_); }
+  Exchange(const Exchange&) = delete;
+  bool can_notify() const { return event_fd_ >= 0; }
 
   int64_t open_link(Ring ring, std::shared_ptr<Peer> peer, uint64_t incarnation);
   // Calls in flight are lost; nothing is read or written there after they have ended.
@@ -113,8 +121,10 @@ class Exchange {
   void end();
   // Nobody needs this batch or one before it: their exchanges return zeros at once.
   void give_up(int64_t batch);
-  // Fills the outputs of a layer. False if the batch was given up.
-  void run(const LayerRows& layer);
+  // Fills the outputs of a layer; with zeros once the batch is given up. If it cannot go on, for
+  // lack of memory, the process ends: a step that failed would lose all keys and values, while
+  // other processes can go on with the streams of one that is gone.
+  void run(const LayerRows& layer) noexcept;
 
   // For Python. `inspect` is called under a lock with what is missing, or with null.
   template <typename Inspect>
@@ -133,7 +143,7 @@ class Exchange {
   bool write_call(const LayerRows& layer, const Plan& plan, RowsCall& call);
   // Looks at an open call; returns whether its state changed.
   bool look(const LayerRows& layer, RowsCall& call, std::vector<uint8_t>& is_filled);
-  // Until all calls are settled, or one is late.
+  // Until all calls are settled, or one of those that are not is late.
   void wait_for_answers(const LayerRows& layer, std::vector<RowsCall>& calls,
                         std::vector<uint8_t>& is_filled);
   void wait_for_python(const LayerRows& layer, std::vector<RowsCall> calls,

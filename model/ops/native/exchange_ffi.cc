@@ -75,13 +75,9 @@ ffi::Error exchange(ffi::AnyBuffer rows, ffi::Buffer<ffi::S32> ids, ffi::Buffer<
       static_cast<int64_t>(rows.size_bytes()) != rows_shape[0] * table.row_bytes()) {
     return ffi::Error::InvalidArgument("exchange: the arrays do not fit the model");
   }
-  try {
-    node->exchange.run({static_cast<int>(number), rows_shape[0],
-                        static_cast<const uint8_t*>(rows.untyped_data()), ids.typed_data(),
-                        static_cast<uint8_t*>(out->untyped_data())});
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
-  }
+  node->exchange.run({static_cast<int>(number), rows_shape[0],
+                      static_cast<const uint8_t*>(rows.untyped_data()), ids.typed_data(),
+                      static_cast<uint8_t*>(out->untyped_data())});
   return ffi::Error::Success();
 }
 
@@ -140,8 +136,6 @@ struct mw_stack {
 };
 struct mw_missing {
   int64_t number, batch, layer, num_rows, num_calls;
-  const uint8_t* rows;
-  const int32_t* ids;
 };
 struct mw_call {
   int64_t link, slot, sequence, state, status, placement_epoch, waited_ns, num_places;
@@ -157,7 +151,7 @@ void mw_to_bfloat16(const float* values, int64_t count, uint16_t* rounded) {
   for (int64_t i = 0; i < count; i++) rounded[i] = mw::to_bfloat16(values[i]);
 }
 
-// The number of a new node; -1 if its bell cannot be mapped.
+// The number of a new node; -1 if its bell cannot be mapped, or no descriptor is left.
 int64_t mw_node_open(const mw_model_shape* shape, int bell_fd, int event_fd) {
   auto bell = mw::Mapping::map(bell_fd, mw::kBellBytes);
   if (!bell) return -1;
@@ -165,6 +159,7 @@ int64_t mw_node_open(const mw_model_shape* shape, int bell_fd, int event_fd) {
       static_cast<int>(shape->num_layers), static_cast<int>(shape->num_experts),
       static_cast<int>(shape->num_selected), shape->width, static_cast<int>(shape->item_bytes));
   auto node = std::make_shared<Node>(std::move(bell), event_fd, std::move(table));
+  if (!node->exchange.can_notify()) return -1;
   std::unique_lock<std::shared_mutex> lock(nodes().mutex);
   // The custom call has it as int32.
   nodes().by_id[++nodes().last_id] = std::move(node);
@@ -304,8 +299,7 @@ void mw_node_give_up(int64_t id, int64_t batch) {
   if (const auto node = find(id)) node->exchange.give_up(batch);
 }
 
-// Whether something is missing. What it points to stays valid until the layer is resumed, or its
-// batch is given up.
+// Whether something is missing.
 int mw_node_missing(int64_t id, mw_missing* to) {
   const auto node = find(id);
   if (!node) return 0;
@@ -315,19 +309,25 @@ int mw_node_missing(int64_t id, mw_missing* to) {
     is_there = true;
     const mw::LayerRows& layer = missing->layer;
     *to = {missing->number, missing->batch, layer.layer, layer.num_rows,
-           static_cast<int64_t>(missing->calls.size()), layer.rows, layer.ids};
+           static_cast<int64_t>(missing->calls.size())};
   });
   return is_there;
 }
 
-// Which places are filled, [num_rows * num_selected]. False if another layer is missing by now.
-int mw_node_filled(int64_t id, int64_t number, uint8_t* is_filled) {
+// Copies the rows and ids of a missing layer, and which places are filled, [num_rows *
+// num_selected]. False if another layer is missing by now. It copies here, because the rows are gone
+// as soon as any thread gives the batch up.
+int mw_node_copy_missing(int64_t id, int64_t number, uint8_t* rows, int32_t* ids,
+                         uint8_t* is_filled) {
   const auto node = find(id);
   if (!node) return 0;
   bool is_same = false;
   node->exchange.with_missing([&](const mw::Missing* missing) {
     if (!missing || missing->number != number) return;
     is_same = true;
+    const mw::LayerRows& layer = missing->layer;
+    std::memcpy(rows, layer.rows, layer.num_rows * node->table->row_bytes());
+    std::memcpy(ids, layer.ids, 4 * missing->is_filled.size());
     std::memcpy(is_filled, missing->is_filled.data(), missing->is_filled.size());
   });
   return is_same;

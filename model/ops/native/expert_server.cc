@@ -40,19 +40,30 @@ void ExpertServer::stop() {
   bell_.ring();
   bell_.wake_sleepers();
   thread_.join();
-  std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = take_turn();
   connections_.clear();
 }
 
+std::unique_lock<std::mutex> ExpertServer::take_turn() {
+  std::lock_guard<std::mutex> waiting(turn_mutex_);
+  return std::unique_lock<std::mutex>(mutex_);
+}
+
+std::unique_lock<std::mutex> ExpertServer::try_turn() {
+  std::unique_lock<std::mutex> waiting(turn_mutex_, std::try_to_lock);
+  if (!waiting.owns_lock()) return std::unique_lock<std::mutex>();
+  return std::unique_lock<std::mutex>(mutex_, std::try_to_lock);
+}
+
 int64_t ExpertServer::attach(Ring ring, std::shared_ptr<Peer> router) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = take_turn();
   connections_[++last_connection_] =
       std::make_unique<Connection>(std::move(ring), std::move(router));
   return last_connection_;
 }
 
 void ExpertServer::detach(int64_t connection) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  const auto lock = take_turn();
   const auto found = connections_.find(connection);
   if (found == connections_.end()) return;
   found->second->router->close();
@@ -71,7 +82,7 @@ void ExpertServer::serve() {
   while (!is_stopping_) {
     const uint32_t seen = bell_.num_rings();
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      const auto lock = take_turn();
       const Batch batch = take(kAnyLayer);
       if (!batch.calls.empty()) {
         compute(batch, nullptr);
@@ -87,12 +98,19 @@ void ExpertServer::serve() {
       }
       bell_.stop_spinning(seen);
     }
-    bell_.sleep(seen, kSleepNs, [this] { return is_stopping_ || has_waiting(); });
+    bell_.sleep(seen, kSleepNs, [this] {
+      const auto lock = take_turn();
+      return is_stopping_ || has_waiting();
+    });
   }
 }
 
-bool ExpertServer::has_waiting() {
-  std::lock_guard<std::mutex> lock(mutex_);
+void ExpertServer::hand_over() {
+  const auto lock = try_turn();
+  if (!lock.owns_lock() || has_waiting()) bell_.wake_sleepers();
+}
+
+bool ExpertServer::has_waiting() const {
   for (const auto& entry : connections_) {
     const Connection& connection = *entry.second;
     if (!has_asked(connection)) continue;
@@ -114,7 +132,7 @@ bool ExpertServer::is_waiting(const Connection& connection, int slot) {
 }
 
 bool ExpertServer::help() {
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  const auto lock = try_turn();
   if (!lock.owns_lock()) return false;
   const Batch batch = take(kAnyLayer);
   if (batch.calls.empty()) return false;
@@ -123,8 +141,8 @@ bool ExpertServer::help() {
 }
 
 bool ExpertServer::compute_with_waiting(int layer, const ExpertRows& own) {
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock.owns_lock()) return table_->compute(layer, {own});
+  const auto lock = try_turn();
+  if (!lock.owns_lock()) return compute(Batch{layer, {}}, &own);
   if (!table_->has(layer, own.ids, own.num_rows * table_->num_selected)) return false;
   return compute(take(layer), &own);
 }
@@ -195,10 +213,8 @@ bool ExpertServer::compute(const Batch& batch, const ExpertRows* own) {
     // Experts may have been dropped since `take` looked.
     status = table_->compute(batch.layer, calls) ? kOk : kNotHeld;
   } catch (const std::exception&) {
-    if (own) {
-      for (const Taken& call : batch.calls) answer(*call.connection, call.slot, kFault, 0);
-      throw;
-    }
+    // Too little memory. Own rows are left to Python, as if an expert were not here: a step that
+    // failed would lose the keys and values of all sequences.
   }
   for (const Taken& call : batch.calls) {
     answer(*call.connection, call.slot, status, status == kOk ? call.num_outputs : 0);

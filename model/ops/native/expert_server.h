@@ -56,8 +56,10 @@ class ExpertServer {
   // another thread computes.
   bool help();
   // Computes rows of this process, together with calls to the same layer that wait. False, with
-  // nothing written, if an expert is not here.
+  // nothing to be read, if an expert is not here or the computation failed.
   bool compute_with_waiting(int layer, const ExpertRows& own);
+  // For a thread that has stopped helping: wakes the server's thread if a call may wait.
+  void hand_over();
 
  private:
   struct Connection {
@@ -77,7 +79,13 @@ class ExpertServer {
   };
 
   void serve();
-  bool has_waiting();
+  // Waits for `mutex_`. No thread overtakes one that waits, although a mutex would allow it: the
+  // threads that compute let go of it for an instant only.
+  std::unique_lock<std::mutex> take_turn();
+  // Owns nothing if another thread computes, or waits for its turn.
+  std::unique_lock<std::mutex> try_turn();
+  // The caller of these holds `mutex_`.
+  bool has_waiting() const;
   static bool has_asked(const Connection& connection);
   static bool is_waiting(const Connection& connection, int slot);
   // Calls to one layer, which are computed together.
@@ -87,7 +95,8 @@ class ExpertServer {
     int64_t num_rows = 0;
   };
 
-  // The caller of these holds `mutex_`. A layer of -1 means the layer of the first call found.
+  // The caller of these holds `mutex_`, unless the batch is empty. A layer of -1 means the layer of
+  // the first call found.
   Batch take(int layer);
   void take_slot(Connection& connection, int slot, Batch& batch);
   bool compute(const Batch& batch, const ExpertRows* own);
@@ -97,6 +106,8 @@ class ExpertServer {
   const Bell bell_;
   // Held by the thread that computes calls, and to change the connections.
   std::mutex mutex_;
+  // Held while waiting for `mutex_`.
+  std::mutex turn_mutex_;
   std::unordered_map<int64_t, std::unique_ptr<Connection>> connections_;
   int64_t last_connection_ = 0;
   int64_t turn_ = 0;

@@ -38,40 +38,53 @@ uint16_t to_bfloat16(float value) {
 }
 
 void ExpertTable::replace(const std::vector<ExpertGroup>& groups) {
-  std::vector<std::vector<Stack>> layers(num_layers);
+  auto next = std::make_shared<Snapshot>(num_layers);
   for (const ExpertGroup& group : groups) {
     Stack stack{std::vector<int32_t>(num_experts, -1), group.experts};
     for (size_t i = 0; i < group.expert_ids.size(); i++) {
       stack.place_of_expert[group.expert_ids[i]] = static_cast<int32_t>(i);
     }
-    layers[group.layer].push_back(std::move(stack));
+    next->layers[group.layer].push_back(std::move(stack));
   }
-  std::unique_lock<std::shared_mutex> lock(mutex_);
-  layers_.swap(layers);
+  std::future<void> is_unused;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    is_unused = now_->is_unused.get_future();
+    now_.swap(next);
+  }
+  next.reset();
+  is_unused.wait();
+}
+
+std::shared_ptr<const ExpertTable::Snapshot> ExpertTable::now() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return now_;
 }
 
 bool ExpertTable::has(int layer, const int32_t* ids, int64_t num_places) const {
-  std::shared_lock<std::shared_mutex> lock(mutex_);
-  return has_locked(layer, ids, num_places);
+  return has_in(*now(), layer, ids, num_places);
 }
 
-bool ExpertTable::has_locked(int layer, const int32_t* ids, int64_t num_places) const {
+bool ExpertTable::has_in(const Snapshot& snapshot, int layer, const int32_t* ids,
+                         int64_t num_places) const {
   if (layer < 0 || layer >= num_layers) return false;
   for (int64_t i = 0; i < num_places; i++) {
     if (ids[i] == -1) continue;
     if (ids[i] < 0 || ids[i] >= num_experts) return false;
     bool is_here = false;
-    for (const Stack& stack : layers_[layer]) is_here |= stack.place_of_expert[ids[i]] >= 0;
+    for (const Stack& stack : snapshot.layers[layer]) {
+      is_here |= stack.place_of_expert[ids[i]] >= 0;
+    }
     if (!is_here) return false;
   }
   return true;
 }
 
 bool ExpertTable::compute(int layer, const std::vector<ExpertRows>& calls) const {
-  std::shared_lock<std::shared_mutex> lock(mutex_);
+  const std::shared_ptr<const Snapshot> snapshot = now();
   int64_t num_rows = 0;
   for (const ExpertRows& call : calls) {
-    if (!has_locked(layer, call.ids, call.num_rows * num_selected)) return false;
+    if (!has_in(*snapshot, layer, call.ids, call.num_rows * num_selected)) return false;
     num_rows += call.num_rows;
   }
   thread_local std::vector<float> rows, outputs;
@@ -85,7 +98,7 @@ bool ExpertTable::compute(int layer, const std::vector<ExpertRows>& calls) const
     row += call.num_rows;
   }
   const int64_t row_bytes = width * item_bytes;
-  for (const Stack& stack : layers_[layer]) {
+  for (const Stack& stack : snapshot->layers[layer]) {
     bool is_wanted = false;
     int64_t place = 0;
     for (const ExpertRows& call : calls) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <shared_mutex>
+#include <future>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "ops.h"
@@ -30,7 +32,7 @@ class ExpertTable {
  public:
   ExpertTable(int num_layers, int num_experts, int num_selected, int64_t width, int item_bytes)
       : num_layers(num_layers), num_experts(num_experts), num_selected(num_selected),
-        width(width), item_bytes(item_bytes), layers_(num_layers) {}
+        width(width), item_bytes(item_bytes), now_(std::make_shared<Snapshot>(num_layers)) {}
   const int num_layers, num_experts, num_selected;
   const int64_t width;
   const int item_bytes;
@@ -42,7 +44,8 @@ class ExpertTable {
     return ids_bytes(num_rows) + num_rows * row_bytes();
   }
 
-  // When this returns, no thread reads the weights of the groups that were there before.
+  // When this returns, no thread reads the weights of the groups that were there before. It waits
+  // for the computations that have begun, and for no other.
   void replace(const std::vector<ExpertGroup>& groups);
   // Whether all experts of a call are here, and all ids are in range.
   bool has(int layer, const int32_t* ids, int64_t num_places) const;
@@ -54,9 +57,17 @@ class ExpertTable {
     std::vector<int32_t> place_of_expert;  // -1 for an expert that is not in the stack
     Experts experts;
   };
-  bool has_locked(int layer, const int32_t* ids, int64_t num_places) const;
-  mutable std::shared_mutex mutex_;
-  std::vector<std::vector<Stack>> layers_;
+  // The experts between two changes. A thread that computes keeps its snapshot to the end.
+  struct Snapshot {
+    explicit Snapshot(int num_layers) : layers(num_layers) {}
+    ~Snapshot() { is_unused.set_value(); }
+    std::vector<std::vector<Stack>> layers;
+    std::promise<void> is_unused;
+  };
+  bool has_in(const Snapshot& snapshot, int layer, const int32_t* ids, int64_t num_places) const;
+  std::shared_ptr<const Snapshot> now() const;
+  mutable std::mutex mutex_;  // guards the pointer
+  std::shared_ptr<Snapshot> now_;
 };
 
 // Rounds to the nearest bfloat16, ties to even, as the decoder does; a NaN stays a NaN.
