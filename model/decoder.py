@@ -37,18 +37,10 @@ from milliways.model.kv_cache import (
     token_places,
 )
 from milliways.model.ops import Ops, PureOps
+from milliways.model.ops.interface import AttentionResult as AttentionResult
+from milliways.model.ops.interface import HalfSizes
 from milliways.model.params import AttentionParams, EndParams, ExpertParams, Matrix, ModelParams
 from milliways.model.tiles import map_tiles
-
-
-class AttentionResult(NamedTuple):
-    """The results of the attention half: the residual stream, the cache, and the experts' input."""
-
-    hidden_TD: Array
-    expert_input_TD: Array
-    expert_ids_TA: Array
-    gate_weights_TA: Array
-    cache: LayerCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +65,11 @@ class Decoder:
         visible_NP: Array,
     ) -> AttentionResult:
         """Attention with its two norms, the residual sum, then the experts' norm and the gate."""
+        if self.ops.halves is not None:
+            result = self.ops.halves.attention_half(
+                params, hidden_TD, batch, cache, visible_NP, self.half_sizes
+            )
+            return result._replace(expert_input_TD=result.expert_input_TD.astype(self.dtype))
         attention_input_TD = self.ops.rms_norm(hidden_TD, params.attention_norm_D)
         attended_TD, cache = self.attend(
             params, self._rounded(attention_input_TD), batch, cache, visible_NP
@@ -143,6 +140,8 @@ class Decoder:
         gate_weights_TA: Float[Array, "T A"],
     ) -> Float[Array, "T D"]:
         """Sums the experts' outputs with their weights, and adds the normed sum to the stream."""
+        if self.ops.halves is not None:
+            return self.ops.halves.combine(params, hidden_TD, outputs_TAD, gate_weights_TA)
         mixed_TD = self.ops.weigh(outputs_TAD, gate_weights_TA)
         return hidden_TD + self.ops.rms_norm(mixed_TD, params.expert_post_norm_D)
 
@@ -151,8 +150,8 @@ class Decoder:
     ) -> Float[Array, "W V"]:
         """The logits of the wanted rows, in float32: final norm and output head, without a cap."""
         hidden_WD = self.ops.rms_norm(hidden_TD[rows_W], ends.final_norm_D)
-        logits_WV = self.ops.linear(self._rounded(hidden_WD), ends.head)
-        return logits_WV * self.config.output_multiplier_scale
+        scale = self.config.output_multiplier_scale
+        return self.ops.linear(self._rounded(hidden_WD), ends.head, scale)
 
     def parts(self) -> "DecoderParts":
         """The parts of a step, to be composed as they are, or after each was compiled."""
@@ -170,6 +169,16 @@ class Decoder:
     ) -> tuple[Float[Array, "W V"], KVCache]:
         """Computes a batch with the whole model: logits of the wanted rows, and the new cache."""
         return run_step(self.parts(), params, batch, cache)
+
+    @property
+    def half_sizes(self) -> HalfSizes:
+        """What kernels of whole halves must know of the model."""
+        return HalfSizes(
+            num_heads=self.config.num_q_heads,
+            key_size=self.config.key_size,
+            num_selected=self.config.num_selected_experts,
+            logit_scale=self.config.attn_output_multiplier,
+        )
 
     def _rounded(self, array: Array) -> Array:
         """Rounds to the activation dtype, in a way that XLA cannot remove.
@@ -199,11 +208,13 @@ def run_step(
 ) -> tuple[Float[Array, "W V"], KVCache]:
     """One step of the whole model."""
     hidden_TD, cache = run_layers(parts, params, batch, cache)
+    return _logits(parts, params.ends, hidden_TD, batch), cache
+
+
+def _logits(parts: DecoderParts, ends: EndParams, hidden_TD: Array, batch: StepBatch) -> Array:
     if batch.logits_rows_W.shape[0]:
-        logits_WV = parts.unembed(params.ends, hidden_TD, batch.logits_rows_W)
-    else:
-        logits_WV = jnp.zeros((0, params.ends.embedding_VD.shape[0]), jnp.float32)
-    return logits_WV, cache
+        return parts.unembed(ends, hidden_TD, batch.logits_rows_W)
+    return jnp.zeros((0, ends.embedding_VD.shape[0]), jnp.float32)
 
 
 def run_layers(
@@ -221,3 +232,24 @@ def run_layers(
         hidden_TD = parts.combine(attention, result.hidden_TD, outputs_TAD, result.gate_weights_TA)
         layer_caches.append(result.cache)
     return hidden_TD, KVCache(layers_L=tuple(layer_caches), visible_NP=visible_NP)
+
+
+def run_held_step(
+    decoder: Decoder, ends: EndParams, number_1: Array, batch: StepBatch, cache: KVCache
+) -> tuple[Float[Array, "W V"], KVCache]:
+    """`run_step` with layers that the kernels hold under a number."""
+    hidden_TD, cache = run_held_layers(decoder, ends, number_1, batch, cache)
+    return _logits(decoder.parts(), ends, hidden_TD, batch), cache
+
+
+def run_held_layers(
+    decoder: Decoder, ends: EndParams, number_1: Array, batch: StepBatch, cache: KVCache
+) -> tuple[Float[Array, "T D"], KVCache]:
+    """`run_layers` with layers that the kernels hold under a number."""
+    assert decoder.ops.halves is not None
+    parts = decoder.parts()
+    visible_NP = parts.mark_visible(cache.visible_NP, batch)
+    hidden_TD, layers_L = decoder.ops.halves.pass_layers(
+        number_1, parts.embed(ends, batch.token_ids_T), batch, cache.layers_L, visible_NP
+    )
+    return hidden_TD, KVCache(layers_L=layers_L, visible_NP=visible_NP)

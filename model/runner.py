@@ -18,9 +18,17 @@ import jax
 import numpy as np
 
 from milliways.model.config import ModelConfig
-from milliways.model.decoder import Decoder, DecoderParts, run_layers, run_step
+from milliways.model.decoder import (
+    Decoder,
+    DecoderParts,
+    run_held_layers,
+    run_held_step,
+    run_layers,
+    run_step,
+)
 from milliways.model.kv_cache import KVCache, StepBatch, make_kv_cache
 from milliways.model.ops import Ops
+from milliways.model.ops.interface import HeldLayers
 from milliways.model.params import EndParams, ModelParams
 from milliways.model.sampling import SampledTokens, pack_rows, sample
 from milliways.model.sampling_params import SampledToken, SampleRow
@@ -240,7 +248,17 @@ def make_runner(
     """A runner on the default device; it keeps `owner` alive."""
     cache = _empty_cache(decoder, cache_size)
     parts = jitted_parts(decoder)
-    if mode is StepMode.FUSED:
+    halves, sizes = decoder.ops.halves, decoder.half_sizes
+    is_fused = mode is StepMode.FUSED
+    held = (
+        halves.hold_layers(params.attention_L, params.experts_L, sizes)
+        if is_fused and halves
+        else None
+    )
+    if held:
+        step = _held(held, jax.jit(partial(run_held_step, decoder), donate_argnums=(3,)))
+        layers = _held(held, jax.jit(partial(run_held_layers, decoder), donate_argnums=(3,)))
+    elif is_fused:
         # The parts stay jitted inside, so that one trace serves all layers.
         step = jax.jit(partial(run_step, parts), donate_argnums=(2,))
         layers = jax.jit(partial(run_layers, parts), donate_argnums=(2,))
@@ -249,6 +267,15 @@ def make_runner(
         layers = partial(_by_halves, run_layers, parts)
     divided = DividedStep(layers, parts.unembed)
     return ModelRunner(decoder.config, params, cache, step, cache_size, decoder.ops, divided, owner)
+
+
+def _held(held: HeldLayers, program: Callable[..., tuple[jax.Array, KVCache]]) -> Step:
+    """A step by a program that finds the layers under their number; it keeps them."""
+
+    def step(params: ModelParams, batch: StepBatch, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        return program(params.ends, held.number_1, batch, cache)
+
+    return step
 
 
 def _empty_cache(decoder: Decoder, cache_size: CacheSize) -> KVCache:

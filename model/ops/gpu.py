@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from milliways.model.kv_cache import scatter_rows
 from milliways.model.ops import gpu_attention, gpu_experts, gpu_matmul, gpu_rows
 from milliways.model.ops.gpu_tiles import choose_tile
+from milliways.model.ops.interface import HalfOps
 from milliways.model.ops.pure import RMS_EPSILON, rope_rows, weigh_rows
 from milliways.model.params import ExpertParams, Matrix
 from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
@@ -50,6 +51,10 @@ class GpuOps:
     def fuses_steps(self) -> bool:
         return True
 
+    @property
+    def halves(self) -> HalfOps | None:
+        return None
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
@@ -59,11 +64,14 @@ class GpuOps:
         mean_square_T1 = jnp.mean(jnp.square(hidden_TD), axis=-1, keepdims=True)
         return hidden_TD * lax.rsqrt(mean_square_T1 + RMS_EPSILON) * scale_D[None, :]
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
+    def linear(
+        self, rows_TK: Float[Array, "T K"], matrix: Matrix, multiplier: float = 1.0
+    ) -> Float[Array, "T N"]:
         tile = choose_tile(rows_TK.shape[0], rows_TK.dtype, deterministic=self.deterministic)
-        return gpu_matmul.matmul(
+        rows_TN = gpu_matmul.matmul(
             rows_TK, gpu_matmul.plain(matrix), tile=tile, interpret=self._interpret()
         )
+        return rows_TN * multiplier
 
     def rope(
         self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]

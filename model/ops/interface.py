@@ -1,11 +1,91 @@
 """The interface of the numerical kernels."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from milliways.model.params import ExpertParams, Matrix
+from milliways.model.kv_cache import LayerCache, StepBatch
+from milliways.model.params import AttentionParams, ExpertParams, Matrix
 from milliways.model.sampling import RowSummary
+
+
+class AttentionResult(NamedTuple):
+    """The results of the attention half: the residual stream, the cache, and the experts' input."""
+
+    hidden_TD: Array
+    expert_input_TD: Array
+    expert_ids_TA: Array
+    gate_weights_TA: Array
+    cache: LayerCache
+
+
+class HalfSizes(NamedTuple):
+    """What the halves must know beside their parameters."""
+
+    num_heads: int
+    key_size: int
+    num_selected: int
+    logit_scale: float
+
+
+class HeldLayers(Protocol):
+    """Layers with a number, which is valid while this object exists."""
+
+    @property
+    def number_1(self) -> Array: ...
+
+
+class HalfOps(Protocol):
+    """Kernels of a whole half of a layer, with the bits that `Decoder` gets from single ones."""
+
+    def attention_half(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        cache: LayerCache,
+        visible_NP: Array,
+        sizes: HalfSizes,
+    ) -> AttentionResult:
+        """Replaces the body of `Decoder.attention_half`, but for the dtype of the experts' input.
+
+        That is float32, rounded to the dtype of the cache.
+        """
+        ...
+
+    def combine(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        outputs_TAD: Float[Array, "T A D"],
+        gate_weights_TA: Float[Array, "T A"],
+    ) -> Float[Array, "T D"]:
+        """Replaces the body of `Decoder.combine`."""
+        ...
+
+    def hold_layers(
+        self,
+        attention_L: Sequence[AttentionParams],
+        experts_L: Sequence[ExpertParams],
+        sizes: HalfSizes,
+    ) -> HeldLayers | None:
+        """Gives all layers a number, under which `pass_layers` computes them; None if it cannot.
+
+        The parameters stay where they are.
+        """
+        ...
+
+    def pass_layers(
+        self,
+        number_1: Int[Array, " 1"],
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        layers_L: tuple[LayerCache, ...],
+        visible_NP: Array,
+    ) -> tuple[Float[Array, "T D"], tuple[LayerCache, ...]]:
+        """The residual stream after all layers, with all their experts, and the new caches."""
+        ...
 
 
 class Ops(Protocol):
@@ -24,14 +104,24 @@ class Ops(Protocol):
         """Whether a whole step should be compiled as one program, because that is quick."""
         ...
 
+    @property
+    def halves(self) -> HalfOps | None:
+        """Kernels of whole halves of a layer, or None if they are composed of the ones below."""
+        ...
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
         """x * rsqrt(mean(x^2) + 1e-5) * scale, in float32."""
         ...
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
-        """rows @ W with W = weight * scales, summed in float32 and returned in float32."""
+    def linear(
+        self, rows_TK: Float[Array, "T K"], matrix: Matrix, multiplier: float = 1.0
+    ) -> Float[Array, "T N"]:
+        """rows @ W with W = weight * scales, summed in float32 and returned in float32.
+
+        Each sum is multiplied with `multiplier` at the end.
+        """
         ...
 
     def rope(

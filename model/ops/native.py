@@ -5,16 +5,12 @@ copy; there is no other. Experts may stay in their mapped files instead. Every e
 is summed in one fixed order, with any batch, number of threads and instruction set.
 """
 
-import ctypes
 import dataclasses
 import mmap
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,95 +19,34 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from milliways.model.activations import Activations
-from milliways.model.errors import KernelsMissingError
+from milliways.model.kv_cache import LayerCache, StepBatch
+from milliways.model.ops.interface import AttentionResult, HalfOps, HalfSizes
+from milliways.model.ops.native_layers import HeldLayers, can_hold, pass_layers
+from milliways.model.ops.native_library import kernel_set as kernel_set
+from milliways.model.ops.native_library import library as library
+from milliways.model.ops.native_library import num_threads as num_threads
+from milliways.model.ops.native_library import set_num_threads as set_num_threads
+from milliways.model.ops.native_library import sources as sources
+from milliways.model.ops.native_library import to_bfloat16 as to_bfloat16
+from milliways.model.ops.native_library import use_kernel_set as use_kernel_set
 from milliways.model.ops.pure import rope_frequencies
-from milliways.model.params import ExpertParams, HostMatrix, MappedMatrix, Matrix, PackedMatrix
+from milliways.model.params import (
+    AttentionParams,
+    ExpertParams,
+    HostMatrix,
+    MappedMatrix,
+    Matrix,
+    PackedMatrix,
+)
 from milliways.model.sampling import RowSummary
 
 PANEL_COLUMNS = 32
 EXACT_INT8, EXACT_INT16, PAIRS = 0, 1, 2
 
-_TARGETS = (
-    "linear",
-    "expert_ffn",
-    "expert_ffn_mapped",
-    "attention",
-    "rms_norm",
-    "gate",
-    "rope",
-    "weigh",
-    "write_rows",
-    "gumbel",
-    "summarize_rows",
-    "exchange",
-)
 _ALIGNMENT = 64
 # Larger arrays get pages of 2 MiB. Each token reads all weights, and with small pages the
 # processor's TLB would be too small.
 _HUGE_PAGE_BYTES = 2 * 1024 * 1024
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels; loads and registers them with JAX on first use.
-
-    Raises:
-        KernelsMissingError: they were not compiled, or cannot be loaded on this machine.
-    """
-    folder = Path(__file__).parent
-    paths = [folder / f"_kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise KernelsMissingError(
-            "the CPU kernels were not compiled (was there a C++ compiler at installation?)"
-        )
-    try:
-        loaded = ctypes.CDLL(str(path))
-        _declare(loaded)
-        handlers = {name: getattr(loaded, f"mw_{name}") for name in _TARGETS}
-    except OSError as error:
-        raise KernelsMissingError(f"the CPU kernels cannot be loaded: {error}") from error
-    except AttributeError as error:
-        raise KernelsMissingError(
-            f"the CPU kernels were compiled from another version of the sources: {error}"
-        ) from error
-    for name, handler in handlers.items():
-        capsule = jax.ffi.pycapsule(handler)
-        jax.ffi.register_ffi_target(f"milliways_{name}", capsule, platform="cpu")
-    return loaded
-
-
-def set_num_threads(num_threads: int) -> None:
-    """Sets the number of threads that compute; the default is one for each usable processor."""
-    library().mw_set_num_threads(num_threads)
-
-
-def num_threads() -> int:
-    """The number of threads that compute."""
-    return library().mw_num_threads()
-
-
-def sources() -> str:
-    """A digest of the sources from which the kernels were compiled."""
-    return library().mw_sources().decode()
-
-
-def kernel_set() -> str:
-    """The kernels that run: `avx2` or `portable`."""
-    return library().mw_kernels().decode()
-
-
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounds float32 values as the exchange does with outputs of experts, for tests."""
-    values = np.ascontiguousarray(values, np.float32)
-    rounded = np.empty(values.shape, jnp.bfloat16)
-    library().mw_to_bfloat16(values.ctypes.data, values.size, rounded.ctypes.data)
-    return rounded
-
-
-def use_kernel_set(name: str) -> bool:
-    """Chooses the kernels, for tests and measurements; False if this processor cannot run them."""
-    return bool(library().mw_use_kernels(name.encode()))
 
 
 class NativeLoader:
@@ -196,12 +131,93 @@ class NativeOps:
     def fuses_steps(self) -> bool:
         return True
 
+    @property
+    def halves(self) -> HalfOps | None:
+        return self
+
+    def attention_half(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        cache: LayerCache,
+        visible_NP: Array,
+        sizes: HalfSizes,
+    ) -> AttentionResult:
+        keys, values = cache.keys_NPRK, cache.values_NPRK
+        shape_TA = (hidden_TD.shape[0], sizes.num_selected)
+        rows = jax.ShapeDtypeStruct(hidden_TD.shape, jnp.float32)
+        outputs = (
+            rows,
+            rows,
+            jax.ShapeDtypeStruct(shape_TA, jnp.int32),
+            jax.ShapeDtypeStruct(shape_TA, jnp.float32),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
+        )
+        matrices = (params.query, params.key, params.value, params.out)
+        arguments = (
+            hidden_TD,
+            params.attention_norm_D,
+            params.attention_post_norm_D,
+            params.expert_norm_D,
+            *(part for matrix in matrices for part in _weights_and_scales(_packed(matrix))),
+            params.gate_DE,
+            jnp.asarray(rope_frequencies(keys.shape[-1])),
+            keys,
+            values,
+        )
+        aliases = {len(arguments) - 2: 4, len(arguments) - 1: 5}
+        compute = _target("attention_half", outputs, input_output_aliases=aliases)
+        hidden_TD, input_TD, ids_TA, weights_TA, keys, values = compute(
+            *arguments,
+            visible_NP,
+            batch.block_tables_BM.astype(jnp.int32),
+            batch.slots_T.astype(jnp.int32),
+            batch.positions_T.astype(jnp.int32),
+            kind=np.int64(_packed(params.query).kind),
+            num_heads=np.int64(sizes.num_heads),
+            logit_scale=np.float32(sizes.logit_scale),
+        )
+        cache = LayerCache(keys_NPRK=keys, values_NPRK=values)
+        return AttentionResult(hidden_TD, input_TD, ids_TA, weights_TA, cache)
+
+    def hold_layers(
+        self,
+        attention_L: Sequence[AttentionParams],
+        experts_L: Sequence[ExpertParams],
+        sizes: HalfSizes,
+    ) -> HeldLayers | None:
+        return HeldLayers(attention_L, experts_L, sizes) if can_hold(experts_L) else None
+
+    def pass_layers(
+        self,
+        number_1: Int[Array, " 1"],
+        hidden_TD: Float[Array, "T D"],
+        batch: StepBatch,
+        layers_L: tuple[LayerCache, ...],
+        visible_NP: Array,
+    ) -> tuple[Float[Array, "T D"], tuple[LayerCache, ...]]:
+        return pass_layers(number_1, hidden_TD, batch, layers_L, visible_NP)
+
+    def combine(
+        self,
+        params: AttentionParams,
+        hidden_TD: Float[Array, "T D"],
+        outputs_TAD: Float[Array, "T A D"],
+        gate_weights_TA: Float[Array, "T A"],
+    ) -> Float[Array, "T D"]:
+        outputs_TAD, norm_D = _float32(outputs_TAD), params.expert_post_norm_D
+        return _call("combine", hidden_TD.shape, hidden_TD, outputs_TAD, gate_weights_TA, norm_D)
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
         return _call("rms_norm", hidden_TD.shape, _float32(hidden_TD), scale_D)
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
+    def linear(
+        self, rows_TK: Float[Array, "T K"], matrix: Matrix, multiplier: float = 1.0
+    ) -> Float[Array, "T N"]:
         packed = _packed(matrix)
         return _call(
             "linear",
@@ -212,6 +228,7 @@ class NativeOps:
             kind=np.int64(packed.kind),
             num_in=np.int64(packed.num_in),
             num_out=np.int64(packed.num_out),
+            multiplier=np.float32(multiplier),
         )
 
     def rope(
@@ -409,23 +426,3 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _hand_over(array: np.ndarray) -> Array:
     return jax.device_put(array, may_alias=True)
-
-
-def _declare(loaded: ctypes.CDLL) -> None:
-    int64, pointer = ctypes.c_int64, ctypes.c_void_p
-    loaded.mw_panel_bytes.restype = int64
-    loaded.mw_panel_bytes.argtypes = (int64, int64, int64)
-    loaded.mw_pack.restype = None
-    loaded.mw_pack.argtypes = (pointer, int64, int64, int64, int64, pointer)
-    loaded.mw_map.restype = ctypes.c_int32
-    loaded.mw_map.argtypes = (pointer, int64)
-    loaded.mw_unmap.restype = None
-    loaded.mw_unmap.argtypes = (ctypes.c_int32,)
-    loaded.mw_set_num_threads.restype = None
-    loaded.mw_set_num_threads.argtypes = (ctypes.c_int,)
-    loaded.mw_kernels.restype = ctypes.c_char_p
-    loaded.mw_sources.restype = ctypes.c_char_p
-    loaded.mw_to_bfloat16.restype = None
-    loaded.mw_to_bfloat16.argtypes = (pointer, int64, pointer)
-    loaded.mw_use_kernels.restype = ctypes.c_int
-    loaded.mw_use_kernels.argtypes = (ctypes.c_char_p,)

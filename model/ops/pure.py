@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from milliways.model.activations import LEAST_BLOCK, QUANT_BLOCK, Activations
 from milliways.model.kv_cache import scatter_rows
 from milliways.model.ops.gate import choose_experts
+from milliways.model.ops.interface import HalfOps
 from milliways.model.params import ExpertParams, Matrix, QuantizedMatrix
 from milliways.model.sampling import RowSummary, gumbel_noise, summarize_rows
 from milliways.model.tiles import TILE, map_tiles
@@ -45,13 +46,19 @@ class PureOps:
     def fuses_steps(self) -> bool:
         return False
 
+    @property
+    def halves(self) -> HalfOps | None:
+        return None
+
     def rms_norm(
         self, hidden_TD: Float[Array, "T D"], scale_D: Float[Array, " D"]
     ) -> Float[Array, "T D"]:
         return map_tiles(partial(_rms_norm_tile, scale_D=scale_D), hidden_TD)
 
-    def linear(self, rows_TK: Float[Array, "T K"], matrix: Matrix) -> Float[Array, "T N"]:
-        return map_tiles(partial(self._linear_tile, matrix=_plain(matrix)), rows_TK)
+    def linear(
+        self, rows_TK: Float[Array, "T K"], matrix: Matrix, multiplier: float = 1.0
+    ) -> Float[Array, "T N"]:
+        return map_tiles(partial(self._linear_tile, matrix=_plain(matrix)), rows_TK) * multiplier
 
     def rope(
         self, heads_THK: Float[Array, "T H K"], positions_T: Int[Array, " T"]

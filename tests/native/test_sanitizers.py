@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NATIVE = REPOSITORY / "model" / "ops" / "native"
 SECONDS = "20"
 # Those that need XLA's headers and nothing else of it; the stress test does without.
-_WITH_XLA = ("ffi.cc", "exchange_ffi.cc")
+_WITH_XLA = ("ffi.cc", "exchange_ffi.cc", "halves_ffi.cc", "layers_ffi.cc")
 
 
 @pytest.mark.slow

@@ -91,14 +91,25 @@ class Bench:
         return num_tokens, time.perf_counter() - start_s
 
     def _decode(self, batch: int, num_prompt_tokens: int, num_steps: int) -> tuple[int, float]:
-        """Decodes from the end of the prompts. It overwrites the positions of the last repeat."""
+        times = self.time_steps(batch, num_prompt_tokens, num_steps)
+        return batch * num_steps, (times[-1][1] - times[0][0]) / 1e9
+
+    def time_steps(
+        self, batch: int, num_prompt_tokens: int, num_steps: int
+    ) -> list[tuple[int, int]]:
+        """Decodes; returns start and end of each step, by `time.monotonic_ns`.
+
+        It begins at the end of the prompts, and overwrites the positions of the last repeat.
+        """
         for sequence in self._batch[self._num_prefilled : batch]:
             self._prefill(sequence, num_prompt_tokens)
         self._num_prefilled = max(self._num_prefilled, batch)
-        start_s = time.perf_counter()
+        times: list[tuple[int, int]] = []
         for position in range(num_prompt_tokens, num_prompt_tokens + num_steps):
+            start_ns = time.monotonic_ns()
             self._step(self._batch[:batch], position, position + 1, draw=True)
-        return batch * num_steps, time.perf_counter() - start_s
+            times.append((start_ns, time.monotonic_ns()))
+        return times
 
     def _step(self, sequences: Sequence[_Sequence], start: int, end: int, *, draw: bool) -> None:
         self._runner.compute_and_sample(
@@ -109,14 +120,19 @@ class Bench:
 
 def load(options: argparse.Namespace) -> tuple[str, Measure]:
     """Loads the model. The description names what the figures depend on."""
-    wanted = KernelChoice(activations=Activations(options.activations), num_threads=options.threads)
-    model = load_local_model(options.model_dir, options.dtype, wanted)
+    model = load_model(options)
     kernels = type(model.decoder.ops).__name__
     about = (
         f"{options.dtype}, activations {options.activations}, {kernels}, steps of at most "
         f"{CHUNK_TOKENS} tokens, jax {jax.__version__} on {jax.default_backend()}"
     )
     return about, Bench(model, options).measure
+
+
+def load_model(options: argparse.Namespace) -> LocalModel:
+    """Loads the model that the options name."""
+    wanted = KernelChoice(activations=Activations(options.activations), num_threads=options.threads)
+    return load_local_model(options.model_dir, options.dtype, wanted)
 
 
 def parse_options() -> argparse.Namespace:

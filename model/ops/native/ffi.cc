@@ -5,66 +5,31 @@
 // [*stack, groups, padded columns]; attributes say the rest. A buffer of the wrong size is an error
 // of the call, never an access out of bounds.
 #include <cstring>
-#include <exception>
 #include <mutex>
 #include <shared_mutex>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "ffi_arrays.h"
 #include "ops.h"
 #include "threads.h"
-#include "xla/ffi/api/ffi.h"
 
-namespace ffi = xla::ffi;
 namespace mw = milliways;
+namespace ffi = mw::ffi;
 
 namespace {
 
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using U8 = ffi::Buffer<ffi::U8>;
-using OutF32 = ffi::Result<F32>;
-using OutS32 = ffi::Result<S32>;
-
-ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument(what); }
-
-// No exception may cross XLA's C interface: if memory runs out, the call fails.
-template <typename Body>
-ffi::Error guarded(const Body& body) {
-  try {
-    body();
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, error.what());
-  }
-}
-
-template <typename B>
-int64_t extent(const B& buffer, size_t axis) {
-  return axis < buffer.dimensions().size() ? buffer.dimensions()[axis] : 0;
-}
-
-// A matrix without its weights, from the shape of its scales; `stack` is the number of matrices.
-bool make_shape(const F32& scales, int64_t kind, int64_t num_in, int64_t num_out, int64_t stack,
-                mw::Matrix& matrix) {
-  const auto& shape = scales.dimensions();
-  if (shape.size() < 2 || num_in < 1 || num_out < 1 || kind < 0 || kind > 2) return false;
-  const int64_t num_groups = shape[shape.size() - 2];
-  if (num_groups < 1 || num_in % num_groups) return false;
-  matrix = {static_cast<mw::Weights>(kind), nullptr, scales.typed_data(),
-            num_in, num_out, static_cast<int>(num_groups)};
-  return static_cast<int64_t>(scales.element_count()) ==
-         stack * num_groups * matrix.scale_stride();
-}
-
-bool make_matrix(const U8& panels, const F32& scales, int64_t kind, int64_t num_in,
-                 int64_t num_out, int64_t stack, mw::Matrix& matrix) {
-  if (!make_shape(scales, kind, num_in, num_out, stack, matrix)) return false;
-  matrix.panels = panels.typed_data();
-  return static_cast<int64_t>(panels.element_count()) ==
-         stack * matrix.num_panels() * matrix.panel_bytes();
-}
+using mw::extent;
+using mw::F32;
+using mw::guarded;
+using mw::invalid;
+using mw::make_matrix;
+using mw::make_shape;
+using mw::OutF32;
+using mw::OutS32;
+using mw::S32;
+using mw::U8;
+using mw::Work;
 
 // Memory of mapped files that the kernels may read, by number. No number is used twice, so a number
 // whose file was unmapped is an error, and never means the bytes of another file.
@@ -119,7 +84,7 @@ bool make_mapped(const S32& numbers, const F32& scales, int64_t kind, int64_t nu
 }
 
 ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int64_t num_in,
-                  int64_t num_out) {
+                  int64_t num_out, float multiplier) {
   mw::Matrix matrix;
   if (!make_matrix(panels, scales, kind, num_in, num_out, 1, matrix)) {
     return invalid("linear: panels or scales of another size than the matrix");
@@ -128,8 +93,8 @@ ffi::Error linear(F32 rows, U8 panels, F32 scales, OutF32 out, int64_t kind, int
   if (extent(rows, 1) != num_in || extent(*out, 0) != num_rows || extent(*out, 1) != num_out) {
     return invalid("linear: rows do not fit the matrix");
   }
-  return guarded([&] {
-    mw::linear(rows.typed_data(), num_rows, matrix, out->typed_data());
+  return guarded(Work::kLinear, num_out, [&] {
+    mw::linear(rows.typed_data(), num_rows, matrix, out->typed_data(), multiplier);
   });
 }
 
@@ -140,7 +105,7 @@ bool fits(const F32& rows, const S32& ids, OutF32& out) {
 
 ffi::Error run_experts(const F32& rows, const S32& ids, const mw::Experts& experts, OutF32& out) {
   if (!fits(rows, ids, out)) return invalid("expert_ffn: ids or outputs do not fit the rows");
-  return guarded([&] {
+  return guarded(Work::kExperts, extent(rows, 1), [&] {
     mw::expert_ffn(rows.typed_data(), ids.typed_data(), extent(rows, 0),
                  static_cast<int>(extent(ids, 1)), experts, out->typed_data());
   });
@@ -207,7 +172,7 @@ ffi::Error attention(F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
   a.tables = tables.typed_data();
   a.positions = positions.typed_data();
   a.logit_scale = logit_scale;
-  return guarded([&] {
+  return guarded(Work::kAttention, 0, [&] {
     mw::attention(a, out->typed_data());
   });
 }
@@ -216,7 +181,7 @@ ffi::Error rms_norm(F32 rows, F32 scale, OutF32 out) {
   if (extent(rows, 1) != extent(scale, 0) || out->element_count() != rows.element_count()) {
     return invalid("rms_norm: the scale does not fit the rows");
   }
-  return guarded([&] {
+  return guarded(Work::kNorm, 0, [&] {
     mw::rms_norm(rows.typed_data(), scale.typed_data(), extent(rows, 0), extent(rows, 1),
                out->typed_data());
   });
@@ -229,7 +194,7 @@ ffi::Error gate(F32 rows, F32 gate, OutS32 ids, OutF32 weights) {
       num_selected > extent(gate, 1)) {
     return invalid("gate: the arrays do not fit each other");
   }
-  return guarded([&] {
+  return guarded(Work::kGate, 0, [&] {
     mw::gate(rows.typed_data(), gate.typed_data(), num_rows, extent(rows, 1),
            static_cast<int>(extent(gate, 1)), static_cast<int>(num_selected), ids->typed_data(),
            weights->typed_data());
@@ -242,7 +207,7 @@ ffi::Error rope(F32 heads, S32 positions, F32 frequencies, OutF32 out) {
       out->element_count() != heads.element_count()) {
     return invalid("rope: the arrays do not fit each other");
   }
-  return guarded([&] {
+  return guarded(Work::kRope, 0, [&] {
     mw::rope(heads.typed_data(), positions.typed_data(), frequencies.typed_data(), num_rows,
            static_cast<int>(extent(heads, 1)), static_cast<int>(key_size), out->typed_data());
   });
@@ -254,7 +219,7 @@ ffi::Error weigh(F32 outputs, F32 weights, OutF32 out) {
       extent(*out, 0) != num_rows || extent(*out, 1) != extent(outputs, 2)) {
     return invalid("weigh: the arrays do not fit each other");
   }
-  return guarded([&] {
+  return guarded(Work::kWeigh, 0, [&] {
     mw::weigh(outputs.typed_data(), weights.typed_data(), num_rows, static_cast<int>(ranks),
             extent(outputs, 2), out->typed_data());
   });
@@ -266,7 +231,7 @@ ffi::Error summarize_rows(F32 rows, OutF32 tops, OutS32 best_ids, OutF32 log_tot
       extent(*log_totals, 0) != num_rows) {
     return invalid("summarize_rows: the results do not fit the rows");
   }
-  return guarded([&] {
+  return guarded(Work::kSummarize, 0, [&] {
     mw::summarize_rows(rows.typed_data(), num_rows, extent(rows, 1), tops->typed_data(),
                      best_ids->typed_data(), log_totals->typed_data());
   });
@@ -274,7 +239,7 @@ ffi::Error summarize_rows(F32 rows, OutF32 tops, OutS32 best_ids, OutF32 log_tot
 
 ffi::Error gumbel(ffi::Buffer<ffi::U32> key, OutF32 out) {
   if (key.element_count() != 2) return invalid("gumbel: a key has two words");
-  return guarded([&] {
+  return guarded(Work::kNoise, 0, [&] {
     mw::gumbel(key.typed_data(), static_cast<int64_t>(out->element_count()), out->typed_data());
   });
 }
@@ -289,6 +254,7 @@ ffi::Error write_rows(ffi::AnyBuffer blocks, ffi::AnyBuffer rows, S32 places,
       out->size_bytes() != blocks.size_bytes()) {
     return invalid("write_rows: the rows do not fit the blocks");
   }
+  const mw::Timed timed(Work::kWriteRows);
   if (out->untyped_data() != blocks.untyped_data()) {
     std::memcpy(out->untyped_data(), blocks.untyped_data(), blocks.size_bytes());
   }
@@ -312,7 +278,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_linear, linear,
                                   .Ret<F32>()
                                   .Attr<int64_t>("kind")
                                   .Attr<int64_t>("num_in")
-                                  .Attr<int64_t>("num_out"));
+                                  .Attr<int64_t>("num_out")
+                                  .Attr<float>("multiplier"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mw_expert_ffn, expert_ffn,
                               ffi::Ffi::Bind()
                                   .Arg<F32>()

@@ -50,7 +50,8 @@ struct AttentionRow {
   int64_t num_keys;        // positions 0 .. num_keys - 1 are read
   int block_size, num_kv_heads, kv_head, num_heads, key_size;
   float logit_scale;
-  float* scores;  // scratch: heads * (num_keys rounded up to 8)
+  float* scores;    // scratch: heads * (num_keys rounded up to 8)
+  int64_t* places;  // scratch: num_keys
   float* out;     // [heads, key_size]
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 #include "threads.h"
@@ -19,6 +20,8 @@ namespace {
 constexpr int64_t kMinTaskBytes = 48 * 1024;
 constexpr int64_t kMaxTaskBytes = 512 * 1024;
 constexpr int64_t kTasksPerThread = 8;
+// A small matrix is cut for all threads if this much is left for each task.
+constexpr int64_t kLeastTaskBytes = 16 * 1024;
 // This many neighbouring columns of a mapped matrix are packed together: 512 bytes of each row.
 constexpr int64_t kMappedPanels = 16;
 // This many rows share one read of a panel. Their activations fit into the second-level cache.
@@ -145,13 +148,25 @@ void multiply(const Matrix& m, const Piece& piece, const Rows& rows, float* cons
        m.num_groups, m.scales + column, m.scale_stride(), m.num_out - column});
 }
 
+// Panels of a task of about `step` panels. The tasks of a matrix are of one size, and as many as a
+// multiple of the threads, so that no thread waits for the last one. A single row reads two panels
+// at once.
+int64_t even_step(const Matrix& m, int64_t num_rows, int64_t step) {
+  const int64_t num_panels = m.num_panels(), threads = num_threads();
+  const int64_t num_tasks = (num_panels + step - 1) / step;
+  const int64_t rounded = (num_tasks + threads - 1) / threads * threads;
+  int64_t even = (num_panels + rounded - 1) / rounded;
+  if (even * m.panel_bytes() < kLeastTaskBytes) even = step;
+  return num_rows == 1 ? (even + 1) / 2 * 2 : even;
+}
+
 void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& pieces) {
   const int64_t share = m.num_panels() * m.panel_bytes() / (kTasksPerThread * num_threads());
   const int64_t task_bytes = std::clamp(share, kMinTaskBytes, kMaxTaskBytes);
   // With this many rows, arithmetic takes longer than reading.
   const int64_t cost = m.panel_bytes() * std::max<int64_t>(1, std::min(num_rows, kTaskRows) / 4);
   const int64_t fit = std::max<int64_t>(1, task_bytes / std::max<int64_t>(1, cost));
-  const int64_t step = m.mapped ? std::max(fit, kMappedPanels) : fit;
+  const int64_t step = m.mapped ? std::max(fit, kMappedPanels) : even_step(m, num_rows, fit);
   for (int64_t row = 0; row < num_rows; row += kTaskRows) {
     for (int64_t panel = 0; panel < m.num_panels(); panel += step) {
       pieces.push_back({group, panel, std::min(panel + step, m.num_panels()), row,
@@ -267,14 +282,36 @@ bool use_kernels(const char* name) {
   return false;
 }
 
-void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out) {
-  const Activations activations(rows, num_rows, matrix);
-  Rows all;
-  for (int64_t i = 0; i < num_rows; i++) all.add(activations, i, out + i * matrix.num_out);
+void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out,
+            float multiplier) {
+  linear_each(rows, num_rows, {{&matrix, out, multiplier}});
+}
+
+void linear_each(const float* rows, int64_t num_rows, const std::vector<Product>& products) {
+  std::deque<Activations> kept;
+  std::vector<Rows> all(products.size());
   std::vector<Piece> pieces;
-  cut(0, matrix, num_rows, pieces);
+  for (size_t p = 0; p < products.size(); p++) {
+    const Matrix& matrix = *products[p].matrix;
+    const bool alike = p > 0 && matrix.num_groups == products[p - 1].matrix->num_groups;
+    if (!alike) kept.emplace_back(rows, num_rows, matrix);
+    for (int64_t i = 0; i < num_rows; i++) {
+      all[p].add(kept.back(), i, products[p].out + i * matrix.num_out);
+    }
+    cut(p, matrix, num_rows, pieces);
+  }
   run_tasks(static_cast<int>(pieces.size()), [&](int i) {
-    multiply(matrix, pieces[i], all, all.out.data() + pieces[i].first_row, 0);
+    const Piece& piece = pieces[i];
+    const Product& product = products[piece.group];
+    float* const* out = all[piece.group].out.data();
+    multiply(*product.matrix, piece, all[piece.group], out + piece.first_row, 0);
+    if (product.multiplier == 1.0f) return;
+    const int64_t end = std::min(piece.last_panel * kPanelColumns, product.matrix->num_out);
+    for (int64_t row = piece.first_row; row < piece.last_row; row++) {
+      for (int64_t n = piece.first_panel * kPanelColumns; n < end; n++) {
+        out[row][n] *= product.multiplier;
+      }
+    }
   });
 }
 
@@ -300,11 +337,13 @@ void attention(const Attention& a, float* out) {
     const int64_t num_keys = std::clamp<int64_t>(a.positions[row] + 1, 0, capacity);
     const int64_t first = row * row_size + static_cast<int64_t>(kv_head) * group * a.key_size;
     thread_local std::vector<float> scores;
+    thread_local std::vector<int64_t> places;
     scores.resize(group * ((num_keys + 7) / 8 * 8));
+    places.resize(num_keys);
     kernels().attention({a.queries + first, a.keys, a.values, a.is_bfloat16, a.visible,
                          a.tables + row * a.table_size, a.num_blocks, num_keys, a.block_size,
                          a.num_kv_heads, kv_head, group, a.key_size, a.logit_scale,
-                         scores.data(), out + first});
+                         scores.data(), places.data(), out + first});
   });
 }
 

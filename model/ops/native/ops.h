@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -58,7 +59,17 @@ struct Attention {
   float logit_scale;
 };
 
-void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out);
+// A matrix to multiply rows with, and the place of the result, which is times `multiplier`.
+struct Product {
+  const Matrix* matrix;
+  float* out;
+  float multiplier = 1.0f;
+};
+
+void linear(const float* rows, int64_t num_rows, const Matrix& matrix, float* out,
+            float multiplier = 1.0f);
+// Several products with the same rows, which the threads share as one. All are of one kind.
+void linear_each(const float* rows, int64_t num_rows, const std::vector<Product>& products);
 void expert_ffn(const float* rows, const int32_t* ids, int64_t num_rows, int num_selected,
                 const Experts& experts, float* out);
 void attention(const Attention& a, float* out);

@@ -63,7 +63,15 @@ MW_INLINE F8 larger(F8 left, F8 right) { return left > right ? left : right; }
 
 // Adds the halves, then the quarters: always in this order.
 MW_INLINE float sum(F8 v) {
+#ifdef MILLIWAYS_AVX2
+  // The same additions, of four and of two lanes at once.
+  const __m128 fours = _mm_add_ps(_mm256_castps256_ps128((__m256)v),
+                                  _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+#else
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 
 MW_INLINE float largest(F8 v) {
