@@ -168,7 +168,16 @@ def sample(
     def sample_one(row: tuple[Array, RowSummary, SampleInputs]) -> SampledTokens:
         return _sample_row(*row, noise)
 
-    return lax.map(sample_one, (logits_BV, summary_B, inputs))
+    # Most steps are greedy in all rows. Then no row of logits has to be read again.
+    needs_logits = (inputs.temperature > 0) | _is_adjusted(inputs) | inputs.wants_best
+    return lax.cond(
+        jnp.any(needs_logits),
+        lambda *rows: lax.map(sample_one, rows),
+        _take_best,
+        logits_BV,
+        summary_B,
+        inputs,
+    )
 
 
 def choose(
@@ -217,6 +226,21 @@ def _summarize_row(logits_V: Array) -> RowSummary:
     top = _highest(logits_V)
     log_total = jnp.log(jnp.sum(jnp.exp(logits_V - top)))
     return RowSummary(top, _first_max(logits_V), log_total)
+
+
+def _take_best(logits_BV: Array, summary_B: RowSummary, inputs: SampleInputs) -> SampledTokens:
+    """The result of rows that are greedy, not adjusted, and do not want their best tokens."""
+    num_rows, num_best = logits_BV.shape[0], min(MAX_LOGPROBS, logits_BV.shape[1])
+    is_valid_B = jnp.isfinite(summary_B.top)
+    token_B = jnp.where(inputs.given_id == INVALID_TOKEN, summary_B.best_id, inputs.given_id)
+    logits_B = logits_BV[jnp.arange(num_rows, dtype=jnp.int32), token_B]
+    return SampledTokens(
+        token_B=jnp.where(is_valid_B, token_B, INVALID_TOKEN),
+        logprob_B=logits_B - summary_B.top - summary_B.log_total,
+        top_ids_BK=jnp.zeros((num_rows, num_best), jnp.int32),
+        top_logprobs_BK=jnp.zeros((num_rows, num_best), jnp.float32),
+        is_valid_B=is_valid_B,
+    )
 
 
 def _sample_row(
@@ -301,7 +325,7 @@ def _has_penalty(row: SampleInputs) -> HostArray:
 
 
 def _is_adjusted(row: SampleInputs) -> HostArray:
-    return _has_penalty(row) | jnp.any(row.bias_values_J != 0)
+    return _has_penalty(row) | jnp.any(row.bias_values_J != 0, axis=-1)
 
 
 def _penalise(logits_V: Array, row: SampleInputs) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from milliways.model import sampling
+from milliways.model.ops import NativeOps
 from milliways.model.sampling import (
     SampledTokens,
     SampleInputs,
@@ -333,6 +334,20 @@ def test_mates_that_want_penalties_bias_and_logprobs_change_no_bit(
     for name in ("token_B", "logprob_B", "is_valid_B"):
         ours, theirs = getattr(alone, name), getattr(together, name)[[row]]
         assert np.asarray(ours).tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("kernels", [None, NativeOps()], ids=["xla", "native"])
+def test_greedy_rows_have_the_same_bits_beside_one_that_needs_its_logits(kernels):
+    """A step of greedy rows alone is drawn without reading the logits again."""
+    plain = row_of(GREEDY, (1, 2, 3))
+    rows = [plain, replace(plain, given_id=6), plain, plain]
+    logits_BV = np.stack([random_logits(seed) for seed in range(5)])
+    logits_BV[2, 9], logits_BV[3, 9] = np.nan, np.inf
+    alone = sample(logits_BV[:4], pack_rows(rows, V, MAX_TOKENS), kernels=kernels)
+    drawing = row_of(SamplingParams(temperature=1.0), (1, 2, 3))
+    mixed = sample(logits_BV, pack_rows([*rows, drawing], V, MAX_TOKENS), kernels=kernels)
+    assert_same_bits(pick(alone, [0, 1, 2, 3]), pick(mixed, [0, 1, 2, 3]))
+    assert np.asarray(alone.is_valid_B).tolist() == [True, True, False, False]
 
 
 def test_longer_padding_of_the_history_changes_no_bit(together: SampledTokens):

@@ -55,6 +55,17 @@ struct AttentionRow {
   float* out;     // [heads, key_size]
 };
 
+// What is known of some neighbouring values of a row of logits; lanes are those of simd.h.
+constexpr int64_t kSummaryRun = 512;
+constexpr int64_t kSummaryPiece = 16 * kSummaryRun;
+struct RowPiece {
+  float tops[8], poison[8];
+  // Two levels: a single sum over a vocabulary would lose four of seven digits.
+  float runs[kSummaryPiece / kSummaryRun][8];
+  int num_runs;
+  int32_t best;  // the first place of the row's highest value; -1 if it is not in this piece
+};
+
 struct Kernels {
   const char* name;
   void (*product)(Weights, const PanelProduct&);
@@ -74,9 +85,12 @@ struct Kernels {
   void (*weigh)(const float* outputs, const float* weights, int num_ranks, int64_t count,
                 float* out);
   void (*attention)(const AttentionRow&);
-  // The highest value of a row (infinity if there is a NaN), its first place, and
-  // log(sum of exp(value - highest)).
-  void (*summarize)(const float* row, int64_t count, float* top, int32_t* best, float* log_total);
+  // In this order: the highest value of a row (infinity if there is a NaN) and its first place,
+  // and log(sum of exp(value - highest)). Pieces are independent, and combined in their order.
+  void (*find_tops)(const float* row, int64_t first, int64_t count, RowPiece* piece);
+  float (*top_of)(const RowPiece* pieces, int64_t num_pieces);
+  void (*add_exponentials)(const float* values, int64_t count, float top, RowPiece* piece);
+  float (*log_total)(const RowPiece* pieces, int64_t num_pieces);
   // Gumbel noise of places first .. first + count - 1 under a threefry key; see sampling.py.
   void (*gumbel)(const uint32_t* key, uint32_t first, int64_t count, float* out);
 };

@@ -380,7 +380,8 @@ void weigh(const float* outputs, const float* weights, int num_ranks, int64_t co
 
 const Kernels* MILLIWAYS_KERNELS() {
   static const Kernels kernels = {MILLIWAYS_NAME, product, quantise, gelu_times, rms_norm,
-                                  gate,           rope,    weigh,    attention,  summarize, gumbel};
+                                  gate,           rope,    weigh,    attention,  find_tops, top_of,
+                                  add_exponentials, log_total, gumbel};
   return &kernels;
 }
 

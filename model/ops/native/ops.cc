@@ -380,11 +380,45 @@ void weigh(const float* outputs, const float* weights, int64_t num_rows, int num
   });
 }
 
+namespace {
+
+// The place of a row's highest value: that of the first piece that has one.
+int32_t first_of(const RowPiece* pieces, int64_t num_pieces) {
+  for (int64_t i = 0; i < num_pieces; i++) {
+    if (pieces[i].best >= 0) return static_cast<int32_t>(i * kSummaryPiece + pieces[i].best);
+  }
+  return 0;
+}
+
+}  // namespace
+
 void summarize_rows(const float* rows, int64_t num_rows, int64_t width, float* tops,
                     int32_t* best_ids, float* log_totals) {
-  each_row(num_rows, width, [&](int64_t i) {
-    kernels().summarize(rows + i * width, width, tops + i, best_ids + i, log_totals + i);
+  // A row is read in pieces, by all threads, even if it is the only one.
+  const int64_t num_pieces = (width + kSummaryPiece - 1) / kSummaryPiece;
+  const int num_tasks = static_cast<int>(num_rows * num_pieces);
+  thread_local std::vector<RowPiece> kept;
+  kept.resize(num_tasks);
+  RowPiece* const pieces = kept.data();
+  const auto each_piece = [&](const auto& body) {
+    run_tasks(num_tasks, [&](int task) {
+      const int64_t row = task / num_pieces, first = task % num_pieces * kSummaryPiece;
+      body(row, rows + row * width, first, std::min(kSummaryPiece, width - first), pieces[task]);
+    });
+  };
+  each_piece([](int64_t, const float* row, int64_t first, int64_t count, RowPiece& piece) {
+    kernels().find_tops(row, first, count, &piece);
   });
+  for (int64_t i = 0; i < num_rows; i++) {
+    tops[i] = kernels().top_of(pieces + i * num_pieces, num_pieces);
+  }
+  each_piece([&](int64_t i, const float* row, int64_t first, int64_t count, RowPiece& piece) {
+    kernels().add_exponentials(row + first, count, tops[i], &piece);
+  });
+  for (int64_t i = 0; i < num_rows; i++) {
+    best_ids[i] = first_of(pieces + i * num_pieces, num_pieces);
+    log_totals[i] = kernels().log_total(pieces + i * num_pieces, num_pieces);
+  }
 }
 
 void gumbel(const uint32_t* key, int64_t count, float* out) {

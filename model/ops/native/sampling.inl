@@ -4,34 +4,57 @@ MW_INLINE Words8 rotate_left(Words8 words, int count) {
   return words << count | words >> (32 - count);
 }
 
-void summarize(const float* row, int64_t count, float* top, int32_t* best, float* log_total) {
+void find_tops(const float* row, int64_t first, int64_t count, RowPiece* piece) {
   F8 tops = broadcast(row[0]), poison = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const F8 lanes = count - i >= kLanes ? load(row + i) : load_tail(row + i, count - i, row[0]);
+  for (int64_t i = first; i < first + count; i += kLanes) {
+    const F8 lanes = load_tail(row + i, first + count - i, row[0]);
     tops = larger(lanes, tops);
     // Every comparison with NaN is false, but a sum with NaN is NaN.
     poison = poison + (lanes != lanes ? lanes : F8{});
   }
-  *top = sum(poison) == 0.0f ? largest(tops) : HUGE_VALF;
-  // Two levels: a single sum over a vocabulary would lose four of seven digits.
-  constexpr int64_t kRun = 64 * kLanes;
-  F8 totals = {};
-  for (int64_t first = 0; first < count; first += kRun) {
-    F8 run = {};
-    for (int64_t i = first; i < count && i < first + kRun; i += kLanes) {
-      const F8 lanes = load_tail(row + i, count - i, -HUGE_VALF);
-      run = run + (lanes == -HUGE_VALF ? F8{} : exp(lanes - *top));
-    }
-    totals = totals + run;
+  store(piece->tops, tops);
+  store(piece->poison, poison);
+}
+
+float top_of(const RowPiece* pieces, int64_t num_pieces) {
+  F8 tops = load(pieces[0].tops), poison = load(pieces[0].poison);
+  for (int64_t i = 1; i < num_pieces; i++) {
+    tops = larger(load(pieces[i].tops), tops);
+    poison = poison + load(pieces[i].poison);
   }
-  *log_total = log(broadcast(sum(totals)))[0];
-  *best = 0;
+  return sum(poison) == 0.0f ? largest(tops) : HUGE_VALF;
+}
+
+int32_t first_place_of(const float* values, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) {
-    if (row[i] == *top) {
-      *best = static_cast<int32_t>(i);
-      break;
-    }
+    if (values[i] == value) return static_cast<int32_t>(i);
   }
+  return -1;
+}
+
+void add_exponentials(const float* values, int64_t count, float top, RowPiece* piece) {
+  piece->num_runs = 0;
+  F8 tops = broadcast(-HUGE_VALF);
+  for (int64_t first = 0; first < count; first += kSummaryRun) {
+    F8 run = {};
+    for (int64_t i = first; i < count && i < first + kSummaryRun; i += kLanes) {
+      const F8 lanes = load_tail(values + i, count - i, -HUGE_VALF);
+      run = run + (lanes == -HUGE_VALF ? F8{} : exp(lanes - top));
+      tops = larger(lanes, tops);
+    }
+    store(piece->runs[piece->num_runs++], run);
+  }
+  // Only the piece that holds the highest value is searched.
+  const bool is_here = largest(tops) == top;
+  piece->best = is_here ? first_place_of(values, count, top) : -1;
+}
+
+float log_total(const RowPiece* pieces, int64_t num_pieces) {
+  F8 totals = {};
+  for (int64_t i = 0; i < num_pieces; i++) {
+    for (int run = 0; run < pieces[i].num_runs; run++) totals = totals + load(pieces[i].runs[run]);
+  }
+  return log(broadcast(sum(totals)))[0];
 }
 
 // Threefry-2x32 with 20 rounds (Salmon et al., SC 2011) of the counters (0, place), with both words
