@@ -113,7 +113,7 @@ class HttpClient:
     def _request_rest(self, request: ChaosRequest, events: "_Events", timeout_s: float) -> None:
         connection = _connect(self._url, timeout_s)
         try:
-            headers = {"content-type": "application/json"}
+            headers = {"content-type": "application/json", "x-milliways-event-ids": "1"}
             if events.last_id:
                 headers["last-event-id"] = events.last_id
             body = json.dumps(request.http_body(self._model))

@@ -4,10 +4,11 @@ A stream is a function of its request, seed included, so the server stores nothi
 may return. The client sends the same body again, to any replica, with the request's id and with how
 much it has received:
 
-- HTTP: the header `Last-Event-ID`, which is the id of the last event received,
-  `<request id>/<counts>/<system_fingerprint>`. The counts say how many tokens of each choice the
-  client has received, with dots between. Choices run in parallel and interleave differently in each
-  run, so one total would not say which tokens were received.
+- HTTP: the header `Last-Event-ID`, which is the cursor of the last event received,
+  `<request id>/<counts>/<system_fingerprint>`. Events have cursors if the client asks for them. The
+  counts say how many tokens of each choice the client has received, with dots between. Choices run
+  in parallel and interleave differently in each run, so one total would not say which tokens were
+  received.
 - gRPC: `GenerateRequest.resume` with the count of each sample, the tokens themselves if the client
   kept them, and the number of prompt log-probabilities received. (Over HTTP these come with each
   choice's first token, so they need no count.)
@@ -25,6 +26,7 @@ receives the rest of another stream. Only a resume point that is impossible for 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from milliways.cluster.ingress.request_id import is_request_id
 from milliways.model.errors import InvalidRequestError
@@ -32,12 +34,21 @@ from milliways.router.requests.request import GenerationRequest
 from milliways.wire.status_codes import Verbatim, abridged
 
 LAST_EVENT_ID = "Last-Event-ID"
+EVENT_IDS = "X-Milliways-Event-Ids"
 # The end of the usage event's id; that event follows the last token.
 _USAGE = "/usage"
 _BODY = re.compile(
     r"(?P<request_id>[^/]+)/(?P<counts>\d{1,9}(?:\.\d{1,9})*)(?:/(?P<fingerprint>fp_[0-9a-f]{12}))?",
     re.ASCII,
 )
+
+
+class CursorForm(Enum):
+    """How the events of a stream say what was received; the values are those of the header."""
+
+    NONE = "0"
+    LINE = "1"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +101,21 @@ class ResumePoint:
         """Raises InvalidRequestError: the client counts more tokens than a choice has."""
         number = Verbatim(f"{count} tokens of a choice")
         raise InvalidRequestError(self.field, number, f"at most the {most} that it has")
+
+
+def cursor_form(header: str | None, *, resumes: bool) -> CursorForm:
+    """What the header `EVENT_IDS` asks for. A client that resumes knows lines `id:`.
+
+    Raises:
+        InvalidRequestError: the header has another value.
+    """
+    if header is None:
+        return CursorForm.LINE if resumes else CursorForm.NONE
+    try:
+        return CursorForm(header.strip().lower())
+    except ValueError:
+        limit = f"one of {', '.join(form.value for form in CursorForm)}"
+        raise InvalidRequestError(EVENT_IDS, abridged(header), limit) from None
 
 
 def event_id(

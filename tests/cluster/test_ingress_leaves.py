@@ -105,7 +105,9 @@ class Traffic:
             "ignore_eos": True,
             "stream": True,
         }
-        headers = {"Last-Event-ID": cursor} if cursor else {}
+        headers = {"X-Milliways-Event-Ids": "1"}
+        if cursor:
+            headers["Last-Event-ID"] = cursor
         url = f"{self.cluster.url}/v1/completions"
         async with (
             httpx.AsyncClient(timeout=TIMEOUT_S) as client,

@@ -75,7 +75,7 @@ def test_slow_client_slows_its_own_request_and_no_other(model: ServedModel) -> N
         quick = {"model": "demo", "prompt": "A", "max_tokens": 1, "stream": True}
         started_s = time.monotonic()
         with httpx.stream("POST", f"{url}/v1/completions", json=quick) as response:
-            assert next(response.iter_lines()).startswith("id: ")
+            assert next(response.iter_lines()).startswith("data: ")
         assert time.monotonic() - started_s < 10
         # A million tokens are wanted, but the socket is full, so the source has stopped.
         wait_until(lambda: ingress.num_ongoing == 1)

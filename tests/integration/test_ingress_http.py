@@ -68,7 +68,8 @@ def test_stream_gives_the_text_of_the_whole_answer(model: ServedModel) -> None:
 
 
 def test_every_event_says_how_many_tokens_came_with_it(model: ServedModel) -> None:
-    response = post(CountingSource(), model, COMPLETIONS, json=body(stream=True))
+    headers = {"x-milliways-event-ids": "1"}
+    response = post(CountingSource(), model, COMPLETIONS, json=body(stream=True), headers=headers)
     ids = [line for line in response.text.split("\n") if line.startswith("id: ")]
     name = json.loads(response.text.split("data: ")[1].split("\n")[0])["id"].removeprefix("cmpl-")
     assert ids == [f"id: {name}/{n}/{model.fingerprint}" for n in (1, 2, 3)]

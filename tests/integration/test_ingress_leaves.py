@@ -60,7 +60,8 @@ class Side:
 
     async def complete(self, **headers: str) -> httpx.Response:
         asked = body(stream=True, max_tokens=NUM_TOKENS, seed=1)
-        return await self.http.post(COMPLETIONS, json=asked, headers=headers)
+        with_ids = {"X-Milliways-Event-Ids": "1"} | headers
+        return await self.http.post(COMPLETIONS, json=asked, headers=with_ids)
 
     async def close(self) -> None:
         if self.server is not None:

@@ -62,7 +62,9 @@ def sse_events(text: str) -> list[SseEvent]:
 async def streamed(
     client: httpx.AsyncClient, path: str, ask: Any, last_id: str = ""
 ) -> list[SseEvent]:
-    headers = {"Last-Event-ID": last_id} if last_id else {}
+    headers = {"X-Milliways-Event-Ids": "1"}
+    if last_id:
+        headers["Last-Event-ID"] = last_id
     response = await client.post(path, json=ask, headers=headers)
     assert response.status_code == 200, response.text
     return sse_events(response.text)
@@ -157,7 +159,8 @@ def zero_of(event_id: str) -> str:
 async def cut_off(client: httpx.AsyncClient, url: str, ask: Any, num_events: int) -> list[SseEvent]:
     """Reads the first events of a stream, then closes its connection."""
     text = ""
-    async with client.stream("POST", url, json=ask) as response:
+    headers = {"X-Milliways-Event-Ids": "1"}
+    async with client.stream("POST", url, json=ask, headers=headers) as response:
         async for piece in response.aiter_text():
             text += piece
             if text.count("\n\n") >= num_events:

@@ -169,7 +169,8 @@ def test_stream_goes_on_behind_any_event(
     source = CountingSource()
 
     async def scenario(client: httpx.AsyncClient, _: Ingress) -> None:
-        whole = sse_events((await client.post(COMPLETIONS, json=ask)).text)
+        with_ids = {"X-Milliways-Event-Ids": "1"}
+        whole = sse_events((await client.post(COMPLETIONS, json=ask, headers=with_ids)).text)
         for num_received in range(1, len(whole)):
             headers = {"Last-Event-ID": whole[num_received - 1][0]}
             rest = await client.post(COMPLETIONS, json=ask, headers=headers)

@@ -7,6 +7,7 @@
 - `app` builds the application with /health, /ready and /metrics; `routes` answers /v1/....
 - `requests` parses bodies, and `fields` decides on fields of OpenAI's that we do not have.
 - `responses` makes response objects and chunks; `errors` makes error objects.
+- `streaming` sends an answer as server-sent events.
 - `exchange` reads a body and runs the handler until it ends or the client leaves.
 
 Invariant: every error has OpenAI's shape. Once a stream has begun, an error is its last event

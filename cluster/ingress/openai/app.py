@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.openai.errors import error_response, http_status
-from milliways.cluster.ingress.openai.exchange import CLIENT_GONE
+from milliways.cluster.ingress.openai.exchange import CLIENT_GONE, Pace
 from milliways.cluster.ingress.openai.routes import openai_routes
 from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
 from milliways.cluster.ingress.request_id import new_request_id
@@ -33,8 +33,11 @@ def make_http_app(
     worker_metrics: MetricsText | None = None,
     *,
     echoes_request_id: bool = True,
+    pace: Pace | None = None,
 ) -> FastAPI:
     """Builds the application of one ingress. /metrics appends what `worker_metrics` returns.
+
+    `pace` is that of streams which have nothing to send.
 
     Set `echoes_request_id` to False behind a proxy that adds x-request-id to responses itself, as
     Ray Serve does.
@@ -42,7 +45,7 @@ def make_http_app(
     app = FastAPI(
         title="Milliways", docs_url=None, redoc_url=None, redirect_slashes=False, version="1"
     )
-    app.include_router(openai_routes(ingress))
+    app.include_router(openai_routes(ingress, pace or Pace()))
     _add_operations(app, ingress, worker_metrics)
     for kind in (HTTPException, InvalidRequestError, ClusterError):
         app.add_exception_handler(kind, _answer_error)

@@ -5,7 +5,10 @@ computing and sending are then one task, so that one cancellation stops them all
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -20,6 +23,18 @@ CLIENT_GONE = "499"
 Handler = Callable[[bytes, "Sender"], Awaitable[None]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a stream sends while it has nothing to say.
+
+    `headers_after_s`: status and headers do not wait longer for the first event. Refusals come
+    sooner than that, and so have a status of their own. `quiet_s`: the longest silence after that.
+    """
+
+    headers_after_s: float = 1.0
+    quiet_s: float = 15.0
+
+
 class Sender:
     """Sends one whole response, or a stream of server-sent events in pieces.
 
@@ -30,6 +45,9 @@ class Sender:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = (scope, receive, send)
         self.has_begun = False
+        self._sent_at_s = 0.0
+        # Two tasks send: one the events, one the lines between them.
+        self._sending = asyncio.Lock()
 
     async def respond(self, response: Response) -> None:
         """Sends a whole response."""
@@ -56,8 +74,32 @@ class Sender:
         """Ends the body."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    @asynccontextmanager
+    async def kept_awake(self, line: str, pace: Pace) -> AsyncGenerator[None]:
+        """Inside this block, a stream begins soon, and sends `line` when it is long silent."""
+        task = asyncio.create_task(self._keep_awake(line, pace))
+        try:
+            yield
+        finally:
+            # Not awaited: once the last piece is sent, the client may be gone, and a handler that
+            # still runs then counts as cancelled.
+            task.cancel()
+
+    async def _keep_awake(self, line: str, pace: Pace) -> None:
+        await asyncio.sleep(pace.headers_after_s)
+        if not self.has_begun:
+            await self.begin_events()
+        while True:
+            left_s = self._sent_at_s + pace.quiet_s - time.monotonic()
+            if left_s <= 0:
+                await self.send_piece(line)
+            else:
+                await asyncio.sleep(left_s)
+
     async def _send(self, message: dict[str, object]) -> None:
-        await self._connection[2](message)
+        async with self._sending:
+            await self._connection[2](message)
+            self._sent_at_s = time.monotonic()
 
 
 class Exchange(Response):
