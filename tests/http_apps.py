@@ -22,7 +22,7 @@ def run(
     scenario: Callable[[httpx.AsyncClient, Ingress], Awaitable[Any]],
     source: CountingSource,
     model: ServedModel,
-    **settings: int,
+    **settings: Any,
 ) -> Any:
     """Runs a scenario against an app in this process; no request may run after it."""
 

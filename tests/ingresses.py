@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -24,7 +25,7 @@ def demo_model() -> ServedModel:
     return load_served_model(ModelSettings())
 
 
-def make_ingress(source: TokenSource, model: ServedModel, **settings: int) -> Ingress:
+def make_ingress(source: TokenSource, model: ServedModel, **settings: Any) -> Ingress:
     return Ingress(model, source, IngressSettings(**settings))
 
 

@@ -30,7 +30,7 @@ from milliways.wire.errors import ConfigError
 TEMPLATE_FILE = "chat_template.json"
 AUTO = "auto"
 PLAIN = "plain"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool", "function")
 # OpenAI's newer name for the system role.
 _ALIASES = {"developer": "system"}
 _MAX_FILE_BYTES = 1 << 20

@@ -224,6 +224,12 @@ class IngressSettings:
         256, "Running requests of a replica; more are refused.", least=1, most=10**6
     )
     max_body_bytes: int = setting(4 << 20, "Bytes of a request.", least=1024, most=1 << 30)
+    unknown_fields: str = setting(
+        "ignore",
+        "Fields of an HTTP request that nobody knows: ignore names them in a header of the"
+        " response; refuse answers 400.",
+        one_of=("ignore", "refuse"),
+    )
     hedge_after_s_min: float = setting(
         0.1,
         "If a router is silent for several times its recent longest silence, its requests go to a"

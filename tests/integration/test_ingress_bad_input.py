@@ -52,7 +52,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("temperature", {"temperature": True}),
     ("top_p", {"top_p": 0}),
     ("top_p", {"top_p": 1.5}),
-    ("top_k", {"top_k": -1}),
+    ("top_k", {"top_k": -2}),
+    ("top_k", {"top_k": -1.0}),
     ("min_p", {"min_p": 2}),
     ("repetition_penalty", {"repetition_penalty": 0}),
     ("presence_penalty", {"presence_penalty": 3}),
@@ -72,13 +73,11 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("echo", {"echo": 1}),
     ("stream", {"stream": "yes"}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
-    ("stream_options.x", {"stream": True, "stream_options": {"x": 1}}),
+    ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
     ("ignore_eos", {"ignore_eos": 0}),
     ("suffix", {"suffix": "the end"}),
     ("messages", {"messages": []}),
-    ("no_such_field", {"no_such_field": 1}),
     ("model", {"model": 5}),
-    ("model", {"model": None}),
 ]
 
 
@@ -106,12 +105,14 @@ MESSAGE = {"role": "user", "content": "hi"}
         ("messages", {"messages": []}),
         ("messages", {"messages": "hi"}),
         ("messages.0", {"messages": ["hi"]}),
-        ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("messages.0.role", {"messages": [{"role": "poet", "content": "x"}]}),
         ("messages.0.role", {"messages": [{"content": "x"}]}),
         ("messages.0.content", {"messages": [{"role": "user"}]}),
         ("messages.0.content", {"messages": [{"role": "user", "content": None}]}),
         ("messages.1.content", {"messages": [MESSAGE, {"role": "user", "content": 5}]}),
-        ("messages.0.tool_calls", {"messages": [MESSAGE | {"tool_calls": [{}]}]}),
+        ("messages.0.tool_calls.0", {"messages": [MESSAGE | {"tool_calls": [5]}]}),
+        ("messages[].audio", {"messages": [MESSAGE | {"audio": {"id": "x"}}]}),
+        ("messages[].prefix", {"messages": [MESSAGE | {"prefix": True}]}),
         (
             "messages.0.content.0.type",
             {"messages": [MESSAGE | {"content": [{"type": "image_url"}]}]},
@@ -125,7 +126,7 @@ MESSAGE = {"role": "user", "content": "hi"}
         ("top_logprobs", {"top_logprobs": 5}),
         ("top_logprobs", {"top_logprobs": 21, "logprobs": True}),
         ("max_completion_tokens", {"max_completion_tokens": 0}),
-        ("prompt", {"prompt": "hi"}),
+        ("echo", {"echo": True}),
     ],
 )
 def test_bad_chat_field_is_refused_by_name(

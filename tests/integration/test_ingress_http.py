@@ -298,3 +298,20 @@ def test_proxy_may_name_requests_and_workers_add_metrics(model: ServedModel) -> 
     assert "milliways_ongoing_requests 0.0\nothers_total 5\n" in answer.text
     assert "x-request-id" not in answer.headers
     assert "milliways_ongoing_requests 0.0" in asyncio.run(ask(broken)).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_response_names_the_fields_that_were_ignored(model: ServedModel, stream: bool) -> None:
+    fields = {"no_such": 1, "user": "me", "stream": stream}
+    response = post(CountingSource(), model, COMPLETIONS, json=body(**fields))
+    assert response.headers["x-milliways-ignored-fields"] == "no_such"
+    plain = post(CountingSource(), model, COMPLETIONS, json=body(stream=stream))
+    assert "x-milliways-ignored-fields" not in plain.headers
+
+
+def test_unknown_fields_are_refused_where_the_settings_say_so(model: ServedModel) -> None:
+    async def ask(client: httpx.AsyncClient, _: Ingress) -> httpx.Response:
+        return await client.post(COMPLETIONS, json=body(no_such=1))
+
+    response = run(ask, CountingSource(), model, unknown_fields="refuse")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "no_such")

@@ -10,10 +10,7 @@ import pytest
 from milliways.cluster.ingress import readiness as readiness_module
 from milliways.cluster.ingress.ingress import ChoiceEvent, merged
 from milliways.cluster.ingress.metrics import IngressMetrics
-from milliways.cluster.ingress.openai.fields import IGNORED, REFUSED, drop_foreign_fields
-from milliways.cluster.ingress.openai.requests import (
-    ChatBody,
-    CompletionBody,
+from milliways.cluster.ingress.openai.values import (
     parse_content,
     parse_logit_bias,
     parse_prompts,
@@ -169,17 +166,6 @@ def test_times_are_measured_for_each_request_and_sample() -> None:
     assert value("time_per_output_token_seconds_sum") == 2.0
     assert metrics.registry.get_sample_value("milliways_tokens_total", {"kind": "prompt"}) == 3
     assert metrics.registry.get_sample_value("milliways_tokens_total", {"kind": "completion"}) == 6
-
-
-def test_foreign_fields_are_dropped_or_refused() -> None:
-    fields = dict.fromkeys([*IGNORED, *REFUSED]) | {"prompt": "x"}
-    assert drop_foreign_fields(fields) == {"prompt": "x"}
-    for name in REFUSED:
-        with pytest.raises(InvalidRequestError) as caught:
-            drop_foreign_fields({name: {"anything": 1}})
-        assert caught.value.field == name
-    ours = {*CompletionBody.model_fields, *ChatBody.model_fields}
-    assert not ours & (IGNORED | set(REFUSED))
 
 
 @pytest.mark.parametrize(

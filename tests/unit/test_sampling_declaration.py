@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from milliways.cluster.cli.commands import generate
-from milliways.cluster.ingress.openai.requests import ChatBody, CompletionBody, completion_ask
+from milliways.cluster.ingress.openai.bodies import ChatBody, CompletionBody
+from milliways.cluster.ingress.openai.fields import OTHER_NAMES
+from milliways.cluster.ingress.openai.requests import completion_ask
 from milliways.cluster.ingress.public_grpc.service import read_ask
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
@@ -100,6 +102,8 @@ def test_next_number_beyond_a_bound_is_refused_by_name(
 ) -> None:
     for bound, step in ((parameter.least, -1), (parameter.most, 1)):
         value = value_of(parameter, next_number(parameter, bound, step))
+        if ask is over_http and value in list(OTHER_NAMES.get(parameter.name, {})):
+            continue
         if ask is over_grpc and parameter.kind is int and step < 0:
             with pytest.raises(ValueError, match="out of range"):
                 sampling_pb2.SamplingParams(**{parameter.name: value})

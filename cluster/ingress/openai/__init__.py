@@ -5,7 +5,8 @@
     app = make_http_app(ingress)  # an Ingress; uvicorn.run(app, port=8000) serves it
 
 - `app` builds the application with /health, /ready and /metrics; `routes` answers /v1/....
-- `requests` parses bodies, and `fields` decides on fields of OpenAI's that we do not have.
+- `bodies` reads bodies, `values` parses fields of several types, `requests` makes requests of them.
+- `fields` has the tables of what other servers' clients send besides.
 - `responses` makes response objects and chunks; `errors` makes error objects.
 - `streaming` sends an answer as server-sent events.
 - `exchange` reads a body and runs the handler until it ends or the client leaves.

@@ -45,6 +45,8 @@ class Sender:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = (scope, receive, send)
         self.has_begun = False
+        # More headers of the response, if it is not an error.
+        self.headers: dict[str, str] = {}
         self._sent_at_s = 0.0
         # Two tasks send: one the events, one the lines between them.
         self._sending = asyncio.Lock()
@@ -52,6 +54,7 @@ class Sender:
     async def respond(self, response: Response) -> None:
         """Sends a whole response."""
         self.has_begun = True
+        response.headers.update(self.headers)
         await response(*self._connection)
 
     async def begin_events(self) -> None:
@@ -59,7 +62,7 @@ class Sender:
         self.has_begun = True
         head = Response(
             media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | self.headers,
         )
         # A stream's length is not known when it begins.
         headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]

@@ -1,115 +1,39 @@
-"""Reads bodies of OpenAI's API as requests. Checks types first, then values, then the model.
+"""Turns bodies of OpenAI's API into requests. Checks types first, then values, then the model."""
 
-Types are strict: "5" and true are not numbers. pydantic checks fields of one type. Fields that may
-have several types (`prompt`, `stop`, `content`) are parsed by hand, so that an error names the one
-place that is wrong, instead of all types that would have been right.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar, cast
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
-from pydantic_core import ErrorDetails, from_json
+from typing import Any
 
 from milliways.cluster.ingress.chat_template import ChatMessage
-from milliways.cluster.ingress.openai.fields import drop_foreign_fields
+from milliways.cluster.ingress.openai.bodies import (
+    ChatBody,
+    CommonBody,
+    CompletionBody,
+    MessageBody,
+    read_body,
+)
+from milliways.cluster.ingress.openai.values import (
+    check_range,
+    parse_content,
+    parse_logit_bias,
+    parse_prompts,
+    parse_stop,
+)
 from milliways.cluster.ingress.request_id import seed_of
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.detokenizer import text_offsets
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import MAX_LOGPROBS, PARAMETERS, SamplingParams
 from milliways.router.requests.request import MAX_SAMPLES, GenerationRequest
-from milliways.wire.status_codes import Verbatim, abridged
+from milliways.wire.status_codes import Verbatim
 
 DEFAULT_MAX_TOKENS = 16
-MAX_PROMPTS = 64
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
 # Log-probabilities of prompts, in all choices of an answer together: some 30 MB of JSON.
 MAX_ECHOED_LOGPROBS = 1 << 20
-
-
-class StreamOptions(BaseModel):
-    """`stream_options`."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    include_usage: bool | None = None
-    # Asks for padding that hides the length of tokens on encrypted streams. Changes no token.
-    include_obfuscation: bool | None = None
-
-
-AnyBody = TypeVar("AnyBody", bound="CommonBody")
-
-
-def with_sampling_fields(kind: type[AnyBody]) -> type[AnyBody]:
-    """The body with a field for each sampling parameter that has an option of its own."""
-    fields: dict[str, Any] = {}
-    for parameter in PARAMETERS:
-        if parameter.has_own_option:
-            # For the schema only: SamplingParams checks the bounds.
-            schema: dict[str, Any] = {"minimum": parameter.least, "maximum": parameter.most}
-            json_type = parameter.kind
-            if json_type not in (float, int):
-                # Keys of a JSON object are strings.
-                json_type = dict[str, float]
-                schema = {"additionalProperties": {"type": "number"} | schema}
-            declared = Field(None, description=parameter.meaning, json_schema_extra=schema)
-            fields[parameter.name] = (json_type | None, declared)
-    return create_model(
-        kind.__name__, __base__=kind, __doc__=kind.__doc__, __module__=__name__, **fields
-    )
-
-
-@with_sampling_fields
-class CommonBody(BaseModel):
-    """The fields that completions and chat share. Null means left out, as in OpenAI's API."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    model: str
-    max_tokens: int | None = None
-    n: int | None = None
-    best_of: int | None = None
-    stop: Any = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    # Not in OpenAI's API: each choice also lists the ids of its tokens.
-    return_token_ids: bool | None = None
-
-
-class CompletionBody(CommonBody):
-    """POST /v1/completions."""
-
-    prompt: Any
-    logprobs: int | None = None
-    echo: bool | None = None
-
-
-class MessageBody(BaseModel):
-    """One message of a conversation. Fields that only answers have may be null."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    name: str | None = None
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
-    annotations: list[Any] | None = None
-
-
-class ChatBody(CommonBody):
-    """POST /v1/chat/completions."""
-
-    messages: list[MessageBody]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
+# Who may send a message without text: the others have nothing else.
+_MAY_BE_EMPTY = ("assistant", "tool", "function")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +52,8 @@ class Ask:
     wants_token_ids: bool
     stream: bool
     include_usage: bool
+    # Fields of the body that nobody knows.
+    ignored_fields: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int:
@@ -143,21 +69,26 @@ class Ask:
         return sum(len(request.prompt_ids) for request in self.requests)
 
 
-def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
+def completion_ask(
+    raw: bytes, model: ServedModel, request_id: str, *, refuses_unknown: bool = False
+) -> Ask:
     """Reads the body of a completion. Long prompts take long: do not call it in the event loop.
+
+    `refuses_unknown` says what is done with a field that nobody knows.
 
     Raises:
         InvalidRequestError: a field is invalid; the error names it, its value and limit.
         UnknownModelError: another model is meant.
     """
-    body = _validated(CompletionBody, _object(raw), model)
-    _check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    body, ignored = read_body(CompletionBody, raw, model, refuses_unknown=refuses_unknown)
+    check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     prompts = parse_prompts(body.prompt)
     prompt_ids = [model.encode(p) if isinstance(p, str) else p for p in prompts]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     echoes = [p if isinstance(p, str) else model.echo(_known(p, model)) for p in prompts]
     ask = _ask(
         body,
+        ignored,
         model,
         request_id,
         prompt_ids,
@@ -173,33 +104,33 @@ def completion_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
     return replace(ask, echo_offsets=tuple(_echo_offsets(ask, model)))
 
 
-def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
-    """Reads the body of a chat completion. Do not call it in the event loop either.
+def chat_ask(
+    raw: bytes, model: ServedModel, request_id: str, *, refuses_unknown: bool = False
+) -> Ask:
+    """Reads the body of a chat completion, as `completion_ask` does.
 
     Raises:
         InvalidRequestError: a field is invalid; the error names it, its value and limit.
         UnknownModelError: another model is meant.
     """
-    body = _validated(ChatBody, _object(raw), model)
-    _check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    body, ignored = read_body(ChatBody, raw, model, refuses_unknown=refuses_unknown)
+    check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs", body.top_logprobs, "left out without logprobs")
     if not 0 < len(body.messages) <= MAX_MESSAGES:
         limit = f"1 to {MAX_MESSAGES} messages"
         raise InvalidRequestError("messages", Verbatim(f"{len(body.messages)} of them"), limit)
-    messages = [
-        ChatMessage(message.role, parse_content(f"messages.{i}.content", message.content))
-        for i, message in enumerate(body.messages)
-    ]
+    messages = [_message(i, message) for i, message in enumerate(body.messages)]
     prompt_ids = model.encode(model.chat_template.render(messages))
     max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:
         max_tokens = body.max_completion_tokens
-        _check_range("max_completion_tokens", max_tokens, 1, None)
+        check_range("max_completion_tokens", max_tokens, 1, None)
     if max_tokens is None:
         max_tokens = max(1, model.config.sequence_len - len(prompt_ids))
     return _ask(
         body,
+        ignored,
         model,
         request_id,
         [prompt_ids],
@@ -213,6 +144,7 @@ def chat_ask(raw: bytes, model: ServedModel, request_id: str) -> Ask:
 
 def _ask(
     body: CommonBody,
+    ignored_fields: tuple[str, ...],
     model: ServedModel,
     request_id: str,
     prompts: Sequence[tuple[int, ...]],
@@ -249,7 +181,17 @@ def _ask(
         wants_token_ids=body.return_token_ids or False,
         stream=body.stream or False,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        ignored_fields=ignored_fields,
     )
+
+
+def _message(index: int, body: MessageBody) -> ChatMessage:
+    name = f"messages.{index}.content"
+    if body.content is None and body.role in _MAY_BE_EMPTY:
+        return ChatMessage(body.role, "")
+    if "content" not in body.model_fields_set:
+        raise InvalidRequestError(name, Verbatim("(absent)"), "given")
+    return ChatMessage(body.role, parse_content(name, body.content))
 
 
 def _check_echo(ask: Ask, num_logprobs: int) -> None:
@@ -269,7 +211,7 @@ def _echo_offsets(ask: Ask, model: ServedModel) -> Iterator[tuple[int, ...]]:
 
 def _num_samples(body: CommonBody, num_prompts: int) -> int:
     num_samples = 1 if body.n is None else body.n
-    _check_range("n", num_samples, 1, min(MAX_SAMPLES, MAX_CHOICES // num_prompts))
+    check_range("n", num_samples, 1, min(MAX_SAMPLES, MAX_CHOICES // num_prompts))
     if body.best_of is not None and body.best_of != num_samples:
         raise InvalidRequestError("best_of", body.best_of, f"n = {num_samples}, or left out")
     return num_samples
@@ -286,137 +228,7 @@ def _sampling(body: CommonBody, num_logprobs: int, own_seed: int) -> SamplingPar
     return SamplingParams(**fields)
 
 
-def parse_prompts(value: object) -> list[str | tuple[int, ...]]:
-    """The prompts of a completion: a text, a list of token ids, or a list of either.
-
-    Raises:
-        InvalidRequestError: an item is invalid; the error names its place in the list.
-    """
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise InvalidRequestError("prompt", abridged(value), "a string or a list")
-    items = cast(list[object], value)
-    if items and type(items[0]) is int:
-        return [_token_ids("prompt", items)]
-    if not 0 < len(items) <= MAX_PROMPTS:
-        number = Verbatim(f"{len(items)} prompts")
-        raise InvalidRequestError("prompt", number, f"1 to {MAX_PROMPTS} prompts")
-    if isinstance(items[0], str):
-        return [_text(f"prompt.{i}", item) for i, item in enumerate(items)]
-    return [_token_ids(f"prompt.{i}", item) for i, item in enumerate(items)]
-
-
-def parse_stop(value: object) -> tuple[str, ...]:
-    """Stop strings, given as none, one, or a list. The request checks their number and length."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list):
-        raise InvalidRequestError("stop", abridged(value), "a string or a list of strings")
-    items = cast(list[object], value)
-    return tuple(_text(f"stop.{i}", item) for i, item in enumerate(items))
-
-
-def parse_content(name: str, value: object) -> str:
-    """A message's text, given as a string or as a list of text parts."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise InvalidRequestError(name, abridged(value), "a string or a list of text parts")
-    parts = cast(list[object], value)
-    return "".join(_part_text(f"{name}.{i}", part) for i, part in enumerate(parts))
-
-
-def parse_logit_bias(value: Mapping[str, float]) -> dict[int, float]:
-    """Biases by token id. In JSON, the token ids are strings."""
-    biases: dict[int, float] = {}
-    for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
-            raise InvalidRequestError("logit_bias", abridged(key), "keyed by token ids")
-        biases[int(key)] = bias
-    return biases
-
-
-def _part_text(name: str, part: object) -> str:
-    if not isinstance(part, dict):
-        raise InvalidRequestError(name, abridged(part), "an object")
-    fields = cast(dict[str, object], part)
-    if fields.get("type") != "text":
-        raise InvalidRequestError(f"{name}.type", abridged(fields.get("type")), "'text'")
-    return _text(f"{name}.text", fields.get("text"))
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequestError(name, abridged(value), "a string")
-    return value
-
-
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise InvalidRequestError(name, abridged(value), "a list of token ids")
-    items = cast(list[object], value)
-    for i, item in enumerate(items):
-        if type(item) is not int:
-            raise InvalidRequestError(f"{name}.{i}", abridged(item), "a token id")
-    return tuple(cast(list[int], items))
-
-
 def _known(token_ids: tuple[int, ...], model: ServedModel) -> tuple[int, ...]:
     """Token ids inside the vocabulary. The request refuses the others later, by name."""
     vocab_size = model.config.vocab_size
     return tuple(token_id for token_id in token_ids if 0 <= token_id < vocab_size)
-
-
-def _check_range(name: str, value: int | None, least: int, most: int | None) -> None:
-    if value is None or (least <= value and (most is None or value <= most)):
-        return
-    limit = f"at least {least}" if most is None else f"between {least} and {most}"
-    raise InvalidRequestError(name, value, limit)
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    """The body as an object. The parser itself limits nesting and the length of numbers."""
-    try:
-        body = from_json(raw, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequestError("body", Verbatim("malformed"), f"JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise InvalidRequestError("body", abridged(body), "a JSON object")
-    return cast(dict[str, Any], body)
-
-
-def _validated(kind: type[AnyBody], fields: dict[str, Any], model: ServedModel) -> AnyBody:
-    name = fields.get("model")
-    if isinstance(name, str):
-        # First, because the limits of other fields depend on the model.
-        model.check_name(name)
-    try:
-        return kind.model_validate(drop_foreign_fields(fields))
-    except ValidationError as error:
-        raise _named(error.errors(include_url=False, include_context=False)[0]) from None
-
-
-_LIMITS = {
-    "missing": "given",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "none_required": "left out: it is not supported",
-    "extra_forbidden": "left out: there is no such field",
-}
-
-
-def _named(fault: ErrorDetails) -> InvalidRequestError:
-    """pydantic's error as one of ours."""
-    name = ".".join(map(str, fault["loc"]))
-    kind = fault["type"]
-    value = Verbatim("(absent)") if kind == "missing" else abridged(fault["input"])
-    limit = _LIMITS.get(kind, fault["msg"].removeprefix("Input should be "))
-    return InvalidRequestError(name if len(name) < 100 else abridged(name), value, limit)

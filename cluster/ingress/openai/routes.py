@@ -1,21 +1,17 @@
 """The routes of OpenAI's API: /v1/completions, /v1/chat/completions and /v1/models."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from milliways.cluster.ingress.ingress import Ingress, IngressEvent, PromptEvent, off_loop
+from milliways.cluster.ingress.openai.bodies import ChatBody, CompletionBody
 from milliways.cluster.ingress.openai.exchange import CLIENT_GONE, Exchange, Pace, Sender
-from milliways.cluster.ingress.openai.requests import (
-    Ask,
-    ChatBody,
-    CompletionBody,
-    chat_ask,
-    completion_ask,
-)
+from milliways.cluster.ingress.openai.fields import ignored_fields_header
+from milliways.cluster.ingress.openai.requests import Ask, chat_ask, completion_ask
 from milliways.cluster.ingress.openai.responses import (
     Answer,
     ChatAnswer,
@@ -35,7 +31,13 @@ from milliways.cluster.ingress.resume import (
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
 
-ReadAsk = Callable[[bytes, ServedModel, str], Ask]
+
+class ReadAsk(Protocol):
+    """`completion_ask` or `chat_ask`."""
+
+    def __call__(
+        self, raw: bytes, model: ServedModel, request_id: str, *, refuses_unknown: bool
+    ) -> Ask: ...
 
 
 def openai_routes(ingress: Ingress, pace: Pace) -> APIRouter:
@@ -74,13 +76,18 @@ def _exchange(
 ) -> Exchange:
     outcome = outcome_of(request.scope)
     last_event_id = request.headers.get(LAST_EVENT_ID)
+    refuses_unknown = ingress.settings.unknown_fields == "refuse"
 
     async def handle(body: bytes, sender: Sender) -> None:
         with ingress.admit():
             form = cursor_form(request.headers.get(EVENT_IDS), resumes=last_event_id is not None)
             resume = None if last_event_id is None else parse_event_id(last_event_id)
             request_id = resume.request_id if resume else new_request_id()
-            ask = await off_loop(lambda: read_ask(body, ingress.model, request_id), len(body))
+            ask = await off_loop(
+                lambda: read_ask(body, ingress.model, request_id, refuses_unknown=refuses_unknown),
+                len(body),
+            )
+            sender.headers |= ignored_fields_header(ask.ignored_fields)
             outcome.model = ingress.model.name
             _check_resume(resume, ask, ingress.model)
             answer = make_answer(ask, ingress.model, request_id)
