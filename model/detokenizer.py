@@ -36,10 +36,33 @@ class IncrementalDetokenizer:
     if the first "▁" were not dropped.
     """
 
-    __slots__ = ("_is_first", "_tokenizer", "_unfinished")
+    __slots__ = (
+        "_follows_special",
+        "_is_first",
+        "_shows_special",
+        "_spaces_special",
+        "_tokenizer",
+        "_unfinished",
+    )
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        shows_special: bool = False,
+        spaces_special: bool = True,
+    ) -> None:
+        """With `shows_special`, control pieces have their names as text.
+
+        The text between two of them is then a text of its own, without its first space; with
+        `spaces_special`, spaces are between it and them.
+        """
         self._tokenizer = tokenizer
+        self._shows_special = shows_special
+        self._spaces_special = spaces_special
+        # Whether the last text was that of a control piece.
+        self._follows_special = False
         self._unfinished = b""
         before = islice(reversed(prompt_ids), _MAX_UNFINISHED, None)
         # A byte before the last three has become text: alone, or as part of a character.
@@ -50,8 +73,14 @@ class IncrementalDetokenizer:
 
     def copy(self) -> "IncrementalDetokenizer":
         """Another one in the same state, for another sample of a prompt."""
-        other = IncrementalDetokenizer(self._tokenizer, ())
+        other = IncrementalDetokenizer(
+            self._tokenizer,
+            (),
+            shows_special=self._shows_special,
+            spaces_special=self._spaces_special,
+        )
         other._unfinished, other._is_first = self._unfinished, self._is_first
+        other._follows_special = self._follows_special
         return other
 
     def push(self, token_id: int) -> str:
@@ -60,6 +89,13 @@ class IncrementalDetokenizer:
         Raises:
             InvalidRequestError: the id is outside the vocabulary; the state has not changed.
         """
+        if not self._shows_special:
+            return self._push(token_id)
+        if self._tokenizer.is_control(token_id):
+            return self._push_special(token_id)
+        return self._spaced(self._push(token_id))
+
+    def _push(self, token_id: int) -> str:
         byte = self._tokenizer.byte_of(token_id)
         if byte is not None:
             text = self._push_byte(byte)
@@ -78,6 +114,20 @@ class IncrementalDetokenizer:
         self._unfinished = b""
         self._is_first = self._is_first and not text
         return text
+
+    def _push_special(self, token_id: int) -> str:
+        broken = self._spaced(self.flush())
+        has_text_before = not self._is_first or self._follows_special
+        space = " " if self._spaces_special and has_text_before else ""
+        self._is_first = self._follows_special = True
+        return broken + space + self._tokenizer.name_of(token_id)
+
+    def _spaced(self, text: str) -> str:
+        """The text, with a space before it if it is the first after a control piece."""
+        if not text or not self._follows_special:
+            return text
+        self._follows_special = False
+        return f" {text}" if self._spaces_special else text
 
     def _push_byte(self, byte: int) -> str:
         text = ""

@@ -2,7 +2,8 @@
 
 For each row of logits, in this order:
 
-1. Apply the repetition penalty, the frequency and presence penalties, and the logit bias.
+1. Apply the repetition penalty, the frequency and presence penalties, and the logit bias. Forbid
+   tokens, which is a bias of -inf, and all but the allowed ones, if there are such.
 2. If the temperature is 0, take the token with the highest logit. The steps below do not apply.
 3. Subtract the highest logit and divide by the temperature.
 4. Keep the tokens of top-k, of those the tokens of top-p, and of those the tokens of min-p.
@@ -90,7 +91,8 @@ class SampleInputs(NamedTuple):
     history_S: Int[HostArray, "*B S"]  # padded with V
     num_prompt_tokens: Int[HostArray, "*B"]
     bias_ids_J: Int[HostArray, "*B J"]  # padded with V
-    bias_values_J: Float[HostArray, "*B J"]
+    bias_values_J: Float[HostArray, "*B J"]  # -inf: forbidden
+    only_biased: Bool[HostArray, "*B"]  # tokens without a bias, 0 included, are forbidden
     given_id: Int[HostArray, "*B"]  # INVALID_TOKEN: draw the token
     wants_best: Bool[HostArray, "*B"]  # whether the best K tokens are wanted
 
@@ -120,20 +122,23 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int, max_tokens: int
     full_rows = [row or empty for row in rows]
     all_params = [row.params for row in full_rows]
     histories = [row.token_ids if row.params.has_penalty else () for row in full_rows]
-    biases = [params.logit_bias for params in all_params]
+    biases = [_biases(row) for row in full_rows]
     seeds = [[params.seed >> 32, params.seed & 0xFFFFFFFF] for params in all_params]
     bias_ids = [list(bias) for bias in biases]
     bias_values = [list(bias.values()) for bias in biases]
-
     numbers = {
         name: np.array([getattr(params, name) for params in all_params], np.float32)
         for name in (parameter.name for parameter in PARAMETERS if parameter.kind is float)
     }
+    # At 0 not even ties of the best token are kept.
+    keeps_one = numbers["top_p"] == 0
+    numbers["top_p"] = np.where(keeps_one, np.float32(1), numbers["top_p"])
+    top_k = np.array([min(p.top_k or vocab_size, vocab_size) for p in all_params], np.int32)
     is_greedy = numbers["temperature"] < _MIN_TEMPERATURE
     numbers["temperature"] = np.where(is_greedy, np.float32(0), numbers["temperature"])
     return SampleInputs(
         **numbers,
-        top_k=np.array([min(p.top_k or vocab_size, vocab_size) for p in all_params], np.int32),
+        top_k=np.where(keeps_one, np.int32(1), top_k),
         seed_2=np.array(seeds, np.uint32),
         sample_index=np.array([row.sample_index for row in full_rows], np.int32),
         position=np.array([len(row.token_ids) for row in full_rows], np.int32),
@@ -143,11 +148,21 @@ def pack_rows(rows: Sequence[SampleRow | None], vocab_size: int, max_tokens: int
         num_prompt_tokens=np.array([row.num_prompt_tokens for row in full_rows], np.int32),
         bias_ids_J=_padded(bias_ids, MAX_LOGIT_BIASES, vocab_size, np.int32),
         bias_values_J=_padded(bias_values, MAX_LOGIT_BIASES, 0, np.float32),
+        only_biased=np.array([bool(row.allowed_ids) for row in full_rows]),
         given_id=np.array(
             [INVALID_TOKEN if row.given_id is None else row.given_id for row in full_rows], np.int32
         ),
         wants_best=np.array([params.num_logprobs > 0 for params in all_params]),
     )
+
+
+def _biases(row: SampleRow) -> dict[int, float]:
+    """What is added to logits. With `allowed_ids`, exactly these have an entry."""
+    biases = row.params.logit_bias
+    forbidden = dict.fromkeys(row.forbidden_ids, -np.inf)
+    if row.allowed_ids:
+        return {i: forbidden.get(i, biases.get(i, 0.0)) for i in row.allowed_ids}
+    return {**biases, **forbidden} if forbidden else dict(biases)
 
 
 @partial(jax.jit, static_argnames=("kernels",))
@@ -325,7 +340,8 @@ def _has_penalty(row: SampleInputs) -> HostArray:
 
 
 def _is_adjusted(row: SampleInputs) -> HostArray:
-    return _has_penalty(row) | jnp.any(row.bias_values_J != 0, axis=-1)
+    is_biased = jnp.any(row.bias_values_J != 0, axis=-1)
+    return _has_penalty(row) | row.only_biased | is_biased
 
 
 def _penalise(logits_V: Array, row: SampleInputs) -> Array:
@@ -349,7 +365,9 @@ def _penalise_history(logits_V: Array, row: SampleInputs) -> Array:
 
 
 def _add_bias(logits_V: Array, row: SampleInputs) -> Array:
-    return logits_V.at[row.bias_ids_J].add(row.bias_values_J, mode="drop")
+    is_biased_V = jnp.zeros(logits_V.shape, bool).at[row.bias_ids_J].set(True, mode="drop")
+    biased_V = logits_V.at[row.bias_ids_J].add(row.bias_values_J, mode="drop")
+    return jnp.where(row.only_biased & ~is_biased_V, -jnp.inf, biased_V)
 
 
 def _keep_all(scaled_V: Array, row: SampleInputs) -> Array:

@@ -64,9 +64,9 @@ class SamplingParams:
     )
     top_p: float = _parameter(
         1.0,
-        1e-37,  # float32 would flush far smaller ones to zero
+        0.0,
         1.0,
-        "keep the most likely tokens that together have this probability; 1 keeps all",
+        "keep the most likely tokens that together have this probability; 1 keeps all, 0 the best",
         metavar="P",
     )
     top_k: int = _parameter(
@@ -113,7 +113,7 @@ class SamplingParams:
         metavar="K",
         has_own_option=False,
     )
-    seed: int = _parameter(0, 0, 2**63 - 1, "equal seeds draw equal tokens", metavar="S")
+    seed: int = _parameter(0, 0, 2**64 - 1, "equal seeds draw equal tokens", metavar="S")
 
     def __post_init__(self) -> None:
         for parameter in PARAMETERS:
@@ -182,6 +182,9 @@ class Parameter:
 class SampleRow:
     """One sequence that gets its next token. `token_ids` are its prompt and completion so far.
 
+    `forbidden_ids` and `logit_bias` together have at most MAX_LOGIT_BIASES entries, unless there
+    are `allowed_ids`.
+
     If `given_id` is set, the next token is known, as it is within a prompt. Nothing is drawn then:
     the result is that token with its log-probability.
     """
@@ -191,6 +194,10 @@ class SampleRow:
     num_prompt_tokens: int
     sample_index: int = 0
     given_id: int | None = None
+    # Not drawn, whatever their logits are.
+    forbidden_ids: tuple[int, ...] = ()
+    # No other tokens are drawn; empty: all may be. At most MAX_LOGIT_BIASES.
+    allowed_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,6 +117,15 @@ class Tokenizer:
             piece = piece.removeprefix(_SPACE_MARK)
         return piece.replace(_SPACE_MARK, " ")
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether a piece is a control piece, such as the end of a sequence.
+
+        Raises:
+            InvalidRequestError: the id is negative or not below `vocab_size`.
+        """
+        self._check(token_id)
+        return self._processor.is_control(token_id)
+
     def name_of(self, token_id: int) -> str:
         """The name of a token in a list of tokens. It distinguishes all tokens but a few.
 

@@ -154,7 +154,12 @@ class LocalEngine:
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         if self._tokenizer is None:
             return NoText()
-        return IncrementalDetokenizer(self._tokenizer, request.prompt_ids)
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            request.prompt_ids,
+            shows_special=request.rules.shows_special,
+            spaces_special=request.rules.spaces_special,
+        )
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.finish_reason is FinishReason.ERROR:

@@ -50,6 +50,8 @@ def sample_rows(entry: ScheduledSequence) -> list[SampleRow]:
                 token_ids=tuple(sequence.token_ids),
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 sample_index=sequence.sample_index,
+                forbidden_ids=sequence.forbidden_ids(),
+                allowed_ids=sequence.request.rules.allowed_token_ids,
             )
         )
     return rows

@@ -211,6 +211,7 @@ class Scheduler:
     def _reuse_prefix(self, sequence: Sequence) -> None:
         sequence.block_table = self.pool.match_prefix(sequence.reusable_ids)
         sequence.num_computed = len(sequence.block_table) * self.pool.block_size
+        sequence.found_cached(sequence.num_computed)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -9,7 +9,7 @@ import grpc
 
 from milliways.model.errors import InvalidRequestError
 from milliways.router.requests.admission import RoutedRequest
-from milliways.router.requests.messages import event_to_wire, scores_to_wire
+from milliways.router.requests.messages import event_to_wire, rules_from_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.router.requests.sequence import PromptScores, TokenEvent
 from milliways.router.router import Router
@@ -283,6 +283,7 @@ def routed_request(message: router_pb2.RouteRequest, longest_s: float) -> Routed
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        rules=rules_from_wire(message.rules),
     )
     for delivered in message.delivered:
         if delivered.sample_index >= request.num_samples:

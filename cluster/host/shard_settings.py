@@ -35,4 +35,11 @@ def kernels_of(config: ClusterConfig) -> KernelChoice:
 
 def detokenizer_for(tokenizer: Tokenizer | None, request: GenerationRequest) -> Detokenizer:
     """The detokenizer of a request. It makes no text if the model has no tokenizer."""
-    return NoText() if tokenizer is None else IncrementalDetokenizer(tokenizer, request.prompt_ids)
+    if tokenizer is None:
+        return NoText()
+    return IncrementalDetokenizer(
+        tokenizer,
+        request.prompt_ids,
+        shows_special=request.rules.shows_special,
+        spaces_special=request.rules.spaces_special,
+    )

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,6 +27,9 @@ from milliways.model.small_files import SmallFiles
 from milliways.model.tokenizer import Tokenizer
 from milliways.wire.errors import UnknownModelError
 from milliways.wire.status_codes import abridged
+
+# What may stand before a word without a space. Tokens may join over it, so there are several.
+_BEFORE_WORDS = ("\n", ".", "(")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,37 @@ class ServedModel:
             InvalidRequestError: the model has no tokenizer, or the text is not valid Unicode.
         """
         return tuple(self._need_tokenizer(field_name, text).encode(text))
+
+    def bad_word_runs(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of texts that must not be drawn: behind a space, and within other text.
+
+        Raises:
+            InvalidRequestError: as `encode`, or a word is empty.
+        """
+        return tuple(dict.fromkeys(run for word in words for run in self._runs_of(word)))
+
+    def _runs_of(self, word: str) -> Iterator[tuple[int, ...]]:
+        bare = word.removeprefix(" ")
+        if not bare:
+            raise InvalidRequestError("bad_words", word, "words that are not empty")
+        # The tokenizer adds a space to the beginning of a text.
+        yield self.encode(bare, "bad_words")
+        for before in _BEFORE_WORDS if bare == word else ():
+            head, whole = self.encode(before), self.encode(before + word, "bad_words")
+            if whole[: len(head)] == head and len(whole) > len(head):
+                yield whole[len(head) :]
+
+    def truncated(self, prompt_ids: tuple[int, ...], limit: int | None) -> tuple[int, ...]:
+        """The last `limit` tokens of a prompt; None: all, -1: as many as the context holds.
+
+        Raises:
+            InvalidRequestError: there is no such limit.
+        """
+        if limit is None:
+            return prompt_ids
+        if limit != -1 and limit < 1:
+            raise InvalidRequestError("truncate_prompt_tokens", limit, "at least 1, or -1")
+        return prompt_ids[-(self.config.sequence_len if limit == -1 else limit) :]
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
         """Text of a whole sequence.

@@ -13,6 +13,7 @@ import numpy as np
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import (
     INVALID_TOKEN,
+    MAX_LOGIT_BIASES,
     PARAMETERS,
     SampledToken,
     SampleRow,
@@ -55,6 +56,8 @@ def encode_sample(row: SampleRow) -> worker_pb2.SampleRow:
         sample_index=row.sample_index,
         token_ids=row.token_ids if row.params.has_penalty else (),
         given_token_id=row.given_id,
+        forbidden_token_ids=row.forbidden_ids,
+        allowed_token_ids=row.allowed_ids,
     )
 
 
@@ -99,12 +102,18 @@ def _decode_sample(message: worker_pb2.SampleRow) -> SampleRow:
         params = decode_params(message.params)
     except InvalidRequestError as error:
         raise MalformedMessageError(f"sampling: {error}") from error
+    forbidden, allowed = tuple(message.forbidden_token_ids), tuple(message.allowed_token_ids)
+    num_biased = len(allowed) or len(forbidden) + len(params.logit_bias)
+    if num_biased > MAX_LOGIT_BIASES or max((*forbidden, *allowed), default=0) > _MAX_INT32:
+        raise MalformedMessageError(f"sample row with {num_biased} biased tokens")
     return SampleRow(
         params=params,
         token_ids=_history(message, params),
         num_prompt_tokens=message.num_prompt_tokens,
         sample_index=message.sample_index,
         given_id=message.given_token_id if message.HasField("given_token_id") else None,
+        forbidden_ids=forbidden,
+        allowed_ids=allowed,
     )
 
 

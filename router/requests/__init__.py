@@ -5,8 +5,8 @@
     journal.try_deliver(0, index=0, token_id=7, is_finished=False)
     message = route_request(journal, "request-1", timeout_s=60.0)
 
-Owns the checks of a request, the states of a sequence, stop strings, and the messages between
-ingress and router. Has no clock, no network and no thread.
+Owns the checks of a request, the rules that its tokens obey, the states of a sequence, stop
+strings, and the messages between ingress and router. Has no clock, no network and no thread.
 
 Invariants:
 - A request is valid: its constructor raises InvalidRequestError naming field, value and limit.

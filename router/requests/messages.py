@@ -3,10 +3,13 @@
 Only the processes' edges (servers and clients) handle messages.
 """
 
+from collections.abc import Iterable
+
 from milliways.model.sampling_params import INVALID_TOKEN, SampledToken
 from milliways.router.requests.journal import Journal
+from milliways.router.requests.rules import TokenRules
 from milliways.router.requests.sequence import FinishReason, PromptScores, TokenEvent
-from milliways.v1 import router_pb2
+from milliways.v1 import router_pb2, sampling_pb2
 from milliways.wire.sampling import encode_params
 
 _TO_WIRE = {
@@ -42,11 +45,45 @@ def route_request(
         prompt_logprobs=request.prompt_logprobs,
         num_delivered_prompt_logprobs=journal.num_scored,
         ingress_id=ingress_id,
+        rules=rules_to_wire(request.rules),
+    )
+
+
+def rules_to_wire(rules: TokenRules) -> sampling_pb2.TokenRules:
+    """Encodes rules."""
+    return sampling_pb2.TokenRules(
+        min_tokens=rules.min_tokens,
+        stop_token_ids=rules.stop_token_ids,
+        allowed_token_ids=rules.allowed_token_ids,
+        bad_words=[sampling_pb2.TokenRun(token_ids=word) for word in rules.bad_words],
+        include_stop=rules.includes_stop,
+        show_special=rules.shows_special,
+        no_spaces_around_special=not rules.spaces_special,
+    )
+
+
+def rules_from_wire(
+    message: sampling_pb2.TokenRules, more_bad_words: Iterable[tuple[int, ...]] = ()
+) -> TokenRules:
+    """Decodes rules; adds bad words.
+
+    Raises:
+        InvalidRequestError: a field is out of range; names field, value and limit.
+    """
+    return TokenRules(
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        bad_words=(*(tuple(word.token_ids) for word in message.bad_words), *more_bad_words),
+        includes_stop=message.include_stop,
+        shows_special=message.show_special,
+        spaces_special=not message.no_spaces_around_special,
     )
 
 
 def event_to_wire(event: TokenEvent, index: int) -> router_pb2.TokenEvent:
     """Encodes a token, which is number `index` of its sample."""
+    reason = event.stop_reason
     return router_pb2.TokenEvent(
         sample_index=event.sample_index,
         index=index,
@@ -59,6 +96,9 @@ def event_to_wire(event: TokenEvent, index: int) -> router_pb2.TokenEvent:
         finish_reason=_TO_WIRE[event.finish_reason]
         if event.finish_reason
         else router_pb2.FINISH_REASON_UNSPECIFIED,
+        stop_string=reason if isinstance(reason, str) else None,
+        stop_token_id=reason if isinstance(reason, int) else None,
+        num_cached_prompt_tokens=event.num_cached,
     )
 
 
@@ -72,7 +112,14 @@ def event_from_wire(message: router_pb2.TokenEvent) -> TokenEvent:
         logprob=message.logprob,
         top_logprobs=tuple(zip(message.top_token_ids, message.top_logprobs, strict=False)),
         finish_reason=reason,
+        stop_reason=_stop_reason(message),
+        num_cached=message.num_cached_prompt_tokens,
     )
+
+
+def _stop_reason(message: router_pb2.TokenEvent) -> str | int | None:
+    which = message.WhichOneof("stop_reason")
+    return None if which is None else getattr(message, which)
 
 
 def scores_to_wire(scores: PromptScores) -> list[router_pb2.PromptLogprob]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from milliways.model.config import ModelConfig
 from milliways.model.errors import InvalidRequestError, PromptTooLongError
-from milliways.model.sampling_params import MAX_LOGPROBS, SamplingParams
+from milliways.model.sampling_params import MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
+from milliways.router.requests.rules import TokenRules
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -35,6 +36,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
+    rules: TokenRules = field(default_factory=TokenRules)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -51,6 +53,21 @@ class GenerationRequest:
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequestError("stop", text, f"1 to {MAX_STOP_CHARS} characters long")
+        if self.rules.min_tokens > self.max_tokens:
+            limit = f"at most max_tokens = {self.max_tokens}"
+            raise InvalidRequestError("min_tokens", self.rules.min_tokens, limit)
+        num_biased = len(self.sampling.logit_bias) + self.rules.num_forbidden
+        if num_biased > MAX_LOGIT_BIASES and not self.rules.allowed_token_ids:
+            limit = (
+                f"at most {MAX_LOGIT_BIASES}, together with bad_words, and with tokens that end a"
+                " sequence if min_tokens is set"
+            )
+            raise InvalidRequestError("logit_bias", f"{num_biased} entries", limit)
+
+    def ends(self, eos_token: int) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        own = () if self.ignore_eos else (eos_token,)
+        return frozenset((*self.rules.stop_token_ids, *own))
 
     @property
     def num_to_score(self) -> int:
@@ -71,6 +88,7 @@ class GenerationRequest:
                 limit = f"a token id in 0..{config.vocab_size - 1}"
                 raise InvalidRequestError("prompt token", token_id, limit)
         self.sampling.check_vocab(config.vocab_size)
+        self.rules.check_fits(config.vocab_size, self.ends(config.eos_token))
 
 
 def _check_count(

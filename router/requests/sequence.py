@@ -52,6 +52,10 @@ class TokenEvent:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+    # The stop string or the stop token that ended the sequence; None if anything else did.
+    stop_reason: str | int | None = None
+    # On a sequence's first token here: how many tokens of its prompt were in the prefix cache.
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +124,16 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.token_ids = list(request.prompt_ids)
         self.num_computed = 0
+        # Set once, when it begins to run: tokens of the prompt that need not be computed.
+        self.num_cached: int | None = None
         self.num_scored = num_scored
         # Set by its last token, or by its last score if no token is wanted.
         self.finish_reason: FinishReason | None = None
         self.block_table: list[int] = []
         self._max_tokens = len(request.prompt_ids) + max_completion_tokens
-        self._eos_token = eos_token
+        self._ends = request.ends(eos_token)
         self._detokenizer = detokenizer
-        self._stop_matcher = StopMatcher(request.stop)
+        self._stop_matcher = StopMatcher(request.stop, keeps_match=request.rules.includes_stop)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -155,6 +161,13 @@ class Sequence:
         """The tokens of which all but the last may be taken from the prefix cache."""
         return self.token_ids if self.is_scored else self.token_ids[: self.num_scored + 1]
 
+    def forbidden_ids(self) -> tuple[int, ...]:
+        """Tokens that must not be drawn next, besides those that are never allowed."""
+        rules = self.request.rules
+        if not rules.limits_draws:
+            return ()
+        return rules.forbidden(self.token_ids[self.num_prompt_tokens :], self._ends)
+
     def next_tokens(self, num_tokens: int) -> list[int]:
         """The next tokens to compute, from position `num_computed` on."""
         return self.token_ids[self.num_computed : self.num_computed + num_tokens]
@@ -178,11 +191,11 @@ class Sequence:
         if not sampled.is_valid:
             return self._event(sampled, self._flush(), FinishReason.ERROR)
         self.token_ids.append(sampled.token_id)
-        if sampled.token_id == self._eos_token and not self.request.ignore_eos:
-            return self._event(sampled, self._flush(), FinishReason.STOP)
-        text = self._stop_matcher.push(self._detokenizer.push(sampled.token_id))
+        if sampled.token_id in self._ends:
+            return self._end(sampled)
+        text = self._push(sampled.token_id)
         if self._stop_matcher.has_matched:
-            return self._event(sampled, text, FinishReason.STOP)
+            return self._event(sampled, text, FinishReason.STOP, self._stop_matcher.matched)
         if len(self.token_ids) >= self._max_tokens:
             return self._event(sampled, text + self._flush(), FinishReason.LENGTH)
         return self._event(sampled, text, None)
@@ -191,13 +204,33 @@ class Sequence:
         """Adds tokens that another router drew and whose text the client has received."""
         for token_id in token_ids:
             self.token_ids.append(token_id)
-            self._stop_matcher.push(self._detokenizer.push(token_id))
+            self._push(token_id)
+
+    def _push(self, token_id: int) -> str:
+        """The text that can be shown after the last token, which was just added."""
+        text = self._detokenizer.push(token_id)
+        if len(self.token_ids) - self.num_prompt_tokens <= self.request.rules.min_tokens:
+            return text
+        return self._stop_matcher.push(text)
+
+    def _end(self, sampled: SampledToken) -> TokenEvent:
+        """Ends with a token that is only shown if the request wants it."""
+        rules, token_id = self.request.rules, sampled.token_id
+        shown = self._push(token_id) if rules.includes_stop else ""
+        reason = token_id if token_id in rules.stop_token_ids else None
+        return self._event(sampled, shown + self._flush(), FinishReason.STOP, reason)
 
     def _flush(self) -> str:
         """The text that was held back: an incomplete character, the start of a stop string."""
         return self._stop_matcher.push(self._detokenizer.flush()) + self._stop_matcher.flush()
 
-    def _event(self, sampled: SampledToken, text: str, reason: FinishReason | None) -> TokenEvent:
+    def _event(
+        self,
+        sampled: SampledToken,
+        text: str,
+        reason: FinishReason | None,
+        stop_reason: str | int | None = None,
+    ) -> TokenEvent:
         self.finish_reason = reason
         return TokenEvent(
             sample_index=self.sample_index,
@@ -206,4 +239,16 @@ class Sequence:
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached=self._take_num_cached(),
         )
+
+    def found_cached(self, num_tokens: int) -> None:
+        """Notes how many of the tokens had keys and values when it began to run."""
+        if self.num_cached is None:
+            self.num_cached = min(num_tokens, self.num_prompt_tokens)
+
+    def _take_num_cached(self) -> int:
+        """What the first event says; later ones say nothing."""
+        num_cached, self.num_cached = self.num_cached or 0, 0
+        return num_cached

@@ -6,25 +6,34 @@ from collections.abc import Sequence
 class StopMatcher:
     """Holds back the end of the text while it may be the start of a stop string.
 
+    With `keeps_match`, the stop string that was found is shown, and nothing after it.
+
     Invariant: `_held` is the longest end of the text with which a stop string starts; empty after a
     match.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, keeps_match: bool = False) -> None:
         self._stop = tuple(stop)
+        self._keeps_match = keeps_match
         self._held = ""
-        self.has_matched = False
+        # The stop string that was found: of the first place, the first that was asked for.
+        self.matched: str | None = None
+
+    @property
+    def has_matched(self) -> bool:
+        return self.matched is not None
 
     def push(self, text: str) -> str:
         """Adds text; returns the part that can be shown, which is empty after a match."""
         if self.has_matched:
             return ""
         held = self._held + text
-        matches = [place for stop in self._stop if (place := held.find(stop)) >= 0]
-        if matches:
-            self.has_matched = True
+        places = [place for stop in self._stop if (place := held.find(stop)) >= 0]
+        if places:
+            first = min(places)
+            self.matched = next(stop for stop in self._stop if held.find(stop) == first)
             self._held = ""
-            return held[: min(matches)]
+            return held[: first + len(self.matched) * self._keeps_match]
         num_held = self._longest_beginning(held)
         self._held = held[len(held) - num_held :]
         return held[: len(held) - num_held]

@@ -31,6 +31,15 @@ def model() -> ServedModel:
     return demo_model()
 
 
+def usage(num_prompt: int, num_completion: int, num_cached: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
 def test_completion_has_openai_shape_and_exact_usage(model: ServedModel) -> None:
     answer = post(CountingSource(), model, COMPLETIONS, json=body(seed=5)).json()
     assert answer["object"] == "text_completion"
@@ -38,9 +47,15 @@ def test_completion_has_openai_shape_and_exact_usage(model: ServedModel) -> None
     assert answer["model"] == "demo"
     assert answer["system_fingerprint"].startswith("fp_")
     assert answer["choices"] == [
-        {"index": 0, "text": "101,102,103,", "logprobs": None, "finish_reason": "length"}
+        {
+            "index": 0,
+            "text": "101,102,103,",
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+        }
     ]
-    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert answer["usage"] == usage(2, 3)
 
 
 def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(model: ServedModel) -> None:
@@ -48,7 +63,7 @@ def test_choices_of_several_prompts_are_numbered_prompt_by_prompt(model: ServedM
     answer = post(CountingSource(), model, COMPLETIONS, json=body(**prompts)).json()
     tokens = [(choice["index"], choice["token_ids"]) for choice in answer["choices"]]
     assert tokens == [(0, [101, 102]), (1, [102, 104]), (2, [201, 202]), (3, [202, 204])]
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
+    assert answer["usage"] == usage(4, 8)
 
 
 def test_stream_gives_the_text_of_the_whole_answer(model: ServedModel) -> None:

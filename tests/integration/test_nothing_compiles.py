@@ -60,6 +60,8 @@ def rows_of(num_rows: int, num_drawn: int, first_mode: int = 0) -> TokenRows:
             num_prompt_tokens=2,
             sample_index=i,
             given_id=3 if i % 4 == 3 else None,
+            forbidden_ids=(5, 6) if i % 3 == 1 else (),
+            allowed_ids=(7, 8) if i % 3 == 2 else (),
         )
         for i in range(num_drawn)
     ]

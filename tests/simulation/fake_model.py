@@ -157,7 +157,9 @@ def _expected_stream(
     row = [rows.push(token_id) for token_id in request.prompt_ids][-1]
     token_ids = list(request.prompt_ids)
     drawn: list[SampledToken] = []
-    text = ""
+    text, rules, ends = "", request.rules, request.ends(config.eos_token)
+    # Where stop strings are looked for.
+    searched_from = 0
     num_max = min(request.max_tokens, max(1, config.sequence_len - len(token_ids)))
     while True:
         sample = SampleRow(
@@ -165,14 +167,18 @@ def _expected_stream(
             token_ids=tuple(token_ids),
             num_prompt_tokens=len(request.prompt_ids),
             sample_index=index,
+            forbidden_ids=rules.forbidden(token_ids[len(request.prompt_ids) :], ends),
+            allowed_ids=rules.allowed_token_ids,
         )
         token = by(row, sample)
         drawn.append(token)
         token_ids.append(token.token_id)
-        if token.token_id == config.eos_token and not request.ignore_eos:
+        if token.token_id in ends:
             return Stream(tuple(drawn), text, FinishReason.STOP)
         text += letter(token.token_id)
-        places = [text.find(stop) for stop in request.stop if stop in text]
+        if len(drawn) <= rules.min_tokens:
+            searched_from = len(text)
+        places = [place for s in request.stop if (place := text.find(s, searched_from)) >= 0]
         if places:
             return Stream(tuple(drawn), text[: min(places)], FinishReason.STOP)
         if len(drawn) == num_max:

@@ -19,6 +19,7 @@ from milliways.model.runner import CacheSize
 from milliways.model.sampling_params import SamplingParams
 from milliways.router.limits import DispatchLimits, SchedulerLimits
 from milliways.router.requests.request import GenerationRequest
+from milliways.router.requests.rules import TokenRules
 from milliways.wire.calls import AdvanceBatch, BeginBatch, RunExperts
 from milliways.wire.view import EMPTY_VIEW
 from tests.memory_cluster import ClusterSettings, Process
@@ -151,6 +152,20 @@ def stopped_request() -> GenerationRequest:
     )
 
 
+def ruled_request() -> GenerationRequest:
+    """A request whose third token is a bad word, and whose every token would end it at first."""
+    whole = request(GREEDY)
+    (stream,) = expected_streams(whole, CONFIG, TrueSampler())
+    first, second, third, _ = (token.token_id for token in stream.tokens)
+    rules = TokenRules(
+        min_tokens=2,
+        stop_token_ids=(third, 55),
+        bad_words=((first, second, third), (50,)),
+        allowed_token_ids=(first, second, third, *range(20, 40)),
+    )
+    return dataclasses.replace(whole, rules=rules, stop=(letter(first),))
+
+
 # With this seed every layer of every step calls a worker without attention.
 SEEDED = SamplingParams(temperature=0.7, seed=1)
 MODES: dict[str, tuple[GenerationRequest, ...]] = {
@@ -160,6 +175,7 @@ MODES: dict[str, tuple[GenerationRequest, ...]] = {
     "logprobs": (request(dataclasses.replace(SEEDED, num_logprobs=3)),),
     "n-3": (request(SEEDED, num_samples=3),),
     "stop": (stopped_request(),),
+    "rules": (ruled_request(),),
     # The second shares the first one's prefix, and draws nothing.
     "scored": (
         request(SEEDED, prompt_logprobs=2),

@@ -62,7 +62,7 @@ def test_one_stop_string_is_a_list_of_one() -> None:
         ("logprobs", 21),
         ("logprobs", -1),
         ("temperature", -0.5),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("seed", -1),
         ("logit_bias", {1: 1000.0}),
     ],

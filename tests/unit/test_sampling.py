@@ -506,3 +506,39 @@ def test_tokens_of_neighbouring_positions_are_independent(many_tokens: np.ndarra
     expected = np.outer(grouped_probabilities, grouped_probabilities) * (NUM_DRAWS - 1)
     # About 12 degrees of freedom: 32.9 is exceeded once in a thousand seeds.
     assert chi_square(pairs, expected) < 32.9
+
+
+def test_forbidden_tokens_are_never_drawn() -> None:
+    logits_V = peaked(t3=9.0, t4=8.0, t5=7.0)
+    for params in (GREEDY, SamplingParams(seed=3), replace(GREEDY, logit_bias={3: 100.0})):
+        row = replace(row_of(params), forbidden_ids=(3, 4))
+        drawn = draw([row], logits_V[None])
+        assert int(drawn.token_B[0]) not in (3, 4)
+        assert bool(drawn.is_valid_B[0])
+    assert draw_one(GREEDY, logits_V) == 3
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=5, top_p=0.9, temperature=2.0)])
+def test_only_allowed_tokens_are_drawn(params: SamplingParams) -> None:
+    logits_V = random_logits(1)
+    rows = [replace(row_of(params, (1,) * n), allowed_ids=(10, 11, 1199)) for n in range(6)]
+    drawn = draw(rows, np.tile(logits_V, (6, 1)))
+    assert set(drawn.token_B.tolist()) <= {10, 11, 1199}
+    # The report is of the model's own probabilities.
+    free = draw([row_of(GREEDY)], logits_V[None])
+    assert drawn.top_ids_BK[0].tolist() == free.top_ids_BK[0].tolist()
+
+
+def test_allowed_tokens_keep_their_biases_and_may_be_forbidden() -> None:
+    logits_V = peaked(t10=5.0, t11=4.0, t12=3.0)
+    allowed = replace(row_of(GREEDY), allowed_ids=(10, 11, 12))
+    assert int(draw([replace(allowed, forbidden_ids=(10,))], logits_V[None]).token_B[0]) == 11
+    biased = replace(allowed, params=replace(GREEDY, logit_bias={12: 3.0, 50: 99.0}))
+    assert int(draw([biased], logits_V[None]).token_B[0]) == 12
+    nothing = draw([replace(allowed, forbidden_ids=(10, 11, 12))], logits_V[None])
+    assert not bool(nothing.is_valid_B[0])
+
+
+def test_top_p_of_nought_takes_one_best_token() -> None:
+    logits_V = peaked(t3=5.0, t7=5.0)
+    assert {draw_one(SamplingParams(top_p=0.0, seed=s), logits_V) for s in range(20)} == {3}

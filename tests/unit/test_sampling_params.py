@@ -21,8 +21,7 @@ V = 1200
         ("temperature", True),
         ("temperature", "1"),
         ("temperature", None),
-        ("top_p", 0.0),
-        ("top_p", 1e-300),
+        ("top_p", -0.1),
         ("top_p", 1.01),
         ("top_p", math.nan),
         ("top_k", -1),
@@ -41,7 +40,7 @@ V = 1200
         ("num_logprobs", -1),
         ("num_logprobs", 21),
         ("seed", -1),
-        ("seed", 2**63),
+        ("seed", 2**64),
         ("seed", 1.5),
         ("logit_bias", None),
         ("logit_bias", [3]),
@@ -65,7 +64,7 @@ def test_limits_themselves_are_accepted():
     highest = {"temperature": 100, "top_p": 1, "min_p": 1, "repetition_penalty": 100}
     SamplingParams(**lowest, presence_penalty=-2, frequency_penalty=-2, logit_bias={0: -100})
     SamplingParams(**highest, presence_penalty=2, frequency_penalty=2, logit_bias={0: 100})
-    SamplingParams(seed=2**63 - 1, num_logprobs=20, top_k=2**31 - 1)
+    SamplingParams(seed=2**64 - 1, num_logprobs=20, top_k=2**31 - 1)
 
 
 def test_biased_token_outside_the_vocabulary_is_refused_with_the_limit():

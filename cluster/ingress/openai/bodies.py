@@ -33,6 +33,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    # With it, each chunk has the usage so far.
+    continuous_usage_stats: bool | None = None
     # Asks for padding that hides the length of tokens on encrypted streams. Changes no token.
     include_obfuscation: bool | None = None
 
@@ -76,6 +78,17 @@ class CommonBody(BaseModel):
     stream_options: StreamOptions | None = None
     # Not in OpenAI's API: each choice also lists the ids of its tokens.
     return_token_ids: bool | None = None
+    # vLLM's. TokenRules checks their bounds.
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = None
 
 
 class CompletionBody(CommonBody):

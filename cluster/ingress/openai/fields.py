@@ -94,6 +94,7 @@ FOREIGN: Mapping[str, Foreign] = {
     "thinking_token_budget": Foreign((), _REASONING),
     "thinking": Foreign(({"type": "disabled"},), _REASONING),
     "prompt_embeds": Foreign((), _TEXT),
+    "truncation_side": Foreign(("left",)),
     "documents": Foreign(([],)),
     "chat_template": Foreign((), "the model directory has the template"),
     "mm_processor_kwargs": Foreign(({},), _TEXT),

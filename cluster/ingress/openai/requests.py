@@ -10,6 +10,7 @@ from milliways.cluster.ingress.openai.bodies import (
     CommonBody,
     CompletionBody,
     MessageBody,
+    StreamOptions,
     read_body,
 )
 from milliways.cluster.ingress.openai.values import (
@@ -25,6 +26,7 @@ from milliways.model.detokenizer import text_offsets
 from milliways.model.errors import InvalidRequestError
 from milliways.model.sampling_params import MAX_LOGPROBS, PARAMETERS, SamplingParams
 from milliways.router.requests.request import MAX_SAMPLES, GenerationRequest
+from milliways.router.requests.rules import TokenRules
 from milliways.wire.status_codes import Verbatim
 
 DEFAULT_MAX_TOKENS = 16
@@ -52,6 +54,14 @@ class Ask:
     wants_token_ids: bool
     stream: bool
     include_usage: bool
+    # Each chunk has the usage so far.
+    continuous_usage: bool = False
+    # Of the samples of each prompt, so many are returned: those with the best log-probabilities.
+    num_best: int = 1
+    # The most likely tokens that come with those of the prompt; None: the prompt's are not wanted.
+    prompt_logprobs: int | None = None
+    # The same for echoes of completions.
+    echoed_logprobs: int | None = None
     # Fields of the body that nobody knows.
     ignored_fields: tuple[str, ...] = ()
 
@@ -83,9 +93,14 @@ def completion_ask(
     body, ignored = read_body(CompletionBody, raw, model, refuses_unknown=refuses_unknown)
     check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     prompts = parse_prompts(body.prompt)
-    prompt_ids = [model.encode(p) if isinstance(p, str) else p for p in prompts]
+    all_ids = [model.encode(p) if isinstance(p, str) else p for p in prompts]
+    prompt_ids = [model.truncated(ids, body.truncate_prompt_tokens) for ids in all_ids]
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    echoes = [p if isinstance(p, str) else model.echo(_known(p, model)) for p in prompts]
+    # The client's own text, unless it was cut: its tokens may decode to another one.
+    echoes = [
+        text if isinstance(text, str) and kept == ids else model.echo(_known(kept, model))
+        for text, ids, kept in zip(prompts, all_ids, prompt_ids, strict=True)
+    ]
     ask = _ask(
         body,
         ignored,
@@ -95,12 +110,11 @@ def completion_ask(
         max_tokens=[max_tokens] * len(prompts),
         stop=parse_stop(body.stop),
         num_logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        echoed_logprobs=body.logprobs if body.echo else None,
         echoes=echoes if body.echo else [""] * len(prompts),
     )
-    if ask.requests[0].prompt_logprobs is None:
+    if ask.echoed_logprobs is None:
         return ask
-    _check_echo(ask, ask.requests[0].prompt_logprobs)
     return replace(ask, echo_offsets=tuple(_echo_offsets(ask, model)))
 
 
@@ -121,7 +135,9 @@ def chat_ask(
         limit = f"1 to {MAX_MESSAGES} messages"
         raise InvalidRequestError("messages", Verbatim(f"{len(body.messages)} of them"), limit)
     messages = [_message(i, message) for i, message in enumerate(body.messages)]
-    prompt_ids = model.encode(model.chat_template.render(messages))
+    prompt_ids = model.truncated(
+        model.encode(model.chat_template.render(messages)), body.truncate_prompt_tokens
+    )
     max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:
         max_tokens = body.max_completion_tokens
@@ -137,7 +153,7 @@ def chat_ask(
         max_tokens=[max_tokens],
         stop=(*parse_stop(body.stop), *model.chat_template.stop),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        prompt_logprobs=None,
+        echoed_logprobs=None,
         echoes=[""],
     )
 
@@ -152,12 +168,16 @@ def _ask(
     max_tokens: Sequence[int],
     stop: tuple[str, ...],
     num_logprobs: int | None,
-    prompt_logprobs: int | None,
+    echoed_logprobs: int | None,
     echoes: Sequence[str],
 ) -> Ask:
-    num_samples = _num_samples(body, len(prompts))
+    num_best, num_samples = _num_samples(body, len(prompts))
+    options = body.stream_options or StreamOptions()
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options", "given", "left out without stream")
+    _check_more(body)
+    wanted = [k for k in (echoed_logprobs, body.prompt_logprobs) if k is not None]
+    rules = _rules(body, model)
     requests = tuple(
         GenerationRequest(
             prompt_ids=prompt_ids,
@@ -167,21 +187,53 @@ def _ask(
             num_samples=num_samples,
             stop=stop,
             ignore_eos=body.ignore_eos or False,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=max(wanted, default=None),
+            rules=rules,
         )
         for i, (prompt_ids, max_tokens) in enumerate(zip(prompts, max_tokens, strict=True))
     )
     for request in requests:
         request.check_fits(model.config)
-    return Ask(
+    ask = Ask(
         requests=requests,
         echoes=tuple(echoes),
         echo_offsets=(),
         wants_logprobs=num_logprobs is not None,
         wants_token_ids=body.return_token_ids or False,
         stream=body.stream or False,
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=options.include_usage or False,
+        continuous_usage=bool(options.include_usage and options.continuous_usage_stats),
+        num_best=num_best,
+        prompt_logprobs=body.prompt_logprobs,
+        echoed_logprobs=echoed_logprobs,
         ignored_fields=ignored_fields,
+    )
+    if wanted:
+        _check_echo(ask, max(wanted))
+    return ask
+
+
+def _check_more(body: CommonBody) -> None:
+    """Checks fields that mean nothing to a request for tokens."""
+    check_range("prompt_logprobs", body.prompt_logprobs, 0, MAX_LOGPROBS)
+    if body.prompt_logprobs is not None and body.stream:
+        limit = "left out with stream; completions stream them with echo and logprobs"
+        raise InvalidRequestError("prompt_logprobs", body.prompt_logprobs, limit)
+    if body.priority:
+        raise InvalidRequestError("priority", body.priority, "0: there are no priorities")
+
+
+def _rules(body: CommonBody, model: ServedModel) -> TokenRules:
+    if body.allowed_token_ids == []:
+        raise InvalidRequestError("allowed_token_ids", [], "left out, or at least one token id")
+    return TokenRules(
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=model.bad_word_runs(body.bad_words or ()),
+        includes_stop=body.include_stop_str_in_output or False,
+        shows_special=body.skip_special_tokens is False,
+        spaces_special=body.spaces_between_special_tokens is not False,
     )
 
 
@@ -209,12 +261,17 @@ def _echo_offsets(ask: Ask, model: ServedModel) -> Iterator[tuple[int, ...]]:
         yield tuple(min(offset, len(echo)) for offset in offsets)
 
 
-def _num_samples(body: CommonBody, num_prompts: int) -> int:
-    num_samples = 1 if body.n is None else body.n
-    check_range("n", num_samples, 1, min(MAX_SAMPLES, MAX_CHOICES // num_prompts))
-    if body.best_of is not None and body.best_of != num_samples:
-        raise InvalidRequestError("best_of", body.best_of, f"n = {num_samples}, or left out")
-    return num_samples
+def _num_samples(body: CommonBody, num_prompts: int) -> tuple[int, int]:
+    """How many samples of each prompt are returned, and how many are drawn."""
+    most = min(MAX_SAMPLES, MAX_CHOICES // num_prompts)
+    num_best = 1 if body.n is None else body.n
+    check_range("n", num_best, 1, most)
+    num_samples = num_best if body.best_of is None else body.best_of
+    check_range("best_of", num_samples, num_best, most)
+    if num_samples > num_best and body.stream:
+        limit = f"n = {num_best} with stream: which are best is known at the end"
+        raise InvalidRequestError("best_of", num_samples, limit)
+    return num_best, num_samples
 
 
 def _sampling(body: CommonBody, num_logprobs: int, own_seed: int) -> SamplingParams:
@@ -225,6 +282,9 @@ def _sampling(body: CommonBody, num_logprobs: int, own_seed: int) -> SamplingPar
         if value is not None:
             is_mapping = parameter.kind not in (float, int)
             fields[parameter.name] = parse_logit_bias(value) if is_mapping else value
+    if -(2**63) <= fields["seed"] < 0:
+        # Any whole number of 64 bits is a seed, with a sign or without.
+        fields["seed"] += 2**64
     return SamplingParams(**fields)
 
 

@@ -26,6 +26,8 @@ class ChoiceProgress:
     events: list[TokenEvent] = field(default_factory=list[TokenEvent])
     num_events: int = 0
     num_chars: int = 0
+    # Tokens of the prompt that were not computed again.
+    num_cached: int = 0
 
 
 class Answer:
@@ -60,13 +62,16 @@ class Answer:
         num_each = 1 + (self.ask.requests[0].prompt_logprobs or 0)
         return sum(map(len, self._scores)) * self.ask.num_samples * num_each
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Exact counts: each prompt once, and each token drawn, end-of-sequence tokens included."""
+        firsts = self._choices[:: self.ask.num_samples]
         num_prompt, num_completion = self.ask.num_prompt_tokens, sum(self.counts)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
+            # The samples of a prompt share it.
+            "prompt_tokens_details": {"cached_tokens": sum(each.num_cached for each in firsts)},
         }
 
     def keep_scores(self, event: PromptEvent) -> None:
@@ -75,8 +80,10 @@ class Answer:
 
     def keep(self, event: ChoiceEvent) -> None:
         """Adds a token to the whole response."""
-        self._choices[event.choice_index].events.append(event.event)
-        self._choices[event.choice_index].num_events += 1
+        progress = self._choices[event.choice_index]
+        progress.events.append(event.event)
+        progress.num_events += 1
+        progress.num_cached += event.event.num_cached
 
     def whole(self) -> dict[str, Any]:
         """The whole response."""
@@ -87,6 +94,7 @@ class Answer:
         progress = self._choices[event.choice_index]
         is_first = progress.num_events == 0
         progress.num_events += 1
+        progress.num_cached += event.event.num_cached
         choice = self._piece(event.choice_index, progress, event.event, is_first=is_first)
         return None if choice is None else self._chunk([choice])
 
@@ -99,11 +107,22 @@ class Answer:
         return self._chunk([]) | {"usage": self.usage()}
 
     def _whole_choices(self) -> list[dict[str, Any]]:
-        return [self._whole_choice(i, c.events) for i, c in enumerate(self._choices)]
+        choices = [self._whole_choice(i, c.events) for i, c in enumerate(self._choices)]
+        num_each, num_best = self.ask.num_samples, self.ask.num_best
+        if num_best == num_each:
+            return choices
+        best = [
+            first + place
+            for first in range(0, len(choices), num_each)
+            for place in _best(self._choices[first : first + num_each], num_best)
+        ]
+        return [choices[index] | {"index": i} for i, index in enumerate(best)]
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._object(self.chunk_name, choices)
-        return chunk | {"usage": None} if self.ask.include_usage else chunk
+        if not self.ask.include_usage:
+            return chunk
+        return chunk | {"usage": self.usage() if self.ask.continuous_usage else None}
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -119,6 +138,35 @@ class Answer:
         """Whether a token makes a chunk."""
         wanted = self.ask.wants_logprobs or self.ask.wants_token_ids
         return bool(event.text) or wanted or event.finish_reason is not None
+
+    def _ended(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        """Why a choice ended; None while it has not."""
+        fields: dict[str, Any] = {"finish_reason": _finish_reason(events)}
+        if fields["finish_reason"] is not None:
+            fields["stop_reason"] = events[-1].stop_reason if events else None
+        return fields
+
+    def _prompt_logprobs(self, prompt_index: int) -> list[dict[str, Any] | None] | None:
+        """The prompt's log-probabilities in vLLM's form; None if they are not wanted."""
+        if self.ask.prompt_logprobs is None:
+            return None
+        scores = self._scores[prompt_index]
+        return [None, *(self._ranked(score, self.ask.prompt_logprobs) for score in scores)]
+
+    def _ranked(self, score: SampledToken, num_top: int) -> dict[str, Any]:
+        """A token of the prompt and the most likely ones. Only the rank of these is known."""
+        tops = list(enumerate(score.top_logprobs, 1))
+        ranks = {token_id: rank for rank, (token_id, _) in tops}
+        listed = [(score.token_id, score.logprob)]
+        listed += [top for _, top in tops[:num_top] if top[0] != score.token_id]
+        return {
+            str(token_id): {
+                "logprob": _finite(logprob),
+                "rank": ranks.get(token_id),
+                "decoded_token": self.model.token_name(token_id),
+            }
+            for token_id, logprob in listed
+        }
 
     def _token_ids(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         if not self.ask.wants_token_ids:
@@ -153,12 +201,15 @@ class CompletionAnswer(Answer):
 
     def _whole_choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         echo = self._echo(index)
+        scores = self._prompt_logprobs(index // self.ask.num_samples)
         return {
             "index": index,
             "text": echo + _text(events),
+            **({} if scores is None else {"prompt_logprobs": scores}),
             "logprobs": self._logprobs(self._prompt_entries(index) + _entries(events, len(echo))),
-            "finish_reason": _finish_reason(events),
-        } | self._token_ids(events)
+            **self._ended(events),
+            **self._token_ids(events),
+        }
 
     def _piece(
         self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
@@ -174,8 +225,9 @@ class CompletionAnswer(Answer):
             "index": index,
             "text": echo + event.text,
             "logprobs": self._logprobs(prompt + _entries([event], offset)),
-            "finish_reason": _finish_reason([event]),
-        } | self._token_ids([event])
+            **self._ended([event]),
+            **self._token_ids([event]),
+        }
 
     def _echo(self, index: int) -> str:
         return self.ask.echoes[index // self.ask.num_samples]
@@ -184,14 +236,18 @@ class CompletionAnswer(Answer):
         """The tokens of a choice's prompt; none if the prompt is not scored."""
         prompt_index = index // self.ask.num_samples
         request = self.ask.requests[prompt_index]
-        if request.prompt_logprobs is None:
+        # They may be wanted in another form, with other numbers of most likely tokens.
+        num_top = self.ask.echoed_logprobs
+        if num_top is None:
             return []
         offsets = self.ask.echo_offsets[prompt_index]
         first = _Entry(request.prompt_ids[0], offsets[0])
         # A resumed request may have fewer scores than tokens: the client received the rest before,
         # and this chunk is not sent again.
         scores = zip(self._scores[prompt_index], offsets[1:], strict=False)
-        return [first] + [_Entry(s.token_id, at, s.logprob, s.top_logprobs) for s, at in scores]
+        return [first] + [
+            _Entry(s.token_id, at, s.logprob, s.top_logprobs[:num_top]) for s, at in scores
+        ]
 
     def _logprobs(self, entries: Sequence[_Entry]) -> dict[str, Any] | None:
         if not self.ask.wants_logprobs:
@@ -220,14 +276,19 @@ class ChatAnswer(Answer):
     chunk_name = "chat.completion.chunk"
     id_prefix = "chatcmpl"
 
+    def whole(self) -> dict[str, Any]:
+        scores = self._prompt_logprobs(0)
+        return super().whole() | ({} if scores is None else {"prompt_logprobs": scores})
+
     def _whole_choice(self, index: int, events: Sequence[TokenEvent]) -> dict[str, Any]:
         message = {"role": "assistant", "content": _text(events), "refusal": None}
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(events),
-            "finish_reason": _finish_reason(events),
-        } | self._token_ids(events)
+            **self._ended(events),
+            **self._token_ids(events),
+        }
 
     def _piece(
         self, index: int, progress: ChoiceProgress, event: TokenEvent, *, is_first: bool
@@ -241,8 +302,9 @@ class ChatAnswer(Answer):
             "index": index,
             "delta": delta,
             "logprobs": self._logprobs([event]),
-            "finish_reason": _finish_reason([event]),
-        } | self._token_ids([event])
+            **self._ended([event]),
+            **self._token_ids([event]),
+        }
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
         if not self.ask.wants_logprobs:
@@ -271,6 +333,16 @@ def model_object(model: ServedModel) -> dict[str, Any]:
         "owned_by": "milliways",
         "max_model_len": model.config.sequence_len,
     }
+
+
+def _best(samples: Sequence[ChoiceProgress], count: int) -> list[int]:
+    """The places of the samples with the greatest log-probability for each token, best first."""
+
+    def score(place: int) -> float:
+        logprobs = [event.logprob for event in samples[place].events]
+        return sum(logprobs) / max(1, len(logprobs))
+
+    return sorted(range(len(samples)), key=score, reverse=True)[:count]
 
 
 def _text(events: Sequence[TokenEvent]) -> str:

@@ -15,7 +15,7 @@ from milliways.cluster.ingress.request_id import is_request_id, new_request_id, 
 from milliways.cluster.ingress.resume import Received, ResumePoint, event_id
 from milliways.cluster.ingress.served_model import ServedModel
 from milliways.model.errors import InvalidRequestError
-from milliways.router.requests.messages import event_to_wire, scores_to_wire
+from milliways.router.requests.messages import event_to_wire, rules_from_wire, scores_to_wire
 from milliways.router.requests.request import GenerationRequest
 from milliways.v1 import generate_pb2, generate_pb2_grpc
 from milliways.wire.errors import LeavingError, code_of
@@ -65,7 +65,10 @@ def read_ask(message: generate_pb2.GenerateRequest, model: ServedModel) -> GrpcA
         stop=tuple(message.stop),
         ignore_eos=message.ignore_eos,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        rules=rules_from_wire(message.rules, model.bad_word_runs(message.bad_words)),
     )
+    if message.priority:
+        raise InvalidRequestError("priority", message.priority, "0: there are no priorities")
     request.check_fits(model.config)
     return GrpcAsk(
         request, _echo(message, prompt_ids, model), request_id, _resume(message, request, model)
@@ -77,13 +80,16 @@ def _echo(
 ) -> str:
     if not message.echo:
         return ""
-    return message.text if message.WhichOneof("prompt") == "text" else model.echo(prompt_ids)
+    is_whole = message.WhichOneof("prompt") == "text" and not message.truncate_prompt_tokens
+    return message.text if is_whole else model.echo(prompt_ids)
 
 
 def _prompt_ids(message: generate_pb2.GenerateRequest, model: ServedModel) -> tuple[int, ...]:
+    prompt_ids = tuple(message.tokens.token_ids)
     if message.WhichOneof("prompt") == "text":
-        return model.encode(message.text)
-    return tuple(message.tokens.token_ids)
+        prompt_ids = model.encode(message.text)
+    has_limit = message.HasField("truncate_prompt_tokens")
+    return model.truncated(prompt_ids, message.truncate_prompt_tokens if has_limit else None)
 
 
 def _request_id(message: generate_pb2.GenerateRequest) -> str:
@@ -190,7 +196,7 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
             ask = await off_loop(lambda: read_ask(message, model), message.ByteSize())
             # Sent with the first response, whether that holds scores, a token or the usage.
             started: generate_pb2.GenerationStarted | None = _started(ask, model)
-            counts = ask.counts
+            counts, num_cached = ask.counts, 0
             timeout_s = context.time_remaining()
             stream = self._ingress.generate([ask.request], ask.request_id, timeout_s, ask.resume)
             async with aclosing(_with_cursor(stream, ask, counts, model)) as events:
@@ -203,13 +209,17 @@ class GenerateServicer(generate_pb2_grpc.GenerateServiceServicer):
                         started = None
                         continue
                     counts[choice.choice_index] = choice.index + 1
+                    if choice.choice_index == 0:
+                        num_cached += choice.event.num_cached
                     if choice.is_new:
                         wired = event_to_wire(choice.event, choice.index)
                         response = generate_pb2.GenerateResponse(started=started, events=[wired])
                         await context.write(response)
                         started = None
             usage = generate_pb2.Usage(
-                num_prompt_tokens=len(ask.request.prompt_ids), num_completion_tokens=sum(counts)
+                num_prompt_tokens=len(ask.request.prompt_ids),
+                num_completion_tokens=sum(counts),
+                num_cached_prompt_tokens=num_cached,
             )
             await context.write(generate_pb2.GenerateResponse(started=started, usage=usage))
 

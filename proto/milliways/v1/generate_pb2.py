@@ -26,7 +26,7 @@ from milliways.v1 import router_pb2 as milliways_dot_v1_dot_router__pb2
 from milliways.v1 import sampling_pb2 as milliways_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmilliways/v1/generate.proto\x12\x0cmilliways.v1\x1a\x19milliways/v1/router.proto\x1a\x1bmilliways/v1/sampling.proto\"\xdf\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x16.milliways.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x07 \x01(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\n \x01(\x08\x12$\n\x06resume\x18\x0b \x01(\x0b\x32\x14.milliways.v1.Resume\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x12\n\x10_prompt_logprobsJ\x04\x08\x06\x10\x07\"\x85\x01\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x08received\x18\x02 \x03(\x0b\x32\x1c.milliways.v1.ReceivedTokens\x12\x1b\n\x13num_prompt_logprobs\x18\x03 \x01(\r\x12\x1a\n\x12system_fingerprint\x18\x04 \x01(\t\"b\n\x0eReceivedTokens\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0bis_finished\x18\x04 \x01(\x08\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xc8\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1f.milliways.v1.GenerationStarted\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.milliways.v1.TokenEvent\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.milliways.v1.Usage\x12\x34\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1b.milliways.v1.PromptLogprob\"n\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\"A\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x04\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\x04\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.milliways.v1.ServedModel\"t\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x32\xcb\x02\n\x0fGenerateService\x12K\n\x08Generate\x12\x1d.milliways.v1.GenerateRequest\x1a\x1e.milliways.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.milliways.v1.TokenizeRequest\x1a\x1e.milliways.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.milliways.v1.DetokenizeRequest\x1a .milliways.v1.DetokenizeResponse\x12O\n\nListModels\x12\x1f.milliways.v1.ListModelsRequest\x1a .milliways.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmilliways/v1/generate.proto\x12\x0cmilliways.v1\x1a\x19milliways/v1/router.proto\x1a\x1bmilliways/v1/sampling.proto\"\xed\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x06tokens\x18\x03 \x01(\x0b\x32\x16.milliways.v1.TokenIdsH\x00\x12\x17\n\nmax_tokens\x18\x04 \x01(\rH\x01\x88\x01\x01\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x07 \x01(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x0c\n\x04\x65\x63ho\x18\n \x01(\x08\x12$\n\x06resume\x18\x0b \x01(\x0b\x32\x14.milliways.v1.Resume\x12\x1c\n\x0fprompt_logprobs\x18\x0c \x01(\rH\x02\x88\x01\x01\x12\'\n\x05rules\x18\r \x01(\x0b\x32\x18.milliways.v1.TokenRules\x12\x11\n\tbad_words\x18\x0e \x03(\t\x12#\n\x16truncate_prompt_tokens\x18\x0f \x01(\x05H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\x10 \x01(\x05\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x12\n\x10_prompt_logprobsB\x19\n\x17_truncate_prompt_tokensJ\x04\x08\x06\x10\x07\"\x85\x01\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x08received\x18\x02 \x03(\x0b\x32\x1c.milliways.v1.ReceivedTokens\x12\x1b\n\x13num_prompt_logprobs\x18\x03 \x01(\r\x12\x1a\n\x12system_fingerprint\x18\x04 \x01(\t\"b\n\x0eReceivedTokens\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0bis_finished\x18\x04 \x01(\x08\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xc8\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1f.milliways.v1.GenerationStarted\x12(\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x18.milliways.v1.TokenEvent\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.milliways.v1.Usage\x12\x34\n\x0fprompt_logprobs\x18\x04 \x03(\x0b\x32\x1b.milliways.v1.PromptLogprob\"n\n\x11GenerationStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\t\x12\x1a\n\x12system_fingerprint\x18\x05 \x01(\t\"c\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\x04\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\x03 \x01(\x04\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"?\n\x12ListModelsResponse\x12)\n\x06models\x18\x01 \x03(\x0b\x32\x19.milliways.v1.ServedModel\"t\n\x0bServedModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x32\xcb\x02\n\x0fGenerateService\x12K\n\x08Generate\x12\x1d.milliways.v1.GenerateRequest\x1a\x1e.milliways.v1.GenerateResponse0\x01\x12I\n\x08Tokenize\x12\x1d.milliways.v1.TokenizeRequest\x1a\x1e.milliways.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.milliways.v1.DetokenizeRequest\x1a .milliways.v1.DetokenizeResponse\x12O\n\nListModels\x12\x1f.milliways.v1.ListModelsRequest\x1a .milliways.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'milliways.v1.generate_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=102
-  _globals['_GENERATEREQUEST']._serialized_end=453
-  _globals['_RESUME']._serialized_start=456
-  _globals['_RESUME']._serialized_end=589
-  _globals['_RECEIVEDTOKENS']._serialized_start=591
-  _globals['_RECEIVEDTOKENS']._serialized_end=689
-  _globals['_TOKENIDS']._serialized_start=691
-  _globals['_TOKENIDS']._serialized_end=720
-  _globals['_GENERATERESPONSE']._serialized_start=723
-  _globals['_GENERATERESPONSE']._serialized_end=923
-  _globals['_GENERATIONSTARTED']._serialized_start=925
-  _globals['_GENERATIONSTARTED']._serialized_end=1035
-  _globals['_USAGE']._serialized_start=1037
-  _globals['_USAGE']._serialized_end=1102
-  _globals['_TOKENIZEREQUEST']._serialized_start=1104
-  _globals['_TOKENIZEREQUEST']._serialized_end=1150
-  _globals['_TOKENIZERESPONSE']._serialized_start=1152
-  _globals['_TOKENIZERESPONSE']._serialized_end=1189
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1191
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1244
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1246
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1280
-  _globals['_LISTMODELSREQUEST']._serialized_start=1282
-  _globals['_LISTMODELSREQUEST']._serialized_end=1301
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1303
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1366
-  _globals['_SERVEDMODEL']._serialized_start=1368
-  _globals['_SERVEDMODEL']._serialized_end=1484
-  _globals['_GENERATESERVICE']._serialized_start=1487
-  _globals['_GENERATESERVICE']._serialized_end=1818
+  _globals['_GENERATEREQUEST']._serialized_end=595
+  _globals['_RESUME']._serialized_start=598
+  _globals['_RESUME']._serialized_end=731
+  _globals['_RECEIVEDTOKENS']._serialized_start=733
+  _globals['_RECEIVEDTOKENS']._serialized_end=831
+  _globals['_TOKENIDS']._serialized_start=833
+  _globals['_TOKENIDS']._serialized_end=862
+  _globals['_GENERATERESPONSE']._serialized_start=865
+  _globals['_GENERATERESPONSE']._serialized_end=1065
+  _globals['_GENERATIONSTARTED']._serialized_start=1067
+  _globals['_GENERATIONSTARTED']._serialized_end=1177
+  _globals['_USAGE']._serialized_start=1179
+  _globals['_USAGE']._serialized_end=1278
+  _globals['_TOKENIZEREQUEST']._serialized_start=1280
+  _globals['_TOKENIZEREQUEST']._serialized_end=1326
+  _globals['_TOKENIZERESPONSE']._serialized_start=1328
+  _globals['_TOKENIZERESPONSE']._serialized_end=1365
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1367
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1420
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1422
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1456
+  _globals['_LISTMODELSREQUEST']._serialized_start=1458
+  _globals['_LISTMODELSREQUEST']._serialized_end=1477
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1479
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1542
+  _globals['_SERVEDMODEL']._serialized_start=1544
+  _globals['_SERVEDMODEL']._serialized_end=1660
+  _globals['_GENERATESERVICE']._serialized_start=1663
+  _globals['_GENERATESERVICE']._serialized_end=1994
 # @@protoc_insertion_point(module_scope)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from milliways.v1 import sampling_pb2 as milliways_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milliways/v1/router.proto\x12\x0cmilliways.v1\x1a\x1bmilliways/v1/sampling.proto\"\r\n\x0bPingRequest\"\x0e\n\x0cPingResponse\"&\n\x10WatchLoadRequest\x12\x12\n\ningress_id\x18\x01 \x01(\t\"E\n\x11WatchLoadResponse\x12\x15\n\rnum_sequences\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\xea\x02\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x30\n\tdelivered\x18\t \x03(\x0b\x32\x1d.milliways.v1.DeliveredTokens\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12%\n\x1dnum_delivered_prompt_logprobs\x18\x0b \x01(\r\x12\x12\n\ningress_id\x18\x0c \x01(\tB\x12\n\x10_prompt_logprobs\"O\n\x0f\x44\x65liveredTokens\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0bis_finished\x18\x03 \x01(\x08\"\x96\x01\n\rRouteResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.milliways.v1.TokenEvent\x12\x11\n\thas_moved\x18\x02 \x01(\x08\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.milliways.v1.PromptLogprob\x12\x12\n\nstandby_id\x18\x04 \x01(\t\"q\n\rPromptLogprob\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xc2\x01\n\nTokenEvent\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12\x31\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x1a.milliways.v1.FinishReason*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x32\xe2\x01\n\rRouterService\x12\x42\n\x05Route\x12\x1a.milliways.v1.RouteRequest\x1a\x1b.milliways.v1.RouteResponse0\x01\x12=\n\x04Ping\x12\x19.milliways.v1.PingRequest\x1a\x1a.milliways.v1.PingResponse\x12N\n\tWatchLoad\x12\x1e.milliways.v1.WatchLoadRequest\x1a\x1f.milliways.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milliways/v1/router.proto\x12\x0cmilliways.v1\x1a\x1bmilliways/v1/sampling.proto\"\r\n\x0bPingRequest\"\x0e\n\x0cPingResponse\"&\n\x10WatchLoadRequest\x12\x12\n\ningress_id\x18\x01 \x01(\t\"E\n\x11WatchLoadResponse\x12\x15\n\rnum_sequences\x18\x01 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\"\x93\x03\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.milliways.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x05 \x01(\r\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x30\n\tdelivered\x18\t \x03(\x0b\x32\x1d.milliways.v1.DeliveredTokens\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12%\n\x1dnum_delivered_prompt_logprobs\x18\x0b \x01(\r\x12\x12\n\ningress_id\x18\x0c \x01(\t\x12\'\n\x05rules\x18\r \x01(\x0b\x32\x18.milliways.v1.TokenRulesB\x12\n\x10_prompt_logprobs\"O\n\x0f\x44\x65liveredTokens\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0bis_finished\x18\x03 \x01(\x08\"\x96\x01\n\rRouteResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.milliways.v1.TokenEvent\x12\x11\n\thas_moved\x18\x02 \x01(\x08\x12\x34\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1b.milliways.v1.PromptLogprob\x12\x12\n\nstandby_id\x18\x04 \x01(\t\"q\n\rPromptLogprob\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xa3\x02\n\nTokenEvent\x12\x14\n\x0csample_index\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x10\n\x08token_id\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x0f\n\x07logprob\x18\x05 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\x12\x31\n\rfinish_reason\x18\x08 \x01(\x0e\x32\x1a.milliways.v1.FinishReason\x12\x15\n\x0bstop_string\x18\t \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\n \x01(\rH\x00\x12 \n\x18num_cached_prompt_tokens\x18\x0b \x01(\rB\r\n\x0bstop_reason*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x32\xe2\x01\n\rRouterService\x12\x42\n\x05Route\x12\x1a.milliways.v1.RouteRequest\x1a\x1b.milliways.v1.RouteResponse0\x01\x12=\n\x04Ping\x12\x19.milliways.v1.PingRequest\x1a\x1a.milliways.v1.PingResponse\x12N\n\tWatchLoad\x12\x1e.milliways.v1.WatchLoadRequest\x1a\x1f.milliways.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'milliways.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1125
-  _globals['_FINISHREASON']._serialized_end=1245
+  _globals['_FINISHREASON']._serialized_start=1263
+  _globals['_FINISHREASON']._serialized_end=1383
   _globals['_PINGREQUEST']._serialized_start=72
   _globals['_PINGREQUEST']._serialized_end=85
   _globals['_PINGRESPONSE']._serialized_start=87
@@ -43,15 +43,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHLOADRESPONSE']._serialized_start=143
   _globals['_WATCHLOADRESPONSE']._serialized_end=212
   _globals['_ROUTEREQUEST']._serialized_start=215
-  _globals['_ROUTEREQUEST']._serialized_end=577
-  _globals['_DELIVEREDTOKENS']._serialized_start=579
-  _globals['_DELIVEREDTOKENS']._serialized_end=658
-  _globals['_ROUTERESPONSE']._serialized_start=661
-  _globals['_ROUTERESPONSE']._serialized_end=811
-  _globals['_PROMPTLOGPROB']._serialized_start=813
-  _globals['_PROMPTLOGPROB']._serialized_end=926
-  _globals['_TOKENEVENT']._serialized_start=929
-  _globals['_TOKENEVENT']._serialized_end=1123
-  _globals['_ROUTERSERVICE']._serialized_start=1248
-  _globals['_ROUTERSERVICE']._serialized_end=1474
+  _globals['_ROUTEREQUEST']._serialized_end=618
+  _globals['_DELIVEREDTOKENS']._serialized_start=620
+  _globals['_DELIVEREDTOKENS']._serialized_end=699
+  _globals['_ROUTERESPONSE']._serialized_start=702
+  _globals['_ROUTERESPONSE']._serialized_end=852
+  _globals['_PROMPTLOGPROB']._serialized_start=854
+  _globals['_PROMPTLOGPROB']._serialized_end=967
+  _globals['_TOKENEVENT']._serialized_start=970
+  _globals['_TOKENEVENT']._serialized_end=1261
+  _globals['_ROUTERSERVICE']._serialized_start=1386
+  _globals['_ROUTERSERVICE']._serialized_end=1612
 # @@protoc_insertion_point(module_scope)

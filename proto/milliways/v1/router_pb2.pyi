@@ -42,7 +42,7 @@ class WatchLoadResponse(_message.Message):
     def __init__(self, num_sequences: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "max_tokens", "sampling", "num_samples", "stop", "ignore_eos", "timeout_ms", "delivered", "prompt_logprobs", "num_delivered_prompt_logprobs", "ingress_id")
+    __slots__ = ("request_id", "prompt_token_ids", "max_tokens", "sampling", "num_samples", "stop", "ignore_eos", "timeout_ms", "delivered", "prompt_logprobs", "num_delivered_prompt_logprobs", "ingress_id", "rules")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class RouteRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_DELIVERED_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     INGRESS_ID_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -67,7 +68,8 @@ class RouteRequest(_message.Message):
     prompt_logprobs: int
     num_delivered_prompt_logprobs: int
     ingress_id: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., num_samples: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ..., num_delivered_prompt_logprobs: _Optional[int] = ..., ingress_id: _Optional[str] = ...) -> None: ...
+    rules: _sampling_pb2.TokenRules
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., num_samples: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., timeout_ms: _Optional[int] = ..., delivered: _Optional[_Iterable[_Union[DeliveredTokens, _Mapping]]] = ..., prompt_logprobs: _Optional[int] = ..., num_delivered_prompt_logprobs: _Optional[int] = ..., ingress_id: _Optional[str] = ..., rules: _Optional[_Union[_sampling_pb2.TokenRules, _Mapping]] = ...) -> None: ...
 
 class DeliveredTokens(_message.Message):
     __slots__ = ("sample_index", "token_ids", "is_finished")
@@ -106,7 +108,7 @@ class PromptLogprob(_message.Message):
     def __init__(self, position: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
-    __slots__ = ("sample_index", "index", "token_id", "text", "logprob", "top_token_ids", "top_logprobs", "finish_reason")
+    __slots__ = ("sample_index", "index", "token_id", "text", "logprob", "top_token_ids", "top_logprobs", "finish_reason", "stop_string", "stop_token_id", "num_cached_prompt_tokens")
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +117,9 @@ class TokenEvent(_message.Message):
     TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRING_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sample_index: int
     index: int
     token_id: int
@@ -123,4 +128,7 @@ class TokenEvent(_message.Message):
     top_token_ids: _containers.RepeatedScalarFieldContainer[int]
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     finish_reason: FinishReason
-    def __init__(self, sample_index: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ...) -> None: ...
+    stop_string: str
+    stop_token_id: int
+    num_cached_prompt_tokens: int
+    def __init__(self, sample_index: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., num_cached_prompt_tokens: _Optional[int] = ...) -> None: ...

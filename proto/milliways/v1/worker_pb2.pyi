@@ -167,20 +167,24 @@ class BeginBatchCall(_message.Message):
     def __init__(self, batch_id: _Optional[int] = ..., layer: _Optional[int] = ..., token_ids: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., positions: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., slots: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., block_tables: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., logits_rows: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., hidden: _Optional[_Union[_tensor_pb2.TensorSpec, _Mapping]] = ..., samples: _Optional[_Iterable[_Union[SampleRow, _Mapping]]] = ...) -> None: ...
 
 class SampleRow(_message.Message):
-    __slots__ = ("params", "position", "num_prompt_tokens", "sample_index", "token_ids", "given_token_id")
+    __slots__ = ("params", "position", "num_prompt_tokens", "sample_index", "token_ids", "given_token_id", "forbidden_token_ids", "allowed_token_ids")
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     GIVEN_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    FORBIDDEN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     params: _sampling_pb2.SamplingParams
     position: int
     num_prompt_tokens: int
     sample_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     given_token_id: int
-    def __init__(self, params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., position: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., sample_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., given_token_id: _Optional[int] = ...) -> None: ...
+    forbidden_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., position: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., sample_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., given_token_id: _Optional[int] = ..., forbidden_token_ids: _Optional[_Iterable[int]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AdvanceBatchCall(_message.Message):
     __slots__ = ("batch_id", "layer", "outputs")
