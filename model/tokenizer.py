@@ -67,6 +67,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
 
+    @property
+    def bos_id(self) -> int | None:
+        """The piece that begins a sequence, if there is one. `encode` does not add it."""
+        piece = self._processor.bos_id()
+        return piece if piece >= 0 else None
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without BOS and EOS.
 

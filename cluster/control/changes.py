@@ -68,6 +68,7 @@ EFFECTS: Mapping[str, Effect] = {
     "ingress.max_ongoing_requests": Effect.LIVE,
     "ingress.max_body_bytes": Effect.LIVE,
     "ingress.unknown_fields": Effect.LIVE,
+    "ingress.cors_origins": Effect.LIVE,
     "ingress.hedge_after_s_min": Effect.LIVE,
     "ingress.hedge_after_s_max": Effect.LIVE,
     "ingress.grace_s": Effect.LIVE,

@@ -60,6 +60,11 @@ class ChatTemplate:
     generation_prefix: str = ""
     stop: tuple[str, ...] = ()
 
+    @property
+    def source(self) -> str | None:
+        """The template in Jinja, which is what other programs know."""
+        return None
+
     def render(self, messages: Iterable[ChatMessage]) -> str:
         """Builds the prompt of a conversation.
 

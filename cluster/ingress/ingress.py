@@ -161,9 +161,9 @@ class Ingress:
         deadline_s = time.monotonic() + min(limit_s, limit_s if timeout_s is None else timeout_s)
         watch = self.metrics.watch(sum(len(request.prompt_ids) for request in requests))
         num_events = 0
-        if resume is not None:
-            # A new id: when the broken stream ends, it must not cancel this one.
-            request_id = f"{request_id}-{secrets.token_hex(4)}"
+        # A new id for routers: when a broken stream ends, it must not cancel the one that resumes
+        # it, and a client may give two requests one name.
+        request_id = f"{request_id}-{secrets.token_hex(4)}"
         async with aclosing(self._events(requests, request_id, deadline_s, resume)) as events:
             async for event in events:
                 num_events += 1

@@ -14,6 +14,7 @@ _KEY = "milliways.outcome"
 class Outcome:
     """`code` replaces the sent status in the metrics: a stream can fail after status 200."""
 
+    # The request's name, for answers and logs.
     request_id: str
     model: str = ""
     code: str = ""

@@ -230,6 +230,11 @@ class IngressSettings:
         " response; refuse answers 400.",
         one_of=("ignore", "refuse"),
     )
+    cors_origins: str = setting(
+        "",
+        "Origins whose pages may use the HTTP API in a browser, with spaces between; * for all,"
+        " empty: none.",
+    )
     hedge_after_s_min: float = setting(
         0.1,
         "If a router is silent for several times its recent longest silence, its requests go to a"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -330,3 +331,35 @@ def test_unknown_fields_are_refused_where_the_settings_say_so(model: ServedModel
 
     response = run(ask, CountingSource(), model, unknown_fields="refuse")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "no_such")
+
+
+@pytest.mark.parametrize("given", ["bench-7", "", "0" * 32])
+def test_body_header_and_routers_have_one_id(model: ServedModel, given: str) -> None:
+    source = CountingSource()
+    headers = {"x-request-id": given} if given else {}
+    responses = [
+        post(source, model, path, json=ask, headers=headers)
+        for path, ask in ((COMPLETIONS, body()), (CHAT, chat_body()))
+    ]
+    for response, prefix, sent in zip(
+        responses, ("cmpl", "chatcmpl"), source.request_ids, strict=True
+    ):
+        name = response.headers["x-request-id"]
+        assert name == given or (not given and len(name) == 32)
+        assert response.json()["id"] == f"{prefix}-{name}"
+        assert sent.startswith(f"{name}-")
+        # Also where the name holds no time.
+        assert abs(response.json()["created"] - time.time()) < 60
+    # Requests of one name are different requests.
+    first, second = source.requests
+    assert first.sampling.seed != second.sampling.seed
+
+
+def test_stream_that_is_resumed_keeps_its_id(model: ServedModel) -> None:
+    headers = {"x-milliways-event-ids": "json"}
+    whole = post(CountingSource(), model, COMPLETIONS, json=body(stream=True), headers=headers)
+    first = sse_data(whole)[0]
+    again = headers | {"last-event-id": first["milliways_cursor"]}
+    rest = post(CountingSource(), model, COMPLETIONS, json=body(stream=True), headers=again)
+    assert rest.headers["x-request-id"] == whole.headers["x-request-id"]
+    assert sse_data(rest) == sse_data(whole)[1:]

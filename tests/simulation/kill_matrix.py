@@ -153,17 +153,22 @@ def stopped_request() -> GenerationRequest:
 
 
 def ruled_request() -> GenerationRequest:
-    """A request whose third token is a bad word, and whose every token would end it at first."""
-    whole = request(GREEDY)
-    (stream,) = expected_streams(whole, CONFIG, TrueSampler())
-    first, second, third, _ = (token.token_id for token in stream.tokens)
+    """A request of which nearly every token would be another one without its rules."""
+    free = drawn_ids(request(GREEDY))
     rules = TokenRules(
-        min_tokens=2,
-        stop_token_ids=(third, 55),
-        bad_words=((first, second, third), (50,)),
-        allowed_token_ids=(first, second, third, *range(20, 40)),
+        min_tokens=4,
+        # Until it has so many tokens, these are not drawn.
+        stop_token_ids=free[:2],
+        allowed_token_ids=(*free, *range(20, 40)),
     )
-    return dataclasses.replace(whole, rules=rules, stop=(letter(first),))
+    ruled = drawn_ids(request(GREEDY, rules=rules))
+    words = (ruled[:3], (ruled[1],), (50,))
+    return request(GREEDY, rules=dataclasses.replace(rules, bad_words=words))
+
+
+def drawn_ids(wanted: GenerationRequest) -> tuple[int, ...]:
+    (stream,) = expected_streams(wanted, CONFIG, TrueSampler())
+    return tuple(token.token_id for token in stream.tokens)
 
 
 # With this seed every layer of every step calls a worker without attention.

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milliways.model.errors import InvalidRequestError
@@ -78,6 +78,8 @@ def test_stop_strings_are_not_looked_for_in_the_first_tokens() -> None:
     assert events[3].finish_reason is FinishReason.STOP
 
 
+# The first example is slow on a busy machine.
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([*letters("ab!"), EOS]), max_size=12),
     st.integers(0, 12),
@@ -109,6 +111,7 @@ def test_sequence_that_is_taken_over_goes_on_as_it_was(
         assert run(taken, [event.token_id]) == [event]
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         TokenRules,

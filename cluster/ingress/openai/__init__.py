@@ -8,6 +8,7 @@
 - `bodies` reads bodies, `values` parses fields of several types, `requests` makes requests of them.
 - `fields` has the tables of what other servers' clients send besides.
 - `responses` makes response objects and chunks; `errors` makes error objects.
+- `tokenizing` answers /tokenize, /detokenize and /tokenizer_info.
 - `streaming` sends an answer as server-sent events.
 - `exchange` reads a body and runs the handler until it ends or the client leaves.
 

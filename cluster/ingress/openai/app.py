@@ -1,10 +1,11 @@
-"""The FastAPI application: OpenAI's routes, /health, /ready, /metrics, and errors as OpenAI's."""
+"""The FastAPI application: routes, middleware, and errors in OpenAI's shape."""
 
 import logging
-import re
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -13,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from milliways.cluster.ingress.ingress import Ingress
 from milliways.cluster.ingress.openai.errors import error_response, http_status
 from milliways.cluster.ingress.openai.exchange import CLIENT_GONE, Pace
+from milliways.cluster.ingress.openai.fields import IGNORED_FIELDS_HEADER
 from milliways.cluster.ingress.openai.routes import openai_routes
+from milliways.cluster.ingress.openai.tokenizing import tokenizing_routes
 from milliways.cluster.ingress.outcome import Outcome, log_error, outcome_of, put_outcome
-from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.request_id import name_of
 from milliways.model.errors import InvalidRequestError
 from milliways.wire.errors import ClusterError
 
@@ -24,8 +27,6 @@ logger = logging.getLogger(__name__)
 MetricsText = Callable[[], Awaitable[str]]
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_MAX_REQUEST_ID_CHARS = 128
-_NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:/+=-]")
 
 
 def make_http_app(
@@ -46,12 +47,22 @@ def make_http_app(
         title="Milliways", docs_url=None, redoc_url=None, redirect_slashes=False, version="1"
     )
     app.include_router(openai_routes(ingress, pace or Pace()))
+    app.include_router(tokenizing_routes(ingress))
     _add_operations(app, ingress, worker_metrics)
     for kind in (HTTPException, InvalidRequestError, ClusterError):
         app.add_exception_handler(kind, _answer_error)
     # Starlette's own handler for uncaught exceptions is outside it, and would not answer in
     # OpenAI's shape.
     app.add_middleware(_Recorder, ingress=ingress, echoes_request_id=echoes_request_id)
+    if origins := ingress.settings.cors_origins.split():
+        # Outside, so that browsers may read errors as well.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=[IGNORED_FIELDS_HEADER, "x-request-id", "retry-after"],
+        )
     return app
 
 
@@ -65,6 +76,14 @@ def _add_operations(app: FastAPI, ingress: Ingress, worker_metrics: MetricsText 
         await ingress.readiness.check()
         return JSONResponse({"status": "ready"})
 
+    @app.get("/version")
+    async def version_of_server() -> Response:
+        return JSONResponse({"version": version("milliways")})
+
+    @app.get("/load")
+    async def load() -> Response:
+        return JSONResponse({"server_load": ingress.num_ongoing})
+
     @app.get("/metrics")
     async def metrics() -> Response:
         text = ingress.metrics.text()
@@ -72,7 +91,7 @@ def _add_operations(app: FastAPI, ingress: Ingress, worker_metrics: MetricsText 
             text += await _text_or_nothing(worker_metrics)
         return PlainTextResponse(text, media_type=METRICS_TYPE)
 
-    for route in (health, ready, metrics):
+    for route in (health, ready, version_of_server, load, metrics):
         assert callable(route)
 
 
@@ -102,7 +121,11 @@ class _Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        outcome = Outcome(request_id=_request_id(scope))
+        # What GET answers, without its body. FastAPI's routes for GET do not take HEAD.
+        wants_body = scope["method"] != "HEAD"
+        if not wants_body:
+            scope = {**scope, "method": "GET"}
+        outcome = Outcome(request_id=_request_name(scope))
         put_outcome(scope, outcome)
         status: list[int] = []
 
@@ -111,6 +134,8 @@ class _Recorder:
                 status.append(message["status"])
                 if self._echoes_request_id:
                     MutableHeaders(scope=message)["x-request-id"] = outcome.request_id
+            elif not wants_body:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -125,10 +150,6 @@ class _Recorder:
                 self._ingress.metrics.count_request("http", outcome.model, code)
 
 
-def _request_id(scope: Scope) -> str:
-    """The client's x-request-id without characters unfit for logs and headers, or a new id."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            kept = _NOT_IN_REQUEST_ID.sub("", value.decode("latin-1"))[:_MAX_REQUEST_ID_CHARS]
-            return kept or new_request_id()
-    return new_request_id()
+def _request_name(scope: Scope) -> str:
+    headers = dict(reversed(scope["headers"]))
+    return name_of(headers.get(b"x-request-id"), headers.get(b"last-event-id"))

@@ -18,6 +18,7 @@ from milliways.cluster.ingress.openai.fields import (
     FOREIGN_OF_MESSAGES,
     LABELS,
     LABELS_OF_MESSAGES,
+    Foreign,
     Sifted,
     sift,
 )
@@ -39,7 +40,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-AnyBody = TypeVar("AnyBody", bound="CommonBody")
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
 def with_sampling_fields(kind: type[AnyBody]) -> type[AnyBody]:
@@ -126,6 +127,33 @@ class ChatBody(CommonBody):
     top_logprobs: int | None = None
 
 
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a prompt, or a chat."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[MessageBody] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    tokens: list[int]
+
+
+_FOREIGN_OF: Mapping[type[BaseModel], Mapping[str, Foreign]] = {
+    CompletionBody: {**FOREIGN, **FOREIGN_OF_COMPLETIONS},
+    ChatBody: {**FOREIGN, **FOREIGN_OF_CHAT},
+    TokenizeBody: FOREIGN_OF_CHAT,
+}
+
+
 def _object(raw: bytes) -> dict[str, Any]:
     """The body as an object. The parser itself limits nesting and the length of numbers."""
     try:
@@ -162,10 +190,9 @@ def read_body(
         raise _named(error.errors(include_url=False, include_context=False)[0]) from None
 
 
-def _sifted(kind: type[CommonBody], fields: Mapping[str, Any]) -> Sifted:
+def _sifted(kind: type[BaseModel], fields: Mapping[str, Any]) -> Sifted:
     """The body without fields of other servers, in its messages and options too."""
-    foreign = {**FOREIGN, **(FOREIGN_OF_CHAT if kind is ChatBody else FOREIGN_OF_COMPLETIONS)}
-    whole = sift(fields, kind.model_fields, foreign, LABELS)
+    whole = sift(fields, kind.model_fields, _FOREIGN_OF.get(kind, {}), LABELS)
     unknown = list(whole.unknown)
     options = whole.kept.get("stream_options")
     if isinstance(options, dict):

@@ -11,6 +11,7 @@ from milliways.cluster.ingress.openai.bodies import (
     CompletionBody,
     MessageBody,
     StreamOptions,
+    TokenizeBody,
     read_body,
 )
 from milliways.cluster.ingress.openai.values import (
@@ -131,12 +132,8 @@ def chat_ask(
     check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs", body.top_logprobs, "left out without logprobs")
-    if not 0 < len(body.messages) <= MAX_MESSAGES:
-        limit = f"1 to {MAX_MESSAGES} messages"
-        raise InvalidRequestError("messages", Verbatim(f"{len(body.messages)} of them"), limit)
-    messages = [_message(i, message) for i, message in enumerate(body.messages)]
     prompt_ids = model.truncated(
-        model.encode(model.chat_template.render(messages)), body.truncate_prompt_tokens
+        chat_prompt(body, body.messages, model), body.truncate_prompt_tokens
     )
     max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:
@@ -235,6 +232,21 @@ def _rules(body: CommonBody, model: ServedModel) -> TokenRules:
         shows_special=body.skip_special_tokens is False,
         spaces_special=body.spaces_between_special_tokens is not False,
     )
+
+
+def chat_prompt(
+    body: ChatBody | TokenizeBody, messages: Sequence[MessageBody], model: ServedModel
+) -> tuple[int, ...]:
+    """The tokens of a chat's prompt.
+
+    Raises:
+        InvalidRequestError: a message or an option is invalid.
+    """
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        limit = f"1 to {MAX_MESSAGES} messages"
+        raise InvalidRequestError("messages", Verbatim(f"{len(messages)} of them"), limit)
+    turns = [_message(i, message) for i, message in enumerate(messages)]
+    return model.encode(model.chat_template.render(turns))
 
 
 def _message(index: int, body: MessageBody) -> ChatMessage:

@@ -40,10 +40,11 @@ class Answer:
     chunk_name = ""
     id_prefix = ""
 
-    def __init__(self, ask: Ask, model: ServedModel, request_id: str) -> None:
+    def __init__(self, ask: Ask, model: ServedModel, request_id: str, name: str = "") -> None:
+        """`name` is what answers call the request, if that is not its id."""
         self.ask = ask
         self.model = model
-        self._request_id = request_id
+        self._name = name or request_id
         # From the id, so that a resumed stream gives the same time.
         self._created_s = created_s_of(request_id)
         num_choices = len(ask.requests) * ask.num_samples
@@ -126,7 +127,7 @@ class Answer:
 
     def _object(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.id_prefix}-{self._request_id}",
+            "id": f"{self.id_prefix}-{self._name}",
             "object": name,
             "created": self._created_s,
             "model": self.model.name,

@@ -20,7 +20,7 @@ from milliways.cluster.ingress.openai.responses import (
 )
 from milliways.cluster.ingress.openai.streaming import EventStream, run_off_loop
 from milliways.cluster.ingress.outcome import outcome_of
-from milliways.cluster.ingress.request_id import new_request_id
+from milliways.cluster.ingress.request_id import id_behind
 from milliways.cluster.ingress.resume import (
     EVENT_IDS,
     LAST_EVENT_ID,
@@ -82,7 +82,7 @@ def _exchange(
         with ingress.admit():
             form = cursor_form(request.headers.get(EVENT_IDS), resumes=last_event_id is not None)
             resume = None if last_event_id is None else parse_event_id(last_event_id)
-            request_id = resume.request_id if resume else new_request_id()
+            request_id = resume.request_id if resume else id_behind(outcome.request_id)
             ask = await off_loop(
                 lambda: read_ask(body, ingress.model, request_id, refuses_unknown=refuses_unknown),
                 len(body),
@@ -90,9 +90,9 @@ def _exchange(
             sender.headers |= ignored_fields_header(ask.ignored_fields)
             outcome.model = ingress.model.name
             _check_resume(resume, ask, ingress.model)
-            answer = make_answer(ask, ingress.model, request_id)
+            answer = make_answer(ask, ingress.model, request_id, outcome.request_id)
             event_stream = EventStream(answer, sender, request_id, form, pace)
-            stream = ingress.generate(ask.requests, request_id, resume=resume)
+            stream = ingress.generate(ask.requests, outcome.request_id, resume=resume)
             async with aclosing(stream) as events:
                 if resume is not None and (resume.has_usage or ask.draws_nothing):
                     # The client has received everything. (A stream that draws no token has only

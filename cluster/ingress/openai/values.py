@@ -30,7 +30,7 @@ def parse_prompts(value: object) -> list[str | tuple[int, ...]]:
         number = Verbatim(f"{len(items)} prompts")
         raise InvalidRequestError("prompt", number, f"1 to {MAX_PROMPTS} prompts")
     if isinstance(items[0], str):
-        return [_text(f"prompt.{i}", item) for i, item in enumerate(items)]
+        return [checked_text(f"prompt.{i}", item) for i, item in enumerate(items)]
     return [_token_ids(f"prompt.{i}", item) for i, item in enumerate(items)]
 
 
@@ -43,7 +43,7 @@ def parse_stop(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise InvalidRequestError("stop", abridged(value), "a string or a list of strings")
     items = cast(list[object], value)
-    return tuple(_text(f"stop.{i}", item) for i, item in enumerate(items))
+    return tuple(checked_text(f"stop.{i}", item) for i, item in enumerate(items))
 
 
 def parse_content(name: str, value: object) -> str:
@@ -72,10 +72,11 @@ def _part_text(name: str, part: object) -> str:
     fields = cast(dict[str, object], part)
     if fields.get("type") not in _TEXT_PARTS:
         raise InvalidRequestError(f"{name}.type", abridged(fields.get("type")), "'text'")
-    return _text(f"{name}.text", fields.get("text"))
+    return checked_text(f"{name}.text", fields.get("text"))
 
 
-def _text(name: str, value: object) -> str:
+def checked_text(name: str, value: object) -> str:
+    """A text; raises InvalidRequestError if the value is none."""
     if not isinstance(value, str):
         raise InvalidRequestError(name, abridged(value), "a string")
     return value
