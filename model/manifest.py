@@ -21,7 +21,7 @@ from typing import Any, cast
 from milliways.model.errors import CheckpointError, ManifestError
 
 # The files beside the tensors on which tokens or texts depend.
-SMALL_FILES = ("config.json", "tokenizer.model", "chat_template.json")
+SMALL_FILES = ("config.json", "tokenizer.model", "chat_template.jinja", "tokenizer_config.json")
 # The digest of a small file that a model does not have.
 ABSENT = "0" * 32
 _FORMAT = "milliways-manifest-1"

@@ -37,7 +37,7 @@ def named_model_dir(name: str) -> Path:
 
 
 def description_dir(model_dir: Path) -> Path:
-    """Where a model's config.json, tokenizer.model and chat_template.json are.
+    """Where a model's config.json, tokenizer.model and chat template are.
 
     That is `model_dir`, or the directory around it if `model_dir` holds the tensors themselves.
     """

@@ -8,10 +8,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from milliways.cluster.ingress.chat_template import (
-    TEMPLATE_FILE,
+    BOS,
+    EOS,
     ChatTemplate,
     choose_chat_template,
     load_chat_template,
+    split_at_tokens,
 )
 from milliways.cluster.settings.config import ModelSettings
 from milliways.model.config import ModelConfig, load_config
@@ -75,6 +77,22 @@ class ServedModel:
             InvalidRequestError: the model has no tokenizer, or the text is not valid Unicode.
         """
         return tuple(self._need_tokenizer(field_name, text).encode(text))
+
+    def encode_chat(self, prompt: str) -> tuple[int, ...]:
+        """Token ids of what a chat template made; a token that the model does not have is left out.
+
+        Raises:
+            InvalidRequestError: as `encode`.
+        """
+        tokenizer = self._need_tokenizer("messages", prompt)
+        special = {BOS: tokenizer.bos_id, EOS: self.config.eos_token}
+        token_ids: list[int] = []
+        for part in split_at_tokens(prompt):
+            if part not in special:
+                token_ids += self.encode(part, "messages")
+            elif (token_id := special[part]) is not None:
+                token_ids.append(token_id)
+        return tuple(token_ids)
 
     def bad_word_runs(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of texts that must not be drawn: behind a space, and within other text.
@@ -171,9 +189,7 @@ def load_served_model(
         model_dir = named_model_dir(settings.path)
         config = known.config()
         tokenizer = known.tokenizer(config.vocab_size)
-        template = choose_chat_template(
-            known.contents.get(TEMPLATE_FILE), known.folder / TEMPLATE_FILE, settings.chat_template
-        )
+        template = choose_chat_template(known.contents, known.folder, settings.chat_template)
     return ServedModel(
         name=settings.name or _default_name(settings.path, model_dir),
         config=config,

@@ -54,8 +54,8 @@ class ModelSettings:
     )
     chat_template: str = setting(
         "auto",
-        "How a chat becomes a prompt: declared: by the model directory's chat_template.json;"
-        " plain: messages joined by newlines; auto: declared if that file exists.",
+        "How a chat becomes a prompt: declared: by the model directory's chat_template.jinja or"
+        " tokenizer_config.json; plain: messages joined by newlines; auto: declared if one exists.",
         one_of=("auto", "declared", "plain"),
     )
 

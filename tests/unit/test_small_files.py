@@ -42,7 +42,7 @@ def test_they_survive_a_way_to_another_process(model_dir: Path) -> None:
 
 
 def test_a_model_may_have_none_of_them(model_dir: Path) -> None:
-    for name in ("config.json", "tokenizer.model"):
+    for name in ("config.json", "tokenizer.model", "chat_template.jinja"):
         (model_dir / name).unlink()
     files = SmallFiles.read(model_dir)
     assert set(files.manifest.digests.values()) == {ABSENT}
@@ -71,7 +71,8 @@ def test_what_is_gone_or_changed_comes_from_others(model_dir: Path, what: str) -
     assert files.config == known.config() and files.tokenizer is not None
     (fault,) = files.faults
     assert str(model_dir) in fault
-    assert ("config.json" in fault) == (what != "the directory")
+    names_file = "config.json" in fault or "chat_template.jinja" in fault
+    assert names_file == (what != "the directory")
     # They are not refused afterwards.
     files.expect(known.manifest)
     # What it hands on is the same.

@@ -118,7 +118,15 @@ class MessageBody(BaseModel):
     tool_call_id: str | None = None
 
 
-class ChatBody(CommonBody):
+class TemplateFields(BaseModel):
+    """What is asked of the chat template."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(CommonBody, TemplateFields):
     """POST /v1/chat/completions."""
 
     messages: list[MessageBody]
@@ -127,7 +135,7 @@ class ChatBody(CommonBody):
     top_logprobs: int | None = None
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(TemplateFields):
     """POST /tokenize: a prompt, or a chat."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

@@ -148,9 +148,6 @@ FOREIGN_OF_COMPLETIONS: Mapping[str, Foreign] = {
 FOREIGN_OF_CHAT: Mapping[str, Foreign] = {
     "prompt": Foreign((), "/v1/completions takes a prompt"),
     "echo": Foreign((False,)),
-    "add_generation_prompt": Foreign((True,)),
-    "continue_final_message": Foreign((False,)),
-    "chat_template_kwargs": Foreign(({},)),
 }
 FOREIGN_OF_MESSAGES: Mapping[str, Foreign] = {
     "audio": Foreign((), _TEXT),

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from milliways.cluster.ingress.chat_template import ChatMessage
+from milliways.cluster.ingress.chat_template import ChatMessage, ChatOptions
 from milliways.cluster.ingress.openai.bodies import (
     ChatBody,
     CommonBody,
@@ -148,7 +148,7 @@ def chat_ask(
         request_id,
         [prompt_ids],
         max_tokens=[max_tokens],
-        stop=(*parse_stop(body.stop), *model.chat_template.stop),
+        stop=parse_stop(body.stop),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         echoed_logprobs=None,
         echoes=[""],
@@ -246,16 +246,22 @@ def chat_prompt(
         limit = f"1 to {MAX_MESSAGES} messages"
         raise InvalidRequestError("messages", Verbatim(f"{len(messages)} of them"), limit)
     turns = [_message(i, message) for i, message in enumerate(messages)]
-    return model.encode(model.chat_template.render(turns))
+    options = ChatOptions(
+        adds_generation_prompt=body.add_generation_prompt is not False,
+        continues_final=body.continue_final_message or False,
+        variables=body.chat_template_kwargs or {},
+    )
+    return model.encode_chat(model.chat_template.render(turns, options))
 
 
 def _message(index: int, body: MessageBody) -> ChatMessage:
     name = f"messages.{index}.content"
+    more = body.model_dump(exclude={"role", "content"}, exclude_none=True)
     if body.content is None and body.role in _MAY_BE_EMPTY:
-        return ChatMessage(body.role, "")
+        return ChatMessage(body.role, "", more)
     if "content" not in body.model_fields_set:
         raise InvalidRequestError(name, Verbatim("(absent)"), "given")
-    return ChatMessage(body.role, parse_content(name, body.content))
+    return ChatMessage(body.role, parse_content(name, body.content), more)
 
 
 def _check_echo(ask: Ask, num_logprobs: int) -> None:
