@@ -44,15 +44,18 @@ def local_source() -> Iterator[LocalSource]:
 
 
 @contextmanager
-def served(make_app: Callable[[], ASGIApp]) -> Iterator[str]:
-    """Runs an app on a real server in a thread; yields its base URL."""
+def served(make_app: Callable[[], ASGIApp], http: Any = "auto") -> Iterator[str]:
+    """Runs an app on a real server in a thread; yields its base URL.
+
+    `http` is the server's protocol, if it is not the usual one.
+    """
     server: uvicorn.Server | None = None
     started = threading.Event()
     port: list[int] = []
 
     async def serve() -> None:
         nonlocal server
-        config = uvicorn.Config(make_app(), host="127.0.0.1", port=0, log_config=None)
+        config = uvicorn.Config(make_app(), host="127.0.0.1", port=0, http=http, log_config=None)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
         while not (server.started or task.done()):

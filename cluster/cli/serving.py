@@ -22,6 +22,7 @@ from milliways.cluster.ray.environment import (
     be_patient,
     be_quiet,
     drain_proxies_at_once,
+    guard_proxies,
     head_for,
     make_token,
     stay_local,
@@ -70,6 +71,7 @@ class LocalCluster:
         be_equal()
         be_patient()
         watch_proxies()
+        guard_proxies()
         drain_proxies_at_once()
         stay_local()
         token = make_token()

@@ -13,6 +13,7 @@
 
 - `openai/` owns the HTTP API, `public_grpc/` the gRPC API. Both call `Ingress`, never each other.
 - `routing/` owns the choice of a router, retries and hedging.
+- `front` and `http_protocol` stand before everything else, in Serve's proxy.
 - This folder owns what they share: admission, readiness, metrics, request ids, resume points.
 
 Invariants:

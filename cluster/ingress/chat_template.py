@@ -110,7 +110,8 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
+        # Its types are unknown in part.
+        environment: Any = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], undefined=Undefined
         )
         environment.filters["tojson"] = _to_json

@@ -43,6 +43,13 @@ def watch_proxies() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 
+def guard_proxies() -> None:
+    """Has Serve's proxies keep from the rest what the rest cannot take (`front_door.py`)."""
+    os.environ.setdefault(
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "milliways.cluster.ray.front_door:middlewares"
+    )
+
+
 def drain_proxies_at_once() -> None:
     """Lets a proxy count as idle as soon as it is; by default half a minute must pass."""
     os.environ.setdefault("RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S", "0.01")

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,6 +19,8 @@ from milliways.cluster.ingress.openai.errors import refusal
 
 # nginx's code for a client that disconnected. Only logs and metrics show it; it is never sent.
 CLIENT_GONE = "499"
+# A client that is slower with its body gives up its place to others.
+BODY_WITHIN_S = 10.0
 
 Handler = Callable[[bytes, "Sender"], Awaitable[None]]
 
@@ -123,7 +125,12 @@ class Exchange(Response):
         self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(Request(scope, receive), self._max_body_bytes)
+        try:
+            body = await _read_body(Request(scope, receive), self._max_body_bytes)
+        except ClientDisconnect:
+            # Nobody reads an answer.
+            self._on_disconnect()
+            return
         handling = asyncio.ensure_future(self._handler(body, Sender(scope, receive, send)))
         disconnect = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -148,7 +155,8 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     """Reads the body, with or without a content-length header.
 
     Raises:
-        HTTPException: the content type is not JSON, or the body is longer than the limit.
+        HTTPException: the content type is not JSON, the body is longer than the limit, or it does
+            not come in time.
     """
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
@@ -159,8 +167,13 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     if not announced.isdecimal() or int(announced[:20]) > max_bytes:
         raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
+    try:
+        async with asyncio.timeout(BODY_WITHIN_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > max_bytes:
+                    raise refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, too_large)
+    except TimeoutError:
+        message = f"the body did not come within {BODY_WITHIN_S:g} s"
+        raise refusal(HTTPStatus.REQUEST_TIMEOUT, message) from None
     return bytes(body)
