@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ from milliways.benchmarks.speed.programs.endpoints import (
     HttpBenchClient,
     RouterBenchClient,
 )
-from milliways.benchmarks.speed.serving import EndpointFigures, measure_endpoints
+from milliways.benchmarks.speed.programs.process_cpu import cpu_seconds
+from milliways.benchmarks.speed.serving import EndpointFigures, Send, measure_endpoints
+from milliways.benchmarks.speed.under_load import LoadFigures, measure_load
 from milliways.cluster.settings.config import LOOPBACK
 from milliways.model.errors import ModelError
 from milliways.wire.errors import StartupError
@@ -40,6 +42,8 @@ class ServedCluster:
     http: str
     grpc: str
     routers: tuple[str, ...]
+    # The process of `milliways serve`.
+    pid: int = 0
 
 
 def measure_served(
@@ -70,6 +74,44 @@ def measure_served(
             raise ModelError(f"a request failed: {error}") from error
 
 
+def measure_streams(
+    model_dir: Path,
+    num_workers: int,
+    work_dir: Path,
+    request: BenchRequest,
+    num_rounds: int,
+    nums_streams: Sequence[int],
+    report: Callable[[str], None],
+) -> list[LoadFigures]:
+    """Starts a cluster, and sends requests in several streams at once, to a router and over HTTP.
+
+    Raises:
+        StartupError: the cluster does not become ready.
+        ModelError: a request failed.
+    """
+    report("starting a cluster")
+    figures: list[LoadFigures] = []
+    with serving(str(model_dir), num_workers, work_dir) as cluster:
+        clients: dict[str, Callable[[int], Send]] = {
+            "router": lambda i: RouterBenchClient(
+                cluster.routers[i % len(cluster.routers)], request
+            ),
+            "HTTP": lambda _: HttpBenchClient(cluster.http, model_dir.name, request),
+        }
+        for num_streams in nums_streams:
+            for endpoint, make in clients.items():
+                report(f"{num_streams} streams, {endpoint}")
+                senders = [make(i) for i in range(num_streams)]
+                try:
+                    one = measure_load(
+                        endpoint, senders, num_rounds, lambda: cpu_seconds(cluster.pid)
+                    )
+                except (RuntimeError, OSError) as error:
+                    raise ModelError(str(error)) from error
+                figures.append(one)
+    return figures
+
+
 @contextmanager
 def serving(model: str, num_workers: int, work_dir: Path) -> Generator[ServedCluster]:
     """Runs `milliways serve` on free ports, and ends it.
@@ -93,7 +135,9 @@ def serving(model: str, num_workers: int, work_dir: Path) -> Generator[ServedClu
     try:
         _wait_until_ready(f"http://{LOOPBACK}:{http_port}/ready", process, log_path)
         routers = routers_of(_status(environment))
-        yield ServedCluster(f"{LOOPBACK}:{http_port}", f"{LOOPBACK}:{grpc_port}", routers)
+        yield ServedCluster(
+            f"{LOOPBACK}:{http_port}", f"{LOOPBACK}:{grpc_port}", routers, process.pid
+        )
     finally:
         process.send_signal(signal.SIGINT)
         try:

@@ -27,6 +27,8 @@ class Timeline:
     first_s: float
     last_s: float
     num_tokens: int
+    # When each piece of the stream arrived.
+    arrivals_s: tuple[float, ...] = ()
 
     @property
     def token_s(self) -> float:

@@ -28,6 +28,7 @@ from milliways.cluster.ray.environment import (
     stay_local,
     watch_proxies,
 )
+from milliways.cluster.ray.haproxy import use_haproxy
 from milliways.cluster.ray.heartbeat import Heartbeat
 from milliways.cluster.ray.run_folder import RunFolder
 from milliways.cluster.ray.running_clusters import Note, RunningCluster, notes_dir, this_machine
@@ -74,6 +75,7 @@ class LocalCluster:
         guard_proxies()
         drain_proxies_at_once()
         stay_local()
+        use_haproxy(folder.path, self._config.ingress.host)
         token = make_token()
         # Not earlier: Ray reads its settings when it is imported.
         from milliways.cluster.ray.cluster import LocalRay

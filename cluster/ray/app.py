@@ -36,7 +36,7 @@ from milliways.cluster.ingress.served_model import load_served_model
 from milliways.cluster.ingress.worker_metrics import render_metrics
 from milliways.cluster.ray.autoscaling import GRPC_CALLS
 from milliways.cluster.ray.declaring import declared_now, make_possible
-from milliways.cluster.ray.leaving_replica import follow_replica
+from milliways.cluster.ray.leaving_replica import follow_replica, open_after_leaving_s
 from milliways.cluster.ray.serve_loopback import bind_replicas_to_loopback
 from milliways.cluster.ray.start_controller import find_controller, find_or_start_controller
 from milliways.cluster.settings.config import ClusterConfig
@@ -239,7 +239,9 @@ class IngressReplica:
         self._starting = self._loop.create_task(self._start())
         self._leaving: asyncio.Task[None] | None = None
         follow_replica(
-            on_leaving=lambda: self._loop.call_soon_threadsafe(self._leave, settings.grace_s),
+            on_leaving=lambda: self._loop.call_soon_threadsafe(
+                self._leave, settings.grace_s, open_after_leaving_s()
+            ),
             num_calls=self._num_calls,
         )
 
@@ -283,14 +285,14 @@ class IngressReplica:
         """Serve calls it before it ends the replica, and waits for it."""
         await self._leave(self._config.ingress.grace_s)
 
-    def _leave(self, grace_s: float) -> "asyncio.Task[None]":
+    def _leave(self, grace_s: float, open_s: float = 0.0) -> "asyncio.Task[None]":
         """Begins to leave, once. Requests that Serve has sent here already are still taken."""
         if self._leaving is None:
-            self._leaving = self._loop.create_task(self._leave_within(grace_s))
+            self._leaving = self._loop.create_task(self._leave_within(grace_s, open_s))
         return self._leaving
 
-    async def _leave_within(self, grace_s: float) -> None:
-        await leave(self._ingress, self._grpc, self._source, grace_s)
+    async def _leave_within(self, grace_s: float, open_s: float) -> None:
+        await leave(self._ingress, self._grpc, self._source, grace_s, open_s)
         await self._directory.leave()
 
     async def _start(self) -> None:
@@ -359,7 +361,9 @@ def make_app(config: ClusterConfig, declared_at_s: float = 0.0) -> serve.Applica
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         # After this time Serve kills the replica. It ends its requests itself before.
-        graceful_shutdown_timeout_s=settings.grace_s + LAST_ERRORS_S + MARGIN_S,
+        graceful_shutdown_timeout_s=(
+            open_after_leaving_s() + settings.grace_s + LAST_ERRORS_S + MARGIN_S
+        ),
         graceful_shutdown_wait_loop_s=0.5,
         # A redeploy starts the new replicas before it ends the old ones.
         max_surge_percent=100,

@@ -5,7 +5,8 @@ of our own, and it calls a replica's destructor only after the last HTTP request
 Serve's own class are wrapped in the replica's process:
 
 - `perform_graceful_shutdown` tells us at once that the replica leaves. From then on the replica
-  rejects HTTP requests, and Serve's proxies send them to other replicas.
+  rejects HTTP requests of Serve's own proxies, which send them to other replicas. Those of HAProxy
+  it takes for a while.
 - `get_num_ongoing_requests` counts the gRPC calls as well. Serve waits for them before it ends the
   replica, and prefers other replicas for HTTP requests.
 
@@ -19,9 +20,20 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ray.serve._private import replica
+from ray.serve._private import constants, replica
 
 logger = logging.getLogger(__name__)
+
+
+def open_after_leaving_s() -> float:
+    """How long HTTP requests still come after Serve has begun to end a replica.
+
+    Serve's own proxies ask the replica first, and go elsewhere. HAProxy does not ask: it is started
+    again without the replica, and until then its requests must be served here.
+    """
+    if not constants.RAY_SERVE_ENABLE_DIRECT_INGRESS:
+        return 0.0
+    return constants.RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
 
 
 def follow_replica(on_leaving: Callable[[], object], num_calls: Callable[[], int]) -> None:

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from milliways.cluster.ray.haproxy import SOCKET_NAME
 from milliways.wire.errors import StartupError
 
 PREFIX = "mw-"
@@ -20,7 +21,11 @@ LOCK_NAME = "owner.lock"
 _SOCKET_NAME_BYTES = 107
 _OUR_NAME = f"/{PREFIX}12345678"
 _RAYS_LONGEST_NAME = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-MAX_BASE_BYTES = _SOCKET_NAME_BYTES - len(_OUR_NAME) - len(_RAYS_LONGEST_NAME)
+# HAProxy makes its socket under another name first. The folder has the name of a node.
+_HAPROXYS_LONGEST_NAME = f"/{'0' * 56}/{SOCKET_NAME}.4194304.tmp"
+MAX_BASE_BYTES = (
+    _SOCKET_NAME_BYTES - len(_OUR_NAME) - max(len(_RAYS_LONGEST_NAME), len(_HAPROXYS_LONGEST_NAME))
+)
 _SHORT_BASES = ("/tmp", "/var/tmp", "/dev/shm")
 _REMOVE_TIMEOUT_S = 2.0
 _REMOVE_AGAIN_AFTER_S = 0.1

@@ -27,6 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import APIType
 from ray.util import list_named_actors
 
+from milliways.cluster.ray import haproxy
 from milliways.cluster.ray.app import APP_NAME, INGRESS_NAME, make_app
 from milliways.cluster.ray.declaring import declared_now, make_possible
 from milliways.cluster.ray.start_controller import (
@@ -34,7 +35,7 @@ from milliways.cluster.ray.start_controller import (
     find_or_start_controller,
     is_controller_running,
 )
-from milliways.cluster.settings.config import ClusterConfig, IngressSettings
+from milliways.cluster.settings.config import LOOPBACK, ClusterConfig, IngressSettings
 from milliways.wire.errors import RayGoneError, StartupError
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,9 @@ class ServedApplication:
                 handle.broadcast("leave", left_s).results(timeout_s=left_s + LEAVE_TIMEOUT_S)
             except (RayError, RayServeException, TimeoutError) as error:
                 logger.warning("an ingress replica does not leave: %s", error)
-        if owns_proxies:
+        if owns_proxies and haproxy.is_enabled():
+            _wait_for_haproxy(until_s)
+        elif owns_proxies:
             _drain_proxies(until_s)
 
 
@@ -158,6 +161,12 @@ def _drain_proxies(until_s: float) -> None:
             time.sleep(POLL_S)
     except RayError as error:
         logger.warning("a proxy does not say whether it is idle: %s", error)
+
+
+def _wait_for_haproxy(until_s: float) -> None:
+    """As `_drain_proxies`. Serve would wait for idle connections as well, a minute and more."""
+    while haproxy.num_open_requests() and time.monotonic() < until_s:
+        time.sleep(POLL_S)
 
 
 def _actors_of_serve(prefix: str) -> list[Any]:
@@ -236,7 +245,9 @@ def _open_proxy(ingress: IngressSettings) -> None:
     Raises:
         StartupError: the proxy does not start, or listens on another address.
     """
-    options = {"host": ingress.host, "port": ingress.port}
+    # HAProxy listens at the host of the settings; all else of Serve, on this machine alone.
+    host = LOOPBACK if haproxy.is_enabled() else ingress.host
+    options = {"host": host, "port": ingress.port}
     try:
         serve.start(proxy_location="HeadOnly", http_options=options)
         client: Any = _get_global_client()
@@ -244,6 +255,6 @@ def _open_proxy(ingress: IngressSettings) -> None:
         reason = str(error).partition("\n")[0]
         raise StartupError(f"the proxy of Ray Serve does not start: {reason}") from error
     actual = client.http_config
-    if (actual.host, actual.port) != (ingress.host, ingress.port):
+    if (actual.host, actual.port) != (host, ingress.port):
         listening = f"Ray Serve already listens on {actual.host}:{actual.port}"
         raise StartupError(f"{listening}: set --host and --port to that address")

@@ -9,7 +9,10 @@ import psutil
 from tests.served_cluster import ServedCluster, wait_until
 
 # Processes that a fault may end. Afterwards there must be the same number of each.
-OURS = ("ray::WorkerActor", "ray::ControllerActor", "ray::ServeReplica", "ray::ProxyActor")
+OURS = (
+    *("ray::WorkerActor", "ray::ControllerActor", "ray::ServeReplica"),
+    *("ray::HAProxyManager", "ray::ProxyActor"),
+)
 SEGMENT, BELL = "/memfd:milliways", "/memfd:milliways-bell"
 BACK_TIMEOUT_S = 120.0
 

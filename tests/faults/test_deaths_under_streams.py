@@ -114,7 +114,8 @@ def test_clients_go_on_when_the_ingress_replica_is_killed(
 def test_clients_of_http_go_on_when_the_proxy_is_killed(
     cluster: ServedCluster, clients: dict[Surface, Client]
 ) -> None:
-    (proxy,) = pids_of(cluster, "ray::ProxyActor")
+    # HAProxy itself ends with it.
+    (proxy,) = pids_of(cluster, "ray::HAProxyManager")
     got = disturbed(clients, lambda: kill([proxy]))
     assert got[Surface.HTTP].breaks
     # It is not on the way of the others.

@@ -16,6 +16,7 @@ from milliways.benchmarks.speed.serving import (
     format_endpoints,
     measure_endpoints,
 )
+from milliways.benchmarks.speed.under_load import format_load, measure_load
 from milliways.benchmarks.speed.workload import Kind, Workload
 from milliways.cluster.cli import main as cli
 from milliways.model.errors import InvalidRequestError
@@ -117,6 +118,30 @@ def test_endpoints_take_turns_and_their_first_request_does_not_count() -> None:
         ["HTTP, through Serve and the ingress", "12.00 (12.00)", "10.00", "10.00 (10.00)", "0.000"],
     ]
     assert endpoints_to_json(figures)["http"]["first_token_s"] == [0.012, 0.012]
+
+
+def test_streams_run_at_once_and_their_processor_time_is_counted() -> None:
+    spent = iter([1.0, 1.5])
+
+    def send() -> Timeline:
+        return Timeline(0.010, 0.030, 4, (0.010, 0.015, 0.020, 0.030))
+
+    one = measure_load("HTTP", [send, send], 5, lambda: {"proxy": next(spent)})
+    assert (one.num_streams, len(one.timelines), one.num_tokens) == (2, 10, 40)
+    assert one.first_ms == (10.0, 10.0)
+    assert one.gap_ms == pytest.approx((5.0, 10.0))
+    assert one.cpu_ms_per_request("proxy") == 50.0
+    assert one.cpu_ms_per_token("proxy") == 12.5
+    assert one.cpu_ms_per_token("ingress") == 0.0
+    assert format_load([one]).splitlines()[2].startswith("| 2, HTTP")
+
+
+def test_a_stream_that_fails_ends_the_measurement() -> None:
+    def send() -> Timeline:
+        raise RuntimeError("HTTP 503")
+
+    with pytest.raises(RuntimeError, match="503"):
+        measure_load("HTTP", [send, send], 5, dict)
 
 
 def test_routers_are_the_workers_with_a_router_address() -> None:

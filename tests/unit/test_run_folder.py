@@ -66,5 +66,5 @@ def test_long_tmpdir_is_replaced_or_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_base(fits) == fits
     assert choose_base(long) == "/tmp"
     monkeypatch.setattr(run_folder, "_SHORT_BASES", ())
-    with pytest.raises(StartupError, match=f"TMPDIR {long} has 32 bytes.*at most 31"):
+    with pytest.raises(StartupError, match=f"TMPDIR {long} has 25 bytes.*at most 24"):
         choose_base(long)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class RouterBenchClient:
 
     def __init__(self, address: str, request: BenchRequest) -> None:
         self._request = request
+        # Several clients may ask the same router.
+        self._name = f"bench-{secrets.token_hex(4)}"
         self._numbers = count()
         self._call: Any = grpc.insecure_channel(address).unary_stream(
             _ROUTE,
@@ -40,7 +43,7 @@ class RouterBenchClient:
 
     def __call__(self) -> Timeline:
         request = router_pb2.RouteRequest(
-            request_id=f"bench-{next(self._numbers)}",
+            request_id=f"{self._name}-{next(self._numbers)}",
             prompt_token_ids=self._request.prompt_ids,
             max_tokens=self._request.max_tokens,
             sampling=_greedy(),
@@ -110,7 +113,7 @@ def _timed(request: BenchRequest, tokens: Iterator[None]) -> Timeline:
     times = [time.perf_counter() - begin_s for _ in tokens]
     if not times:
         raise RuntimeError("the stream had no token")
-    return Timeline(times[0], times[-1], request.max_tokens)
+    return Timeline(times[0], times[-1], request.max_tokens, tuple(times))
 
 
 def _with_events(call: Any, request: Any) -> Iterator[None]:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 from milliways.benchmarks.speed.arguments import check_rounds, find_model, report, write_json
 from milliways.benchmarks.speed.programs.endpoints import BenchRequest
-from milliways.benchmarks.speed.served import measure_served
+from milliways.benchmarks.speed.served import measure_served, measure_streams
 from milliways.benchmarks.speed.serving import endpoints_to_json, format_endpoints
+from milliways.benchmarks.speed.under_load import format_load, load_to_json
 from milliways.model.config import load_config
 from milliways.model.errors import InvalidRequestError
 from milliways.model.model_dir import DEMO_NAME
 
 MAX_WORKERS = 8
+MAX_STREAMS = 64
 # Token ids that every model has.
 _PROMPT_IDS = tuple(range(10, 26))
 
@@ -35,6 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="tokens to generate for each request [%(default)s]",
     )
     option("--rounds", type=int, default=30, metavar="N", help="number of rounds [%(default)s]")
+    option(
+        "--streams",
+        type=_numbers,
+        metavar="A,B",
+        help="in place of the table: requests in so many streams at once, and what they cost",
+    )
     option("--json", type=Path, metavar="FILE", help="also write every sample to a file")
 
 
@@ -48,9 +56,34 @@ def run(options: argparse.Namespace) -> None:
     if not 2 <= options.max_tokens <= max_tokens:
         raise InvalidRequestError("max-tokens", options.max_tokens, f"between 2 and {max_tokens}")
     request = BenchRequest(_PROMPT_IDS, options.max_tokens)
+    if options.streams:
+        _measure_streams(options, model_dir, request)
+        return
     with tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True) as work_dir:
         figures = measure_served(
             model_dir, options.workers, Path(work_dir), request, options.rounds, report
         )
     print(format_endpoints(figures))
     write_json(options.json, endpoints_to_json(figures))
+
+
+def _measure_streams(options: argparse.Namespace, model_dir: Path, request: BenchRequest) -> None:
+    for num_streams in options.streams:
+        if not 1 <= num_streams <= MAX_STREAMS:
+            raise InvalidRequestError("streams", num_streams, f"between 1 and {MAX_STREAMS}")
+    with tempfile.TemporaryDirectory(prefix="mw-", ignore_cleanup_errors=True) as work_dir:
+        figures = measure_streams(
+            model_dir,
+            options.workers,
+            Path(work_dir),
+            request,
+            options.rounds,
+            options.streams,
+            report,
+        )
+    print(format_load(figures))
+    write_json(options.json, {"streams": load_to_json(figures)})
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
