@@ -1,7 +1,7 @@
 """One token stream: its tokens, how far they are computed, its KV blocks, its text."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -54,8 +54,9 @@ class TokenEvent:
     finish_reason: FinishReason | None
     # The stop string or the stop token that ended the sequence; None if anything else did.
     stop_reason: str | int | None = None
-    # On a sequence's first token here: how many tokens of its prompt were in the prefix cache.
-    num_cached: int = 0
+    # On a sequence's first token here: how many tokens of its prompt were in the prefix cache. That
+    # depends on what was computed before, so equal events may differ in it.
+    num_cached: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

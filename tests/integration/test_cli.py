@@ -104,7 +104,7 @@ def test_inspect_counts_parameters_and_bytes(
         (["--tokens", "1,99999"], 2, "99999"),
         (["--tokens", "1", "--temperature", "-1"], 2, "temperature = -1.0"),
         (["--tokens", "1", "--temperature", "nan"], 2, "temperature = nan"),
-        (["--tokens", "1", "--top-p", "0"], 2, "top_p = 0.0"),
+        (["--tokens", "1", "--top-p", "-0.5"], 2, "top_p = -0.5"),
         (["--tokens", "1", "--logit-bias", "5"], 2, "logit_bias = '5'"),
         (["--tokens", "1", "--logit-bias", "99999=1"], 2, "logit_bias = 99999"),
         (["--tokens", "1", "--max-tokens", "0"], 2, "max_tokens = 0"),

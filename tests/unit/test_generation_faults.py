@@ -265,14 +265,15 @@ def test_change_that_begins_while_files_are_checked_refuses_the_new_generation(
         preparing = asyncio.create_task(actor.prepare(NEW, TIMEOUT_S))
         while not slow.num_checks:
             await asyncio.sleep(0.01)
-        monkeypatch.setattr(fake_fleet, "SPAWN_S", 0.5)
+        # However busy this machine is, the change goes on until it is cancelled.
+        monkeypatch.setattr(fake_fleet, "SPAWN_S", TIMEOUT_S)
         growing = asyncio.create_task(actor.scale(5))
         while not actor._all.serving.controller.is_changing:
             await asyncio.sleep(0)
         slow.release()
         with pytest.raises(ChangeRefusedError, match="another change of the cluster goes on"):
             await preparing
-        await growing
+        growing.cancel()
         assert sorted(ray.fleets) == [1]
         await actor.stop()
 
