@@ -73,6 +73,7 @@ def test_logprobs_cover_the_prompt_and_what_follows(model: ServedModel, num_toke
         "text": model.echo(tuple(TOKENS)) + drawn,
         "logprobs": expected_logprobs(model, num_tokens),
         "finish_reason": "length",
+        "stop_reason": None,
     }
     usage = {"prompt_tokens": 5, "completion_tokens": num_tokens, "total_tokens": 5 + num_tokens}
     assert answer["usage"] == usage
