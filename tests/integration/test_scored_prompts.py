@@ -75,8 +75,12 @@ def test_logprobs_cover_the_prompt_and_what_follows(model: ServedModel, num_toke
         "finish_reason": "length",
         "stop_reason": None,
     }
-    usage = {"prompt_tokens": 5, "completion_tokens": num_tokens, "total_tokens": 5 + num_tokens}
-    assert answer["usage"] == usage
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": num_tokens,
+        "total_tokens": 5 + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 @pytest.mark.parametrize("num_tokens", [0, 2])
