@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 TIMEOUT_S = 500
 UV = Path(sys.executable).with_name("uv")
 KERNELS = f"milliways/model/ops/_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+DEMO_FILES = ("chat_template.jinja", "config.json", "tokenizer.model")
 # Folders of the repository that must not be packages by these names.
 FOLDERS = ("model", "cluster", "router", "workers", "benchmarks")
 SPEAK = ["generate", "Welcome to", "--temperature", "0", "--max-tokens", "8"]
@@ -129,7 +130,7 @@ def test_wheel_holds_one_package_and_all_of_it(built: Built) -> None:
     in_package = {name for name in names if name.startswith("milliways/")}
     assert {n for n in in_package if Path(n).suffix in {".py", ".pyi", ".typed"}} == wanted
     assert "milliways/py.typed" in wanted and "milliways/v1/generate_pb2.pyi" in wanted
-    demo = {f"milliways/model/demo/{name}" for name in ("config.json", "tokenizer.model")}
+    demo = {f"milliways/model/demo/{name}" for name in DEMO_FILES}
     tensors = {path.name for path in (REPOSITORY / "model/demo/ckpt-0").iterdir()}
     assert tensors
     demo |= {f"milliways/model/demo/ckpt-0/{name}" for name in tensors}
