@@ -52,7 +52,7 @@ def post(cluster: ServedCluster, path: str, **options: Any) -> httpx.Response:
         ({"max_tokens": "many"}, 400, "max_tokens"),
         ({"n": 0}, 400, "n"),
         ({"stream": 1}, 400, "stream"),
-        ({"nonsense": True}, 400, "nonsense"),
+        ({"num_beams": 4}, 400, "num_beams"),
     ],
 )
 def test_bad_field_is_named(
@@ -63,6 +63,12 @@ def test_bad_field_is_named(
     error = answer.json()["error"]
     assert error["param"] == param and error["type"] == "invalid_request_error"
     assert param in error["message"]
+
+
+def test_unknown_field_is_ignored_and_named(cluster: ServedCluster) -> None:
+    answer = post(cluster, COMPLETIONS, json=GOOD | {"nonsense": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-milliways-ignored-fields"] == "nonsense"
 
 
 @pytest.mark.parametrize(
