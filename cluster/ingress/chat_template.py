@@ -128,6 +128,8 @@ class ChatTemplate:
         options = options or ChatOptions(adds_generation_prompt=True)
         options.check()
         shown = [self._shown(message) for message in messages]
+        _check_strings("messages", shown)
+        _check_strings("chat_template_kwargs", dict(options.variables))
         if options.continues_final:
             shown[-1]["content"] += _FINAL
         variables = {
@@ -148,9 +150,6 @@ class ChatTemplate:
 
     def _shown(self, message: ChatMessage) -> dict[str, Any]:
         """A message as the template sees it."""
-        if any(char in message.content for char in _OWN):
-            limit = "Unicode without noncharacters"
-            raise InvalidRequestError("messages", Verbatim("U+FDD0..U+FDD2"), limit)
         knows_developer = _DEVELOPER in self.source
         is_system = message.role == _DEVELOPER and not knows_developer
         fields: dict[str, Any] = {"role": _SYSTEM if is_system else message.role}
@@ -160,6 +159,21 @@ class ChatTemplate:
             calls = cast(list[Mapping[str, Any]], more["tool_calls"])
             more["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         return fields | more
+
+
+def _check_strings(field: str, value: Any) -> None:
+    """Refuses characters that stand for control tokens, wherever a client has put them."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str) and any(char in part for char in _OWN):
+            limit = "Unicode without noncharacters"
+            raise InvalidRequestError(field, Verbatim("U+FDD0..U+FDD2"), limit)
+        if isinstance(part, Mapping):
+            mapping = cast(Mapping[Any, Any], part)
+            left += [*mapping, *mapping.values()]
+        elif isinstance(part, list | tuple):
+            left += cast(Sequence[Any], part)
 
 
 def split_at_tokens(prompt: str) -> list[str]:

@@ -183,3 +183,29 @@ def test_only_the_template_writes_control_tokens() -> None:
     assert eos not in prompt_of("hi", **final)
     with pytest.raises(InvalidRequestError, match="noncharacters"):
         prompt_of(f"hi {EOS}")
+
+
+@pytest.mark.parametrize(
+    ("message", "variables"),
+    [
+        (ChatMessage("user", "", {"name": BOS}), {}),
+        (ChatMessage("user", "", {EOS: "value"}), {}),
+        (ChatMessage("assistant", "", {"tool_calls": [{"function": {"name": BOS}}]}), {}),
+        # As JSON it has the character in an escape only.
+        (
+            ChatMessage(
+                "assistant",
+                "",
+                {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": "\\ufdd0"}'}}]},
+            ),
+            {},
+        ),
+        (ChatMessage("user", ""), {"date": [{"day": EOS}]}),
+    ],
+)
+def test_no_field_of_a_client_writes_control_tokens(
+    message: ChatMessage, variables: dict[str, Any]
+) -> None:
+    template = ChatTemplate("{{ messages }}{{ date }}")
+    with pytest.raises(InvalidRequestError, match="noncharacters"):
+        template.render([message], ChatOptions(variables=variables))
