@@ -18,16 +18,6 @@ float as_float(uint16_t half) {
   return value;
 }
 
-// Several rows to a task, of about 16,000 operations.
-template <typename Body>
-void each_row(int64_t num_rows, int64_t row_cost, const Body& body) {
-  const int64_t step = std::max<int64_t>(1, 16 * 1024 / std::max<int64_t>(1, row_cost));
-  run_tasks(static_cast<int>((num_rows + step - 1) / step), [&](int task) {
-    const int64_t end = std::min(num_rows, (task + 1) * step);
-    for (int64_t i = task * step; i < end; i++) body(i);
-  });
-}
-
 void add_rows(const float* left, const float* right, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i++) out[i] = left[i] + right[i];
 }

@@ -8,19 +8,18 @@ namespace ffi = mw::ffi;
 
 namespace {
 
+using mw::Bools;
 using mw::extent;
 using mw::F32;
 using mw::invalid;
+using mw::keep;
+using mw::make_cache;
 using mw::make_matrix;
+using mw::OutAny;
 using mw::OutF32;
 using mw::OutS32;
 using mw::S32;
 using mw::U8;
-
-using mw::Bools;
-using mw::keep;
-using mw::make_cache;
-using mw::OutAny;
 
 ffi::Error attention_half(F32 hidden, F32 input_norm, F32 output_norm, F32 expert_norm, U8 query,
                           F32 query_scales, U8 key, F32 key_scales, U8 value, F32 value_scales,

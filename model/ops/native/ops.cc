@@ -175,16 +175,6 @@ void cut(int64_t group, const Matrix& m, int64_t num_rows, std::vector<Piece>& p
   }
 }
 
-// Rows of small operations: several to a task.
-template <typename Body>
-void each_row(int64_t num_rows, int64_t row_cost, const Body& body) {
-  const int64_t step = std::max<int64_t>(1, 16 * 1024 / std::max<int64_t>(1, row_cost));
-  run_tasks(static_cast<int>((num_rows + step - 1) / step), [&](int task) {
-    const int64_t end = std::min(num_rows, (task + 1) * step);
-    for (int64_t i = task * step; i < end; i++) body(i);
-  });
-}
-
 // The assignments (token, rank) of each expert, in the order of the tokens.
 std::vector<std::vector<int64_t>> group_by_expert(const int32_t* ids, int64_t count,
                                                   int num_experts) {

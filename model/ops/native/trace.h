@@ -1,4 +1,4 @@
-// A log of which operation ran when, for `milliways bench steps`. It is off until it is started;
+// A log of which operation ran when, for `milliways.benchmarks.steps`. It is off until it is started;
 // then an operation costs two readings of the clock more. Results do not depend on it.
 #pragma once
 
