@@ -12,14 +12,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services as _services
 from ray._private import worker as _worker
 
 from milliways.cluster.ray.descendants import end_descendants, reap_orphans
@@ -104,17 +106,18 @@ class LocalRay:
             time.sleep(CHECK_AGAIN_AFTER_S)
 
     def _start(self) -> str:
-        context: Any = ray.init(
-            address="local",
-            num_cpus=LOCAL_CPUS,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            namespace=NAMESPACE,
-            _temp_dir=str(self._folder),
-            _node_ip_address=LOOPBACK,
-            _system_config=_SYSTEM_CONFIG,
-        )
+        with _groups_of_their_own():
+            context: Any = ray.init(
+                address="local",
+                num_cpus=LOCAL_CPUS,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                namespace=NAMESPACE,
+                _temp_dir=str(self._folder),
+                _node_ip_address=LOOPBACK,
+                _system_config=_SYSTEM_CONFIG,
+            )
         return context.address_info["gcs_address"]
 
     def _last_words(self, name: str) -> str:
@@ -125,6 +128,25 @@ class LocalRay:
                 if found:
                     return f" ({found[-1].strip()[:300]})"
         return ""
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """Makes Ray start its processes outside this process's group.
+
+    Whoever ends a group, such as `timeout`, would otherwise end them before our requests.
+    """
+    usual = _services.ConsolePopen
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs, process_group=0)
+
+    _services.ConsolePopen = Popen
+    try:
+        yield
+    finally:
+        _services.ConsolePopen = usual
 
 
 def _ended(code: int) -> str:

@@ -1,6 +1,7 @@
 """`milliways serve` ends when it is told to, or when its Ray is gone, and leaves nothing behind."""
 
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -92,11 +93,18 @@ def running_stream(cluster: ServedCluster, max_tokens: int) -> Stream:
     return stream
 
 
+def group_of(cluster: ServedCluster) -> list[psutil.Process]:
+    """The processes that get a signal to the group of the command, as `timeout` sends it."""
+    group = os.getpgid(cluster.process.pid)
+    return [process for process in cluster.processes() if os.getpgid(process.pid) == group]
+
+
 def test_sigterm_finishes_running_requests() -> None:
     with leaves_nothing("--grace", "100") as cluster:
         stream = running_stream(cluster, 200)
         processes = cluster.processes()
-        cluster.process.send_signal(signal.SIGTERM)
+        for process in group_of(cluster):
+            process.terminate()
         wait_until(lambda: not cluster.is_ready(), "it is not ready any more")
         if stream.is_alive():
             body = {"model": "demo", "prompt": "x", "max_tokens": 1}
